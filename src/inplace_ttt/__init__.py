@@ -1,0 +1,1 @@
+"""In-Place Test-Time Training for Hugging Face causal language models."""

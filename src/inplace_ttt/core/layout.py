@@ -1,0 +1,87 @@
+"""Where a chunk's tokens lie in a call's tensors: slices when all rows agree, gathers otherwise."""
+
+import torch
+from torch import Tensor
+
+
+class Layout:
+    """Access to chunk m of a call. *Applied* tokens are the new ones; *absorbed* ones include the pending prefix."""
+
+    def __init__(
+        self,
+        z_BTF: Tensor,
+        past_BPF: Tensor | None,
+        chunk_size: int,
+        prefix: int,
+        index_BMC: Tensor | None,
+        update_BM: Tensor | None,
+        reset_BM: Tensor | None,
+    ) -> None:
+        self.z, self.past = z_BTF, None if past_BPF is None else past_BPF[:, :prefix]
+        self.C, self.P, self.T = chunk_size, prefix, z_BTF.shape[1]
+        self.index, self.update, self.reset = index_BMC, update_BM, reset_BM
+
+    def _span(self, m: int) -> slice:
+        return slice(max(m * self.C - self.P, 0), min((m + 1) * self.C - self.P, self.T))
+
+    def _new(self, m: int) -> tuple[Tensor, Tensor]:
+        """Flat token numbers [B, C] of slot m's new tokens, and which of them are there."""
+        assert self.index is not None
+        t = self.index[:, m] - self.P
+        there = t >= 0
+        rows = torch.arange(t.shape[0], device=t.device)[:, None] * self.T
+        return t.clamp(min=0) + rows, there
+
+    def applied(self, x_BTW: Tensor, m: int) -> Tensor:
+        """Rows of ``x`` at slot m's new tokens, [B, <= C, W], zero where there is none."""
+        if self.index is None:
+            return x_BTW[:, self._span(m)]
+        flat, there = self._new(m)
+        return torch.where(there[..., None], x_BTW.reshape(-1, x_BTW.shape[-1])[flat], 0)
+
+    def add_applied(self, out_BTW: Tensor, m: int, value: Tensor) -> None:
+        """Adds to ``out`` at slot m's new tokens."""
+        if self.index is None:
+            out_BTW[:, self._span(m)] += value
+            return
+        flat, there = self._new(m)
+        value = torch.where(there[..., None], value, 0).to(out_BTW.dtype)
+        out_BTW.view(-1, out_BTW.shape[-1]).index_add_(0, flat.flatten(), value.flatten(0, 1))
+
+    def absorbed(self, m: int) -> Tensor:
+        """z of slot m's tokens, pending ones included, [B, C, F]; zero where there is none."""
+        z = self.applied(self.z, m)
+        if self.past is None:
+            return z
+        if self.index is None:
+            return z if m else torch.cat([self.past.to(z.dtype), z], 1)
+        where = self.index[:, m]
+        pending = (where >= 0) & (where < self.P)
+        old = self.past.gather(1, where.clamp(0, self.P - 1)[..., None].expand(-1, -1, z.shape[-1]))
+        return torch.where(pending[..., None], old.to(z.dtype), z)
+
+    def add_absorbed(self, dz_BTF: Tensor, dpast_BPF: Tensor | None, m: int, value_BCF: Tensor) -> None:
+        """Adds to the gradients of z and of the pending z at slot m's tokens."""
+        if self.index is None:
+            head = self.P if m == 0 else 0
+            if head and dpast_BPF is not None:
+                dpast_BPF[:, :head] += value_BCF[:, :head]
+            self.add_applied(dz_BTF, m, value_BCF[:, head:])
+            return
+        self.add_applied(dz_BTF, m, value_BCF)
+        if dpast_BPF is not None:
+            where = self.index[:, m]
+            pending = (where >= 0) & (where < self.P)
+            value = torch.where(pending[..., None], value_BCF, 0).to(dpast_BPF.dtype)
+            dpast_BPF.scatter_add_(1, where.clamp(0, self.P - 1)[..., None].expand_as(value), value)
+
+    def targets(self, v_BND: Tensor, m: int) -> Tensor:
+        """v of slot m, [B, C, D]; zero for rows whose slot does not update."""
+        v = v_BND[:, m * self.C : (m + 1) * self.C]
+        return v if self.update is None else v * self.update[:, m, None, None]
+
+    def set_targets(self, dv_BND: Tensor, m: int, value_BCD: Tensor) -> None:
+        """Writes the gradient of slot m's targets."""
+        if self.update is not None:
+            value_BCD = value_BCD * self.update[:, m, None, None]
+        dv_BND[:, m * self.C : (m + 1) * self.C] = value_BCD

@@ -1,0 +1,279 @@
+"""The chunk scan: every token of chunk i is projected by ``W0 + lr * S_i``, S_i the sum of earlier chunks' updates.
+
+Differentiable through the whole prefix sum. Backward keeps z, v and W0 only and recomputes S, so memory does not grow
+with the number of chunks. One entry point; backends share its signature (``torch`` here).
+
+Shapes: B rows, T new tokens, P pending tokens, N = updates * C chunk tokens, F width of z, D output width.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .chunks import ChunkTable
+from .layout import Layout
+
+Tensors = tuple[Tensor, Tensor]
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Precision of S: float32, float64 for float64 inputs. Half-precision sums lose small updates."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def outer(a_BCM: Tensor, b_BCN: Tensor) -> Tensor:
+    """``sum_t a_t b_t^T`` per row, [B, M, N], accumulated and returned in the state's precision."""
+    dtype = state_dtype(b_BCN.dtype)
+    if b_BCN.dtype != dtype and b_BCN.is_cuda:
+        return torch.bmm(a_BCM.to(b_BCN.dtype).mT, b_BCN, out_dtype=dtype)
+    return torch.bmm(a_BCM.to(dtype).mT, b_BCN.to(dtype))
+
+
+def clip_factor(dW_BDF: Tensor, clip: Tensor) -> Tensor:
+    """Per-row factor [B, 1, 1] that scales dW to Frobenius norm ``clip`` where it is longer."""
+    norm = torch.linalg.vector_norm(dW_BDF, dim=(1, 2), keepdim=True)
+    return torch.where(norm > clip, clip / norm, 1.0)
+
+
+def keep_factor(layout: Layout, m: int, decay: float) -> float | Tensor:
+    """What is left of S after slot m's decay: a number, or [B, 1, 1] where only some rows update."""
+    if layout.update is None or not decay:
+        return 1.0 - decay
+    return 1.0 - decay * layout.update[:, m, None, None].to(state_dtype(layout.z.dtype))
+
+
+def advance(S: Tensor | None, z: Tensor, v: Tensor, keep: float | Tensor, clip: Tensor | None) -> Tensor:
+    """``S <- keep * S + clipped(sum_t v_t z_t^T)``, in place where S exists (step 3 of the method)."""
+    if S is None:
+        dW = outer(v, z)
+        return dW if clip is None else dW.mul_(clip_factor(dW, clip))
+    if isinstance(keep, Tensor) or keep != 1.0:
+        S *= keep
+    if clip is None and z.dtype == S.dtype:
+        return S.baddbmm_(v.to(S.dtype).mT, z)
+    dW = outer(v, z)
+    return S.add_(dW if clip is None else dW.mul_(clip_factor(dW, clip)))
+
+
+@torch.library.custom_op("inplace_ttt::scan", mutates_args=())
+def scan_op(
+    z: Tensor,
+    v: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    state: Tensor | None,
+    past: Tensor | None,
+    clip: Tensor | None,
+    index: Tensor | None,
+    update: Tensor | None,
+    reset: Tensor | None,
+    lr: float,
+    decay: float,
+    chunk_size: int,
+    prefix: int,
+    steps: int,
+    updates: int,
+    width: int,
+    keep_state: bool,
+) -> Tensors:
+    layout = Layout(z, past, chunk_size, prefix, index, update, reset)
+    B, T, F = z.shape
+    dtype = state_dtype(z.dtype)
+    out = z.new_zeros(B, T, width) if weight is None else torch.nn.functional.linear(z, weight, bias)
+    S = None if state is None else state.to(dtype, copy=updates > 0 or reset is not None)
+    for m in range(steps):
+        if reset is not None and S is not None:
+            S *= ~reset[:, m, None, None]
+        if S is not None:
+            layout.add_applied(out, m, torch.bmm(layout.applied(z, m), S.to(z.dtype).mT).mul_(lr))
+        if m < updates and v is not None:
+            S = advance(S, layout.absorbed(m), layout.targets(v, m), keep_factor(layout, m, decay), clip)
+    if not keep_state:
+        return out, z.new_zeros(0, dtype=dtype)
+    return out, z.new_zeros(B, width, F, dtype=dtype) if S is None else S
+
+
+@scan_op.register_fake
+def _(z, v, weight, bias, state, past, clip, index, update, reset, lr, decay, chunk_size, prefix, steps, updates, width, keep_state):  # type: ignore[no-untyped-def]  # noqa: E501
+    B, T, F = z.shape
+    dtype = state_dtype(z.dtype)
+    return z.new_empty(B, T, width), z.new_empty(*((B, width, F) if keep_state else (0,)), dtype=dtype)
+
+
+@torch.library.custom_op("inplace_ttt::scan_backward", mutates_args=())
+def scan_backward_op(
+    g: Tensor,
+    grad_state: Tensor | None,
+    z: Tensor,
+    v: Tensor | None,
+    weight: Tensor | None,
+    state: Tensor | None,
+    past: Tensor | None,
+    clip: Tensor | None,
+    index: Tensor | None,
+    update: Tensor | None,
+    reset: Tensor | None,
+    lr: float,
+    decay: float,
+    chunk_size: int,
+    prefix: int,
+    steps: int,
+    updates: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of z, v, state and past (empty where the input was None).
+
+    ``dL/dz_t = (W0 + lr S_i)^T g_t + H_i^T v_t`` and ``dL/dv_t = H_i z_t``, where H_i = dL/dS_{i+1} is the reverse
+    prefix sum ``H_{i-1} = keep * H_i + lr * sum_t g_t z_t^T``.
+    """
+    layout = Layout(z, past, chunk_size, prefix, index, update, reset)
+    dtype = state_dtype(z.dtype)
+    dz = z.new_zeros(z.shape) if weight is None else (g @ weight.to(g.dtype)).to(z.dtype)
+    dv = None if v is None else v.new_zeros(v.shape)
+    dpast = None if past is None else past.new_zeros(past.shape)
+
+    S = None if state is None else state.to(dtype, copy=updates > 0 or reset is not None)
+    for m in range(steps):
+        if reset is not None and S is not None:
+            S *= ~reset[:, m, None, None]
+        if S is not None:
+            layout.add_applied(dz, m, torch.bmm(layout.applied(g, m), S.to(g.dtype)).mul_(lr))
+        if m < updates and v is not None:
+            S = advance(S, layout.absorbed(m), layout.targets(v, m), keep_factor(layout, m, decay), clip)
+
+    H = None if grad_state is None else grad_state.to(dtype, copy=True)
+    for m in reversed(range(steps)):
+        if m < updates and v is not None and dv is not None and H is not None:
+            z_m, v_m = layout.absorbed(m), layout.targets(v, m)
+            H_m = H if clip is None else _through_clip(H, outer(v_m, z_m), clip)
+            H_m = H_m.to(z.dtype)
+            layout.set_targets(dv, m, torch.bmm(z_m, H_m.mT))
+            layout.add_absorbed(dz, dpast, m, torch.bmm(v_m.to(z.dtype), H_m))
+            H = H.mul_(keep_factor(layout, m, decay)) if decay else H
+        if m > 0 or state is not None:
+            G = outer(layout.applied(g, m), layout.applied(z, m))
+            H = G.mul_(lr) if H is None else H.add_(G, alpha=lr)
+        if reset is not None and H is not None:
+            H *= ~reset[:, m, None, None]
+
+    dstate = z.new_zeros(0) if state is None else torch.zeros_like(state) if H is None else H.to(state.dtype)
+    empty = z.new_zeros(0)
+    return dz, empty if dv is None else dv, dstate, empty.clone() if dpast is None else dpast
+
+
+@scan_backward_op.register_fake
+def _(g, grad_state, z, v, weight, state, past, clip, index, update, reset, lr, decay, chunk_size, prefix, steps, updates):  # type: ignore[no-untyped-def]  # noqa: E501
+    def like(x: Tensor | None) -> Tensor:
+        return z.new_empty(0) if x is None else x.new_empty(x.shape)
+
+    return like(z), like(v), like(state), like(past)
+
+
+def _through_clip(H: Tensor, dW: Tensor, clip: Tensor) -> Tensor:
+    """Gradient of the unclipped update: ``f * (H - dW <dW, H> / |dW|^2)`` where it was clipped by f, H elsewhere."""
+    squared = (dW * dW).sum((1, 2), keepdim=True)
+    along = (dW * H).sum((1, 2), keepdim=True) / squared.clamp(min=torch.finfo(dW.dtype).tiny)
+    factor = clip_factor(dW, clip)
+    return torch.where(factor < 1, factor * (H - dW * along), H)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    z, v, weight, bias, state, past, clip, index, update, reset, lr, decay, chunk_size, prefix, steps, updates = inputs[:16]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(z, v, weight, state, past, clip, index, update, reset)
+    ctx.numbers = (lr, decay, chunk_size, prefix, steps, updates)
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx, g, grad_state):  # type: ignore[no-untyped-def]
+    z, v, weight, state, past, clip, index, update, reset = ctx.saved_tensors
+    if grad_state is not None and grad_state.numel() == 0:
+        grad_state = None
+    if g is None:
+        width = grad_state.shape[1]
+        g = z.new_zeros(*z.shape[:2], width)
+    dz, dv, dstate, dpast = scan_backward_op(
+        g, grad_state, z, v, weight, state, past, clip, index, update, reset, *ctx.numbers
+    )
+    dweight = dbias = None
+    if weight is not None and ctx.needs_input_grad[2]:
+        dweight = (g.flatten(0, 1).mT @ z.flatten(0, 1)).to(weight.dtype)
+    if ctx.has_bias and ctx.needs_input_grad[3]:
+        dbias = g.flatten(0, 1).sum(0)
+    return (
+        dz,
+        None if v is None else dv,
+        dweight,
+        dbias,
+        None if state is None else dstate,
+        None if past is None else dpast,
+        *(None,) * 12,
+    )
+
+
+scan_op.register_autograd(_backward, setup_context=_setup_context)
+
+BACKENDS: dict[str, Callable[..., Tensors]] = {"torch": scan_op}
+"""Implementations of the scan by name, all with the operator's signature."""
+
+
+def scan(
+    z_BTF: Tensor,
+    v_BND: Tensor | None,
+    weight_DF: Tensor | None,
+    table: ChunkTable,
+    *,
+    lr: float,
+    bias_D: Tensor | None = None,
+    decay: float = 0.0,
+    clip: Tensor | None = None,
+    state_BDF: Tensor | None = None,
+    past_BPF: Tensor | None = None,
+    width: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Outputs ``(W0 + lr * S_i) z_t (+ bias)`` [B, T, D] and the state after the call.
+
+    z_BTF: inputs of the projection, float64, float32, bfloat16 or float16. v_BND: as ``core.target`` returns it.
+    weight_DF: slow weight of z's dtype, or None for the fast weights' part alone (then ``width`` or the state or v gives
+    D). table: the call's chunks, on z's device. lr: inner learning rate. decay in [0, 1): S shrinks by ``1 - decay``
+    at every update. clip: 0-d tensor, the largest Frobenius norm of one chunk's update. state_BDF: S before the call
+    (None: zero). past_BPF: z of the pending tokens, when ``table.prefix`` > 0. backend: a name in ``BACKENDS``.
+
+    The second result is S after the call, [B, D, F] in float32 (float64 for float64 inputs) or None for zero, when
+    ``table.keep_state``, else None. All tensors but clip get gradients; double backward is not supported. Work per token: forward 2 * D * F
+    multiply-adds beyond the plain projection, whatever the length. Sections 2 and 3 of docs/method.md.
+
+    Raises ValueError on an unknown backend or missing pending tokens.
+    """
+    run = BACKENDS.get("torch" if backend == "auto" else backend)
+    if run is None:
+        raise ValueError(f"unknown scan backend {backend!r}: choose auto or one of {', '.join(BACKENDS)}")
+    if table.prefix and table.updates and past_BPF is None:
+        raise ValueError(f"{table.prefix} pending tokens are missing: pass them as past")
+    sizes = [x.shape[d] for x, d in ((weight_DF, 0), (state_BDF, 1), (v_BND, -1)) if x is not None]
+    D = sizes[0] if sizes else width
+    if D is None:
+        raise ValueError("the output width is unknown: pass weight, state, targets or width")
+    keep = table.keep_state and table.changes_state
+    out, state = run(
+        z_BTF,
+        v_BND,
+        weight_DF,
+        bias_D,
+        state_BDF,
+        past_BPF if table.prefix and table.updates else None,
+        clip,
+        table.index,
+        table.update,
+        table.reset,
+        lr,
+        decay,
+        table.chunk_size,
+        table.prefix,
+        table.steps,
+        table.updates,
+        D,
+        keep,
+    )
+    return out, state if keep else state_BDF if table.keep_state else None
