@@ -7,6 +7,8 @@ Shapes: B rows, T new tokens, P pending tokens, N = updates * C chunk tokens, F 
 """
 
 from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,17 @@ def outer(a_BCM: Tensor, b_BCN: Tensor) -> Tensor:
     if b_BCN.dtype != dtype and b_BCN.is_cuda:
         return torch.bmm(a_BCM.to(b_BCN.dtype).mT, b_BCN, out_dtype=dtype)
     return torch.bmm(a_BCM.to(dtype).mT, b_BCN.to(dtype))
+
+
+def _exact(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps autocast out of an operator: the caller has chosen its precision."""
+
+    @wraps(function)
+    def run(first: Tensor, *args: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args)
+
+    return run
 
 
 def clip_factor(dW_BDF: Tensor, clip: Tensor) -> Tensor:
@@ -57,6 +70,7 @@ def advance(S: Tensor | None, z: Tensor, v: Tensor, keep: float | Tensor, clip: 
 
 
 @torch.library.custom_op("inplace_ttt::scan", mutates_args=())
+@_exact
 def scan_op(
     z: Tensor,
     v: Tensor | None,
@@ -77,9 +91,9 @@ def scan_op(
     width: int,
     keep_state: bool,
 ) -> Tensors:
-    layout = Layout(z, past, chunk_size, prefix, index, update, reset)
     B, T, F = z.shape
     dtype = state_dtype(z.dtype)
+    layout = Layout(z, past, chunk_size, prefix, index, update, reset)
     out = z.new_zeros(B, T, width) if weight is None else torch.nn.functional.linear(z, weight, bias)
     S = None if state is None else state.to(dtype, copy=updates > 0 or reset is not None)
     for m in range(steps):
@@ -102,6 +116,7 @@ def _(z, v, weight, bias, state, past, clip, index, update, reset, lr, decay, ch
 
 
 @torch.library.custom_op("inplace_ttt::scan_backward", mutates_args=())
+@_exact
 def scan_backward_op(
     g: Tensor,
     grad_state: Tensor | None,

@@ -1,0 +1,121 @@
+"""The one place where settings and their defaults live."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .errors import UserError
+
+FORMAT_VERSION = 1
+TARGETS = ("input_embed", "hidden_states")
+OBJECTIVES = ("learned", "next_token", "reconstruction")
+
+
+@dataclass(frozen=True)
+class InPlaceTTTConfig:
+    """Settings of In-Place TTT. Raises UserError on a value out of range. Symbols: docs/method.md.
+
+    The last two fields describe a model whose ``model_type`` is not in the table of families.
+    """
+
+    layers: str | tuple[int, ...] = "0::6"
+    """Which decoder layers adapt: a slice ("0::6", "2:10", ":"), or numbers (negative ones count from the end)."""
+    chunk_size: int = 1024
+    """C: tokens between updates. The paper finds 512 and 1024 best."""
+    conv_kernel: int = 5
+    """K: taps of the target's convolution."""
+    lookahead: int = 2
+    """L: how many of the taps look ahead."""
+    target: str = "input_embed"
+    """u: "input_embed" (token embeddings) or "hidden_states" (the MLP's own input, unit RMS: needs a far smaller lr)."""
+    objective: str = "learned"
+    """"learned" (convolution), or a fixed shift: "next_token", "reconstruction"."""
+    projection: bool = True
+    """Whether P, the target projection, is used."""
+    lr: float = 1.0
+    """eta: the inner learning rate."""
+    decay: float = 0.0
+    """S shrinks by ``1 - decay`` at every update; 0 is the paper's plain sum."""
+    clip: float | None = None
+    """tau: largest Frobenius norm of one chunk's update; None: no clipping."""
+    clip_relative: bool = False
+    """Whether ``clip`` is a fraction of the slow weight's norm."""
+    init_std: float | None = None
+    """sigma of P's diagonal at the start; None: the model's ``initializer_range``."""
+    layers_path: str | None = None
+    """Where the decoder layers are, e.g. "model.layers"; None: the table of families knows."""
+    projection_path: str | None = None
+    """The last projection inside a decoder layer, e.g. "mlp.down_proj"; None: the table of families knows."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layers, str):
+            object.__setattr__(self, "layers", tuple(int(i) for i in self.layers))
+        for wrong, say in (
+            (self.chunk_size < 1, f"chunk_size must be at least 1, got {self.chunk_size}"),
+            (self.conv_kernel < 1, f"conv_kernel must be at least 1, got {self.conv_kernel}"),
+            (
+                not 0 <= self.lookahead < self.conv_kernel,
+                f"lookahead must be from 0 to conv_kernel - 1 = {self.conv_kernel - 1}, got {self.lookahead}",
+            ),
+            (self.target not in TARGETS, f"target must be one of {', '.join(TARGETS)}, got {self.target!r}"),
+            (self.objective not in OBJECTIVES, f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}"),
+            (not 0 <= self.decay < 1, f"decay must be in [0, 1), got {self.decay}"),
+            (self.clip is not None and self.clip <= 0, f"clip must be positive or None, got {self.clip}"),
+            (
+                (self.layers_path is None) != (self.projection_path is None),
+                "layers_path and projection_path describe a model together: give both or neither",
+            ),
+        ):
+            if wrong:
+                raise UserError(say)
+
+    def layer_indices(self, count: int) -> tuple[int, ...]:
+        """The adapting layers of a model with ``count`` layers, ascending. UserError when one does not exist."""
+        if isinstance(self.layers, str):
+            try:
+                parts = [int(p) if p.strip() else None for p in self.layers.split(":")]
+            except ValueError:
+                parts = []
+            if not 2 <= len(parts) <= 3:
+                raise UserError(f'layers must be a slice such as "0::6" or a list of numbers, got {self.layers!r}')
+            bounds = [b for b in parts[:2] if b is not None]
+            if any(b > count or b < -count for b in bounds) or (len(parts) == 3 and parts[2] == 0):
+                raise UserError(f"layers {self.layers!r} reaches outside the model, which has {count} layers")
+            chosen = list(range(count))[slice(*parts)]
+        else:
+            outside = [i for i in self.layers if not -count <= i < count]
+            if outside:
+                raise UserError(f"no layer {outside[0]}: the model has {count} layers, 0 to {count - 1}")
+            chosen = [i % count for i in self.layers]
+        if not chosen:
+            raise UserError(f"layers {self.layers!r} chooses none of the model's {count} layers")
+        return tuple(sorted(set(chosen)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, with the format's version."""
+        values = asdict(self)
+        values["layers"] = self.layers if isinstance(self.layers, str) else list(self.layers)
+        return {"format_version": FORMAT_VERSION, **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "InPlaceTTTConfig":
+        """Inverse of ``to_dict``. A newer format is refused; an unknown key is ignored with a warning."""
+        values = dict(values)
+        version = values.pop("format_version", FORMAT_VERSION)
+        if version > FORMAT_VERSION:
+            raise UserError(
+                f"this file has format {version}, this version of inplace-ttt reads up to {FORMAT_VERSION}: "
+                "update inplace-ttt"
+            )
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            warnings.warn(f"ignored unknown settings of In-Place TTT: {', '.join(unknown)}", stacklevel=2)
+        return cls(**{k: v for k, v in values.items() if k in known})
+
+    @classmethod
+    def from_json(cls, text: str) -> "InPlaceTTTConfig":
+        """From the text of a JSON file."""
+        return cls.from_dict(json.loads(text))

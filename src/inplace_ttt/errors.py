@@ -1,0 +1,5 @@
+"""What a user did wrong, said in one plain line."""
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: the message says what is wrong and what to do. The command line prints it bare."""

@@ -1,0 +1,177 @@
+"""attach and detach: put fast weights into a model that is already there, and take them out again."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import InPlaceTTTConfig
+from ..errors import UserError
+from .context import LayerSite, Runtime
+from .families import Place, attention_of, decoder_layers, family_of, place
+from .linear import FastWeight, TargetConv, TargetProjection, make_fast, make_slow, output_size
+
+Model = TypeVar("Model", bound=nn.Module)
+RUNTIME = "_inplace_ttt"
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside ``model`` (itself, or what peft or torch.compile wrapped)."""
+    inner: Any = getattr(model, "_orig_mod", model)
+    if not isinstance(inner, PreTrainedModel) and hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel):
+        raise UserError(f"expected a transformers causal language model, got {type(model).__name__}")
+    return inner
+
+
+def runtime_of(model: nn.Module) -> Runtime:
+    """The attached runtime; UserError when nothing is attached."""
+    runtime = unwrap(model).__dict__.get(RUNTIME)
+    if runtime is None:
+        raise UserError("this model has no fast weights: call inplace_ttt.attach(model, config) first")
+    return runtime  # type: ignore[no-any-return]
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether the model has fast weights."""
+    return RUNTIME in unwrap(model).__dict__
+
+
+def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
+    """Gives ``model`` fast weights in place and returns it; outputs stay the same, bit for bit, until it is trained.
+
+    The last projection of each chosen MLP becomes a ``FastWeight`` module around the same parameters; beside it the
+    MLP gets ``ttt_conv`` [D, 1, K] (zero) and ``ttt_proj`` [D, D] (diagonal, N(0, sigma^2)), section 2 of
+    docs/method.md. With a fixed objective there is no convolution and the projection starts at zero instead.
+
+    Raises UserError, changing nothing, when the model's family is unknown, a chosen layer does not exist or cannot
+    adapt, or the model is attached already.
+    """
+    config = InPlaceTTTConfig() if config is None else config
+    root = unwrap(model)
+    if RUNTIME in root.__dict__:
+        raise UserError("the model has fast weights already: detach(model) first")
+    family = family_of(root, config)
+    layers = decoder_layers(root, family)
+    places = [place(layers, i, family) for i in config.layer_indices(len(layers))]
+    runtime = Runtime(root, config)
+    holders = [_holder(p) for p in places]
+    sites = [LayerSite(runtime, p.index, p.mlp) for p in places]
+    fasts = [make_fast(getattr(*h), site) for h, site in zip(holders, sites, strict=True)]
+    widths = [output_size(fast) for fast in fasts]
+
+    std = config.init_std if config.init_std is not None else getattr(root.config, "initializer_range", 0.02)
+    for where, holder, site, fast, width in zip(places, holders, sites, fasts, widths, strict=True):
+        setattr(*holder, fast)
+        _add_parameters(where.mlp, fast, root, config, width, std)
+        runtime.sites.append(site)
+        runtime.handles += [
+            where.attention.register_forward_pre_hook(site.before_attention, with_kwargs=True),
+            where.mlp.register_forward_pre_hook(site.before_mlp, with_kwargs=True),
+            where.mlp.register_forward_hook(site.after_mlp, always_call=True),
+        ]
+    # After the sites' own hooks, and in every layer: the keyword goes no further than attention modules.
+    for layer in layers:
+        if (attention := attention_of(layer)) is not None:
+            runtime.handles.append(attention.register_forward_pre_hook(runtime.before_attention, with_kwargs=True))
+    runtime.handles += [
+        root.base_model.register_forward_pre_hook(runtime.before_model, with_kwargs=True),
+        root.base_model.register_forward_hook(runtime.after_model, always_call=True),
+        root.get_input_embeddings().register_forward_hook(runtime.after_embedding),
+    ]
+    root.__dict__[RUNTIME] = runtime
+    root.__dict__["_valid_auto_compile_criteria"] = runtime.no_auto_compile
+    root.config.inplace_ttt = config.to_dict()
+    return model
+
+
+def detach(model: Model) -> Model:
+    """Takes the fast weights out of ``model`` in place and returns it: the plain model with its present parameters."""
+    root, runtime = unwrap(model), runtime_of(model)
+    for handle in runtime.handles:
+        handle.remove()
+    for site in runtime.sites:
+        for name in ("ttt_conv", "ttt_proj"):
+            if hasattr(site.mlp, name):
+                delattr(site.mlp, name)
+    for parent in list(root.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, FastWeight):
+                setattr(parent, name, make_slow(child))
+    del root.__dict__[RUNTIME], root.__dict__["_valid_auto_compile_criteria"]
+    del root.config.inplace_ttt
+    return model
+
+
+def _holder(where: Place) -> tuple[nn.Module, str]:
+    """Module and attribute that hold the projection itself (a LoRA layer holds it as its base layer)."""
+    module, name = where.mlp, where.name
+    while isinstance(inner := getattr(getattr(module, name), "base_layer", None), nn.Module):
+        module, name = getattr(module, name), "base_layer"
+        del inner
+    return module, name
+
+
+def _add_parameters(
+    mlp: nn.Module, fast: nn.Module, root: PreTrainedModel, config: InPlaceTTTConfig, width: int, std: float
+) -> None:
+    weight: torch.Tensor = fast.weight  # type: ignore[assignment]
+    dtype = weight.dtype if weight.is_floating_point() else root.get_input_embeddings().weight.dtype
+    factory: dict[str, Any] = {"device": weight.device, "dtype": dtype}
+    if config.objective == "learned":
+        mlp.ttt_conv = TargetConv(width, config.conv_kernel, **factory)
+    if config.projection:
+        mlp.ttt_proj = TargetProjection(width, std if config.objective == "learned" else 0.0, **factory)
+
+
+# -- settings of an attached model ------------------------------------------------------------------------------------
+
+
+def set_lr(model: nn.Module, lr: float) -> None:
+    """Sets the inner learning rate from the next forward on (for a warm-up, say); 0 switches the updates' effect off."""
+    runtime_of(model).lr = float(lr)
+
+
+@contextmanager
+def updates_off(model: nn.Module) -> Iterator[None]:
+    """Inside, the model reads with its slow weights alone. A cache filled inside cannot be continued outside."""
+    runtime = runtime_of(model)
+    before, runtime.enabled = runtime.enabled, False
+    try:
+        yield
+    finally:
+        runtime.enabled = before
+
+
+# -- inspection --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One adapting layer: names, extra parameters, and bytes of fast weights per row."""
+
+    index: int
+    projection: str
+    kind: str
+    shape: tuple[int, int]
+    extra_parameters: int
+    state_bytes: int
+
+
+def inspect(model: nn.Module) -> list[LayerInfo]:
+    """What adapts. The state of a row is S (D x F) in float32 plus at most C pending tokens (not counted)."""
+    root, runtime = unwrap(model), runtime_of(model)
+    names = {id(module): name for name, module in root.named_modules()}
+    infos = []
+    for site in runtime.sites:
+        fast = site.projection()
+        D = output_size(fast)
+        F = next(s for s in (getattr(fast, n, None) for n in ("in_features", "nx")) if isinstance(s, int))
+        extra = sum(p.numel() for n, p in site.mlp.named_parameters() if n.startswith(("ttt_conv.", "ttt_proj.")))
+        infos.append(LayerInfo(site.index, names[id(fast)], type(fast).__name__, (D, F), extra, 4 * D * F))
+    return infos

@@ -1,0 +1,124 @@
+"""Fast weights inside the Hugging Face cache: whatever happens to a layer's keys happens to its fast weights."""
+
+import copy
+from typing import Any
+
+import torch
+from transformers import cache_utils
+from transformers.cache_utils import Cache
+
+from ..core import FastWeights
+
+
+class FastCacheLayer:
+    """Mixin for a cache layer that carries fast weights (``fast``)."""
+
+    fast: FastWeights
+    clip: torch.Tensor | None = None
+    stale = False
+    """Set when tokens were read with updates off: the fast weights no longer match the keys."""
+    is_compileable = False
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.fast.reset()
+        self.stale = False
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self.fast.select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._base("batch_select_indices")(indices)
+        rows = torch.as_tensor(indices)
+        self.fast.select(rows.nonzero().flatten() if rows.dtype == torch.bool else rows)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._base("batch_repeat_interleave")(repeats)
+        self.fast.select(torch.arange(self.fast.rows).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        crop = self._base("crop")
+        drop = -tokens_to_remove
+        if tokens_to_remove > 0:  # the older meaning: the length to keep
+            drop = max(self.get_seq_length() - tokens_to_remove, 0)  # type: ignore[attr-defined]
+        self.fast.rollback(int(drop), self.clip)
+        crop(tokens_to_remove)
+
+    def _base(self, name: str) -> Any:
+        method = getattr(super(), name, None)
+        if method is None:
+            raise NotImplementedError(f"{type(self).__mro__[2].__name__} has no {name}: use a DynamicCache")
+        return method
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        for key, value in self.__dict__.items():
+            new.__dict__[key] = value.fork() if isinstance(value, FastWeights) else copy.deepcopy(value, memo)
+        return new
+
+
+# Static subclasses: classes made at run time could not be pickled and stop torch.compile.
+class FastDynamicLayer(FastCacheLayer, cache_utils.DynamicLayer):
+    pass
+
+
+class FastDynamicSlidingWindowLayer(FastCacheLayer, cache_utils.DynamicSlidingWindowLayer):
+    pass
+
+
+class FastStaticLayer(FastCacheLayer, cache_utils.StaticLayer):
+    pass
+
+
+class FastStaticSlidingWindowLayer(FastCacheLayer, cache_utils.StaticSlidingWindowLayer):
+    pass
+
+
+class FastLinearAttentionLayer(FastCacheLayer, cache_utils.LinearAttentionLayer):
+    pass
+
+
+_CLASSES: dict[type, type] = {cls.__mro__[2]: cls for cls in FastCacheLayer.__subclasses__()}
+
+
+def fast_layer(cache: Cache, index: int, rows: int, chunk_size: int, decay: float) -> FastCacheLayer:
+    """Layer ``index`` of ``cache`` with fast weights, installed on first use.
+
+    Raises NotImplementedError for a kind of cache that cannot carry them and ValueError for one that was filled
+    without them.
+    """
+    while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    if index >= len(cache.layers):
+        raise ValueError(f"the cache has {len(cache.layers)} layers, the model needs one for layer {index}")
+    layer = cache.layers[index]
+    if isinstance(layer, FastCacheLayer):
+        if layer.stale:
+            raise ValueError(
+                "this cache read tokens with updates off: start from an empty cache, or leave the updates off"
+            )
+        return layer
+    cls = _CLASSES.get(type(layer))
+    if cls is None:
+        raise NotImplementedError(
+            f"a cache of {type(layer).__name__} cannot carry fast weights: use a DynamicCache or a StaticCache"
+        )
+    if layer.get_seq_length() > 0:
+        raise ValueError(
+            "this cache was filled without fast weights (before attach, with updates off, or in a training forward): "
+            "start from an empty cache"
+        )
+    new: Any = object.__new__(cls)
+    new.__dict__ = layer.__dict__
+    new.fast = FastWeights(rows, chunk_size, decay=decay)
+    cache.layers[index] = new
+    return new  # type: ignore[no-any-return]
+
+
+def mark_stale(cache: Cache) -> None:
+    """Notes that tokens are being read with updates off."""
+    for layer in cache.layers:
+        if isinstance(layer, FastCacheLayer):
+            layer.stale = True

@@ -1,0 +1,235 @@
+"""Saving and loading: the whole model, or the adapter alone.
+
+A saved directory holds
+
+* ``inplace_ttt.json``: the settings, their format version, and samples of the slow weights as a fingerprint;
+* ``inplace_ttt.safetensors``: the parameters that attach adds (and, on request, the adapting projections);
+* for a whole model, transformers' own files in ``base/``. The root has no ``config.json`` on purpose: a library that
+  knows nothing of fast weights must not load the directory as the plain model.
+"""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from ..config import InPlaceTTTConfig
+from ..errors import UserError
+from .attach import attach, is_attached, runtime_of, unwrap
+from .release import is_release, load_release
+
+SETTINGS, TENSORS, BASE = "inplace_ttt.json", "inplace_ttt.safetensors", "base"
+SAMPLES = 16
+
+
+def adapter_state(model: nn.Module, projections: bool = False) -> dict[str, Tensor]:
+    """The parameters that attach added, by their names in the transformers model; optionally the projections too."""
+    root, runtime = unwrap(model), runtime_of(model)
+    names = {id(module): name for name, module in root.named_modules()}
+    tensors = {}
+    for site in runtime.sites:
+        prefix = names[id(site.mlp)]
+        for name in ("ttt_conv", "ttt_proj"):
+            if (module := getattr(site.mlp, name, None)) is not None:
+                tensors[f"{prefix}.{name}.weight"] = module.weight
+        if projections:
+            projection = site.projection()
+            for name, parameter in projection.named_parameters(recurse=False):
+                tensors[f"{names[id(projection)]}.{name}"] = parameter
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def fingerprint(model: nn.Module) -> dict[str, list[float]]:
+    """A few entries of each adapting projection's slow weight: tells one base model from another, in any precision."""
+    samples = {}
+    for site in runtime_of(model).sites:
+        weight = site.projection().weight.detach()
+        if weight.is_floating_point() and weight.device.type != "meta":
+            flat = weight.flatten()
+            samples[str(site.index)] = flat[:: max(flat.numel() // SAMPLES, 1)][:SAMPLES].float().cpu().tolist()
+    return samples
+
+
+def save_pretrained(
+    model: nn.Module,
+    directory: str | Path,
+    tokenizer: Any = None,
+    *,
+    adapter_only: bool = False,
+    projections: bool = False,
+    **kwargs: Any,
+) -> None:
+    """Saves an attached model so that ``from_pretrained`` gives it back.
+
+    ``adapter_only`` leaves the base model out (load it with ``from_pretrained(directory, model=base)``);
+    ``projections`` then adds the adapting projections, for runs that trained them. Further keywords go to transformers'
+    ``save_pretrained``. Raises UserError when nothing is attached.
+    """
+    root, runtime = unwrap(model), runtime_of(model)
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "inplace_ttt": runtime.config.to_dict(),
+        "kind": "adapter" if adapter_only else "model",
+        "base": {"model_type": root.config.model_type, "name": getattr(root.config, "_name_or_path", "")},
+        "fingerprint": {} if projections else fingerprint(model),
+    }
+    if not adapter_only:
+        state = {k: v for k, v in root.state_dict().items() if not is_added(k)}
+        saved = root.config.inplace_ttt
+        del root.config.inplace_ttt
+        try:
+            root.save_pretrained(path / BASE, state_dict=state, **kwargs)
+        finally:
+            root.config.inplace_ttt = saved
+    save_file(adapter_state(model, adapter_only and projections), path / TENSORS, metadata={"format": "pt"})
+    (path / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+
+
+def from_pretrained(directory: str | Path, model: nn.Module | None = None, **kwargs: Any) -> Any:
+    """A model with fast weights from a directory (or hub id) that holds one.
+
+    Reads what ``save_pretrained`` wrote (an adapter is put on ``model``, or on the base it names), what transformers'
+    own ``save_pretrained`` wrote of an attached model, and the authors' release format. Keywords (``dtype``,
+    ``device_map``, ...) go to ``AutoModelForCausalLM.from_pretrained``. Raises UserError, with the reason, on a missing
+    or foreign directory, a newer format, a wrong base model, and missing, extra or misshapen tensors.
+    """
+    path = _resolve(directory)
+    if not (path / SETTINGS).is_file():
+        return _from_plain_layout(path, kwargs)
+    try:
+        settings = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
+        config = InPlaceTTTConfig.from_dict(settings["inplace_ttt"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+        raise UserError(f"{path / SETTINGS} is damaged ({error}): save the model again") from None
+    try:
+        tensors = load_file(path / TENSORS)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise UserError(f"{path / TENSORS} is missing or damaged ({error}): save the model again") from None
+    base = _base(path, settings, model, kwargs)
+    attach(base, config)
+    load_added(base, tensors, str(path / TENSORS))
+    _check_fingerprint(base, settings, path)
+    return base
+
+
+def is_added(name: str) -> bool:
+    """Whether a parameter's name is one that attach adds."""
+    return ".ttt_conv." in name or ".ttt_proj." in name
+
+
+def load_added(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Copies stored parameters into an attached model; UserError unless names and shapes match exactly."""
+    root = unwrap(model)
+    parameters = dict(root.named_parameters(remove_duplicate=False))
+    missing = sorted({n for n in parameters if is_added(n)} - set(tensors))
+    extra = sorted(set(tensors) - set(parameters))
+    for names, what in ((missing, "lacks"), (extra, "has tensors that this model has not:")):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UserError(f"{source} {what} {', '.join(names[:3])}{more}: wrong base model, or a damaged file")
+    for name, tensor in tensors.items():
+        if parameters[name].shape != tensor.shape:
+            raise UserError(
+                f"{source}: {name} has shape {tuple(tensor.shape)}, this model needs {tuple(parameters[name].shape)}"
+            )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+
+
+def load_plain(path: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """``AutoModelForCausalLM.from_pretrained`` that refuses missing weights instead of making them up."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+    finally:
+        transformers_logging.set_verbosity(level)
+    missing = sorted(report["missing_keys"])
+    extra = sorted(k for k in report["unexpected_keys"] if not is_added(k))
+    if missing or report["mismatched_keys"]:
+        raise UserError(f"{path} lacks or misshapes weights of the base model: {missing or report['mismatched_keys']}")
+    if extra:
+        raise UserError(f"{path} has weights that {type(model).__name__} does not know: {', '.join(extra[:3])}")
+    return model  # type: ignore[no-any-return]
+
+
+def stored_added(path: Path) -> dict[str, Tensor]:
+    """The added parameters in a directory's own safetensors files."""
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{path} has no safetensors file")
+    return {k: v for file in files for k, v in load_file(file).items() if is_added(k)}
+
+
+def _resolve(directory: str | Path) -> Path:
+    path = Path(directory).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or str(directory).startswith((".", "/", "~")) or str(directory).count("/") != 1:
+        raise UserError(f"no model directory at {directory}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(directory)))
+    except Exception as error:
+        raise UserError(f"{directory} is no directory here and could not be fetched from the hub ({error})") from None
+
+
+def _from_plain_layout(path: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """A directory that transformers wrote: of an attached model, or in the authors' format."""
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} holds no model: it has neither {SETTINGS} nor config.json")
+    values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    if is_release(values):
+        config, dropped = load_release(values)
+        if dropped:
+            warnings.warn(f"{path} names layers {dropped}, which the model does not have: left out", stacklevel=3)
+    elif "inplace_ttt" in values:
+        config = InPlaceTTTConfig.from_dict(values["inplace_ttt"])
+    else:
+        raise UserError(
+            f"{path} is a plain model without fast weights: load it with transformers and call inplace_ttt.attach"
+        )
+    model = load_plain(path, kwargs)
+    attach(model, config)
+    load_added(model, stored_added(path), str(path))
+    return model
+
+
+def _base(path: Path, settings: dict[str, Any], model: nn.Module | None, kwargs: dict[str, Any]) -> Any:
+    if settings["kind"] == "model":
+        if model is not None:
+            raise UserError(f"{path} holds a whole model: leave out model=")
+        return load_plain(path / BASE, kwargs)
+    wanted = settings["base"]
+    if model is None:
+        if not wanted["name"]:
+            raise UserError(f"{path} is an adapter without its base model's name: pass model=")
+        return AutoModelForCausalLM.from_pretrained(wanted["name"], **kwargs)
+    if is_attached(model):
+        raise UserError("the model has fast weights already: detach(model) first")
+    have = unwrap(model).config.model_type
+    if have != wanted["model_type"]:
+        raise UserError(f"{path} belongs on a {wanted['model_type']} model, got {have}")
+    return model
+
+
+def _check_fingerprint(model: nn.Module, settings: dict[str, Any], path: Path) -> None:
+    have = fingerprint(model)
+    for layer, stored in settings.get("fingerprint", {}).items():
+        if layer not in have:
+            continue
+        a, b = torch.tensor(have[layer]), torch.tensor(stored)
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=2e-2, atol=1e-6 + 1e-2 * float(b.abs().mean())):
+            raise UserError(f"wrong base model: the weights of layer {layer} are not those that {path} was trained on")

@@ -1,0 +1,256 @@
+"""What one forward call means for the adapting layers, and how it reaches them.
+
+A pre-hook on the base model makes a ``CallContext`` and passes it as one keyword argument; transformers hands it to
+every attention module, whose pre-hook takes it out; the MLP of the same layer runs next and its projection uses it.
+Because it travels with the call's own arguments, a recomputation under activation checkpointing sees the same one.
+Hooks are bound methods of plain objects, so deep copies of a model point to the copy.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from ..config import InPlaceTTTConfig
+from ..core import ChunkTable, FastWeights, document_ids, scan, target
+from ..core.target import SHIFTS
+from .cache import FastCacheLayer, fast_layer, mark_stale
+from .linear import FastWeight
+from .masks import real_tokens
+
+CONTEXT = "inplace_ttt_context"
+
+
+class CallContext:
+    """One forward call: the chunk table, each layer's cache slot, and the embeddings it starts from."""
+
+    def __init__(self, table: ChunkTable, slots: dict[int, FastCacheLayer], enabled: bool) -> None:
+        self.table, self.slots, self.enabled = table, slots, enabled
+        self.grad = torch.is_grad_enabled()
+        self.embeddings: Tensor | None = None
+        self.outer: CallContext | None = None
+        self._moved: dict[torch.device, ChunkTable] = {}
+
+    def table_on(self, device: torch.device) -> ChunkTable:
+        if self.table.index is None:
+            return self.table
+        if device not in self._moved:
+            self._moved[device] = self.table.to(device)
+        return self._moved[device]
+
+
+class Runtime:
+    """The attached state of one model: settings, sites, and the call that is running."""
+
+    def __init__(self, model: PreTrainedModel, config: InPlaceTTTConfig) -> None:
+        self.config, self.lr, self.enabled = config, config.lr, True
+        self.model_config = model.config
+        self.sites: list[LayerSite] = []
+        self.attentions: list[nn.Module] = []
+        self.current: CallContext | None = None
+        self.handles: list[Any] = []
+        self.parameters = list(inspect.signature(model.base_model.forward).parameters)
+
+    # -- hooks ----------------------------------------------------------------------------------------------------
+
+    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = dict(zip(self.parameters, args, strict=False)) | kwargs
+        if "cache" in given or "write_index" in given:
+            raise NotImplementedError(
+                "continuous batching mixes requests in one row and names none of them, so fast weights cannot follow: "
+                "call generate() instead"
+            )
+        context, cache = self._context(module, given)
+        context.outer, self.current = self.current, context
+        if given.get("inputs_embeds") is not None:
+            context.embeddings = given["inputs_embeds"]
+        kwargs = {**kwargs, CONTEXT: context}
+        if cache is not None and given.get("past_key_values") is None:
+            if len(args) > self.parameters.index("past_key_values"):
+                raise ValueError("pass past_key_values by keyword")
+            kwargs["past_key_values"] = cache
+        return args, kwargs
+
+    def after_embedding(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if self.current is not None and self.current.embeddings is None:
+            self.current.embeddings = output
+
+    def before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if CONTEXT not in kwargs:
+            return None
+        return args, {k: v for k, v in kwargs.items() if k != CONTEXT}
+
+    def after_model(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.current is not None:
+            self.current = self.current.outer
+
+    # -- one call -------------------------------------------------------------------------------------------------
+
+    def _context(self, module: nn.Module, given: dict[str, Any]) -> tuple[CallContext, Cache | None]:
+        source = given.get("input_ids")
+        if source is None:
+            source = given.get("inputs_embeds")
+        if source is None:
+            raise ValueError("a call needs input_ids or inputs_embeds")
+        rows, tokens = source.shape[:2]
+        cache = self._cache(module, given)
+        if not self.enabled:
+            if cache is not None:
+                mark_stale(cache)
+            return CallContext(ChunkTable.build(rows, tokens, self.config.chunk_size), {}, False), None
+        slots = {} if cache is None else {
+            site.index: fast_layer(cache, site.index, rows, self.config.chunk_size, self.config.decay)
+            for site in self.sites
+        }
+        seen = next((slot.fast.seen for slot in slots.values()), None)
+        fresh = given.get("past_key_values") is None
+        position_ids = given.get("position_ids")
+        documents = document_ids(
+            real_tokens(given.get("attention_mask"), rows, tokens, cache),
+            position_ids if fresh and position_ids is not None and position_ids.dim() == 2 else None,
+            given.get("seq_idx"),
+            given.get("cu_seq_lens_q"),
+            rows=rows,
+            tokens=tokens,
+        )
+        table = ChunkTable.build(
+            rows, tokens, self.config.chunk_size, documents=documents, seen=seen, keep_state=bool(slots)
+        )
+        return CallContext(table, slots, True), cache
+
+    def _cache(self, module: nn.Module, given: dict[str, Any]) -> Cache | None:
+        """The call's cache: the given one, or a new one where transformers would make one for later use."""
+        cache, use_cache = given.get("past_key_values"), given.get("use_cache")
+        if module.training and any(getattr(m, "gradient_checkpointing", False) for m in module.modules()):
+            return None  # transformers drops the cache in this case
+        if cache is not None:
+            if not isinstance(cache, Cache):
+                raise NotImplementedError(f"cannot keep fast weights in a {type(cache).__name__}: pass a DynamicCache")
+            return cache if use_cache is not False else None
+        wanted = self.model_config.use_cache if use_cache is None else use_cache
+        if not wanted or not self.enabled or (use_cache is None and module.training and torch.is_grad_enabled()):
+            return None
+        return DynamicCache(config=self.model_config)
+
+    def no_auto_compile(self, *args: Any, **kwargs: Any) -> bool:
+        """generate() compiles decoding with static caches by itself; fast weights change under it, so not here."""
+        return False
+
+
+class LayerSite:
+    """One adapting layer: receives the call's context, the MLP's input and the projection's input."""
+
+    def __init__(self, runtime: Runtime, index: int, mlp: nn.Module) -> None:
+        self.runtime, self.index, self.mlp = runtime, index, mlp
+        self.context: CallContext | None = None
+        self.mlp_input: Tensor | None = None
+
+    def before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.context = kwargs.get(CONTEXT)
+        return None
+
+    def projection(self) -> nn.Module:
+        """The adapting module itself, under whatever wraps it."""
+        return next(m for m in self.mlp.modules() if isinstance(m, FastWeight))  # type: ignore[return-value]
+
+    def before_mlp(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.mlp_input = args[0] if args else kwargs["hidden_states"]
+
+    def after_mlp(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.context = self.mlp_input = None
+
+    def project(self, module: nn.Module, z: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+        """The projection's output for input z [B, T, F]: slow and fast weights together."""
+        context, config = self.context, self.runtime.config
+        if context is None:
+            raise RuntimeError(
+                f"layer {self.index} was called outside the model's forward, so its fast weights do not know the document: "
+                "call the whole model, or detach first (a family whose attention takes no extra keyword arguments cannot "
+                "be adapted)"
+            )
+        if not context.enabled:
+            return plain(z)
+        slot = context.slots.get(self.index)
+        state = None if slot is None else slot.fast
+        table = context.table_on(z.device)
+        if state is None and not table.updates:
+            return plain(z)
+        if hasattr(z, "to_local"):
+            raise NotImplementedError("tensor parallel projections are not supported yet: load the model without tp_plan")
+        z, u = self._compute_dtype(z), self._source(context)
+        past_z, past_u = (None, None) if state is None else state.past(table)
+        v = self._targets(u, past_u, table)
+        clip = self._clip(module)
+        keywords: dict[str, Any] = {
+            "lr": self.runtime.lr,
+            "decay": config.decay,
+            "clip": clip,
+            "state_BDF": None if state is None else state.S,
+            "past_BPF": past_z,
+        }
+        if v is None and keywords["state_BDF"] is None:
+            out, S = plain(z), None
+        elif getattr(module, "fuses", False):
+            bias = None if module.bias is None else module.bias.to(z.dtype)
+            out, S = scan(z, v, module.weight.to(z.dtype), table, bias_D=bias, **keywords)
+        else:
+            fast, S = scan(z, v, None, table, **keywords)
+            out = plain(z) + fast
+        if slot is not None and state is not None:
+            slot.clip = clip
+            state.absorb(table, z, u, v, S)
+        return out
+
+    def _source(self, context: CallContext) -> Tensor:
+        """u [B, T, D]."""
+        if self.runtime.config.target == "hidden_states":
+            assert self.mlp_input is not None
+            return self.mlp_input
+        if context.embeddings is None:
+            raise RuntimeError("the token embeddings of this call were not seen: was the embedding module replaced?")
+        if context.grad and not torch.is_grad_enabled():
+            raise RuntimeError(
+                "reentrant activation checkpointing cannot carry gradients to the embeddings that In-Place TTT learns "
+                'from: use gradient_checkpointing_kwargs={"use_reentrant": False}, or target="hidden_states"'
+            )
+        return context.embeddings.to(self.mlp_input.device) if self.mlp_input is not None else context.embeddings
+
+    def _targets(self, u: Tensor, past_u: Tensor | None, table: ChunkTable) -> Tensor | None:
+        config = self.runtime.config
+        conv, proj = getattr(self.mlp, "ttt_conv", None), getattr(self.mlp, "ttt_proj", None)
+        return target(
+            u,
+            None if conv is None else conv.weight[:, 0],
+            None if proj is None else proj.weight,
+            table,
+            lookahead=config.lookahead,
+            shift=SHIFTS.get(config.objective, 1),
+            past_BPD=past_u,
+        )
+
+    def _clip(self, module: nn.Module) -> Tensor | None:
+        config = self.runtime.config
+        if config.clip is None:
+            return None
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        if not config.clip_relative:
+            return torch.tensor(config.clip, device=weight.device)
+        if not weight.is_floating_point():
+            raise NotImplementedError("clip_relative needs the norm of a dense weight: use an absolute clip")
+        return config.clip * torch.linalg.vector_norm(weight.detach().float())
+
+    def _compute_dtype(self, z: Tensor) -> Tensor:
+        """z in the precision in which the projection's product is taken."""
+        device = z.device.type
+        if z.dtype == torch.float32 and torch.is_autocast_enabled(device):
+            return z.to(torch.get_autocast_dtype(device))
+        return z
+
+
+def fast_weights(cache: Cache) -> dict[int, FastWeights]:
+    """The fast weights that a cache carries, by layer."""
+    return {i: layer.fast for i, layer in enumerate(cache.layers) if isinstance(layer, FastCacheLayer)}

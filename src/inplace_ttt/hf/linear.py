@@ -1,0 +1,111 @@
+"""The adapting projection and the parameters beside it."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import UserError
+
+
+class Site(Protocol):
+    """What a projection hands its input to (``context.LayerSite``)."""
+
+    def project(self, module: nn.Module, z: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor: ...
+
+
+class FastWeight:
+    """Mixin: a last projection whose weight adapts while the model reads. Its slow weight stays where it was."""
+
+    slow_class: type[nn.Module]
+    fuses = False
+    """Whether the slow product may be taken together with the fast one (a plain dense ``nn.Linear``)."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        site: Site = self.__dict__["site"]
+        return site.project(self, z, super().forward)  # type: ignore[arg-type, misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self.slow_class,), self.__dict__
+
+
+class FastWeightLinear(FastWeight, nn.Linear):
+    """``nn.Linear`` that adapts."""
+
+    slow_class = nn.Linear
+    fuses = True
+
+
+class FastWeightConv1D(FastWeight, Conv1D):
+    """GPT-2's transposed linear layer that adapts."""
+
+    slow_class = Conv1D
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FastWeightLinear, Conv1D: FastWeightConv1D}
+
+
+def _class_for(slow_class: type[nn.Module]) -> type[nn.Module]:
+    """The adapting subclass of a linear layer's class (quantised and custom ones get theirs on first use)."""
+    if slow_class not in _CLASSES:
+        namespace = {"slow_class": slow_class, "__module__": __name__}
+        _CLASSES[slow_class] = type(f"FastWeight{slow_class.__name__}", (FastWeight, slow_class), namespace)
+    return _CLASSES[slow_class]
+
+
+def _rebuild(slow_class: type[nn.Module]) -> nn.Module:
+    cls = _class_for(slow_class)
+    return cls.__new__(cls)
+
+
+def make_fast(slow: nn.Module, site: Site) -> nn.Module:
+    """An adapting module that shares parameters, buffers and hooks with ``slow``."""
+    if "forward" in slow.__dict__:
+        raise UserError(
+            f"the forward of a {type(slow).__name__} was replaced (offloading or tensor parallelism): "
+            "attach the fast weights before dispatching the model"
+        )
+    fast = _rebuild(type(slow))
+    fast.__dict__.update(slow.__dict__)
+    fast.__dict__["site"] = site
+    return fast
+
+
+def make_slow(fast: nn.Module) -> nn.Module:
+    """The plain module back, with the same parameters, buffers and hooks."""
+    slow_class: type[nn.Module] = fast.slow_class  # type: ignore[assignment]
+    slow = slow_class.__new__(slow_class)
+    slow.__dict__.update({k: v for k, v in fast.__dict__.items() if k != "site"})
+    return slow
+
+
+def output_size(projection: nn.Module) -> int:
+    """D of a linear-like module."""
+    for name in ("out_features", "nf"):
+        if isinstance(size := getattr(projection, name, None), int):
+            return size
+    raise UserError(f"cannot tell the output size of {type(projection).__name__}: it must be a linear layer")
+
+
+class TargetConv(nn.Module):
+    """kappa: depthwise convolution over time, ``weight`` [D, 1, K], zero at the start. Applied by ``core.target``."""
+
+    def __init__(self, width: int, kernel: int, **factory: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width, 1, kernel, **factory))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, kernel={self.weight.shape[2]}"
+
+
+class TargetProjection(nn.Module):
+    """P: ``weight`` [D, D], used as ``c P`` (not as ``nn.Linear`` would). Applied by ``core.target``."""
+
+    def __init__(self, width: int, std: float, **factory: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.diag(torch.randn(width) * std).to(**factory))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}"
