@@ -131,7 +131,8 @@ def test_select_fork_reset():
     state.reset()
     assert state.seen == (0, 0, 0, 0)
     torch.testing.assert_close(
-        feed(state, more_z, more_u, weight, kappa, P), reference(more_z, more_u, weight, kappa, P, lr=0.5, chunk_size=C)[0]
+        feed(state, more_z, more_u, weight, kappa, P),
+        reference(more_z, more_u, weight, kappa, P, lr=0.5, chunk_size=C)[0],
     )
 
 

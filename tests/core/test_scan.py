@@ -141,9 +141,7 @@ def test_fixed_targets_are_one_hot_taps(shift):
         table = ChunkTable.build(2, 3 * C, C)
         return scan(z, target(u, None, P, table, shift=shift), weight, table, lr=0.7)[:1]
 
-    assert_same_with_gradients(
-        inputs, run, lambda: reference(z, u, weight, one_hot, P, lr=0.7, chunk_size=C)[:1]
-    )
+    assert_same_with_gradients(inputs, run, lambda: reference(z, u, weight, one_hot, P, lr=0.7, chunk_size=C)[:1])
 
 
 def test_without_weight_gives_the_fast_part():

@@ -20,33 +20,28 @@ class Layout:
         self.z, self.past = z_BTF, None if past_BPF is None else past_BPF[:, :prefix]
         self.C, self.P, self.T = chunk_size, prefix, z_BTF.shape[1]
         self.index, self.update, self.reset = index_BMC, update_BM, reset_BM
+        if index_BMC is not None:  # for all slots at once: small kernels in the loop over chunks would dominate it
+            t = index_BMC - prefix
+            rows = torch.arange(t.shape[0], device=t.device)[:, None, None] * self.T
+            self._flat, self._new = t.clamp(min=0) + rows, (t >= 0)[..., None]
+            self._old = ((index_BMC >= 0) & (t < 0))[..., None]
 
     def _span(self, m: int) -> slice:
         return slice(max(m * self.C - self.P, 0), min((m + 1) * self.C - self.P, self.T))
-
-    def _new(self, m: int) -> tuple[Tensor, Tensor]:
-        """Flat token numbers [B, C] of slot m's new tokens, and which of them are there."""
-        assert self.index is not None
-        t = self.index[:, m] - self.P
-        there = t >= 0
-        rows = torch.arange(t.shape[0], device=t.device)[:, None] * self.T
-        return t.clamp(min=0) + rows, there
 
     def applied(self, x_BTW: Tensor, m: int) -> Tensor:
         """Rows of ``x`` at slot m's new tokens, [B, <= C, W], zero where there is none."""
         if self.index is None:
             return x_BTW[:, self._span(m)]
-        flat, there = self._new(m)
-        return torch.where(there[..., None], x_BTW.reshape(-1, x_BTW.shape[-1])[flat], 0)
+        return torch.where(self._new[:, m], x_BTW.reshape(-1, x_BTW.shape[-1])[self._flat[:, m]], 0)
 
     def add_applied(self, out_BTW: Tensor, m: int, value: Tensor) -> None:
         """Adds to ``out`` at slot m's new tokens."""
         if self.index is None:
             out_BTW[:, self._span(m)] += value
             return
-        flat, there = self._new(m)
-        value = torch.where(there[..., None], value, 0).to(out_BTW.dtype)
-        out_BTW.view(-1, out_BTW.shape[-1]).index_add_(0, flat.flatten(), value.flatten(0, 1))
+        value = torch.where(self._new[:, m], value, 0).to(out_BTW.dtype)
+        out_BTW.view(-1, out_BTW.shape[-1]).index_add_(0, self._flat[:, m].flatten(), value.flatten(0, 1))
 
     def absorbed(self, m: int) -> Tensor:
         """z of slot m's tokens, pending ones included, [B, C, F]; zero where there is none."""
@@ -55,10 +50,8 @@ class Layout:
             return z
         if self.index is None:
             return z if m else torch.cat([self.past.to(z.dtype), z], 1)
-        where = self.index[:, m]
-        pending = (where >= 0) & (where < self.P)
-        old = self.past.gather(1, where.clamp(0, self.P - 1)[..., None].expand(-1, -1, z.shape[-1]))
-        return torch.where(pending[..., None], old.to(z.dtype), z)
+        where = self.index[:, m].clamp(0, self.P - 1)[..., None]
+        return torch.where(self._old[:, m], self.past.gather(1, where.expand_as(z)).to(z.dtype), z)
 
     def add_absorbed(self, dz_BTF: Tensor, dpast_BPF: Tensor | None, m: int, value_BCF: Tensor) -> None:
         """Adds to the gradients of z and of the pending z at slot m's tokens."""
@@ -70,10 +63,9 @@ class Layout:
             return
         self.add_applied(dz_BTF, m, value_BCF)
         if dpast_BPF is not None:
-            where = self.index[:, m]
-            pending = (where >= 0) & (where < self.P)
-            value = torch.where(pending[..., None], value_BCF, 0).to(dpast_BPF.dtype)
-            dpast_BPF.scatter_add_(1, where.clamp(0, self.P - 1)[..., None].expand_as(value), value)
+            where = self.index[:, m].clamp(0, self.P - 1)[..., None]
+            value = torch.where(self._old[:, m], value_BCF, 0).to(dpast_BPF.dtype)
+            dpast_BPF.scatter_add_(1, where.expand_as(value), value)
 
     def targets(self, v_BND: Tensor, m: int) -> Tensor:
         """v of slot m, [B, C, D]; zero for rows whose slot does not update."""

@@ -109,7 +109,26 @@ def scan_op(
 
 
 @scan_op.register_fake
-def _(z, v, weight, bias, state, past, clip, index, update, reset, lr, decay, chunk_size, prefix, steps, updates, width, keep_state):  # type: ignore[no-untyped-def]  # noqa: E501
+def _(
+    z,
+    v,
+    weight,
+    bias,
+    state,
+    past,
+    clip,
+    index,
+    update,
+    reset,
+    lr,
+    decay,
+    chunk_size,
+    prefix,
+    steps,
+    updates,
+    width,
+    keep_state,
+):  # type: ignore[no-untyped-def]  # noqa: E501
     B, T, F = z.shape
     dtype = state_dtype(z.dtype)
     return z.new_empty(B, T, width), z.new_empty(*((B, width, F) if keep_state else (0,)), dtype=dtype)
@@ -177,7 +196,9 @@ def scan_backward_op(
 
 
 @scan_backward_op.register_fake
-def _(g, grad_state, z, v, weight, state, past, clip, index, update, reset, lr, decay, chunk_size, prefix, steps, updates):  # type: ignore[no-untyped-def]  # noqa: E501
+def _(
+    g, grad_state, z, v, weight, state, past, clip, index, update, reset, lr, decay, chunk_size, prefix, steps, updates
+):  # type: ignore[no-untyped-def]  # noqa: E501
     def like(x: Tensor | None) -> Tensor:
         return z.new_empty(0) if x is None else x.new_empty(x.shape)
 
@@ -193,7 +214,9 @@ def _through_clip(H: Tensor, dW: Tensor, clip: Tensor) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    z, v, weight, bias, state, past, clip, index, update, reset, lr, decay, chunk_size, prefix, steps, updates = inputs[:16]
+    z, v, weight, bias, state, past, clip, index, update, reset, lr, decay, chunk_size, prefix, steps, updates = inputs[
+        :16
+    ]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(z, v, weight, state, past, clip, index, update, reset)
     ctx.numbers = (lr, decay, chunk_size, prefix, steps, updates)
@@ -249,15 +272,18 @@ def scan(
 ) -> tuple[Tensor, Tensor | None]:
     """Outputs ``(W0 + lr * S_i) z_t (+ bias)`` [B, T, D] and the state after the call.
 
-    z_BTF: inputs of the projection, float64, float32, bfloat16 or float16. v_BND: as ``core.target`` returns it.
-    weight_DF: slow weight of z's dtype, or None for the fast weights' part alone (then ``width`` or the state or v gives
-    D). table: the call's chunks, on z's device. lr: inner learning rate. decay in [0, 1): S shrinks by ``1 - decay``
-    at every update. clip: 0-d tensor, the largest Frobenius norm of one chunk's update. state_BDF: S before the call
-    (None: zero). past_BPF: z of the pending tokens, when ``table.prefix`` > 0. backend: a name in ``BACKENDS``.
+    z_BTF: inputs of the projection, float64, float32, bfloat16 or float16.
+    v_BND: targets, as ``core.target`` returns them; None when no chunk updates.
+    weight_DF: slow weight of z's dtype; None for the fast weights' part alone (then ``width``, or state or v, gives D).
+    table: the call's chunks, on z's device.
+    lr: inner learning rate. decay, in [0, 1): S shrinks by ``1 - decay`` at every update.
+    clip: 0-d tensor, the largest Frobenius norm of one chunk's update.
+    state_BDF: S before the call (None: zero). past_BPF: z of the pending tokens, when ``table.prefix`` > 0.
+    backend: a name in ``BACKENDS``.
 
-    The second result is S after the call, [B, D, F] in float32 (float64 for float64 inputs) or None for zero, when
-    ``table.keep_state``, else None. All tensors but clip get gradients; double backward is not supported. Work per token: forward 2 * D * F
-    multiply-adds beyond the plain projection, whatever the length. Sections 2 and 3 of docs/method.md.
+    The second result is S after the call when ``table.keep_state``: [B, D, F] in float32 (float64 for float64 inputs),
+    or None for zero. All tensors but clip get gradients; double backward is not supported. Work per token: D * F
+    multiply-adds for the slow product and 2 * D * F for the fast ones, whatever the length. docs/method.md.
 
     Raises ValueError on an unknown backend or missing pending tokens.
     """

@@ -50,9 +50,7 @@ class FastWeights:
 
     # -- after a call ---------------------------------------------------------------------------------------------
 
-    def absorb(
-        self, table: ChunkTable, z_BTF: Tensor, u_BTD: Tensor, v_BND: Tensor | None, S: Tensor | None
-    ) -> None:
+    def absorb(self, table: ChunkTable, z_BTF: Tensor, u_BTD: Tensor, v_BND: Tensor | None, S: Tensor | None) -> None:
         """Takes over what a call with ``table`` left: the new S, its pending tokens and its completed chunks."""
         if table.updates or any(table.restarted):
             self._remember(table, z_BTF, u_BTD, v_BND)
@@ -111,9 +109,11 @@ class FastWeights:
             pick.append([0] * (R - len(chunks)) + chunks)
         index = torch.tensor(pick, device=v_BND.device)[..., None] * C + torch.arange(C, device=v_BND.device)
         index = index.flatten(1)[..., None]
-        both = new if self.history is None else [
-            torch.cat([a, b.to(a.dtype)], 1) for a, b in zip(self.history, new, strict=True)
-        ]
+        both = (
+            new
+            if self.history is None
+            else [torch.cat([a, b.to(a.dtype)], 1) for a, b in zip(self.history, new, strict=True)]
+        )
         z, u, v = (x.gather(1, index.expand(-1, -1, x.shape[-1])) for x in both)
         self.history = (z, u, v)
 
@@ -178,7 +178,10 @@ class FastWeights:
 
     def _reopen(self, b: int, chunks: int, clip: Tensor | None) -> None:
         """Row b's last completed chunks become pending again; their updates leave S."""
-        assert self.S is not None and self.history is not None and self.z is not None and self.u is not None
+        assert self.S is not None
+        assert self.history is not None
+        assert self.z is not None
+        assert self.u is not None
         C = self.chunk_size
         z, u, v = (x[b : b + 1] for x in self.history)
         S = self.S[b : b + 1].clone()
@@ -200,7 +203,7 @@ class FastWeights:
 
 def _tail(table: ChunkTable, x_BTW: Tensor, past_BPW: Tensor | None) -> Tensor:
     """The tokens left pending, [B, C, W], zero where there is none."""
-    B, T, W = x_BTW.shape
+    T, W = x_BTW.shape[1:]
     C, P = table.chunk_size, table.prefix
     if table.tail is None:
         n = table.pending[0] if table.rows else 0
@@ -213,9 +216,7 @@ def _tail(table: ChunkTable, x_BTW: Tensor, past_BPW: Tensor | None) -> Tensor:
     return torch.where((table.tail >= 0)[..., None], picked, 0)
 
 
-def _completed(
-    update: Tensor, reset: Tensor, updates: int, restarted: Sequence[bool]
-) -> tuple[list[int], list[int]]:
+def _completed(update: Tensor, reset: Tensor, updates: int, restarted: Sequence[bool]) -> tuple[list[int], list[int]]:
     """Per row: how many slots its current document completed in a call, and the slot after the last of them."""
     done, stop = [], []
     for row_update, row_reset, again in zip(update.tolist(), reset.tolist(), restarted, strict=True):

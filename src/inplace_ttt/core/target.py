@@ -14,7 +14,7 @@ def chunked(x_BTW: Tensor, past_BPW: Tensor | None, table: ChunkTable) -> Tensor
 
     A view of ``x`` where possible. ``past`` holds the pending tokens, at least ``table.prefix`` of them.
     """
-    B, T, W = x_BTW.shape
+    B, W = x_BTW.shape[0], x_BTW.shape[2]
     C, U, P = table.chunk_size, table.updates, table.prefix
     if P and past_BPW is None:
         raise ValueError(f"{P} pending tokens are missing: pass them as past")

@@ -1,0 +1,128 @@
+"""A tiny random model of every family in the table, and fast weights large enough to matter."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import inplace_ttt as ittt
+
+C = 4
+"""Chunk size of the tests."""
+VOCAB = 97
+LAYERS = 3
+LENGTHS = (1, C - 1, C, C + 1, 2 * C + 3)
+TARGETS = ("input_embed", "hidden_states")
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+}
+
+
+def _config(name: str, **changes: Any) -> Callable[[], transformers.PretrainedConfig]:
+    return lambda: getattr(transformers, name)(**(_COMMON | changes))
+
+
+BUILDERS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
+    "gemma2": _config("Gemma2Config", head_dim=8, query_pre_attn_scalar=8, sliding_window=6),
+    "gemma3_text": _config(
+        "Gemma3TextConfig", head_dim=8, query_pre_attn_scalar=8, sliding_window=6, sliding_window_pattern=2
+    ),
+    "glm4": _config("Glm4Config", head_dim=8),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCAB,
+        n_embd=32,
+        n_inner=48,
+        n_layer=LAYERS,
+        n_head=4,
+        n_positions=256,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+    ),
+    "gpt_neox": _config("GPTNeoXConfig"),
+    "granite": _config("GraniteConfig", embedding_multiplier=3.0, residual_multiplier=0.5, attention_multiplier=0.3),
+    "llama": _config("LlamaConfig"),
+    "mistral": _config("MistralConfig", head_dim=8, sliding_window=6),
+    "olmo2": _config("Olmo2Config"),
+    "phi3": _config("Phi3Config"),
+    "qwen2": _config("Qwen2Config"),
+    "qwen3": _config("Qwen3Config", head_dim=8),
+    "qwen3_moe": _config(
+        "Qwen3MoeConfig",
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        mlp_only_layers=[0, 2],
+        decoder_sparse_step=1,
+        experts_implementation="eager",
+    ),
+    "smollm3": _config("SmolLM3Config"),
+    "starcoder2": _config("Starcoder2Config", residual_dropout=0.0, embedding_dropout=0.0, attention_dropout=0.0),
+}
+"""Configurations by ``model_type``."""
+
+
+def plain(model_type: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
+    """The family's tiny model without fast weights, in eval mode, with weights large enough to tell tokens apart."""
+    config = BUILDERS[model_type]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * noise)
+            else:
+                parameter.copy_(noise * (1.0 if "embed" in name or "wte" in name else parameter.shape[-1] ** -0.5))
+    return model.to(dtype).eval()
+
+
+def randomise(model: nn.Module, scale: float = 1.0) -> None:
+    """Gives the added parameters values as if trained."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".ttt_conv." in name:
+                parameter.copy_(0.5 * scale * torch.randn(parameter.shape, generator=generator))
+            elif ".ttt_proj." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[0] ** -0.5)
+
+
+def adapted(model_type: str, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
+    """The family's tiny model with fast weights that change its logits visibly from the second chunk on."""
+    model = plain(model_type, dtype)
+    values: dict[str, Any] = {"layers": "0::2", "chunk_size": C, "lr": 0.03} | settings
+    ittt.attach(model, ittt.InPlaceTTTConfig(**values))
+    randomise(model)
+    return model
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
+    """Random ids without the padding token."""
+    return torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(100 + seed))
+
+
+def logits(model: nn.Module, ids: Tensor, **keywords: Any) -> Tensor:
+    """Logits without a cache."""
+    with torch.no_grad():
+        out: Tensor = model(ids, use_cache=False, **keywords).logits
+    return out
