@@ -1,0 +1,51 @@
+"""``inplace-ttt train`` and ``inplace-ttt tokenizer``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file of the run, such as recipes/tiny-cpu.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings that replace the recipe's: key.sub=value.", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the output.")] = False,
+    prepare_only: Annotated[
+        bool, typer.Option("--prepare-only", help="Make the tokenizer and the tokens, then stop.")
+    ] = False,
+) -> None:
+    """Train a model from a recipe: tokens, training, the saved model, its test losses, a plot and run.json."""
+    from inplace_ttt.train.recipe import load_recipe
+    from inplace_ttt.train.run import run
+
+    console = Console()
+    checked = load_recipe(recipe, overrides or [])
+    where = run(checked, resume=resume, prepare_only=prepare_only, console=console)
+    console.print(f"done: {where}", highlight=False)
+
+
+def tokenizer(
+    sources: Annotated[
+        list[str], typer.Argument(help="Training text: jsonl:PATH (also .xz, .gz), text:PATH, packages:train.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write.")],
+    vocab_size: Annotated[int, typer.Option(help="Number of tokens.")] = 8192,
+    max_bytes: Annotated[int, typer.Option(help="How much of the text to look at.")] = 32_000_000,
+) -> None:
+    """Train a byte-level BPE tokenizer that AutoTokenizer loads."""
+    from inplace_ttt.train.packages import SplitRule, collect
+    from inplace_ttt.train.sources import check_source, read_source
+    from inplace_ttt.train.tokenizer import train_tokenizer
+
+    for source in sources:
+        check_source(source)
+    console = Console()
+    with console.status("reading"):
+        domains = [list(read_source(source, lambda split: collect(SplitRule()).of(split))) for source in sources]
+    with console.status("training the tokenizer"):
+        trained = train_tokenizer(domains, vocab_size, max_bytes)
+    trained.save_pretrained(out)
+    console.print(f"done: {out} ({vocab_size} tokens)", highlight=False)

@@ -1,0 +1,243 @@
+"""Loss of a causal language model on documents: token by token, by position, with its updates on and off.
+
+Losses are in nats. A token is scored by the logits of the tokens before it, so before any update that saw it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from inplace_ttt.errors import UserError
+
+RESAMPLES = 2000
+_SCORED_AT_ONCE = 1 << 26  # logits turned to float32 at a time
+
+
+@torch.no_grad()
+def token_losses(model: nn.Module, input_ids: Tensor, piece: int | None = None) -> Tensor:
+    """-log p of every token but the first: ids [B, T] -> float32 [B, T - 1] on the same device.
+
+    With ``piece`` the rows are read through a cache, that many tokens at a time: only one piece's logits exist at once
+    and attention needs no [T, T] mask. All rows must be one document without padding. Raises ValueError when T < 2.
+    """
+    T = input_ids.shape[1]
+    if T < 2:
+        raise ValueError(f"nothing to score: {T} token")
+    if piece is None:
+        logits = model(input_ids=input_ids, use_cache=False).logits
+        return _score(logits[:, :-1], input_ids[:, 1:])
+    losses, cache = [], None
+    for start in range(0, T - 1, piece):
+        end = min(start + piece, T - 1)
+        out = model(input_ids=input_ids[:, start:end], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        losses.append(_score(out.logits, input_ids[:, start + 1 : end + 1]))
+    return torch.cat(losses, 1)
+
+
+def _score(logits: Tensor, targets: Tensor) -> Tensor:
+    """Logits [B, n, V], targets [B, n] -> losses [B, n], turning a part of the logits to float32 at a time."""
+    flat = logits.reshape(-1, logits.shape[-1])
+    tokens = max(1, _SCORED_AT_ONCE // flat.shape[1])
+    parts = [
+        nn.functional.cross_entropy(part.float(), target, reduction="none")
+        for part, target in zip(torch.split(flat, tokens), torch.split(targets.reshape(-1), tokens), strict=True)
+    ]
+    return torch.cat(parts).view(targets.shape)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Mean loss of the tokens at positions ``start`` to ``end - 1`` of their document (the first token is 0)."""
+
+    start: int
+    end: int
+    loss: float
+    tokens: int
+
+
+def loss_by_position(losses: Tensor | np.ndarray, edges: Sequence[int]) -> list[Bucket]:
+    """Losses [N, T - 1] as `token_losses` gives them -> one bucket between neighbouring ``edges``, empty ones left out.
+
+    Column t holds the loss of the token at position t + 1.
+    """
+    values = np.asarray(losses.cpu() if isinstance(losses, Tensor) else losses, np.float64)
+    buckets = []
+    for start, end in pairwise(edges):
+        part = values[:, max(start - 1, 0) : max(end - 1, 0)]
+        if part.size:
+            buckets.append(Bucket(start, end, float(part.mean()), int(part.size)))
+    return buckets
+
+
+def position_edges(length: int) -> list[int]:
+    """0, 256, 512, 1024, ... up to ``length``."""
+    edges = [0]
+    step = 256
+    while step < length:
+        edges.append(step)
+        step *= 2
+    return [*edges, length]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over tokens in nats and its 95% bootstrap interval over documents."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class DomainResult:
+    """Losses of one domain. The three last fields are None for a model without fast weights.
+
+    ``document_on`` and ``document_off`` are the mean losses of every document, ``document_tokens`` their weights.
+    """
+
+    domain: str
+    windows: int
+    tokens: int
+    on: Mean
+    position_on: list[Bucket]
+    document_names: list[str]
+    document_tokens: list[int]
+    document_on: list[float]
+    off: Mean | None = None
+    gain: Mean | None = None
+    position_off: list[Bucket] | None = None
+    document_off: list[float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A tokenised document: ``ids`` [n] of any integer type."""
+
+    name: str
+    ids: np.ndarray
+
+
+def evaluate_documents(
+    model: nn.Module,
+    documents: Mapping[str, Sequence[Text]],
+    length: int,
+    windows: int | None = None,
+    *,
+    piece: int | None = 2048,
+    edges: Sequence[int] | None = None,
+    batch_size: int = 1,
+    console: Console | None = None,
+) -> dict[str, DomainResult]:
+    """Mean losses by domain, with updates on and (for a model with fast weights) off.
+
+    Each document is cut into windows of ``length`` tokens from its beginning on, at most ``windows`` of them; a
+    document shorter than a window is left out. ``batch_size`` windows are read side by side. Raises UserError when a
+    domain has no document that long.
+    """
+    edges = list(edges) if edges else position_edges(length)
+    cut = {domain: list(_windows(texts, length, windows)) for domain, texts in documents.items()}
+    for domain, found in cut.items():
+        if not found:
+            raise UserError(f"{domain}: no document has the {length} tokens of a window")
+    settings = _settings(model)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    results = {}
+    with _progress(console) as progress:
+        for domain, found in cut.items():
+            names = [name for name, _ in found]
+            losses = {}
+            for label, context in settings.items():
+                task = progress.add_task(f"{domain}, {label}", total=len(found))
+                parts = []
+                for at in range(0, len(found), batch_size):
+                    rows = np.stack([ids for _, ids in found[at : at + batch_size]]).astype(np.int64)
+                    with context():
+                        parts.append(token_losses(model, torch.from_numpy(rows).to(device), piece).cpu())
+                    progress.advance(task, len(rows))
+                losses[label] = torch.cat(parts).numpy().astype(np.float64)
+            results[domain] = _summarise(domain, names, losses, edges)
+    model.train(was_training)
+    return results
+
+
+def difference(lower: DomainResult, upper: DomainResult) -> Mean:
+    """How far the loss of one model lies below another's (updates on) on the same documents, in nats.
+
+    Raises ValueError when the two did not read the same documents.
+    """
+    if (lower.document_names, lower.document_tokens) != (upper.document_names, upper.document_tokens):
+        raise ValueError(f"{lower.domain}: the two results are about different documents")
+    gaps = np.array(upper.document_on) - np.array(lower.document_on)
+    return bootstrap_mean(gaps, np.array(lower.document_tokens))
+
+
+def bootstrap_mean(values: np.ndarray, weights: np.ndarray, seed: int = 0) -> Mean:
+    """Weighted mean of one value a document [N] and its 95% interval, resampling documents."""
+    values, weights = np.asarray(values, np.float64), np.asarray(weights, np.float64)
+    drawn = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+    means = (values * weights)[drawn].sum(1) / weights[drawn].sum(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Mean(float(np.average(values, weights=weights)), float(low), float(high))
+
+
+def _windows(texts: Sequence[Text], length: int, most: int | None) -> Iterator[tuple[str, np.ndarray]]:
+    for text in texts:
+        count = len(text.ids) // length
+        for i in range(count if most is None else min(count, most)):
+            yield text.name, text.ids[i * length : (i + 1) * length]
+
+
+def _settings(model: nn.Module) -> dict[str, Any]:
+    """Label -> context manager: "on" alone for a plain model."""
+    from inplace_ttt import is_attached, updates_off
+
+    def off() -> AbstractContextManager[None]:
+        return updates_off(model)
+
+    return {"on": nullcontext, "off": off} if is_attached(model) else {"on": nullcontext}
+
+
+def _summarise(
+    domain: str, names: Sequence[str], losses: Mapping[str, np.ndarray], edges: Sequence[int]
+) -> DomainResult:
+    """``losses[label]`` [windows, T - 1], ``names`` [windows]."""
+    documents = list(dict.fromkeys(names))
+    member = np.array([[name == document for name in names] for document in documents])
+    counts = member.sum(1) * losses["on"].shape[1]
+    means = {label: member @ values.mean(1) / member.sum(1) for label, values in losses.items()}
+    overall = {label: bootstrap_mean(mean, counts) for label, mean in means.items()}
+    off = means.get("off")
+    return DomainResult(
+        domain=domain,
+        windows=len(names),
+        tokens=int(losses["on"].size),
+        on=overall["on"],
+        position_on=loss_by_position(losses["on"], edges),
+        document_names=documents,
+        document_tokens=counts.tolist(),
+        document_on=means["on"].tolist(),
+        off=overall.get("off"),
+        gain=None if off is None else bootstrap_mean(off - means["on"], counts),
+        position_off=None if off is None else loss_by_position(losses["off"], edges),
+        document_off=None if off is None else off.tolist(),
+    )
+
+
+def _progress(console: Console | None) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console or Console(stderr=True), transient=True)

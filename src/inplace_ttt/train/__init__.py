@@ -1,0 +1,1 @@
+"""Training: documents -> tokens -> packed rows -> a model, on Hugging Face's Trainer."""

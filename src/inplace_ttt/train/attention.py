@@ -1,0 +1,172 @@
+"""Attention over packed rows on CUDA: sliding window and document boundaries without a mask.
+
+``varlen`` runs PyTorch's own flash attention for documents laid end to end (`torch.nn.attention.varlen`), which reads
+the window and the document bounds directly. transformers' ``flex_attention`` builds a block mask in every forward
+instead, and its ``sdpa`` a dense [B, 1, T, T] one. Under autocast, rotary embeddings return queries and keys in float32
+beside half-precision values; both implementations here cast them back first (flex_attention would otherwise fail, or
+run in float32, depending on the version of PyTorch).
+"""
+
+import inspect
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import flex_attention_mask, sdpa_mask
+
+VARLEN = "inplace_ttt_varlen"
+FLEX = "inplace_ttt_flex"
+
+
+def register() -> None:
+    """Makes ``VARLEN`` and ``FLEX`` known to transformers as attention implementations."""
+    AttentionInterface.register(VARLEN, varlen_attention)
+    AttentionMaskInterface.register(VARLEN, varlen_mask)
+    AttentionInterface.register(FLEX, flex_attention)
+    AttentionMaskInterface.register(FLEX, flex_attention_mask)
+
+
+def choose_attention(wanted: str, device: torch.device, compiled: bool = False) -> str:
+    """transformers' name for a recipe's ``attn_implementation``; ``auto`` takes the fastest that works here."""
+    register()
+    if wanted == "auto":
+        if device.type != "cuda":
+            return "sdpa"
+        # Compiled models: varlen's document bounds break the graph in every layer, flex_attention's mask does not.
+        return VARLEN if not compiled and varlen_works(device) else FLEX
+    return {"varlen": VARLEN, "flex_attention": FLEX}.get(wanted, wanted)
+
+
+def varlen_works(device: torch.device) -> bool:
+    """Whether ``varlen`` agrees with the dense mask here, on a small packed row, forward and backward."""
+    positions = torch.cat([torch.arange(50), torch.arange(46)]).to(device).expand(2, -1)
+    generator = torch.Generator(device)
+
+    def gradients(reference: bool) -> list[Tensor]:
+        generator.manual_seed(0)
+        q, k, v = (
+            torch.randn(2, 2, 96, 64, generator=generator, device=device, dtype=torch.bfloat16).requires_grad_()
+            for _ in range(3)
+        )
+        if reference:
+            mask = _dense_mask(positions, 16)
+            out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        else:
+            out = varlen_attention(nn.Identity(), q, k, v, None, sliding_window=16, position_ids=positions)[0]
+        return [out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))]
+
+    try:
+        pairs = zip(gradients(False), gradients(True), strict=True)
+        return all(torch.allclose(a.float(), b.float(), atol=0.05, rtol=0.05) for a, b in pairs)
+    except (RuntimeError, NotImplementedError, ImportError, TypeError):
+        return False
+
+
+def varlen_mask(
+    batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: Any = 0, **rest: Any
+) -> Tensor | None:
+    """None where `varlen_attention` needs no mask: whole rows, no padding mask, nothing cached, half precision."""
+    device, dtype = torch.device(rest.get("device", "cpu")), rest.get("dtype", torch.float32)
+    whole = isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length
+    if whole and rest.get("attention_mask") is None and _half(device, dtype):
+        return None
+    return sdpa_mask(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, **rest
+    )
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    position_ids: Tensor | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """query [B, H, T, d], key and value [B, H or fewer, T, d] -> [B, T, H, d]; documents from ``position_ids`` [B, T].
+
+    Falls back to transformers' sdpa where a mask is given or the numbers are float32. Raises NotImplementedError for
+    what flash attention lacks (dropout, capped logits, attention sinks).
+    """
+    B, H, T, d = query.shape
+    dtype = _half(query.device, value.dtype)
+    if attention_mask is not None or dtype is None or key.shape[2] != T:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **rest)
+    for name in ("dropout", "softcap", "s_aux", "position_bias"):
+        if isinstance(rest.get(name), Tensor) or rest.get(name):
+            raise NotImplementedError(f"varlen attention has no {name}: choose attn_implementation: flex_attention")
+    if key.shape[1] != H:  # the flag for grouped heads is not in every supported version
+        key, value = (x.repeat_interleave(H // x.shape[1], 1) for x in (key, value))
+    flat = [x.to(dtype).transpose(1, 2).reshape(B * T, H, d) for x in (query, key, value)]
+    bounds = document_bounds(position_ids, B, T, query.device)
+    left = -1 if sliding_window is None else sliding_window - 1
+    # T bounds the longest document without asking the device for it.
+    out = _varlen(*flat, bounds, bounds, T, T, scale=scaling, window_size=(left, 0))
+    return out.view(B, T, H, d), None
+
+
+def flex_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **rest: Any
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' flex_attention on the dtype that autocast asks for."""
+    dtype = _half(query.device, value.dtype)
+    if dtype is not None:
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    return flex_attention_forward(module, query, key, value, attention_mask, **rest)
+
+
+def document_bounds(position_ids: Tensor | None, rows: int, tokens: int, device: torch.device) -> Tensor:
+    """Where documents begin in the flattened rows, and their end: int32 [documents + 1].
+
+    All layers of a forward get the same ``position_ids`` tensor: the last answer is kept, so that the device is asked
+    once a forward.
+    """
+    if position_ids is None:
+        return torch.arange(0, (rows + 1) * tokens, tokens, dtype=torch.int32, device=device)
+    tracked = not position_ids.is_inference()
+    version = position_ids._version if tracked else 0
+    known = _last_bounds.get("positions") if tracked else None
+    if known is not None and known[0]() is position_ids and known[1:3] == (version, rows):
+        return known[3]
+    positions = position_ids.expand(rows, tokens)
+    starts = torch.ones(rows, tokens, dtype=torch.bool, device=device)
+    starts[:, 1:] = positions.diff(dim=-1) != 1
+    bounds = torch.cat([starts.flatten().nonzero().flatten(), torch.tensor([rows * tokens], device=device)])
+    bounds = bounds.to(torch.int32)
+    _last_bounds["positions"] = (weakref.ref(position_ids), version, rows, bounds)
+    return bounds
+
+
+_last_bounds: dict[str, tuple[Any, int, int, Tensor]] = {}
+
+
+def _varlen(*tensors: Any, **settings: Any) -> Tensor:
+    from torch.nn.attention import varlen
+
+    if "window_size" not in inspect.signature(varlen.varlen_attn).parameters:
+        raise NotImplementedError("this version of PyTorch has no windows in varlen_attn")
+    out = varlen.varlen_attn(*tensors, **settings)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _half(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
+    """The half-precision type that attention runs in, None for float32."""
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    return dtype if dtype in (torch.bfloat16, torch.float16) else None
+
+
+def _dense_mask(positions: Tensor, window: int) -> Tensor:
+    """bool [B, 1, T, T]: same document, not later, at most ``window - 1`` back."""
+    document = (positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1).cumsum(-1)
+    t = torch.arange(positions.shape[1], device=positions.device)
+    back = t[:, None] - t[None, :]
+    return ((document[:, :, None] == document[:, None, :]) & (back >= 0) & (back < window))[:, None]

@@ -1,0 +1,204 @@
+"""Tokenised documents -> rows of exactly ``sequence_length`` tokens.
+
+A document longer than a row is cut into row-long pieces, each a document of its own. What is left over at both ends is
+packed with other leftovers, best fit first. Where the first cut falls changes from epoch to epoch. Nothing predicts
+across a boundary: ``position_ids`` restart at 0 at every document and its first token has no label.
+"""
+
+import bisect
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from inplace_ttt.errors import UserError
+
+IGNORED = -100  # label of a token that nothing predicts
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """Documents end to end: ``tokens`` [total] of uint16 or uint32, document i at ``offsets[i] : offsets[i + 1]``."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    names: tuple[str, ...]
+
+    @classmethod
+    def build(cls, documents: Iterable[tuple[str, np.ndarray]]) -> "TokenStore":
+        """From (name, ids [n]) pairs."""
+        names, arrays = [], []
+        for name, ids in documents:
+            names.append(name)
+            arrays.append(ids)
+        tokens = np.concatenate(arrays) if arrays else np.zeros(0, np.uint16)
+        return cls(tokens, np.cumsum([0, *map(len, arrays)]), tuple(names))
+
+    @classmethod
+    def join(cls, stores: Sequence["TokenStore"]) -> "TokenStore":
+        """One store of all documents of several, in order."""
+        return cls.build((store.names[i], store[i]) for store in stores for i in range(len(store)))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Ids [n] of a document."""
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, int64 [documents]."""
+        return np.diff(self.offsets)
+
+    def save(self, stem: Path) -> None:
+        """Writes ``stem.tokens.npy`` and ``stem.json``."""
+        np.save(f"{stem}.tokens.npy", self.tokens)
+        index = {"offsets": self.offsets.tolist(), "names": list(self.names)}
+        Path(f"{stem}.json").write_text(json.dumps(index), encoding="utf-8")
+
+    @classmethod
+    def load(cls, stem: Path) -> "TokenStore":
+        """Reads what `save` wrote; the tokens stay on disk until they are used."""
+        index = json.loads(Path(f"{stem}.json").read_text(encoding="utf-8"))
+        tokens = np.load(f"{stem}.tokens.npy", mmap_mode="r")
+        return cls(tokens, np.array(index["offsets"], np.int64), tuple(index["names"]))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """``length`` tokens of the store from ``start`` on: one document of a row."""
+
+    start: int
+    length: int
+
+
+Row = tuple[Piece, ...]
+
+
+def plan_rows(
+    offsets: np.ndarray, sequence_length: int, seed: int, epoch: int, group: int = 1
+) -> tuple[list[Row], int]:
+    """Rows of one epoch in training order, and how many of their tokens are padding.
+
+    Depends on (offsets, sequence_length, seed, epoch, group) only. Rows of one piece and rows of several are shuffled
+    apart and dealt in groups of ``group`` rows: a batch of undivided rows needs no document masks, which is faster.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    whole: list[Row] = []
+    leftovers: list[Piece] = []
+    for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        rows, rest = divmod(end - start, sequence_length)
+        head = int(generator.integers(0, rest + 1)) if rows else rest
+        body = start + head
+        whole += [(Piece(body + i * sequence_length, sequence_length),) for i in range(rows)]
+        tail = body + rows * sequence_length
+        leftovers += [Piece(at, length) for at, length in ((start, head), (tail, end - tail)) if length > 1]
+    packed = _best_fit(leftovers, sequence_length)
+    padding = sum(sequence_length - sum(piece.length for piece in row) for row in packed)
+    undivided = whole + [row for row in packed if len(row) == 1 and row[0].length == sequence_length]
+    divided = [row for row in packed if len(row) > 1 or row[0].length < sequence_length]
+    return _deal(undivided, divided, group, generator), padding
+
+
+def _best_fit(pieces: Sequence[Piece], capacity: int) -> list[Row]:
+    """Longest piece first, each into the row that it fills best."""
+    rows: list[list[Piece]] = []
+    free: list[tuple[int, int]] = []  # (room, row), sorted
+    for piece in sorted(pieces, key=lambda piece: (-piece.length, piece.start)):
+        at = bisect.bisect_left(free, (piece.length, -1))
+        if at == len(free):
+            rows.append([])
+            room, row = capacity, len(rows) - 1
+        else:
+            room, row = free.pop(at)
+        rows[row].append(piece)
+        if room > piece.length:
+            bisect.insort(free, (room - piece.length, row))
+    return [tuple(row) for row in rows]
+
+
+def _deal(undivided: list[Row], divided: list[Row], group: int, generator: np.random.Generator) -> list[Row]:
+    """Shuffles both kinds, forms groups of one kind where the numbers allow, and shuffles the groups."""
+    ordered = [[rows[i] for i in generator.permutation(len(rows))] for rows in (undivided, divided)]
+    full = [rows[: len(rows) // group * group] for rows in ordered]
+    groups = [rows[i : i + group] for rows in full for i in range(0, len(rows), group)]
+    mixed = [row for rows, kept in zip(ordered, full, strict=True) for row in rows[len(kept) :]]
+    dealt = [row for i in generator.permutation(len(groups)) for row in groups[i]]
+    return dealt + mixed  # the odd ones last, so that no earlier batch is shifted
+
+
+def row_tensors(store: TokenStore, row: Row, sequence_length: int, pad_id: int) -> dict[str, Tensor]:
+    """``input_ids``, ``position_ids``, ``labels`` of a row, int64 [sequence_length] each.
+
+    Padding is a last document of its own, without labels.
+    """
+    ids = np.full(sequence_length, pad_id, np.int64)
+    positions = np.zeros(sequence_length, np.int64)
+    labels = np.full(sequence_length, IGNORED, np.int64)
+    at = 0
+    for piece in row:
+        end = at + piece.length
+        ids[at:end] = store.tokens[piece.start : piece.start + piece.length]
+        positions[at:end] = np.arange(piece.length)
+        labels[at + 1 : end] = ids[at + 1 : end]
+        at = end
+    positions[at:] = np.arange(sequence_length - at)
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "position_ids": torch.from_numpy(positions),
+        "labels": torch.from_numpy(labels),
+    }
+
+
+class PackedRows(Dataset[dict[str, Tensor]]):
+    """``rows`` packed rows, epoch after epoch: item n is the same whatever was asked for before (so runs resume).
+
+    ``pad_id`` fills the rows that are not full. ``group`` is the batch size, see `plan_rows`; the up to ``group - 1``
+    rows that an epoch has over are left out, so that every epoch starts a batch.
+    """
+
+    def __init__(
+        self, store: TokenStore, sequence_length: int, rows: int, *, seed: int, pad_id: int, group: int = 1
+    ) -> None:
+        self.store, self.sequence_length, self.pad_id = store, sequence_length, pad_id
+        self.plan: list[Row] = []
+        self.epochs = 0
+        padding = 0
+        while len(self.plan) < rows:
+            planned, padded = plan_rows(store.offsets, sequence_length, seed, self.epochs, group)
+            if not planned:
+                raise UserError("there is no text to train on: every document is empty")
+            self.plan += planned[: len(planned) // group * group] or planned
+            padding += padded
+            self.epochs += 1
+        self.padding = padding / (len(self.plan) * sequence_length)  # share of the planned tokens
+        del self.plan[rows:]
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return row_tensors(self.store, self.plan[index], self.sequence_length, self.pad_id)
+
+
+def first_rows(store: TokenStore, sequence_length: int, rows: int, pad_id: int) -> list[dict[str, Tensor]]:
+    """Up to ``rows`` rows for validation: the beginning of each document first, then its next piece, and so on.
+
+    Only the last row of a document that is shorter than a row is padded; the rest of a longer one is left out.
+    """
+    chosen: list[dict[str, Tensor]] = []
+    for turn in range(int(store.lengths.max(initial=0)) // sequence_length + 1):
+        for start, length in zip(store.offsets[:-1].tolist(), store.lengths.tolist(), strict=True):
+            left = length - turn * sequence_length
+            if len(chosen) == rows:
+                return chosen
+            if left >= sequence_length or (turn == 0 and left > 1):
+                piece = Piece(start + turn * sequence_length, min(left, sequence_length))
+                chosen.append(row_tensors(store, (piece,), sequence_length, pad_id))
+    return chosen

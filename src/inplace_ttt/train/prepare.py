@@ -1,0 +1,156 @@
+"""From a recipe's sources to token stores on disk, made once for all runs that share data and tokenizer."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from inplace_ttt.errors import UserError
+from inplace_ttt.train.packages import PackageCorpus, collect, installed
+from inplace_ttt.train.packing import TokenStore
+from inplace_ttt.train.recipe import DomainSpec, Recipe
+from inplace_ttt.train.sources import SPLITS, Document, read_source, source_files, split_source
+from inplace_ttt.train.tokenizer import encode_documents, load_tokenizer, train_tokenizer
+
+_FORMAT = 1  # part of the cache key: raise it when the same recipe would give other tokens
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A directory of tokens: ``tokenizer/``, ``packages.json`` (the manifest), and a store per split and domain."""
+
+    directory: Path
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that made the tokens."""
+        return load_tokenizer(self.directory / "tokenizer")
+
+    @cached_property
+    def summary(self) -> dict[str, dict[str, dict[str, int]]]:
+        """Documents, bytes and tokens by split and domain."""
+        return dict(json.loads((self.directory / "summary.json").read_text(encoding="utf-8")))
+
+    def stores(self, split: str) -> dict[str, TokenStore]:
+        """Token stores of a split by domain."""
+        return {domain: TokenStore.load(self.directory / f"{split}.{domain}") for domain in self.summary[split]}
+
+
+def prepare(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> Prepared:
+    """Tokens of the recipe's data, from the cache when they are there. ``say`` gets a line at each step."""
+    directory = Path(recipe.data.cache) / _key(recipe)
+    if (directory / "summary.json").exists():
+        say(f"tokens: {directory}")
+        return Prepared(directory)
+    unfinished = directory.with_name(f"{directory.name}.{os.getpid()}")  # renamed at the end: never half a cache
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        _write(recipe, unfinished, say)
+        shutil.rmtree(directory, ignore_errors=True)
+        unfinished.rename(directory)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    say(f"tokens: {directory}")
+    return Prepared(directory)
+
+
+def _write(recipe: Recipe, directory: Path, say: Callable[[str], None]) -> None:
+    reader = _Reader(recipe)
+    training = {domain: reader.documents(spec) for domain, spec in recipe.data.train.items()}
+    for domain, documents in training.items():
+        say(f"train/{domain}: {len(documents)} documents, {_megabytes(documents):.1f} MB")
+    if recipe.tokenizer.train is not None:
+        spec = recipe.tokenizer.train
+        say(f"training a tokenizer of {spec.vocab_size} tokens")
+        tokenizer: PreTrainedTokenizerBase = train_tokenizer(list(training.values()), spec.vocab_size, spec.max_bytes)
+    else:
+        path = recipe.tokenizer.path or recipe.model.base
+        assert path is not None  # the recipe's checks saw to it
+        tokenizer = load_tokenizer(path)
+    tokenizer.save_pretrained(directory / "tokenizer")
+    summary: dict[str, dict[str, dict[str, int]]] = {}
+    for split in SPLITS:
+        summary[split] = {}
+        for domain, spec_ in recipe.data.split(split).items():
+            documents = training.pop(domain) if split == "train" else reader.documents(spec_)
+            ids = encode_documents(tokenizer, (document.text for document in documents))
+            store = TokenStore.build((document.id, i) for document, i in zip(documents, ids, strict=True))
+            store.save(directory / f"{split}.{domain}")
+            size = sum(len(document.text.encode()) for document in documents)
+            summary[split][domain] = {"documents": len(store), "bytes": size, "tokens": int(store.offsets[-1])}
+            say(f"{split}/{domain}: {len(store)} documents, {store.offsets[-1]:,} tokens")
+    manifest = reader.packages.manifest_dicts() if reader.used_packages else []
+    _write_json(directory / "packages.json", manifest)
+    _write_json(directory / "summary.json", summary)
+
+
+class _Reader:
+    """Reads sources; the package corpus is built at most once."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.used_packages = False
+
+    @cached_property
+    def packages(self) -> PackageCorpus:
+        self.used_packages = True
+        return collect(self.recipe.data.packages)
+
+    def documents(self, spec: DomainSpec) -> list[Document]:
+        documents = [
+            document
+            for source in spec.sources
+            for document in read_source(source, lambda split: self.packages.of(split))
+            if document.text
+        ]
+        if not documents:
+            raise UserError(f"{', '.join(spec.sources)}: no text in there")
+        if spec.max_bytes is None:
+            return documents
+        chosen, left = [], spec.max_bytes
+        for document in sorted(documents, key=lambda document: hashlib.sha256(document.id.encode()).digest()):
+            text = document.text.encode()[:left].decode(errors="ignore")  # the last one is cut
+            if not text:
+                break
+            chosen.append(replace(document, text=text))
+            left -= len(text.encode())
+        return chosen
+
+
+def _key(recipe: Recipe) -> str:
+    """Names what decides the tokens: settings, files (path, size, time of change), installed distributions."""
+    data = asdict(recipe.data)
+    del data["cache"]
+    sources: set[str] = set()
+    for split in SPLITS:
+        for spec in recipe.data.split(split).values():
+            sources.update(spec.sources)
+    files = [path for source in sources if split_source(source)[0] != "packages" for path in source_files(source)]
+    tokenizer_path = recipe.tokenizer.path or recipe.model.base or ""
+    files += sorted(Path(tokenizer_path).glob("*token*")) if tokenizer_path and Path(tokenizer_path).is_dir() else []
+    stats = sorted((str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in set(files))
+    uses_packages = any(split_source(source)[0] == "packages" for source in sources)
+    parts = [
+        _FORMAT,
+        data,
+        asdict(recipe.tokenizer),
+        tokenizer_path,
+        stats,
+        installed() if uses_packages else [],
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _megabytes(documents: list[Document]) -> float:
+    return sum(len(document.text.encode()) for document in documents) / 1e6
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")

@@ -1,0 +1,190 @@
+"""A training run as one YAML file, checked in full before anything is loaded.
+
+``${NAME}`` in any text is an environment variable; relative paths start at the current directory.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from inplace_ttt.train.packages import SplitRule
+from inplace_ttt.train.recipe_checks import check
+from inplace_ttt.train.schema import RecipeError, build, expand_variables, load_yaml
+
+if TYPE_CHECKING:
+    from inplace_ttt.config import InPlaceTTTConfig
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Either ``base`` (a directory or hub id) or ``config`` (``model_type`` and its settings, trained from scratch)."""
+
+    base: str | None = None
+    config: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class TrainedTokenizer:
+    """A byte-level BPE trained on the training split; ``max_bytes`` of it are looked at."""
+
+    vocab_size: int
+    max_bytes: int = 32_000_000
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """Either ``path`` (a directory or hub id) or ``train``. Left out: the base model's tokenizer."""
+
+    path: str | None = None
+    train: TrainedTokenizer | None = None
+
+    @staticmethod
+    def from_shorthand(value: object) -> object:
+        """A bare text is the path."""
+        return {"path": value} if isinstance(value, str) else value
+
+
+@dataclass(frozen=True)
+class DomainSpec:
+    """Sources (see `inplace_ttt.train.sources`); of all their documents ``max_bytes``, in the order of their hash.
+
+    The manifest of installed distributions lists what was read, not what ``max_bytes`` left of it.
+    """
+
+    sources: tuple[str, ...]
+    max_bytes: int | None = None
+
+    @staticmethod
+    def from_shorthand(value: object) -> object:
+        """A bare text or list is the sources."""
+        return {"sources": value} if isinstance(value, str | list) else value
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Named domains of every split; only ``train`` is needed. ``cache`` keeps the tokens between runs."""
+
+    train: dict[str, DomainSpec]
+    validation: dict[str, DomainSpec] = field(default_factory=dict)
+    test: dict[str, DomainSpec] = field(default_factory=dict)
+    packages: SplitRule = field(default_factory=SplitRule)
+    cache: str = "out/tokens"
+
+    def split(self, name: str) -> dict[str, DomainSpec]:
+        """Domains of a split by its name."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """AdamW. ``min_lr_ratio`` is where the cosine ends, as a share of ``lr``."""
+
+    lr: float
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
+    weight_decay: float = 0.1
+    decay_embeddings: bool = True
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """How losses are measured: during training on ``rows`` validation rows a domain, at the end on test windows.
+
+    ``length``: tokens of a test window (left out: the sequence length); ``windows``: the most of one document;
+    ``piece``: tokens read at a time; ``edges``: positions between the buckets; ``batch_size``: windows side by side.
+    """
+
+    rows: int = 8
+    length: int | None = None
+    windows: int = 4
+    piece: int = 2048
+    edges: tuple[int, ...] = ()
+    batch_size: int = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run. ``ttt`` holds the fields of `InPlaceTTTConfig`; left out or null: the plain model."""
+
+    name: str
+    output: str
+    model: ModelSpec
+    data: DataSpec
+    optimizer: OptimizerSpec
+    sequence_length: int
+    steps: int
+    tokenizer: TokenizerSpec = field(default_factory=TokenizerSpec)
+    ttt: dict[str, Any] | None = None
+    ttt_lr_warmup_steps: int = 0
+    batch_size: int = 1
+    gradient_accumulation: int = 1
+    precision: Literal["bf16", "fp32"] = "fp32"
+    attn_implementation: Literal["auto", "varlen", "flex_attention", "sdpa", "eager"] = "auto"
+    compile: bool = False
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0
+    save_every: int = 0
+    evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
+    raw: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    @property
+    def evaluation_length(self) -> int:
+        """Tokens of a test window."""
+        return self.evaluation.length or self.sequence_length
+
+    def ttt_config(self) -> "InPlaceTTTConfig | None":
+        """The library's own configuration object, None for the plain model. Raises UserError for bad values."""
+        if self.ttt is None:
+            return None
+        from inplace_ttt.config import InPlaceTTTConfig
+
+        return build(InPlaceTTTConfig, self.ttt, "ttt")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe. ``overrides`` are ``key.sub=value`` with a YAML value. Raises RecipeError."""
+    try:
+        values = load_yaml(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: expected settings (key: value)")
+    for override in overrides:
+        apply_override(values, override)
+    return make_recipe(values)
+
+
+def make_recipe(values: Mapping[str, Any]) -> Recipe:
+    """A checked recipe from plain values. Raises RecipeError."""
+    recipe = build(Recipe, expand_variables(dict(values)))
+    object.__setattr__(recipe, "raw", dict(values))  # as written: results then name no machine's paths
+    check(recipe)
+    return recipe
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Sets ``key.sub=value`` in place."""
+    key, equals, text = override.partition("=")
+    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
+        raise RecipeError(f"{override!r}: write key=value or key.sub=value")
+    try:
+        value = load_yaml(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{override!r}: the value is not YAML ({' '.join(str(error).split())})") from None
+    *folders, last = key.split(".")
+    for folder in folders:
+        if not isinstance(values.get(folder), dict):
+            values[folder] = {}
+        values = values[folder]
+    values[last] = value

@@ -1,0 +1,148 @@
+"""The checks of a recipe that go beyond types: ranges, missing files, settings that exclude each other."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inplace_ttt.errors import UserError
+from inplace_ttt.train.schema import RecipeError
+from inplace_ttt.train.sources import SPLITS, check_source, split_source
+
+if TYPE_CHECKING:
+    from inplace_ttt.train.recipe import Recipe
+
+
+def check(recipe: "Recipe") -> None:
+    """Raises RecipeError for the first thing that cannot work. Reads no data."""
+    _check_numbers(recipe)
+    _check_model(recipe)
+    _check_data(recipe)
+    _check_ttt(recipe)
+
+
+def _check_numbers(recipe: "Recipe") -> None:
+    optimizer, evaluation = recipe.optimizer, recipe.evaluation
+    at_least: dict[int, dict[str, float]] = {
+        1: {
+            "sequence_length - 1": recipe.sequence_length - 1,
+            "steps": recipe.steps,
+            "batch_size": recipe.batch_size,
+            "gradient_accumulation": recipe.gradient_accumulation,
+            "log_every": recipe.log_every,
+            "evaluation.rows": evaluation.rows,
+            "evaluation.windows": evaluation.windows,
+            "evaluation.piece": evaluation.piece,
+            "evaluation.batch_size": evaluation.batch_size,
+        },
+        0: {
+            "eval_every": recipe.eval_every,
+            "save_every": recipe.save_every,
+            "ttt_lr_warmup_steps": recipe.ttt_lr_warmup_steps,
+            "optimizer.warmup_steps": optimizer.warmup_steps,
+            "optimizer.weight_decay": optimizer.weight_decay,
+            "optimizer.max_grad_norm": optimizer.max_grad_norm,
+            "optimizer.min_lr_ratio": optimizer.min_lr_ratio,
+        },
+    }
+    for smallest, settings in at_least.items():
+        for name, value in settings.items():
+            if not value >= smallest:
+                raise RecipeError(f"{name}: {value} is too small, it must be at least {smallest}")
+    if not 0 < optimizer.lr < 1:
+        raise RecipeError(f"optimizer.lr: {optimizer.lr} must lie between 0 and 1")
+    if optimizer.min_lr_ratio and optimizer.schedule != "cosine":
+        raise RecipeError("optimizer.min_lr_ratio: only the cosine schedule has one")
+    if optimizer.warmup_steps >= recipe.steps:
+        raise RecipeError(f"optimizer.warmup_steps: {optimizer.warmup_steps} must be below steps ({recipe.steps})")
+    if recipe.ttt_lr_warmup_steps >= recipe.steps:
+        raise RecipeError(f"ttt_lr_warmup_steps: {recipe.ttt_lr_warmup_steps} must be below steps ({recipe.steps})")
+    if recipe.evaluation_length < 2:
+        raise RecipeError("evaluation.length: must be at least 2")
+    if list(evaluation.edges) != sorted(set(evaluation.edges)):
+        raise RecipeError(f"evaluation.edges: must rise, got {list(evaluation.edges)}")
+
+
+def _check_model(recipe: "Recipe") -> None:
+    model, tokenizer = recipe.model, recipe.tokenizer
+    if (model.base is None) == (model.config is None):
+        raise RecipeError("model: give either base (a directory or hub id) or config (model_type and its settings)")
+    if tokenizer.path is not None and tokenizer.train is not None:
+        raise RecipeError("tokenizer: give either path or train, not both")
+    if model.base is None and tokenizer.path is None and tokenizer.train is None:
+        raise RecipeError("tokenizer: missing, a model trained from scratch needs path or train")
+    if model.base is not None and tokenizer.train is not None:
+        raise RecipeError("tokenizer.train: a base model keeps its own tokenizer, leave this out")
+    for name, place in (("model.base", model.base), ("tokenizer.path", tokenizer.path)):
+        if place is not None and re.match(r"[./~]", place) and not Path(place).is_dir():
+            raise RecipeError(f"{name}: there is no directory {place}")
+    if model.config is not None:
+        _check_config(model.config)
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    model_type = str(config.get("model_type"))
+    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise RecipeError(f"model.config.model_type: {model_type!r} is no causal language model of transformers")
+    default = CONFIG_MAPPING[model_type]()
+    for key in config:
+        if key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"):
+            raise RecipeError(f"model.config.{key}: comes from the tokenizer, leave it out")
+        if key != "rope_theta" and not hasattr(default, key):
+            close = difflib.get_close_matches(key, default.to_dict(), 1)
+            hint = f", did you mean {close[0]}?" if close else ""
+            raise RecipeError(f"model.config.{key}: {model_type} has no such setting{hint}")
+    try:
+        CONFIG_MAPPING[model_type](**{key: value for key, value in config.items() if key != "model_type"})
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise RecipeError(f"model.config: {' '.join(str(error).split())[:300]}") from None
+
+
+def _check_data(recipe: "Recipe") -> None:
+    data = recipe.data
+    if not data.train:
+        raise RecipeError("data.train: give at least one domain, such as books: jsonl:books.jsonl")
+    if recipe.eval_every and not data.validation:
+        raise RecipeError("eval_every: needs data.validation (or set it to 0)")
+    for split in SPLITS:
+        for domain, spec in data.split(split).items():
+            where = f"data.{split}.{domain}"
+            if not re.fullmatch(r"[\w-]+", domain):
+                raise RecipeError(f"{where}: a domain's name has letters, digits, - and _ only")
+            if not spec.sources:
+                raise RecipeError(f"{where}: no sources")
+            if spec.max_bytes is not None and spec.max_bytes < 1:
+                raise RecipeError(f"{where}.max_bytes: {spec.max_bytes} is too small, it must be at least 1")
+            for source in spec.sources:
+                try:
+                    kind, wanted = split_source(source)
+                    check_source(source)
+                except UserError as error:
+                    raise RecipeError(f"{where}: {error}") from None
+                if kind == "packages" and wanted != split:
+                    raise RecipeError(f"{where}: {source} belongs to another split, write packages:{split}")
+
+
+def _check_ttt(recipe: "Recipe") -> None:
+    if recipe.ttt is None:
+        if recipe.ttt_lr_warmup_steps:
+            raise RecipeError("ttt_lr_warmup_steps: there is no ttt whose lr could warm up")
+        return
+    try:
+        config = recipe.ttt_config()
+        if config is not None and recipe.model.config is not None:
+            config.layer_indices(recipe.model.config.get("num_hidden_layers", 1 << 20))
+    except RecipeError:
+        raise
+    except UserError as error:
+        raise RecipeError(f"ttt: {error}") from None
+    assert config is not None
+    if recipe.sequence_length <= config.chunk_size:
+        raise RecipeError(
+            f"sequence_length: {recipe.sequence_length} tokens never see an update with ttt.chunk_size "
+            f"{config.chunk_size}: make the sequence longer or the chunk smaller"
+        )

@@ -1,0 +1,243 @@
+"""A recipe from beginning to end: tokens, model, training, the saved model, its evaluation, the record."""
+
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as transformers_logging
+
+from inplace_ttt.errors import UserError
+from inplace_ttt.eval.nll import DomainResult, Text, evaluate_documents
+from inplace_ttt.train.attention import choose_attention
+from inplace_ttt.train.model import build_model, count_parameters, is_attached, load_saved, save_model
+from inplace_ttt.train.packing import PackedRows, TokenStore, first_rows
+from inplace_ttt.train.prepare import Prepared, prepare
+from inplace_ttt.train.recipe import Recipe
+from inplace_ttt.train.report import loss_curve, plot_losses, run_record, write_json
+from inplace_ttt.train.trainer import InnerLrWarmup, PackedTrainer, quiet
+
+# What may differ between a run and its continuation.
+_FREE_ON_RESUME = ("name", "output", "log_every", "eval_every", "save_every", "evaluation")
+
+
+def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, console: Console | None = None) -> Path:
+    """Trains, evaluates and saves; returns the output directory.
+
+    It then holds ``model/`` (weights in bf16, tokenizer), ``run.json``, ``evaluation.json`` (test windows),
+    ``packages.json`` (the distributions trained on), ``loss.png``, and ``checkpoints/``. With ``prepare_only`` only the
+    tokens are made. Raises UserError for everything the user can mend.
+    """
+    console = console or Console()
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False)
+
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if not prepare_only:
+        _check_machine()
+    output = Path(recipe.output)
+    checkpoints = output / "checkpoints"
+    last = None if prepare_only else _start_from(recipe, checkpoints, resume)
+    prepared = prepare(recipe, say)
+    if prepare_only:
+        return prepared.directory
+
+    started = datetime.now(UTC)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "recipe.json", recipe.raw)
+    (output / "packages.json").write_bytes((prepared.directory / "packages.json").read_bytes())
+    trainer, rows = _trainer(recipe, prepared, checkpoints)
+    quiet(trainer, console)
+    model = trainer.model
+    assert isinstance(model, PreTrainedModel)
+    say(
+        f"{recipe.name}: {count_parameters(model) / 1e6:.2f}M parameters on {trainer.args.device}, "
+        f"{model.config._attn_implementation}; {len(rows):,} rows of {recipe.sequence_length:,} tokens, "
+        f"{rows.epochs} epochs, {rows.padding:.1%} padding"
+    )
+    trainer.train(resume_from_checkpoint=last)
+    curve = loss_curve(trainer.state.log_history)
+    plot_losses(curve, output / "loss.png", recipe.name)
+
+    # The Trainer leaves autocast around forward; the saved copy is what people load, so that copy is evaluated.
+    model.config.use_cache = True
+    attached, parameters, device = is_attached(model), count_parameters(model), trainer.args.device
+    save_model(model, prepared.tokenizer, output / "model", torch.bfloat16)
+    say(f"saved {output / 'model'} ({_size(output / 'model') / 1e6:.1f} MB)")
+    del trainer, model
+    results = _evaluate(recipe, prepared, output / "model", attached, device, console)
+    write_json(output / "evaluation.json", {domain: result.to_dict() for domain, result in results.items()})
+    record = run_record(
+        recipe.raw,
+        curve,
+        started,
+        parameters=parameters,
+        tokens_seen=recipe.steps * _tokens_per_step(recipe),
+        epochs=rows.epochs,
+        padding=rows.padding,
+        data=prepared.summary,
+        packages="packages.json",
+        model_bytes=_size(output / "model"),
+        evaluation=_headline(results),
+    )
+    write_json(output / "run.json", record)
+    for domain, values in _headline(results).items():
+        say(f"test {domain}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+    return output
+
+
+def _check_machine() -> None:
+    if importlib.util.find_spec("accelerate") is None:
+        raise UserError("training needs accelerate: pip install 'inplace-ttt[train]'")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("training runs in one process on one device: start it without torchrun or accelerate launch")
+    if torch.cuda.device_count() > 1:
+        raise UserError("training uses one GPU: choose it with CUDA_VISIBLE_DEVICES=0")
+
+
+def _start_from(recipe: Recipe, checkpoints: Path, resume: bool) -> str | None:
+    """The checkpoint to go on from, None for a fresh start. Raises UserError rather than overwrite or mix runs."""
+    find: Any = get_last_checkpoint
+    last: str | None = find(str(checkpoints)) if checkpoints.is_dir() else None
+    if not resume:
+        if last is not None or (checkpoints.parent / "run.json").exists():
+            raise UserError(f"{checkpoints.parent} holds a run already: add --resume, or choose another output=...")
+        return None
+    if last is None:
+        raise UserError(f"nothing to resume: there is no checkpoint in {checkpoints} (save_every sets how often)")
+    before = json.loads((checkpoints.parent / "recipe.json").read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(recipe.raw, default=str))
+    changed = [k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in _FREE_ON_RESUME]
+    if changed:
+        raise UserError(f"cannot resume: {', '.join(sorted(changed))} changed since the run in {checkpoints.parent}")
+    return last
+
+
+def _trainer(recipe: Recipe, prepared: Prepared, checkpoints: Path) -> tuple[PackedTrainer, PackedRows]:
+    tokenizer, length = prepared.tokenizer, recipe.sequence_length
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    assert isinstance(pad, int)
+    arguments = _arguments(recipe, checkpoints)
+    torch.set_float32_matmul_precision("high")
+    model = build_model(
+        recipe, tokenizer, choose_attention(recipe.attn_implementation, arguments.device, recipe.compile)
+    )
+    store = TokenStore.join(list(prepared.stores("train").values()))
+    count = recipe.steps * recipe.batch_size * recipe.gradient_accumulation
+    rows = PackedRows(store, length, count, seed=recipe.seed, pad_id=pad, group=recipe.batch_size)
+    validation = {
+        domain: first_rows(store, length, recipe.evaluation.rows, pad)
+        for domain, store in prepared.stores("validation").items()
+    }
+    trainer = PackedTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        validation=validation if recipe.eval_every else None,
+        tokens_per_step=_tokens_per_step(recipe),
+        decay_embeddings=recipe.optimizer.decay_embeddings,
+    )
+    config = recipe.ttt_config()
+    if config is not None and recipe.ttt_lr_warmup_steps:
+        trainer.add_callback(InnerLrWarmup(model, config.lr, recipe.ttt_lr_warmup_steps))
+    return trainer, rows
+
+
+def _arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
+    optimizer, cuda = recipe.optimizer, torch.cuda.is_available()
+    schedule: dict[str, Any] = {"lr_scheduler_type": optimizer.schedule}
+    if optimizer.schedule == "constant":
+        schedule = {"lr_scheduler_type": "constant_with_warmup"}
+    elif optimizer.min_lr_ratio:
+        schedule = {
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr_rate": optimizer.min_lr_ratio},
+        }
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation,
+        learning_rate=optimizer.lr,
+        warmup_steps=optimizer.warmup_steps,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        max_grad_norm=optimizer.max_grad_norm,
+        optim="adamw_torch_fused" if cuda else "adamw_torch",
+        bf16=recipe.precision == "bf16",
+        torch_compile=recipe.compile,
+        logging_steps=recipe.log_every,
+        logging_nan_inf_filter=False,  # it would wait for the device in every step; the log's own check stops the run
+        eval_strategy="steps" if recipe.eval_every else "no",
+        eval_steps=recipe.eval_every or None,
+        save_strategy="steps" if recipe.save_every else "no",
+        save_steps=recipe.save_every or 500,
+        save_total_limit=2,
+        seed=recipe.seed,
+        use_cpu=not cuda,
+        dataloader_num_workers=2 if cuda else 0,
+        dataloader_pin_memory=cuda,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        disable_tqdm=True,
+        report_to="none",
+        **schedule,
+    )
+
+
+def _evaluate(
+    recipe: Recipe, prepared: Prepared, directory: Path, attached: bool, device: torch.device, console: Console
+) -> dict[str, DomainResult]:
+    """The saved model on the test windows, in float32; nothing when there is no test split."""
+    documents = {domain: texts(store) for domain, store in prepared.stores("test").items()}
+    if not documents:
+        return {}
+    model = load_saved(directory, attached).to(device)  # type: ignore[arg-type]
+    spec, length = recipe.evaluation, recipe.evaluation_length
+    inner = [edge for edge in spec.edges if 0 < edge < length]
+    return evaluate_documents(
+        model,
+        documents,
+        length,
+        spec.windows,
+        piece=spec.piece,
+        edges=[0, *inner, length] if inner else None,
+        batch_size=spec.batch_size,
+        console=console,
+    )
+
+
+def texts(store: TokenStore) -> list[Text]:
+    """A store's documents for the evaluation."""
+    return [Text(name, store[i]) for i, name in enumerate(store.names)]
+
+
+def _headline(results: Mapping[str, DomainResult]) -> dict[str, dict[str, float]]:
+    return {
+        domain: {
+            name: mean.value
+            for name, mean in (("on", result.on), ("off", result.off), ("gain", result.gain))
+            if mean is not None
+        }
+        for domain, result in results.items()
+    }
+
+
+def _tokens_per_step(recipe: Recipe) -> int:
+    return recipe.batch_size * recipe.gradient_accumulation * recipe.sequence_length
+
+
+def _size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

@@ -1,0 +1,126 @@
+"""Plain YAML values -> frozen dataclasses, checked against the field types. One plain line for every mistake."""
+
+import dataclasses
+import difflib
+import os
+import re
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import yaml
+
+from inplace_ttt.errors import UserError
+
+T = TypeVar("T")
+
+
+class RecipeError(UserError):
+    """A recipe that cannot be run: says which setting is wrong and what to write instead."""
+
+
+def build(cls: type[T], values: object, where: str = "") -> T:
+    """An instance of the dataclass ``cls`` from a mapping. ``where`` names the place in messages ("data.train")."""
+    if not isinstance(values, Mapping):
+        raise RecipeError(f"{where or 'the recipe'}: expected settings (key: value), got {_shown(values)}")
+    fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls)) if field.init}
+    for key in values:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, 1)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(fields)}"
+            raise RecipeError(f"{_join(where, key)}: no such setting, {hint}")
+    hints = typing.get_type_hints(cls)
+    arguments = {key: convert(hints[key], value, _join(where, key)) for key, value in values.items()}
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in arguments:
+            raise RecipeError(f"{_join(where, name)}: missing")
+    return cls(**arguments)
+
+
+def convert(kind: Any, value: object, where: str) -> Any:
+    """``value`` as the annotated type ``kind``. Raises RecipeError."""
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in inside:
+            return None
+        return _first_arm([arm for arm in inside if arm is not type(None)], value, where)
+    if origin is typing.Literal:
+        if value in inside:
+            return value
+        raise RecipeError(f"{where}: {_shown(value)} is none of {', '.join(map(str, inside))}")
+    if dataclasses.is_dataclass(kind):
+        shorthand = getattr(kind, "from_shorthand", None)
+        return build(typing.cast(type, kind), shorthand(value) if shorthand else value, where)
+    if origin is tuple:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple):
+            raise RecipeError(f"{where}: expected a list, got {_shown(value)}")
+        return tuple(convert(inside[0], item, f"{where}[{i}]") for i, item in enumerate(items))
+    if origin is dict or kind is dict:
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"{where}: expected settings (key: value), got {_shown(value)}")
+        item_kind = inside[1] if inside else Any
+        return {str(key): convert(item_kind, item, _join(where, key)) for key, item in value.items()}
+    return _plain(kind, value, where)
+
+
+def _first_arm(arms: list[Any], value: object, where: str) -> Any:
+    for arm in arms[:-1]:
+        try:
+            return convert(arm, value, where)
+        except RecipeError:
+            continue
+    return convert(arms[-1], value, where)
+
+
+def _plain(kind: type, value: object, where: str) -> Any:
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    raise RecipeError(f"{where}: expected {names.get(kind, kind.__name__)}, got {_shown(value)}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, with 2e-3 and 1e6 as numbers (YAML 1.1 wants a dot and a sign there)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_yaml(text: str) -> Any:
+    """Plain values of a YAML text. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def expand_variables(value: Any, where: str = "") -> Any:
+    """Replaces ``${NAME}`` in every text by the environment variable. Raises RecipeError for one that is not set."""
+    if isinstance(value, Mapping):
+        return {key: expand_variables(item, _join(where, key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [expand_variables(item, where) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        found = os.environ.get(match[1])
+        if not found:
+            raise RecipeError(f"{where}: the environment variable {match[1]} is not set: export {match[1]}=...")
+        return found
+
+    return re.sub(r"\$\{(\w+)\}", replace, value)
+
+
+def _join(where: str, key: object) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def _shown(value: object) -> str:
+    return "nothing" if value is None else repr(value)[:80]

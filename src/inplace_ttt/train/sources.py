@@ -1,0 +1,124 @@
+"""Document sources: JSON lines, plain text files, and the Python source of installed distributions.
+
+A source is written ``kind:where``:
+
+* ``jsonl:PATH`` one document a line, ``{"text": ..., "id": ..., "source": ..., "license": ...}`` (only ``text`` is
+  needed); PATH may be a glob and may end in ``.xz`` or ``.gz``;
+* ``text:PATH`` one UTF-8 file a document; PATH may be a glob (``**`` reaches into folders);
+* ``packages:SPLIT`` the installed distributions that fall into SPLIT (train, validation or test), see
+  `inplace_ttt.train.packages`.
+"""
+
+import glob
+import gzip
+import json
+import lzma
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from inplace_ttt.errors import UserError
+
+SPLITS = ("train", "validation", "test")
+
+
+class SourceError(UserError):
+    """A document source that cannot be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text. ``source`` says where it came from, ``licence`` under which terms ("" if unknown)."""
+
+    id: str
+    text: str
+    source: str
+    licence: str = ""
+
+
+def split_source(spec: str) -> tuple[str, str]:
+    """``kind:where`` -> (kind, where). Raises SourceError for anything else."""
+    kind, colon, where = spec.partition(":")
+    if not colon or kind not in ("jsonl", "text", "packages") or not where:
+        raise SourceError(f"{spec!r} is no document source: write jsonl:PATH, text:PATH or packages:SPLIT")
+    if kind == "packages" and where not in SPLITS:
+        raise SourceError(f"{spec!r}: there is no split {where!r}, only {', '.join(SPLITS)}")
+    return kind, where
+
+
+def source_files(spec: str) -> list[Path]:
+    """Files that a jsonl: or text: source names, sorted. Raises SourceError when there is none."""
+    _, where = split_source(spec)
+    paths = [Path(where)] if Path(where).is_file() else sorted(map(Path, glob.glob(where, recursive=True)))
+    files = [path for path in paths if path.is_file()]
+    if not files:
+        raise SourceError(f"{spec}: no such file (relative paths start at {Path.cwd()})")
+    return files
+
+
+def check_source(spec: str) -> None:
+    """Raises SourceError when the source is misspelt or names no file. Reads nothing."""
+    kind, _ = split_source(spec)
+    if kind != "packages":
+        source_files(spec)
+
+
+def read_source(spec: str, packages: Callable[[str], list[Document]] | None = None) -> Iterator[Document]:
+    """Documents of one source, in a fixed order. ``packages`` gives the documents of a split of the distributions."""
+    kind, where = split_source(spec)
+    if kind == "packages":
+        if packages is None:
+            raise SourceError(f"{spec}: installed packages are not available here")
+        yield from packages(where)
+        return
+    for path in source_files(spec):
+        yield from _json_lines(path) if kind == "jsonl" else [_text_file(path)]
+
+
+def _open(path: Path) -> IO[str]:
+    if path.suffix == ".xz":
+        return lzma.open(path, "rt", encoding="utf-8")
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8")
+    return open(path, encoding="utf-8")
+
+
+def _json_lines(path: Path) -> Iterator[Document]:
+    number = 0
+    try:
+        with _open(path) as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _record(path, number, line)
+    except UnicodeDecodeError:
+        raise SourceError(f"{path}, after line {number}: not UTF-8 text") from None
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise SourceError(f"{path}, after line {number}: cannot be read ({error})") from None
+
+
+def _record(path: Path, number: int, line: str) -> Document:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise SourceError(f"{path}, line {number}: not JSON ({error.msg})") from None
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise SourceError(f'{path}, line {number}: no "text" (each line must be an object with a string "text")')
+    return Document(
+        id=str(record.get("id", f"{path.name}:{number}")),
+        text=record["text"],
+        source=str(record.get("source", path.name)),
+        licence=str(record.get("licence", record.get("license", ""))),
+    )
+
+
+def _text_file(path: Path) -> Document:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise SourceError(f"{path}: not UTF-8 text") from None
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror})") from None
+    if not text.strip():
+        raise SourceError(f"{path}: empty")
+    return Document(id=str(path), text=text, source=path.name)

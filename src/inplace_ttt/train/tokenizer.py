@@ -1,0 +1,148 @@
+"""A byte-level BPE tokenizer: trained on the training split, lossless, loaded with ``AutoTokenizer``."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from inplace_ttt.errors import UserError
+from inplace_ttt.train.sources import Document
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCABULARY = 257  # every byte and the special token
+
+# Cutting a text after a lone newline between two visible characters never changes how byte-level BPE splits it: the
+# newline is a word of its own there.
+_CUT = re.compile(r"(?<=\S\n)(?=\S)")
+_PIECE_CHARACTERS = 16_384
+_BATCH_CHARACTERS = 1 << 24  # bounds the memory that the encodings take (about 100 bytes a token)
+_SAMPLE_CHARACTERS = 1 << 18  # of one document, while the tokenizer trains
+
+
+def train_tokenizer(
+    domains: Sequence[Sequence[Document]], vocab_size: int, max_bytes: int = 32_000_000
+) -> PreTrainedTokenizerFast:
+    """Trains on about ``max_bytes`` bytes, taken in turn from every domain.
+
+    Digits stand alone. The one special token is beginning, end of text and padding. The same documents give the same
+    tokenizer on every machine. Raises UserError when the vocabulary is too small or the text too short to fill it.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(f"vocab_size {vocab_size} is too small: byte-level BPE needs {SMALLEST_VOCABULARY} or more")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_sample(domains, max_bytes), trainer)
+    if tokenizer.get_vocab_size() < vocab_size:
+        raise UserError(
+            f"the training text yields only {tokenizer.get_vocab_size()} tokens, not vocab_size {vocab_size}: "
+            "give more text or a smaller vocabulary"
+        )
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """A tokenizer from a directory or the hub. Raises UserError when there is none or it is not a fast one."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer at {path}: {str(error).splitlines()[0]}") from None
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer at {path} cannot be used: training needs a fast one with an end-of-text token")
+    return tokenizer
+
+
+def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    """Token ids of each text, then the end-of-text token: uint16 [n], uint32 for large vocabularies.
+
+    Special tokens that a text spells out are encoded as ordinary text. Long texts are cut at newlines and encoded on
+    all cores, unless the tokenizer gives other tokens for a cut text: then texts are encoded whole.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy: the user's keeps its settings
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+    end = np.array([tokenizer.eos_token_id], dtype)
+    cut: bool | None = None
+    for batch in _batches(texts):
+        cut = _cutting_is_exact(backend, batch) if cut is None else cut
+        pieces = [list(cut_text(text)) if cut else [text] for text in batch]
+        flat = [piece for parts in pieces for piece in parts]
+        encoded = iter(backend.encode_batch_fast(flat, add_special_tokens=False))
+        for parts in pieces:
+            ids = [np.array(next(encoded).ids, dtype) for _ in parts]
+            yield np.concatenate([*ids, end])
+
+
+def cut_text(text: str, characters: int = _PIECE_CHARACTERS) -> Iterator[str]:
+    """Pieces of at least ``characters`` characters (the last may be shorter), cut where the tokens do not change."""
+    start = 0
+    while len(text) - start > characters:
+        match = _CUT.search(text, start + characters)
+        if match is None:
+            break
+        yield text[start : match.start()]
+        start = match.start()
+    yield text[start:]
+
+
+def _sample(domains: Sequence[Sequence[Document]], max_bytes: int) -> Iterator[str]:
+    """Documents in the order of their hash, one of each domain in turn, the beginning of each."""
+    queues = [
+        iter(sorted(documents, key=lambda document: hashlib.sha256(document.id.encode()).digest()))
+        for documents in domains
+    ]
+    taken = 0
+    while queues:
+        for queue in list(queues):
+            document = next(queue, None)
+            if document is None:
+                queues.remove(queue)
+                continue
+            text = document.text[:_SAMPLE_CHARACTERS]
+            taken += len(text.encode())
+            yield from cut_text(text)
+            if taken >= max_bytes:
+                return
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _cutting_is_exact(backend: Tokenizer, texts: Sequence[str]) -> bool:
+    """Whether the first long text (or the first one) gives the same tokens in pieces as whole."""
+    text = next((text for text in texts if len(text) > 2 * _PIECE_CHARACTERS), texts[0])[: 4 * _PIECE_CHARACTERS]
+    parts = list(cut_text(text, _PIECE_CHARACTERS // 8))
+    pieces = [id for part in parts for id in backend.encode(part, add_special_tokens=False).ids]
+    return pieces == backend.encode(text, add_special_tokens=False).ids

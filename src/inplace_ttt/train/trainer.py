@@ -1,0 +1,198 @@
+"""Hugging Face's Trainer on packed rows: fixed row order, token throughput, validation with updates on and off."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from inplace_ttt.errors import UserError
+from inplace_ttt.train.model import is_attached
+from inplace_ttt.train.packing import IGNORED, PackedRows
+
+Rows = Mapping[str, Sequence[dict[str, Tensor]]]
+
+
+class PackedTrainer(Trainer):
+    """``validation`` maps domains to rows; ``tokens_per_step`` is what one optimizer step reads."""
+
+    def __init__(
+        self,
+        *,
+        validation: Rows | None = None,
+        tokens_per_step: int = 0,
+        decay_embeddings: bool = True,
+        **arguments: Any,
+    ) -> None:
+        self.validation = dict(validation or {})
+        self.tokens_per_step = tokens_per_step
+        self.decay_embeddings = decay_embeddings
+        self._clock: tuple[int, float] | None = None  # step and time of the last line of the log
+        self._paused = 0.0  # seconds spent on validation since then
+        super().__init__(eval_dataset=[] if validation else None, **arguments)
+
+    def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
+        """The rows come shuffled already: a resumed run then skips exactly the rows it has read."""
+        assert isinstance(self.train_dataset, PackedRows)
+        return SequentialSampler(self.train_dataset)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices, convolutions, and embeddings if asked for; never norms, biases or other vectors."""
+        embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        return [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.ndim >= 2 and (self.decay_embeddings or id(parameter) not in embeddings)
+        ]
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: it would walk over all modules in every step."""
+        return 0
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Without a cache: with one, transformers would let packed documents see each other."""
+        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds tokens seen and tokens per second (validation not counted) to training's lines."""
+        if "loss" in logs:
+            now, step = time.perf_counter(), self.state.global_step
+            logs["tokens"] = step * self.tokens_per_step
+            if self._clock is not None and step > self._clock[0]:
+                elapsed = now - self._clock[1] - self._paused
+                logs["tokens_per_second"] = (step - self._clock[0]) * self.tokens_per_step / max(elapsed, 1e-9)
+            self._clock, self._paused = (step, now), 0.0
+            if not math.isfinite(logs["loss"]):
+                raise UserError(
+                    f"the loss is {logs['loss']} at step {step}: lower optimizer.lr or ttt.lr, or set "
+                    "ttt_lr_warmup_steps"
+                )
+        super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Starts the clock of the throughput."""
+        self._clock = None
+        return super().train(*args, **kwargs)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Mean validation loss by domain: ``eval_DOMAIN``, and ``eval_DOMAIN_off`` with the updates switched off."""
+        started = time.perf_counter()
+        model = self.model
+        assert isinstance(model, nn.Module)
+        metrics: dict[str, float] = {}
+        model.eval()
+        for domain, rows in self.validation.items():
+            metrics[f"{metric_key_prefix}_{domain}"] = self._mean_loss(model, rows)
+            if is_attached(model):
+                metrics[f"{metric_key_prefix}_{domain}_off"] = self._mean_loss(model, rows, updates=False)
+        model.train()
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._paused += time.perf_counter() - started
+        return metrics
+
+    @torch.no_grad()
+    def _mean_loss(self, model: nn.Module, rows: Sequence[dict[str, Tensor]], updates: bool = True) -> float:
+        """Loss per predicted token over ``rows``, in nats."""
+        from inplace_ttt import updates_off
+
+        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        tokens = 0
+        size = self.args.per_device_eval_batch_size
+        loader: DataLoader[dict[str, Tensor]] = DataLoader(rows, batch_size=size)  # type: ignore[arg-type]
+        with nullcontext() if updates else updates_off(model):
+            for batch in loader:
+                count = int((batch["labels"][:, 1:] != IGNORED).sum())
+                batch = {name: value.to(self.args.device) for name, value in batch.items()}
+                total += model(**batch, use_cache=False).loss.double() * count
+                tokens += count
+        return float(total) / max(tokens, 1)
+
+
+class InnerLrWarmup(TrainerCallback):
+    """Raises the fast weights' learning rate linearly to ``lr`` over the first ``steps`` steps."""
+
+    def __init__(self, model: nn.Module, lr: float, steps: int) -> None:
+        self.model, self.lr, self.steps = model, lr, steps
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        from inplace_ttt import set_lr
+
+        if state.global_step <= self.steps:
+            set_lr(self.model, self.lr * min(1.0, (state.global_step + 1) / self.steps))
+
+
+class ProgressLines(TrainerCallback):
+    """A progress bar, and a line for every entry of the log."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=console, transient=True)
+        self.task: TaskID | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.task = self.progress.add_task("training", total=state.max_steps, completed=state.global_step)
+        self.progress.start()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.progress.stop()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.task is not None:
+            self.progress.update(self.task, completed=state.global_step)
+        line = log_line(logs or {})
+        if line:
+            self.console.print(f"step {state.global_step:>6}  {line}", highlight=False)
+
+
+def log_line(logs: Mapping[str, float]) -> str:
+    """One entry of the log for people; "" for entries that are not about loss."""
+    parts = []
+    if "loss" in logs:
+        parts.append(f"loss {logs['loss']:.4f}")
+        if "grad_norm" in logs:
+            parts.append(f"gradient {logs['grad_norm']:.3f}")
+        parts.append(f"lr {logs.get('learning_rate', 0):.2e}")
+        if "tokens_per_second" in logs:
+            parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
+    parts += [f"{name.removeprefix('eval_')} {value:.4f}" for name, value in logs.items() if name.startswith("eval_")]
+    return "  ".join(parts)
+
+
+def quiet(trainer: Trainer, console: Console) -> None:
+    """Replaces the Trainer's own printing by `ProgressLines`."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ProgressLines(console))

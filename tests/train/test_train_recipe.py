@@ -1,0 +1,148 @@
+"""Recipes: checked before anything loads, one plain line for every mistake."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from inplace_ttt.train.recipe import apply_override, load_recipe, make_recipe
+from inplace_ttt.train.schema import RecipeError, load_yaml
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def test_values_and_defaults(values: dict[str, Any]) -> None:
+    recipe = make_recipe(values)
+    assert recipe.data.train["text"].sources == (values["data"]["train"]["text"],)
+    assert recipe.optimizer.lr == 5e-3
+    assert recipe.optimizer.schedule == "cosine"
+    assert recipe.ttt is None
+    assert recipe.ttt_config() is None
+    assert recipe.evaluation_length == 128
+    assert recipe.raw == values
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimiser.lr=1e-3", "optimiser: no such setting, did you mean optimizer"),
+        ("optimizer.learning_rate=1e-3", "optimizer.learning_rate: no such setting"),
+        ("optimizer.lr=fast", "optimizer.lr: expected a number, got 'fast'"),
+        ("optimizer.lr=3", "optimizer.lr: 3.0 must lie between"),
+        ("optimizer.schedule=step", "optimizer.schedule: 'step' is none of cosine"),
+        ("optimizer.warmup_steps=8", "optimizer.warmup_steps: 8 must be below steps"),
+        ("optimizer={lr: 0.1, schedule: linear, min_lr_ratio: 0.1}", "only the cosine schedule"),
+        ("steps=0", "steps: 0 is too small"),
+        ("steps=1.5", "steps: expected a whole number"),
+        ("steps=true", "steps: expected a whole number"),
+        ("name=3", "name: expected text, got 3"),
+        ("name=null", "name: expected text, got nothing"),
+        ("sequence_length=1", "sequence_length"),
+        ("model.base=org/model", "model: give either base .* or config"),
+        ("model={}", "model: give either base .* or config"),
+        ("model={base: ./nowhere}", "tokenizer.train: a base model keeps its own"),
+        ("model.config.model_type=t5", "'t5' is no causal language model"),
+        ("model.config.hidden_sise=64", "mistral has no such setting, did you mean hidden_size"),
+        ("model.config.hidden_size=wide", "model.config: .*hidden_size"),
+        ("model.config.vocab_size=9", "vocab_size: comes from the tokenizer"),
+        ("tokenizer={}", "tokenizer: missing"),
+        ("tokenizer=./nowhere", "tokenizer.path: there is no directory ./nowhere"),
+        ("tokenizer.path=x", "tokenizer: give either path or train"),
+        ("data.train={}", "data.train: give at least one domain"),
+        ("data.train.text=[]", "data.train.text: no sources"),
+        ("data.train.text=jsonl:/nowhere/*.jsonl", "data.train.text: .*no such file"),
+        ("data.train.text=/nowhere", "data.train.text: .*is no document source"),
+        ("data.train.text=packages:test", "belongs to another split, write packages:train"),
+        ("data.train.text={sources: [], bytes: 3}", "data.train.text.bytes: no such setting"),
+        ("data={train: {'a/b': 'text:x'}}", "data.train.a/b: a domain's name"),
+        ("evaluation.edges=[64, 32]", "evaluation.edges: must rise"),
+        ("ttt_lr_warmup_steps=5", "there is no ttt"),
+        ("ttt={chunk: 8}", "ttt.chunk: no such setting, did you mean chunk_size"),
+        ("ttt={chunk_size: 0}", "ttt: chunk_size must be at least 1"),
+        ("ttt={chunk_size: big}", "ttt.chunk_size: expected a whole number"),
+        ("ttt={chunk_size: 128, layers: '0::1'}", "128 tokens never see an update"),
+        ("ttt={chunk_size: 32, layers: [5]}", "ttt: no layer 5: the model has 2 layers"),
+        ("nonsense", "write key=value"),
+        ("a b=3", "write key=value"),
+        ("steps=[", "the value is not YAML"),
+    ],
+)
+def test_mistakes(values: dict[str, Any], override: str, message: str) -> None:
+    def read() -> None:
+        apply_override(values, override)
+        make_recipe(values)
+
+    with pytest.raises(RecipeError, match=message) as error:
+        read()
+    assert "\n" not in str(error.value)
+
+
+def test_needs_validation_data_to_validate(values: dict[str, Any]) -> None:
+    values["eval_every"] = 4
+    make_recipe(values)
+    del values["data"]["validation"]
+    with pytest.raises(RecipeError, match=r"eval_every: needs data\.validation"):
+        make_recipe(values)
+
+
+@pytest.mark.parametrize("key", ["name", "model", "data", "optimizer", "steps"])
+def test_missing_settings(values: dict[str, Any], key: str) -> None:
+    del values[key]
+    with pytest.raises(RecipeError, match=f"{key}: missing"):
+        make_recipe(values)
+
+
+def test_ttt_fields_reach_the_library(values: dict[str, Any]) -> None:
+    values["ttt"] = {"layers": [0, 1], "chunk_size": 32, "lr": 1, "clip": None}
+    config = make_recipe(values).ttt_config()
+    assert config is not None
+    assert (config.layers, config.chunk_size, config.lr, config.clip) == ((0, 1), 32, 1.0, None)
+
+
+def test_overrides_take_yaml_values() -> None:
+    values: dict[str, Any] = {"a": {"b": 1}}
+    for override in ("a.b=2e-3", "a.c=[1, x]", "d.e.f=null"):
+        apply_override(values, override)
+    assert values == {"a": {"b": 2e-3, "c": [1, "x"]}, "d": {"e": {"f": None}}}
+
+
+def test_numbers_without_a_dot() -> None:
+    assert load_yaml("[1e6, 2E-3, -1e-2, 1.5e3, 12, 1e, e5, '1e6']") == [1e6, 2e-3, -1e-2, 1.5e3, 12, "1e", "e5", "1e6"]
+
+
+def test_variables(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, corpus: Path) -> None:
+    values["data"]["train"]["text"] = "jsonl:${SOME_CORPUS}/train.jsonl"
+    before = copy.deepcopy(values)
+    monkeypatch.delenv("SOME_CORPUS", raising=False)
+    with pytest.raises(RecipeError, match=r"data\.train\.text: the environment variable SOME_CORPUS is not set"):
+        make_recipe(values)
+    monkeypatch.setenv("SOME_CORPUS", str(corpus))
+    recipe = make_recipe(values)
+    assert recipe.data.train["text"].sources == (f"jsonl:{corpus}/train.jsonl",)
+    assert recipe.raw == before, "the record keeps the variable, not this machine's path"
+
+
+def test_files_that_are_no_recipes(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("a: [\n")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    for name, message in (("none", "No such file"), ("bad", "not YAML"), ("list", "expected settings")):
+        with pytest.raises(RecipeError, match=message) as error:
+            load_recipe(tmp_path / f"{name}.yaml")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INPLACE_TTT_DATA", str(shared / "data"))
+    assert load_recipe(path).name == path.stem
+
+
+def test_baseline_differs_from_ttt_in_ttt_alone() -> None:
+    with_ttt, without = (
+        yaml.safe_load((RECIPES / f"books-and-code-{kind}.yaml").read_text()) for kind in ("ttt", "window")
+    )
+    differing = {key for key in with_ttt.keys() | without.keys() if with_ttt.get(key) != without.get(key)}
+    assert differing == {"name", "output", "ttt"}
+    assert without["ttt"] is None

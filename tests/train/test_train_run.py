@@ -1,0 +1,204 @@
+"""Whole runs of a tiny model on the CPU: they learn, resume exactly, and leave everything behind."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import inplace_ttt
+from inplace_ttt.errors import UserError
+from inplace_ttt.eval.nll import token_losses
+from inplace_ttt.train.prepare import prepare
+from inplace_ttt.train.recipe import make_recipe
+from inplace_ttt.train.run import run
+
+TTT = {"layers": "0::1", "chunk_size": 16, "lr": 1.0}
+
+
+def train(values: dict[str, Any], **options: Any) -> tuple[dict[str, Any], Path]:
+    output = run(make_recipe(values), console=Console(quiet=True), **options)
+    return json.loads((output / "run.json").read_text()), output
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    files = sorted((output / "model").rglob("*.safetensors"))
+    assert files
+    return {f"{file.name}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def test_plain_run_leaves_model_record_and_picture(values: dict[str, Any]) -> None:
+    values |= {"eval_every": 4, "steps": 40}
+    record, output = train(values)
+    losses = [entry["loss"] for entry in record["curve"]]
+    assert len(losses) == 40
+    assert losses[0] > 5.5, "an untrained model knows nothing"
+    assert losses[-1] < losses[0] - 1, "it learns"
+    assert record["tokens_seen"] == 40 * 2 * 128
+    assert record["curve"][-1]["tokens"] == record["tokens_seen"]
+    assert record["tokens_per_second"] > 0
+    assert [entry["step"] for entry in record["curve"] if "eval_text" in entry] == list(range(4, 41, 4))
+    assert all(entry["grad_norm"] > 0 for entry in record["curve"])
+    assert record["recipe"] == json.loads(json.dumps(values))
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["data"]["train"]["text"]["documents"] == 6
+    assert record["peak_memory_bytes"] > 1e7
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((output / "packages.json").read_text()) == []
+    assert not (output / "checkpoints").exists() or not list((output / "checkpoints").iterdir())
+
+    model = AutoModelForCausalLM.from_pretrained(output / "model")
+    tokenizer = AutoTokenizer.from_pretrained(output / "model")
+    assert model.dtype == torch.bfloat16
+    assert model.config.use_cache is True, "the Trainer's setting does not stay in the saved model"
+    assert "inplace_ttt" not in (output / "model" / "config.json").read_text()
+    held = json.loads(Path(values["data"]["test"]["text"].removeprefix("jsonl:")).read_text().splitlines()[0])["text"]
+    ids = torch.tensor([tokenizer(held)["input_ids"][:128]])
+    loss = float(token_losses(model.float(), ids).mean())
+    assert loss == pytest.approx(record["evaluation"]["text"]["on"], abs=0.2)
+
+
+def test_resumed_run_equals_the_uninterrupted_one(values: dict[str, Any], tmp_path: Path) -> None:
+    values |= {"save_every": 4, "eval_every": 3, "ttt": TTT, "ttt_lr_warmup_steps": 6, "gradient_accumulation": 2}
+    whole, output = train(values)
+    interrupted = tmp_path / "interrupted"
+    shutil.copytree(output / "checkpoints" / "checkpoint-4", interrupted / "checkpoints" / "checkpoint-4")
+    shutil.copy(output / "recipe.json", interrupted)
+    resumed, _ = train(values | {"output": str(interrupted)}, resume=True)
+    keys = ("step", "loss", "grad_norm", "learning_rate", "eval_text", "eval_text_off")
+    curves = [[{k: e[k] for k in keys if k in e} for e in record["curve"]] for record in (whole, resumed)]
+    assert len(curves[0]) == 8
+    assert curves[0] == curves[1]
+    for (name, a), (other, b) in zip(weights(output).items(), weights(interrupted).items(), strict=True):
+        assert name == other
+        assert torch.equal(a, b), name
+
+
+def test_resuming_is_refused_where_it_would_mix_runs(values: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="nothing to resume"):
+        train(values, resume=True)
+    values["save_every"] = 8
+    train(values)
+    with pytest.raises(UserError, match="holds a run already: add --resume"):
+        train(values)
+    with pytest.raises(UserError, match="cannot resume: optimizer changed"):
+        train(values | {"optimizer": {"lr": 1e-3}}, resume=True)
+
+
+def test_ttt_run_trains_saves_and_evaluates_fast_weights(values: dict[str, Any]) -> None:
+    values |= {"ttt": TTT, "eval_every": 30, "steps": 30}
+    record, output = train(values)
+    (entry,) = [entry for entry in record["curve"] if "eval_text" in entry]
+    assert entry["eval_text"] != entry["eval_text_off"]
+    test = record["evaluation"]["text"]
+    assert test["gain"] == pytest.approx(test["off"] - test["on"])
+    assert json.loads((output / "evaluation.json").read_text())["text"]["position_off"]
+    model = inplace_ttt.from_pretrained(output / "model")
+    assert inplace_ttt.is_attached(model)
+    kappa = [p for n, p in model.named_parameters() if "ttt_conv" in n]
+    assert len(kappa) == 2
+    assert all(p.abs().max() > 0 for p in kappa), "the convolution starts at zero and learns"
+
+
+def test_base_model_goes_on_training(values: dict[str, Any], tmp_path: Path) -> None:
+    _, output = train(values)
+    more = values | {
+        "output": str(tmp_path / "more"),
+        "model": {"base": str(output / "model")},
+        "tokenizer": {},
+        "ttt": TTT,
+        "optimizer": {"lr": 1e-9},
+    }
+    record, _ = train(more)
+    first = json.loads((output / "run.json").read_text())
+    assert record["evaluation"]["text"]["off"] == pytest.approx(first["evaluation"]["text"]["on"], abs=0.01)
+
+
+def test_decay_spares_vectors_and_embeddings(values: dict[str, Any]) -> None:
+    from inplace_ttt.train.run import _trainer
+
+    values |= {"ttt": TTT, "optimizer": {"lr": 1e-3, "decay_embeddings": False, "weight_decay": 0.3}}
+    recipe = make_recipe(values)
+    trainer, _ = _trainer(recipe, prepare(recipe), Path(values["output"]))
+    trainer.create_optimizer()
+    assert trainer.optimizer is not None
+    assert trainer.model is not None
+    names = {id(p): n for n, p in trainer.model.named_parameters()}
+    decayed = {names[id(p)] for g in trainer.optimizer.param_groups if g["weight_decay"] == 0.3 for p in g["params"]}
+    spared = {names[id(p)] for g in trainer.optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]}
+    assert decayed | spared == set(names.values())
+    assert spared == {n for n in names.values() if "norm" in n or "embed" in n}
+
+
+def test_rows_are_read_in_the_planned_order(values: dict[str, Any]) -> None:
+    """Not shuffled once more: batches stay of one kind, and a longer run begins like a shorter one."""
+    from inplace_ttt.train.run import _trainer
+
+    recipe = make_recipe(values)
+    trainer, rows = _trainer(recipe, prepare(recipe), Path(values["output"]))
+    batches = [batch["input_ids"] for batch in trainer.get_train_dataloader()]
+    assert torch.equal(torch.cat(batches), torch.stack([rows[i]["input_ids"] for i in range(len(rows))]))
+    assert len(rows) == recipe.steps * recipe.batch_size
+
+
+def test_inner_lr_warms_up(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    monkeypatch.setattr(inplace_ttt, "set_lr", lambda model, lr: seen.append(lr))
+    train(values | {"ttt": TTT | {"lr": 2.0}, "ttt_lr_warmup_steps": 4, "steps": 6})
+    assert seen == [0.5, 1.0, 1.5, 2.0, 2.0]
+
+
+def test_diverging_run_stops_with_a_reason(values: dict[str, Any]) -> None:
+    values |= {"ttt": TTT | {"lr": 1e30}, "steps": 30, "optimizer": {"lr": 0.9, "max_grad_norm": 0}}
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d+: lower"):
+        train(values)
+
+
+def test_bf16_run(values: dict[str, Any]) -> None:
+    record, _ = train(values | {"precision": "bf16", "ttt": TTT})
+    exact, _ = train(values | {"output": values["output"] + "32", "ttt": TTT})
+    for rounded, full in zip(record["curve"], exact["curve"], strict=True):
+        assert rounded["loss"] == pytest.approx(full["loss"], abs=0.02)
+    assert record["curve"] != exact["curve"]
+
+
+def test_tokens_are_made_once(values: dict[str, Any], tmp_path: Path) -> None:
+    said: list[str] = []
+    values["data"]["cache"] = str(tmp_path / "cache")
+    directory = run(make_recipe(values), prepare_only=True, console=Console(quiet=True))
+    assert directory.parent == tmp_path / "cache"
+    assert not Path(values["output"]).exists()
+    prepared = prepare(make_recipe(values | {"ttt": TTT, "steps": 9}), said.append)
+    assert prepared.directory == directory, "a run that differs in other settings shares them"
+    assert said == [f"tokens: {directory}"]
+    values["tokenizer"] = {"train": {"vocab_size": 299}}
+    assert prepare(make_recipe(values)).directory != directory
+    assert len(list((tmp_path / "cache").iterdir())) == 2, "no unfinished directory stays"
+
+
+def test_max_bytes_takes_part_of_a_domain(values: dict[str, Any]) -> None:
+    source = values["data"]["train"]["text"]
+    values["data"]["train"]["text"] = {"sources": [source], "max_bytes": 40_000}
+    summary = prepare(make_recipe(values)).summary["train"]["text"]
+    assert 1 < summary["documents"] < 6
+    assert summary["bytes"] == 40_000
+
+
+def test_accelerate_is_asked_for_plainly(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "accelerate" else find(name))
+    with pytest.raises(UserError, match=r"pip install 'inplace-ttt\[train\]'"):
+        train(values)
+
+
+def test_torchrun_is_refused(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process on one device"):
+        train(values)
