@@ -1,13 +1,19 @@
 """In-Place Test-Time Training for Hugging Face causal language models."""
 
-from .config import InPlaceTTTConfig
-from .errors import UserError
-from .hf.attach import attach, detach, inspect, is_attached, set_lr, updates_off
-from .hf.checkpoint import from_pretrained, save_pretrained
-from .hf.context import fast_weights
-from .hf.release import save_release
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import InPlaceTTTConfig
+    from .errors import UserError
+    from .hf.attach import attach, detach, inspect, is_attached, set_lr, updates_off
+    from .hf.checkpoint import from_pretrained, save_pretrained
+    from .hf.context import fast_weights
+    from .hf.release import save_release
+    from .shipped import DEFAULT_MODEL
 
 __all__ = [
+    "DEFAULT_MODEL",
     "InPlaceTTTConfig",
     "UserError",
     "attach",
@@ -21,3 +27,26 @@ __all__ = [
     "set_lr",
     "updates_off",
 ]
+
+_HOMES = {
+    "DEFAULT_MODEL": "shipped",
+    "InPlaceTTTConfig": "config",
+    "UserError": "errors",
+    **dict.fromkeys(("attach", "detach", "inspect", "is_attached", "set_lr", "updates_off"), "hf.attach"),
+    **dict.fromkeys(("from_pretrained", "save_pretrained"), "hf.checkpoint"),
+    "fast_weights": "hf.context",
+    "save_release": "hf.release",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names load on first use, so that ``import inplace_ttt`` and the command line do not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

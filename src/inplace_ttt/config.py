@@ -1,9 +1,11 @@
 """The one place where settings and their defaults live."""
 
 import json
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 from .errors import UserError
@@ -11,6 +13,16 @@ from .errors import UserError
 FORMAT_VERSION = 1
 TARGETS = ("input_embed", "hidden_states")
 OBJECTIVES = ("learned", "next_token", "reconstruction")
+_KINDS = (
+    (("chunk_size", "conv_kernel", "lookahead"), Integral, "a whole number"),
+    (("lr", "decay", "clip", "init_std"), Real, "a number"),
+    (("projection", "clip_relative"), bool, "true or false"),
+)
+
+
+def _is(value: Any, kind: type) -> bool:
+    """``isinstance``, where a truth value is no number."""
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,17 @@ class InPlaceTTTConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.layers, str):
+            listed = isinstance(self.layers, Sequence) and all(_is(i, Integral) for i in self.layers)
+            if not listed:
+                raise UserError(f'layers must be a slice such as "0::6" or a list of numbers, got {self.layers!r}')
             object.__setattr__(self, "layers", tuple(int(i) for i in self.layers))
+        for names, kind, word in _KINDS:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not _is(value, kind):
+                    raise UserError(f"{name} must be {word}, got {value!r}")
+                if kind is Real and value is not None and not math.isfinite(value):
+                    raise UserError(f"{name} must be finite, got {value}")
         for wrong, say in (
             (self.chunk_size < 1, f"chunk_size must be at least 1, got {self.chunk_size}"),
             (self.conv_kernel < 1, f"conv_kernel must be at least 1, got {self.conv_kernel}"),
@@ -60,9 +82,13 @@ class InPlaceTTTConfig:
                 f"lookahead must be from 0 to conv_kernel - 1 = {self.conv_kernel - 1}, got {self.lookahead}",
             ),
             (self.target not in TARGETS, f"target must be one of {', '.join(TARGETS)}, got {self.target!r}"),
-            (self.objective not in OBJECTIVES, f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}"),
+            (
+                self.objective not in OBJECTIVES,
+                f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}",
+            ),
             (not 0 <= self.decay < 1, f"decay must be in [0, 1), got {self.decay}"),
             (self.clip is not None and self.clip <= 0, f"clip must be positive or None, got {self.clip}"),
+            (self.init_std is not None and self.init_std < 0, f"init_std must not be negative, got {self.init_std}"),
             (
                 (self.layers_path is None) != (self.projection_path is None),
                 "layers_path and projection_path describe a model together: give both or neither",
@@ -104,9 +130,9 @@ class InPlaceTTTConfig:
         """Inverse of ``to_dict``. A newer format is refused; an unknown key is ignored with a warning."""
         values = dict(values)
         version = values.pop("format_version", FORMAT_VERSION)
-        if version > FORMAT_VERSION:
+        if not _is(version, Integral) or version > FORMAT_VERSION:
             raise UserError(
-                f"this file has format {version}, this version of inplace-ttt reads up to {FORMAT_VERSION}: "
+                f"this file has format {version!r}, this version of inplace-ttt reads up to {FORMAT_VERSION}: "
                 "update inplace-ttt"
             )
         known = {f.name for f in fields(cls)}
@@ -117,5 +143,11 @@ class InPlaceTTTConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "InPlaceTTTConfig":
-        """From the text of a JSON file."""
-        return cls.from_dict(json.loads(text))
+        """From the text of a JSON file. Raises UserError when it is damaged."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"this file is not the settings of In-Place TTT ({error})") from None
+        if not isinstance(values, dict):
+            raise UserError(f"this file is not the settings of In-Place TTT (it holds a {type(values).__name__})")
+        return cls.from_dict(values)

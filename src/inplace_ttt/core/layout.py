@@ -35,13 +35,13 @@ class Layout:
             return x_BTW[:, self._span(m)]
         return torch.where(self._new[:, m], x_BTW.reshape(-1, x_BTW.shape[-1])[self._flat[:, m]], 0)
 
-    def add_applied(self, out_BTW: Tensor, m: int, value: Tensor) -> None:
-        """Adds to ``out`` at slot m's new tokens."""
+    def add_product(self, out_BTW: Tensor, m: int, a_BCM: Tensor, b_BMW: Tensor, scale: float = 1.0) -> None:
+        """Adds ``scale * a @ b`` to ``out`` at slot m's new tokens."""
         if self.index is None:
-            out_BTW[:, self._span(m)] += value
+            out_BTW[:, self._span(m)].baddbmm_(a_BCM, b_BMW, alpha=scale)
             return
-        value = torch.where(self._new[:, m], value, 0).to(out_BTW.dtype)
-        out_BTW.view(-1, out_BTW.shape[-1]).index_add_(0, self._flat[:, m].flatten(), value.flatten(0, 1))
+        value = torch.where(self._new[:, m], torch.bmm(a_BCM, b_BMW), 0)
+        out_BTW.view(-1, out_BTW.shape[-1]).index_add_(0, self._flat[:, m].flatten(), value.flatten(0, 1), alpha=scale)
 
     def absorbed(self, m: int) -> Tensor:
         """z of slot m's tokens, pending ones included, [B, C, F]; zero where there is none."""
@@ -53,27 +53,28 @@ class Layout:
         where = self.index[:, m].clamp(0, self.P - 1)[..., None]
         return torch.where(self._old[:, m], self.past.gather(1, where.expand_as(z)).to(z.dtype), z)
 
-    def add_absorbed(self, dz_BTF: Tensor, dpast_BPF: Tensor | None, m: int, value_BCF: Tensor) -> None:
-        """Adds to the gradients of z and of the pending z at slot m's tokens."""
-        if self.index is None:
-            head = self.P if m == 0 else 0
-            if head and dpast_BPF is not None:
-                dpast_BPF[:, :head] += value_BCF[:, :head]
-            self.add_applied(dz_BTF, m, value_BCF[:, head:])
+    def add_absorbed(self, dz_BTF: Tensor, dpast_BPF: Tensor | None, m: int, a_BCM: Tensor, b_BMF: Tensor) -> None:
+        """Adds ``a @ b`` to the gradients of z and of the pending z at slot m's tokens."""
+        head = self.P if self.index is None and m == 0 else 0
+        self.add_product(dz_BTF, m, a_BCM[:, head:], b_BMF)
+        if dpast_BPF is None:
             return
-        self.add_applied(dz_BTF, m, value_BCF)
-        if dpast_BPF is not None:
-            where = self.index[:, m].clamp(0, self.P - 1)[..., None]
-            value = torch.where(self._old[:, m], value_BCF, 0).to(dpast_BPF.dtype)
-            dpast_BPF.scatter_add_(1, where.expand_as(value), value)
+        if self.index is None:
+            dpast_BPF[:, :head] += torch.bmm(a_BCM[:, :head], b_BMF)
+            return
+        where = self.index[:, m].clamp(0, self.P - 1)[..., None]
+        value = torch.where(self._old[:, m], torch.bmm(a_BCM, b_BMF), 0).to(dpast_BPF.dtype)
+        dpast_BPF.scatter_add_(1, where.expand_as(value), value)
 
     def targets(self, v_BND: Tensor, m: int) -> Tensor:
         """v of slot m, [B, C, D]; zero for rows whose slot does not update."""
         v = v_BND[:, m * self.C : (m + 1) * self.C]
         return v if self.update is None else v * self.update[:, m, None, None]
 
-    def set_targets(self, dv_BND: Tensor, m: int, value_BCD: Tensor) -> None:
-        """Writes the gradient of slot m's targets."""
-        if self.update is not None:
-            value_BCD = value_BCD * self.update[:, m, None, None]
-        dv_BND[:, m * self.C : (m + 1) * self.C] = value_BCD
+    def add_to_targets(self, dv_BND: Tensor, m: int, a_BCF: Tensor, b_BFD: Tensor) -> None:
+        """Adds ``a @ b`` to the gradient of slot m's targets."""
+        part = dv_BND[:, m * self.C : (m + 1) * self.C]
+        if self.update is None:
+            part.baddbmm_(a_BCF, b_BFD)
+        else:
+            part += torch.bmm(a_BCF, b_BFD) * self.update[:, m, None, None]

@@ -28,7 +28,7 @@ def outer(a_BCM: Tensor, b_BCN: Tensor) -> Tensor:
     """``sum_t a_t b_t^T`` per row, [B, M, N], accumulated and returned in the state's precision."""
     dtype = state_dtype(b_BCN.dtype)
     if b_BCN.dtype != dtype and b_BCN.is_cuda:
-        return torch.bmm(a_BCM.to(b_BCN.dtype).mT, b_BCN, out_dtype=dtype)
+        return torch.bmm(a_BCM.mT, b_BCN, out_dtype=dtype)
     return torch.bmm(a_BCM.to(dtype).mT, b_BCN.to(dtype))
 
 
@@ -64,7 +64,7 @@ def advance(S: Tensor | None, z: Tensor, v: Tensor, keep: float | Tensor, clip: 
     if isinstance(keep, Tensor) or keep != 1.0:
         S *= keep
     if clip is None and z.dtype == S.dtype:
-        return S.baddbmm_(v.to(S.dtype).mT, z)
+        return S.baddbmm_(v.mT, z)
     dW = outer(v, z)
     return S.add_(dW if clip is None else dW.mul_(clip_factor(dW, clip)))
 
@@ -100,7 +100,7 @@ def scan_op(
         if reset is not None and S is not None:
             S *= ~reset[:, m, None, None]
         if S is not None:
-            layout.add_applied(out, m, torch.bmm(layout.applied(z, m), S.to(z.dtype).mT).mul_(lr))
+            layout.add_product(out, m, layout.applied(z, m), S.to(z.dtype).mT, lr)
         if m < updates and v is not None:
             S = advance(S, layout.absorbed(m), layout.targets(v, m), keep_factor(layout, m, decay), clip)
     if not keep_state:
@@ -109,26 +109,8 @@ def scan_op(
 
 
 @scan_op.register_fake
-def _(
-    z,
-    v,
-    weight,
-    bias,
-    state,
-    past,
-    clip,
-    index,
-    update,
-    reset,
-    lr,
-    decay,
-    chunk_size,
-    prefix,
-    steps,
-    updates,
-    width,
-    keep_state,
-):  # type: ignore[no-untyped-def]  # noqa: E501
+def _(z: Tensor, *rest: Any) -> Tensors:
+    width, keep_state = rest[-2:]
     B, T, F = z.shape
     dtype = state_dtype(z.dtype)
     return z.new_empty(B, T, width), z.new_empty(*((B, width, F) if keep_state else (0,)), dtype=dtype)
@@ -171,7 +153,7 @@ def scan_backward_op(
         if reset is not None and S is not None:
             S *= ~reset[:, m, None, None]
         if S is not None:
-            layout.add_applied(dz, m, torch.bmm(layout.applied(g, m), S.to(g.dtype)).mul_(lr))
+            layout.add_product(dz, m, layout.applied(g, m), S.to(g.dtype), lr)
         if m < updates and v is not None:
             S = advance(S, layout.absorbed(m), layout.targets(v, m), keep_factor(layout, m, decay), clip)
 
@@ -181,8 +163,8 @@ def scan_backward_op(
             z_m, v_m = layout.absorbed(m), layout.targets(v, m)
             H_m = H if clip is None else _through_clip(H, outer(v_m, z_m), clip)
             H_m = H_m.to(z.dtype)
-            layout.set_targets(dv, m, torch.bmm(z_m, H_m.mT))
-            layout.add_absorbed(dz, dpast, m, torch.bmm(v_m.to(z.dtype), H_m))
+            layout.add_to_targets(dv, m, z_m, H_m.mT)
+            layout.add_absorbed(dz, dpast, m, v_m, H_m)
             H = H.mul_(keep_factor(layout, m, decay)) if decay else H
         if m > 0 or state is not None:
             G = outer(layout.applied(g, m), layout.applied(z, m))
@@ -197,12 +179,9 @@ def scan_backward_op(
 
 @scan_backward_op.register_fake
 def _(
-    g, grad_state, z, v, weight, state, past, clip, index, update, reset, lr, decay, chunk_size, prefix, steps, updates
-):  # type: ignore[no-untyped-def]  # noqa: E501
-    def like(x: Tensor | None) -> Tensor:
-        return z.new_empty(0) if x is None else x.new_empty(x.shape)
-
-    return like(z), like(v), like(state), like(past)
+    g: Tensor, grad_state: Tensor | None, z: Tensor, v: Tensor | None, weight: Any, state: Any, past: Any, *rest: Any
+):  # type: ignore[no-untyped-def]
+    return tuple(z.new_empty(0) if x is None else x.new_empty(x.shape) for x in (z, v, state, past))
 
 
 def _through_clip(H: Tensor, dW: Tensor, clip: Tensor) -> Tensor:
@@ -299,7 +278,7 @@ def scan(
     keep = table.keep_state and table.changes_state
     out, state = run(
         z_BTF,
-        v_BND,
+        None if v_BND is None else v_BND.to(z_BTF.dtype),
         weight_DF,
         bias_D,
         state_BDF,

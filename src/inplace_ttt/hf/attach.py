@@ -29,6 +29,17 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
+def unwrap_to_save(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside, to be saved as a whole; UserError while other adapters (peft's) are inside it."""
+    root = unwrap(model)
+    if any(hasattr(m, "base_layer") or hasattr(m, "original_module") for m in root.modules()):
+        raise UserError(
+            "the model has other adapters in it (LoRA?): call merge_and_unload() first, or save them with peft and the "
+            "fast weights' parameters with adapter_only=True"
+        )
+    return root
+
+
 def runtime_of(model: nn.Module) -> Runtime:
     """The attached runtime; UserError when nothing is attached."""
     runtime = unwrap(model).__dict__.get(RUNTIME)
@@ -62,8 +73,8 @@ def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
     runtime = Runtime(root, config)
     holders = [_holder(p) for p in places]
     sites = [LayerSite(runtime, p.index, p.mlp) for p in places]
+    widths = [output_size(getattr(*h)) for h in holders]
     fasts = [make_fast(getattr(*h), site) for h, site in zip(holders, sites, strict=True)]
-    widths = [output_size(fast) for fast in fasts]
 
     std = config.init_std if config.init_std is not None else getattr(root.config, "initializer_range", 0.02)
     for where, holder, site, fast, width in zip(places, holders, sites, fasts, widths, strict=True):
@@ -85,7 +96,7 @@ def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
         root.get_input_embeddings().register_forward_hook(runtime.after_embedding),
     ]
     root.__dict__[RUNTIME] = runtime
-    root.__dict__["_valid_auto_compile_criteria"] = runtime.no_auto_compile
+    root.__dict__.update(runtime.overrides())
     root.config.inplace_ttt = config.to_dict()
     return model
 
@@ -103,7 +114,8 @@ def detach(model: Model) -> Model:
         for name, child in list(parent.named_children()):
             if isinstance(child, FastWeight):
                 setattr(parent, name, make_slow(child))
-    del root.__dict__[RUNTIME], root.__dict__["_valid_auto_compile_criteria"]
+    for name in (RUNTIME, *runtime.overrides()):
+        del root.__dict__[name]
     del root.config.inplace_ttt
     return model
 

@@ -1,6 +1,7 @@
 """Fast weights inside the Hugging Face cache: whatever happens to a layer's keys happens to its fast weights."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ class FastCacheLayer:
     clip: torch.Tensor | None = None
     stale = False
     """Set when tokens were read with updates off: the fast weights no longer match the keys."""
-    is_compileable = False
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
@@ -42,8 +42,13 @@ class FastCacheLayer:
         drop = -tokens_to_remove
         if tokens_to_remove > 0:  # the older meaning: the length to keep
             drop = max(self.get_seq_length() - tokens_to_remove, 0)  # type: ignore[attr-defined]
+        before = dict(self.fast.__dict__)  # a rollback replaces tensors and writes into none
         self.fast.rollback(int(drop), self.clip)
-        crop(tokens_to_remove)
+        try:
+            crop(tokens_to_remove)
+        except Exception:
+            self.fast.__dict__.update(before)
+            raise
 
     def _base(self, name: str) -> Any:
         method = getattr(super(), name, None)
@@ -83,12 +88,24 @@ class FastLinearAttentionLayer(FastCacheLayer, cache_utils.LinearAttentionLayer)
 _CLASSES: dict[type, type] = {cls.__mro__[2]: cls for cls in FastCacheLayer.__subclasses__()}
 
 
-def fast_layer(cache: Cache, index: int, rows: int, chunk_size: int, decay: float) -> FastCacheLayer:
-    """Layer ``index`` of ``cache`` with fast weights, installed on first use.
+def fast_layers(
+    cache: Cache, indices: Sequence[int], rows: int, chunk_size: int, decay: float
+) -> dict[int, FastCacheLayer]:
+    """The layers ``indices`` of ``cache`` with fast weights, installed on first use.
 
-    Raises NotImplementedError for a kind of cache that cannot carry them and ValueError for one that was filled
-    without them.
+    Raises NotImplementedError for a kind of cache that cannot carry them, and ValueError for one that was filled without
+    them or belongs to a model that adapts otherwise.
     """
+    others = [i for i, layer in enumerate(cache.layers) if isinstance(layer, FastCacheLayer) and i not in indices]
+    if others:
+        raise ValueError(
+            f"this cache carries fast weights of layer {others[0]}, which does not adapt in this model: "
+            "start from an empty cache"
+        )
+    return {i: _fast_layer(cache, i, rows, chunk_size, decay) for i in indices}
+
+
+def _fast_layer(cache: Cache, index: int, rows: int, chunk_size: int, decay: float) -> FastCacheLayer:
     while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     if index >= len(cache.layers):
@@ -99,6 +116,13 @@ def fast_layer(cache: Cache, index: int, rows: int, chunk_size: int, decay: floa
             raise ValueError(
                 "this cache read tokens with updates off: start from an empty cache, or leave the updates off"
             )
+        if layer.fast.chunk_size != chunk_size:
+            raise ValueError(
+                f"this cache was filled in chunks of {layer.fast.chunk_size} tokens, this model reads in chunks of "
+                f"{chunk_size}: start from an empty cache"
+            )
+        if layer.fast.rows != rows and layer.fast.fed == 0:  # reset: another batch may follow
+            layer.fast = FastWeights(rows, chunk_size, decay=decay)
         return layer
     cls = _CLASSES.get(type(layer))
     if cls is None:

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..config import InPlaceTTTConfig
 from ..errors import UserError
-from .attach import attach, is_attached, runtime_of, unwrap
+from .attach import attach, detach, is_attached, runtime_of, unwrap, unwrap_to_save
 from .release import is_release, load_release
 
 SETTINGS, TENSORS, BASE = "inplace_ttt.json", "inplace_ttt.safetensors", "base"
@@ -42,7 +42,7 @@ def adapter_state(model: nn.Module, projections: bool = False) -> dict[str, Tens
         if projections:
             projection = site.projection()
             for name, parameter in projection.named_parameters(recurse=False):
-                tensors[f"{names[id(projection)]}.{name}"] = parameter
+                tensors[f"{names[id(projection)].replace('.base_layer', '')}.{name}"] = parameter
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -72,7 +72,7 @@ def save_pretrained(
     ``projections`` then adds the adapting projections, for runs that trained them. Further keywords go to transformers'
     ``save_pretrained``. Raises UserError when nothing is attached.
     """
-    root, runtime = unwrap(model), runtime_of(model)
+    root, runtime = unwrap(model) if adapter_only else unwrap_to_save(model), runtime_of(model)
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -106,19 +106,23 @@ def from_pretrained(directory: str | Path, model: nn.Module | None = None, **kwa
     path = _resolve(directory)
     if not (path / SETTINGS).is_file():
         return _from_plain_layout(path, kwargs)
-    try:
-        settings = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
-        config = InPlaceTTTConfig.from_dict(settings["inplace_ttt"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
-        raise UserError(f"{path / SETTINGS} is damaged ({error}): save the model again") from None
+    settings = _read_json(path / SETTINGS)
+    kinds = {"inplace_ttt": dict, "kind": str, "base": dict, "fingerprint": dict}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(settings.get(key), kind)]:
+        raise UserError(f"{path / SETTINGS} is damaged (no {', '.join(wrong)}): save the model again")
+    config = InPlaceTTTConfig.from_dict(settings["inplace_ttt"])
     try:
         tensors = load_file(path / TENSORS)
     except (FileNotFoundError, SafetensorError) as error:
         raise UserError(f"{path / TENSORS} is missing or damaged ({error}): save the model again") from None
     base = _base(path, settings, model, kwargs)
     attach(base, config)
-    load_added(base, tensors, str(path / TENSORS))
-    _check_fingerprint(base, settings, path)
+    try:
+        _check_fingerprint(base, settings, path)
+        load_added(base, tensors, str(path / TENSORS))
+    except UserError:
+        detach(base)
+        raise
     return base
 
 
@@ -147,12 +151,15 @@ def load_added(model: nn.Module, tensors: dict[str, Tensor], source: str) -> Non
             parameters[name].copy_(tensor)
 
 
-def load_plain(path: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
+def load_plain(path: Path | str, kwargs: dict[str, Any]) -> PreTrainedModel:
     """``AutoModelForCausalLM.from_pretrained`` that refuses missing weights instead of making them up."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+        kwargs = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
+        model, report = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"transformers cannot load {path}: missing or damaged? ({error})") from None
     finally:
         transformers_logging.set_verbosity(level)
     missing = sorted(report["missing_keys"])
@@ -190,7 +197,7 @@ def _from_plain_layout(path: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
     """A directory that transformers wrote: of an attached model, or in the authors' format."""
     if not (path / "config.json").is_file():
         raise UserError(f"{path} holds no model: it has neither {SETTINGS} nor config.json")
-    values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    values = _read_json(path / "config.json")
     if is_release(values):
         config, dropped = load_release(values)
         if dropped:
@@ -207,6 +214,16 @@ def _from_plain_layout(path: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}): save the model again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged (it holds a {type(values).__name__}): save the model again")
+    return values
+
+
 def _base(path: Path, settings: dict[str, Any], model: nn.Module | None, kwargs: dict[str, Any]) -> Any:
     if settings["kind"] == "model":
         if model is not None:
@@ -214,14 +231,17 @@ def _base(path: Path, settings: dict[str, Any], model: nn.Module | None, kwargs:
         return load_plain(path / BASE, kwargs)
     wanted = settings["base"]
     if model is None:
-        if not wanted["name"]:
+        if not wanted.get("name"):
             raise UserError(f"{path} is an adapter without its base model's name: pass model=")
-        return AutoModelForCausalLM.from_pretrained(wanted["name"], **kwargs)
+        try:
+            return load_plain(wanted["name"], kwargs)
+        except UserError as error:
+            raise UserError(f"{path} is an adapter, and its base model {wanted['name']!r} is not there: pass model= ({error})") from None
     if is_attached(model):
         raise UserError("the model has fast weights already: detach(model) first")
     have = unwrap(model).config.model_type
-    if have != wanted["model_type"]:
-        raise UserError(f"{path} belongs on a {wanted['model_type']} model, got {have}")
+    if have != wanted.get("model_type"):
+        raise UserError(f"{path} belongs on a {wanted.get('model_type')} model, got {have}")
     return model
 
 

@@ -8,7 +8,7 @@ Hooks are bound methods of plain objects, so deep copies of a model point to the
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..config import InPlaceTTTConfig
 from ..core import ChunkTable, FastWeights, document_ids, scan, target
 from ..core.target import SHIFTS
-from .cache import FastCacheLayer, fast_layer, mark_stale
+from .cache import FastCacheLayer, fast_layers, mark_stale
 from .linear import FastWeight
 from .masks import real_tokens
 
@@ -26,10 +26,10 @@ CONTEXT = "inplace_ttt_context"
 
 
 class CallContext:
-    """One forward call: the chunk table, each layer's cache slot, and the embeddings it starts from."""
+    """One forward call: the chunk table, each layer's cache slot, the settings of the moment, and the embeddings."""
 
-    def __init__(self, table: ChunkTable, slots: dict[int, FastCacheLayer], enabled: bool) -> None:
-        self.table, self.slots, self.enabled = table, slots, enabled
+    def __init__(self, table: ChunkTable, slots: dict[int, FastCacheLayer], enabled: bool, lr: float) -> None:
+        self.table, self.slots, self.enabled, self.lr = table, slots, enabled, lr
         self.grad = torch.is_grad_enabled()
         self.embeddings: Tensor | None = None
         self.outer: CallContext | None = None
@@ -60,10 +60,7 @@ class Runtime:
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = dict(zip(self.parameters, args, strict=False)) | kwargs
         if "cache" in given or "write_index" in given:
-            raise NotImplementedError(
-                "continuous batching mixes requests in one row and names none of them, so fast weights cannot follow: "
-                "call generate() instead"
-            )
+            self.no_continuous_batching()
         context, cache = self._context(module, given)
         context.outer, self.current = self.current, context
         if given.get("inputs_embeds") is not None:
@@ -101,11 +98,10 @@ class Runtime:
         if not self.enabled:
             if cache is not None:
                 mark_stale(cache)
-            return CallContext(ChunkTable.build(rows, tokens, self.config.chunk_size), {}, False), None
-        slots = {} if cache is None else {
-            site.index: fast_layer(cache, site.index, rows, self.config.chunk_size, self.config.decay)
-            for site in self.sites
-        }
+            return CallContext(ChunkTable.build(rows, tokens, self.config.chunk_size), {}, False, self.lr), None
+        running = self.model_config.num_hidden_layers  # early-exit drafting lowers it for a while
+        indices = [site.index for site in self.sites if site.index < running]
+        slots = {} if cache is None else fast_layers(cache, indices, rows, self.config.chunk_size, self.config.decay)
         seen = next((slot.fast.seen for slot in slots.values()), None)
         fresh = given.get("past_key_values") is None
         position_ids = given.get("position_ids")
@@ -120,7 +116,7 @@ class Runtime:
         table = ChunkTable.build(
             rows, tokens, self.config.chunk_size, documents=documents, seen=seen, keep_state=bool(slots)
         )
-        return CallContext(table, slots, True), cache
+        return CallContext(table, slots, True, self.lr), cache
 
     def _cache(self, module: nn.Module, given: dict[str, Any]) -> Cache | None:
         """The call's cache: the given one, or a new one where transformers would make one for later use."""
@@ -130,15 +126,30 @@ class Runtime:
         if cache is not None:
             if not isinstance(cache, Cache):
                 raise NotImplementedError(f"cannot keep fast weights in a {type(cache).__name__}: pass a DynamicCache")
-            return cache if use_cache is not False else None
+            return cache  # transformers reads and fills it even with use_cache=False
         wanted = self.model_config.use_cache if use_cache is None else use_cache
         if not wanted or not self.enabled or (use_cache is None and module.training and torch.is_grad_enabled()):
             return None
         return DynamicCache(config=self.model_config)
 
+    # -- methods of the model that do not work with fast weights --------------------------------------------------
+
+    def overrides(self) -> dict[str, Callable[..., Any]]:
+        """By the names under which they replace the model's own."""
+        return {
+            "_valid_auto_compile_criteria": self.no_auto_compile,
+            "init_continuous_batching": self.no_continuous_batching,
+        }
+
     def no_auto_compile(self, *args: Any, **kwargs: Any) -> bool:
         """generate() compiles decoding with static caches by itself; fast weights change under it, so not here."""
         return False
+
+    def no_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(
+            "continuous batching mixes requests in one row and names none of them, so fast weights cannot follow: "
+            "call generate() instead"
+        )
 
 
 class LayerSite:
@@ -186,7 +197,7 @@ class LayerSite:
         v = self._targets(u, past_u, table)
         clip = self._clip(module)
         keywords: dict[str, Any] = {
-            "lr": self.runtime.lr,
+            "lr": context.lr,
             "decay": config.decay,
             "clip": clip,
             "state_BDF": None if state is None else state.S,

@@ -94,8 +94,8 @@ def place(layers: nn.ModuleList, index: int, family: Family) -> Place:
     if attention is None:
         raise UserError(f"layer {index} ({type(layer).__name__}) has no attention module named like {ATTENTION_NAMES}")
     mlp_path, _, name = family.projection.rpartition(".")
-    mlp = layer.get_submodule(mlp_path) if mlp_path else layer
-    if not isinstance(getattr(mlp, name, None), nn.Module):
+    mlp = layer.get_submodule(mlp_path) if _has(layer, mlp_path) else layer
+    if not _has(layer, family.projection):
         dense = [i for i, other in enumerate(layers) if _has(other, family.projection)]
         if hasattr(mlp, "experts"):
             raise UserError(

@@ -23,12 +23,9 @@ def real_tokens(mask: Any, rows: int, tokens: int, cache: Cache | None) -> Tenso
         return mask[:, -tokens:] != 0
     if mask.dim() != 4:
         raise ValueError(f"attention_mask must have 2 or 4 dimensions, got {tuple(mask.shape)}")
-    if tokens == 1:
-        return None  # a decoding step is real; its row of a prepared mask may be wholly masked in a window
-    past = int(cache.get_seq_length()) if cache is not None else 0
-    columns = mask.shape[-1]
-    if past + tokens > columns:
+    past, columns = int(cache.get_seq_length()) if cache is not None else 0, mask.shape[-1]
+    if tokens > columns:
         raise NotImplementedError("cannot read padding from this prepared mask: pass a 2-D attention_mask")
-    own = mask[:, 0].diagonal(offset=past, dim1=-2, dim2=-1)[:, :tokens]
+    own = mask[:, 0].diagonal(offset=min(past, columns - tokens), dim1=-2, dim2=-1)  # the last columns in a full window
     real = own if own.dtype == torch.bool else own >= 0
     return real.expand(rows, tokens)

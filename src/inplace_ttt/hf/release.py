@@ -7,7 +7,7 @@ from torch import nn
 
 from ..config import InPlaceTTTConfig
 from ..errors import UserError
-from .attach import runtime_of, unwrap
+from .attach import runtime_of, unwrap_to_save
 
 FAMILIES = ("llama", "qwen3")
 DEFAULTS = {"ttt_chunk": 8192, "ttt_lr": 0.3, "ttt_proj": True, "ttt_target": "hidden_states"}
@@ -48,7 +48,7 @@ def save_release(model: nn.Module, directory: str | Path, **kwargs: Any) -> None
     Raises UserError for what that format cannot say: another family, other taps, a fixed objective, decay or clipping.
     Keywords go to transformers' ``save_pretrained``.
     """
-    root, runtime = unwrap(model), runtime_of(model)
+    root, runtime = unwrap_to_save(model), runtime_of(model)
     config = runtime.config
     if root.config.model_type not in FAMILIES:
         raise UserError(f"the authors' format exists for {' and '.join(FAMILIES)}, not for {root.config.model_type}")
