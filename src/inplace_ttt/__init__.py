@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import InPlaceTTTConfig
     from .errors import UserError
-    from .hf.attach import attach, detach, inspect, is_attached, set_lr, updates_off
+    from .hf.attach import attach, configure, detach, fast_settings, inspect, is_attached, set_lr, updates_off
     from .hf.checkpoint import from_pretrained, save_pretrained
     from .hf.context import fast_weights
     from .hf.release import save_release
@@ -17,7 +17,9 @@ __all__ = [
     "InPlaceTTTConfig",
     "UserError",
     "attach",
+    "configure",
     "detach",
+    "fast_settings",
     "fast_weights",
     "from_pretrained",
     "inspect",
@@ -32,7 +34,10 @@ _HOMES = {
     "DEFAULT_MODEL": "shipped",
     "InPlaceTTTConfig": "config",
     "UserError": "errors",
-    **dict.fromkeys(("attach", "detach", "inspect", "is_attached", "set_lr", "updates_off"), "hf.attach"),
+    **dict.fromkeys(
+        ("attach", "configure", "detach", "fast_settings", "inspect", "is_attached", "set_lr", "updates_off"),
+        "hf.attach",
+    ),
     **dict.fromkeys(("from_pretrained", "save_pretrained"), "hf.checkpoint"),
     "fast_weights": "hf.context",
     "save_release": "hf.release",

@@ -41,7 +41,7 @@ class InPlaceTTTConfig:
     lookahead: int = 2
     """L: how many of the taps look ahead."""
     target: str = "input_embed"
-    """u: "input_embed" (token embeddings) or "hidden_states" (the MLP's own input, unit RMS: needs a far smaller lr)."""
+    """u: "input_embed" (token embeddings) or "hidden_states" (the MLP's own input, unit RMS: needs far less lr)."""
     objective: str = "learned"
     """"learned" (convolution), or a fixed shift: "next_token", "reconstruction"."""
     projection: bool = True

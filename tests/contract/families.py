@@ -1,6 +1,7 @@
 """A tiny random model of every family in the table, and fast weights large enough to matter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -78,12 +79,22 @@ BUILDERS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
 }
 """Configurations by ``model_type``."""
 
+PADDED_DTYPE = {"gemma2": torch.float32}
+"""float64 elsewhere. Gemma 2's own attention turns padding into NaN there: its mask overflows a softmax in float32."""
 
-def plain(model_type: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
+
+def plain(
+    model_type: str, dtype: torch.dtype = torch.float64, changes: Mapping[str, Any] = MappingProxyType({})
+) -> Any:
     """The family's tiny model without fast weights, in eval mode, with weights large enough to tell tokens apart."""
     config = BUILDERS[model_type]()
     for name, value in changes.items():
         setattr(config, name, value)
+    return random_model(config, dtype)
+
+
+def random_model(config: transformers.PretrainedConfig, dtype: torch.dtype = torch.float64) -> Any:
+    """A model whose logits have a spread of about one, in eval mode."""
     model = transformers.AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -107,9 +118,14 @@ def randomise(model: nn.Module, scale: float = 1.0) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[0] ** -0.5)
 
 
-def adapted(model_type: str, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
+def adapted(
+    model_type: str,
+    dtype: torch.dtype = torch.float64,
+    changes: Mapping[str, Any] = MappingProxyType({}),
+    **settings: Any,
+) -> Any:
     """The family's tiny model with fast weights that change its logits visibly from the second chunk on."""
-    model = plain(model_type, dtype)
+    model = plain(model_type, dtype, changes)
     values: dict[str, Any] = {"layers": "0::2", "chunk_size": C, "lr": 0.03} | settings
     ittt.attach(model, ittt.InPlaceTTTConfig(**values))
     randomise(model)
@@ -121,8 +137,19 @@ def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(100 + seed))
 
 
-def logits(model: nn.Module, ids: Tensor, **keywords: Any) -> Tensor:
+def logits(model: nn.Module, input_ids: Tensor, **keywords: Any) -> Tensor:
     """Logits without a cache."""
     with torch.no_grad():
-        out: Tensor = model(ids, use_cache=False, **keywords).logits
+        out: Tensor = model(input_ids, use_cache=False, **keywords).logits
     return out
+
+
+def padded(rows: Sequence[Tensor], side: str) -> dict[str, Tensor]:
+    """Rows [1, n] as one batch: input_ids, attention_mask and the position_ids that ``generate`` would give."""
+    width = max(row.shape[1] for row in rows)
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.int64), torch.zeros(len(rows), width, dtype=torch.int64)
+    for b, row in enumerate(rows):
+        n = row.shape[1]
+        where = slice(width - n, width) if side == "left" else slice(n)
+        ids[b, where], mask[b, where] = row[0], 1
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}

@@ -30,6 +30,20 @@ def document_ids(
     last T columns of ``attention_mask`` [B, >= T], nonzero for real tokens; with a mask, position_ids are not read (a
     padded row's positions jump without a new document).
     """
+    given = (attention_mask, position_ids, seq_idx, cu_seqlens)
+    return None if all(x is None for x in given) else _document_ids(*given, rows, tokens)
+
+
+# Reads tensors on the host: under torch.compile one graph break, before the first layer.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _document_ids(
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    rows: int,
+    tokens: int,
+) -> Tensor | None:
     documents = None
     if seq_idx is not None:
         documents = seq_idx.detach().reshape(-1, tokens).to("cpu", torch.int64)
@@ -157,9 +171,11 @@ class ChunkTable:
             )
         if documents is None:
             documents = torch.zeros(rows, tokens, dtype=torch.int64)
-        return _irregular(documents, C, before, keep_state)
+        table: ChunkTable = _irregular(documents, C, before, keep_state)
+        return table
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _irregular(documents: Tensor, C: int, before: tuple[int, ...], keep_state: bool) -> ChunkTable:
     B, T = documents.shape
     seen = torch.tensor(before)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,8 @@ from .linear import FastWeight, TargetConv, TargetProjection, make_fast, make_sl
 
 Model = TypeVar("Model", bound=nn.Module)
 RUNTIME = "_inplace_ttt"
+READING = ("chunk_size", "lr", "decay", "clip", "clip_relative")
+"""Settings that need no other parameters."""
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -145,8 +147,29 @@ def _add_parameters(
 
 
 def set_lr(model: nn.Module, lr: float) -> None:
-    """Sets the inner learning rate from the next forward on (for a warm-up, say); 0 switches the updates' effect off."""
+    """Sets the inner learning rate from the next forward on (for a warm-up, say); 0 takes the updates' effect away."""
     runtime_of(model).lr = float(lr)
+
+
+def fast_settings(model: nn.Module) -> dict[str, Any]:
+    """How an attached model reads at present: what ``configure`` can change."""
+    config = runtime_of(model).config
+    return {name: getattr(config, name) for name in READING}
+
+
+def configure(model: nn.Module, **settings: Any) -> None:
+    """Changes how an attached model reads: ``chunk_size``, ``lr``, ``decay``, ``clip``, ``clip_relative``.
+
+    From the next forward on, and in what ``save_pretrained`` writes. The parameters stay as they are, so a model can be
+    read in other chunks than it was trained in. A cache filled before cannot be continued with another chunk size or
+    decay. Raises UserError on other settings (they need other parameters: attach again) and on values out of range.
+    """
+    root, runtime = unwrap(model), runtime_of(model)
+    if wrong := sorted(set(settings) - set(READING)):
+        raise UserError(f"cannot change {', '.join(wrong)} of an attached model, only {', '.join(READING)}")
+    runtime.config = replace(runtime.config, **settings)
+    runtime.lr = runtime.config.lr if "lr" in settings else runtime.lr
+    root.config.inplace_ttt = runtime.config.to_dict()
 
 
 @contextmanager

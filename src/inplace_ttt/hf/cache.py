@@ -65,19 +65,23 @@ class FastCacheLayer:
 
 
 # Static subclasses: classes made at run time could not be pickled and stop torch.compile.
-class FastDynamicLayer(FastCacheLayer, cache_utils.DynamicLayer):
+class FastDynamicLayer(FastCacheLayer, cache_utils.DynamicLayer):  # type: ignore[no-untyped-call]
     pass
 
 
-class FastDynamicSlidingWindowLayer(FastCacheLayer, cache_utils.DynamicSlidingWindowLayer):
+class FastDynamicSlidingWindowLayer(  # type: ignore[no-untyped-call]
+    FastCacheLayer, cache_utils.DynamicSlidingWindowLayer
+):
     pass
 
 
-class FastStaticLayer(FastCacheLayer, cache_utils.StaticLayer):
+class FastStaticLayer(FastCacheLayer, cache_utils.StaticLayer):  # type: ignore[no-untyped-call]
     pass
 
 
-class FastStaticSlidingWindowLayer(FastCacheLayer, cache_utils.StaticSlidingWindowLayer):
+class FastStaticSlidingWindowLayer(  # type: ignore[no-untyped-call]
+    FastCacheLayer, cache_utils.StaticSlidingWindowLayer
+):
     pass
 
 
@@ -93,8 +97,8 @@ def fast_layers(
 ) -> dict[int, FastCacheLayer]:
     """The layers ``indices`` of ``cache`` with fast weights, installed on first use.
 
-    Raises NotImplementedError for a kind of cache that cannot carry them, and ValueError for one that was filled without
-    them or belongs to a model that adapts otherwise.
+    Raises NotImplementedError for a kind of cache that cannot carry them, and ValueError for one that was filled
+    without them or belongs to a model that adapts otherwise.
     """
     others = [i for i, layer in enumerate(cache.layers) if isinstance(layer, FastCacheLayer) and i not in indices]
     if others:
@@ -110,7 +114,7 @@ def _fast_layer(cache: Cache, index: int, rows: int, chunk_size: int, decay: flo
         cache.layers.append(cache.layer_class_to_replicate())
     if index >= len(cache.layers):
         raise ValueError(f"the cache has {len(cache.layers)} layers, the model needs one for layer {index}")
-    layer = cache.layers[index]
+    layer: Any = cache.layers[index]
     if isinstance(layer, FastCacheLayer):
         if layer.stale:
             raise ValueError(
@@ -120,6 +124,11 @@ def _fast_layer(cache: Cache, index: int, rows: int, chunk_size: int, decay: flo
             raise ValueError(
                 f"this cache was filled in chunks of {layer.fast.chunk_size} tokens, this model reads in chunks of "
                 f"{chunk_size}: start from an empty cache"
+            )
+        if layer.fast.decay != decay:
+            raise ValueError(
+                f"this cache was filled with decay {layer.fast.decay}, this model reads with {decay}: "
+                "start from an empty cache"
             )
         if layer.fast.rows != rows and layer.fast.fed == 0:  # reset: another batch may follow
             layer.fast = FastWeights(rows, chunk_size, decay=decay)

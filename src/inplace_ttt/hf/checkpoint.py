@@ -9,6 +9,7 @@ A saved directory holds
 """
 
 import json
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -154,14 +155,15 @@ def load_added(model: nn.Module, tensors: dict[str, Tensor], source: str) -> Non
 def load_plain(path: Path | str, kwargs: dict[str, Any]) -> PreTrainedModel:
     """``AutoModelForCausalLM.from_pretrained`` that refuses missing weights instead of making them up."""
     level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity(logging.ERROR)
     try:
         kwargs = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
-        model, report = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"transformers cannot load {path}: missing or damaged? ({error})") from None
     finally:
         transformers_logging.set_verbosity(level)
+    model, report = loaded
     missing = sorted(report["missing_keys"])
     extra = sorted(k for k in report["unexpected_keys"] if not is_added(k))
     if missing or report["mismatched_keys"]:
@@ -236,7 +238,9 @@ def _base(path: Path, settings: dict[str, Any], model: nn.Module | None, kwargs:
         try:
             return load_plain(wanted["name"], kwargs)
         except UserError as error:
-            raise UserError(f"{path} is an adapter, and its base model {wanted['name']!r} is not there: pass model= ({error})") from None
+            raise UserError(
+                f"{path} is an adapter, and its base model {wanted['name']!r} is not there: pass model= ({error})"
+            ) from None
     if is_attached(model):
         raise UserError("the model has fast weights already: detach(model) first")
     have = unwrap(model).config.model_type

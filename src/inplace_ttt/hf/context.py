@@ -50,7 +50,6 @@ class Runtime:
         self.config, self.lr, self.enabled = config, config.lr, True
         self.model_config = model.config
         self.sites: list[LayerSite] = []
-        self.attentions: list[nn.Module] = []
         self.current: CallContext | None = None
         self.handles: list[Any] = []
         self.parameters = list(inspect.signature(model.base_model.forward).parameters)
@@ -61,6 +60,11 @@ class Runtime:
         given = dict(zip(self.parameters, args, strict=False)) | kwargs
         if "cache" in given or "write_index" in given:
             self.no_continuous_batching()
+        if getattr(module, "_is_replica", False):
+            raise NotImplementedError(
+                "torch.nn.DataParallel runs one model in several threads, which fast weights cannot follow: start one "
+                "process per device (torchrun, accelerate launch), or make a single device visible"
+            )
         context, cache = self._context(module, given)
         context.outer, self.current = self.current, context
         if given.get("inputs_embeds") is not None:
@@ -164,9 +168,9 @@ class LayerSite:
         self.context = kwargs.get(CONTEXT)
         return None
 
-    def projection(self) -> nn.Module:
+    def projection(self) -> Any:
         """The adapting module itself, under whatever wraps it."""
-        return next(m for m in self.mlp.modules() if isinstance(m, FastWeight))  # type: ignore[return-value]
+        return next(m for m in self.mlp.modules() if isinstance(m, FastWeight))
 
     def before_mlp(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.mlp_input = args[0] if args else kwargs["hidden_states"]
@@ -174,14 +178,14 @@ class LayerSite:
     def after_mlp(self, module: nn.Module, args: Any, output: Any) -> None:
         self.context = self.mlp_input = None
 
-    def project(self, module: nn.Module, z: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+    def project(self, module: Any, z: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
         """The projection's output for input z [B, T, F]: slow and fast weights together."""
         context, config = self.context, self.runtime.config
         if context is None:
             raise RuntimeError(
-                f"layer {self.index} was called outside the model's forward, so its fast weights do not know the document: "
-                "call the whole model, or detach first (a family whose attention takes no extra keyword arguments cannot "
-                "be adapted)"
+                f"layer {self.index} was called outside the model's forward, so its fast weights do not know the "
+                "document: call the whole model, or detach first (a family whose attention takes no extra keyword "
+                "arguments cannot be adapted)"
             )
         if not context.enabled:
             return plain(z)
@@ -191,7 +195,7 @@ class LayerSite:
         if state is None and not table.updates:
             return plain(z)
         if hasattr(z, "to_local"):
-            raise NotImplementedError("tensor parallel projections are not supported yet: load the model without tp_plan")
+            raise NotImplementedError("tensor parallel projections are not supported: load the model without tp_plan")
         z, u = self._compute_dtype(z), self._source(context)
         past_z, past_u = (None, None) if state is None else state.past(table)
         v = self._targets(u, past_u, table)
@@ -252,7 +256,8 @@ class LayerSite:
             return torch.tensor(config.clip, device=weight.device)
         if not weight.is_floating_point():
             raise NotImplementedError("clip_relative needs the norm of a dense weight: use an absolute clip")
-        return config.clip * torch.linalg.vector_norm(weight.detach().float())
+        norm: Tensor = torch.linalg.vector_norm(weight.detach().float())
+        return config.clip * norm
 
     def _compute_dtype(self, z: Tensor) -> Tensor:
         """z in the precision in which the projection's product is taken."""

@@ -99,12 +99,13 @@ def place(layers: nn.ModuleList, index: int, family: Family) -> Place:
         dense = [i for i, other in enumerate(layers) if _has(other, family.projection)]
         if hasattr(mlp, "experts"):
             raise UserError(
-                f"layer {index} is a mixture of experts ({type(mlp).__name__}): each token passes another expert, so there "
-                f"is no one last projection to adapt. Choose dense layers: {dense or 'this model has none'}"
+                f"layer {index} is a mixture of experts ({type(mlp).__name__}): each token passes another expert, so "
+                f"there is no one last projection to adapt. Choose dense layers: {dense or 'this model has none'}"
             )
-        raise UserError(f"layer {index} ({type(mlp).__name__}) has no projection {family.projection!r}; these have: {dense}")
+        found = f"these have: {dense}" if dense else "nor has any other"
+        raise UserError(f"layer {index} ({type(mlp).__name__}) has no projection {family.projection!r}; {found}")
     if mlp is layer:
-        raise UserError(f"the projection {family.projection!r} must lie in an MLP module, not on the decoder layer itself")
+        raise UserError(f"the projection {family.projection!r} must lie in an MLP module, not on the layer itself")
     return Place(index, attention, mlp, name)
 
 

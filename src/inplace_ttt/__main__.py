@@ -1,0 +1,5 @@
+"""``python -m inplace_ttt`` is ``inplace-ttt``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,39 @@
+"""The command ``inplace-ttt``.
+
+Commands import what they need when they run, so that ``--help`` does not wait for torch.
+"""
+
+from typing import Annotated
+
+import typer
+
+from .demo import demo
+from .inspect import inspect
+from .train import tokenizer, train
+from .usage import Commands, main, print_version
+
+app = typer.Typer(
+    name="inplace-ttt",
+    cls=Commands,
+    help="Test-time training for Hugging Face causal language models: they adapt as they read.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command()(demo)
+app.command()(inspect)
+app.command()(train)
+app.command()(tokenizer)
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+__all__ = ["app", "main"]

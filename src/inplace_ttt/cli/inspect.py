@@ -1,0 +1,79 @@
+"""``inplace-ttt inspect``."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import UserError
+from ..shipped import DEFAULT_MODEL
+from .usage import quiet_libraries, size
+
+if TYPE_CHECKING:
+    from .preview import Preview
+
+
+def inspect(
+    model: Annotated[
+        str | None, typer.Argument(help="Directory or hub id. Left out: the shipped model.", show_default=False)
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="For a plain model: which layers would adapt (0::6, or 0,4,8).", show_default=False),
+    ] = None,
+    chunk_size: Annotated[
+        int | None, typer.Option(help="For a plain model: tokens between updates.", show_default=False)
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="For a plain model: input_embed or hidden_states.", show_default=False)
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show which modules of a model adapt (or would), and what that costs. Loads no weights."""
+    from .preview import preview
+
+    quiet_libraries()
+    given = {"layers": layers and _layers(layers), "chunk_size": chunk_size, "target": target}
+    name = model or str(DEFAULT_MODEL)
+    found = preview(name, {key: value for key, value in given.items() if value is not None})
+    if json:
+        from json import dumps
+
+        typer.echo(dumps(found.to_dict(), indent=2))
+    else:
+        _show(found)
+
+
+def _layers(text: str) -> str | tuple[int, ...]:
+    if ":" in text:
+        return text
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--layers {text}: write a slice such as 0::6 or numbers such as 0,4,8") from None
+
+
+def _show(found: "Preview") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    says = "has fast weights" if found.attached else "is a plain model; with fast weights attached it would have these"
+    console.print(f"{found.model} ({found.model_type}) {says}:", soft_wrap=True, markup=False)
+    table = Table(show_footer=True)
+    table.add_column("layer", f"{len(found.layers)} of {found.decoder_layers}", justify="right")
+    table.add_column("module", overflow="fold")
+    table.add_column("D x F", justify="right")
+    table.add_column("extra", f"{found.extra_parameters:,}", justify="right")
+    table.add_column("state", size(found.state_bytes), justify="right")
+    for layer in found.layers:
+        D, F = layer.shape
+        shape, extra = f"{D:,} x {F:,}", f"{layer.extra_parameters:,}"
+        table.add_row(f"{layer.index}", layer.projection, shape, extra, size(layer.state_bytes))
+    console.print(table)
+    s = found.settings
+    share = found.extra_parameters / found.base_parameters
+    console.print(f"extra: parameters beside the model's own {found.base_parameters:,} ({share:.2%} more)")
+    console.print(
+        f"state: fast weights of each row, and up to {size(found.pending_bytes)} for tokens whose chunk is not full"
+    )
+    console.print(f"chunk_size {s.chunk_size:,}, lr {s.lr:g}, target {s.target}, objective {s.objective}")

@@ -1,0 +1,132 @@
+"""What adapts in a model, found from its configuration alone: no weights are loaded."""
+
+import json
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ..config import InPlaceTTTConfig
+from ..errors import UserError
+from ..hf.attach import LayerInfo, attach, inspect
+from ..hf.checkpoint import BASE, SETTINGS
+from ..hf.release import is_release, load_release
+
+
+@dataclass(frozen=True)
+class Preview:
+    """``attached``: whether the model has fast weights, or this is what attaching would do. Bytes are per row."""
+
+    model: str
+    model_type: str
+    attached: bool
+    settings: InPlaceTTTConfig
+    decoder_layers: int
+    base_parameters: int
+    layers: list[LayerInfo]
+    pending_bytes: int
+
+    @property
+    def extra_parameters(self) -> int:
+        """Parameters that attaching adds."""
+        return sum(layer.extra_parameters for layer in self.layers)
+
+    @property
+    def state_bytes(self) -> int:
+        """Fast weights of one row, all layers."""
+        return sum(layer.state_bytes for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        totals = {"extra_parameters": self.extra_parameters, "state_bytes": self.state_bytes}
+        return {**asdict(self), "settings": self.settings.to_dict(), **totals}
+
+
+def preview(model: str, settings: dict[str, Any]) -> Preview:
+    """Of a directory or hub id; ``settings`` are InPlaceTTTConfig's, for a plain model.
+
+    UserError when there is no such model, it cannot adapt, or it has fast weights already and settings are given.
+    """
+    base, config = _stored(model)
+    attached = config is not None
+    if attached and settings:
+        names = ", ".join(settings)
+        raise UserError(f"{model} has fast weights with settings of its own: {names} can only be set for a plain model")
+    config = config or InPlaceTTTConfig(**settings)
+    try:
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(base)  # type: ignore[no-untyped-call]
+    except ValueError as error:
+        raise UserError(f"{model} is no causal language model: {str(error).splitlines()[0][:200]}") from None
+    parameters = sum(p.numel() for p in empty.parameters())
+    attach(empty, config)
+    layers = inspect(empty)
+    width = next(empty.parameters()).element_size()
+    return Preview(
+        model=model,
+        model_type=base.model_type,
+        attached=attached,
+        settings=config,
+        decoder_layers=base.get_text_config().num_hidden_layers,
+        base_parameters=parameters,
+        layers=layers,
+        pending_bytes=sum(sum(layer.shape) for layer in layers) * config.chunk_size * width,
+    )
+
+
+def _stored(model: str) -> tuple[Any, InPlaceTTTConfig | None]:
+    """The base model's configuration, and the settings of fast weights stored with it."""
+    text = _file(model, SETTINGS)
+    if text is not None:
+        try:
+            stored = json.loads(text)
+            config = InPlaceTTTConfig.from_dict(stored["inplace_ttt"])
+            whole, name = stored["kind"] == "model", stored["base"]["name"]
+        except (json.JSONDecodeError, KeyError) as error:
+            raise UserError(f"{SETTINGS} of {model} is damaged ({error}): save the model again") from None
+        if whole:
+            return _config(model, subfolder=BASE), config
+        if not name:
+            raise UserError(f"{model} is an adapter without its base model's name: inspect the base model instead")
+        return _config(name), config
+    base = _config(model)
+    values = base.to_dict()
+    if is_release(values):
+        config, dropped = load_release(values)
+        if dropped:
+            warnings.warn(f"{model} names layers {dropped}, which the model does not have: left out", stacklevel=3)
+        return base, config
+    return base, InPlaceTTTConfig.from_dict(values["inplace_ttt"]) if "inplace_ttt" in values else None
+
+
+def _file(model: str, name: str) -> str | None:
+    """Text of one file of a model, None when the model has no such file (or there is no such model)."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        file = path / name
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise UserError(f"no model directory at {model}")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(model, name)).read_text(encoding="utf-8")
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{model} is no directory here and could not be fetched from the hub ({reason})") from None
+
+
+def _config(model: str, subfolder: str = "") -> Any:
+    path = Path(model).expanduser()
+    if path.is_dir() and not (path / subfolder / "config.json").is_file():
+        raise UserError(f"{path / subfolder} holds no model: it has no config.json")
+    try:
+        return AutoConfig.from_pretrained(path if path.is_dir() else model, subfolder=subfolder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the configuration of {model} cannot be read: {str(error).splitlines()[0][:200]}") from None

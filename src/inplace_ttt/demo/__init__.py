@@ -1,0 +1,1 @@
+"""The demo: read one file with updates on and off, and compare."""

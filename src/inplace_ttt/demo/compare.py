@@ -1,0 +1,134 @@
+"""One text read twice by one model, with updates on and off."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..eval.nll import Bucket, loss_by_position, token_losses
+from ..hf.attach import inspect, runtime_of, unwrap, updates_off
+from ..hf.context import fast_weights
+
+PIECE = 1024
+"""Tokens read per call."""
+Advance = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class LayerUpdates:
+    """What one layer's fast weights did. ``relative_norm``: ||eta S|| / ||W0||, None for a quantised or zero W0."""
+
+    index: int
+    updates: int
+    state_bytes: int
+    relative_norm: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Losses [N] in nats of the tokens at positions 1 to N, with updates on and off, on the same tokens and pieces."""
+
+    on: np.ndarray
+    off: np.ndarray
+    seconds_on: float
+    seconds_off: float
+    chunk_size: int
+    layers: list[LayerUpdates]
+
+    @property
+    def tokens(self) -> int:
+        """N: tokens read, and as many predicted."""
+        return len(self.on)
+
+    @property
+    def updates(self) -> int:
+        """Updates of each layer."""
+        return min((layer.updates for layer in self.layers), default=0)
+
+    def gain(self) -> tuple[float, float | None]:
+        """Mean of off - on where updates had been made, and its standard error over chunks (None for a single one)."""
+        gaps = (self.off - self.on)[self.chunk_size :]
+        chunks = [gaps[i : i + self.chunk_size].mean() for i in range(0, len(gaps), self.chunk_size)]
+        error = float(np.std(chunks, ddof=1) / np.sqrt(len(chunks))) if len(chunks) > 1 else None
+        return float(gaps.mean()), error
+
+    def buckets(self) -> list[tuple[Bucket, Bucket]]:
+        """(on, off) by position: the first chunk, then up to two, four, eight ... chunks."""
+        edges, end = [1, self.chunk_size + 1], 2 * self.chunk_size
+        while end + self.chunk_size <= self.tokens:
+            edges.append(end + 1)
+            end *= 2
+        edges.append(self.tokens + 1)
+        on, off = (loss_by_position(values[None], edges) for values in (self.on, self.off))
+        return list(zip(on, off, strict=True))
+
+    def by_chunk(self) -> list[dict[str, Any]]:
+        """Mean losses chunk by chunk: ``start`` and ``end`` are the first and last position."""
+        C = self.chunk_size
+        return [
+            {
+                "start": i + 1,
+                "end": min(i + C, self.tokens),
+                "on": float(self.on[i : i + C].mean()),
+                "off": float(self.off[i : i + C].mean()),
+            }
+            for i in range(0, self.tokens, C)
+        ]
+
+
+def compare(model: nn.Module, ids: Sequence[int], advance: Advance | None = None, piece: int = PIECE) -> Comparison:
+    """Reads ``ids`` [N + 1] as one document, twice. ``advance(label, tokens)`` is told of each piece read."""
+    model.eval()
+    chunk_size = runtime_of(model).config.chunk_size
+    rows = torch.tensor([list(ids)], device=next(model.parameters()).device)
+    with torch.no_grad():  # one-off costs of the first call belong to neither reading
+        model(input_ids=rows[:, :2], use_cache=False)
+    off = _read(model, rows, piece, "off", advance)
+    on = _read(model, rows, piece, "on", advance)
+    return Comparison(on.losses, off.losses, on.seconds, off.seconds, chunk_size, _layers(model, on.cache))
+
+
+@dataclass
+class _Reading:
+    """One pass, watched by a hook on the base model."""
+
+    label: str
+    advance: Advance | None
+    losses: np.ndarray
+    seconds: float = 0.0
+    cache: Any = None
+
+    def watch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.cache = output.past_key_values
+        if self.advance is not None:
+            self.advance(self.label, output.last_hidden_state.shape[1])
+
+
+def _read(model: nn.Module, rows: torch.Tensor, piece: int, label: str, advance: Advance | None) -> _Reading:
+    reading = _Reading(label, advance, np.empty(0))
+    handle = unwrap(model).base_model.register_forward_hook(reading.watch, with_kwargs=True)
+    start = time.perf_counter()
+    try:
+        with nullcontext() if label == "on" else updates_off(model):
+            reading.losses = token_losses(model, rows, piece)[0].double().cpu().numpy()
+    finally:
+        handle.remove()
+    reading.seconds = time.perf_counter() - start
+    return reading
+
+
+def _layers(model: nn.Module, cache: Any) -> list[LayerUpdates]:
+    held, lr = fast_weights(cache), runtime_of(model).lr
+    weights: dict[int, Any] = {site.index: site.projection().weight for site in runtime_of(model).sites}
+    layers = []
+    for info in inspect(model):
+        fast, weight = held[info.index], weights[info.index]
+        size = 0.0 if fast.S is None else abs(lr) * float(torch.linalg.vector_norm(fast.S[0].float()))
+        norm = float(torch.linalg.vector_norm(weight.detach().float())) if weight.is_floating_point() else 0.0
+        layers.append(LayerUpdates(info.index, fast.updates[0], info.state_bytes, size / norm if norm else None))
+    return layers

@@ -1,0 +1,119 @@
+"""Whatever decoding does to the keys happens to the fast weights: each equals decoding without a cache."""
+
+import pytest
+import torch
+from contract.families import BUILDERS, TARGETS, C, adapted, logits, tokens
+from torch.testing import assert_close
+from transformers.cache_utils import DynamicCache
+
+import inplace_ttt as ittt
+from inplace_ttt.core import FastWeights
+
+families = pytest.mark.parametrize("model_type", sorted(BUILDERS))
+targets = pytest.mark.parametrize("target", TARGETS)
+TOLERANCE = {"atol": 1e-6, "rtol": 0.0}
+
+
+def greedy(model, prompt, n, **keywords):
+    return model.generate(prompt, max_new_tokens=n, do_sample=False, **keywords)
+
+
+@pytest.fixture
+def rollbacks(monkeypatch):
+    """Counts what was taken back: tokens dropped, chunks reopened."""
+    counts = {"tokens": 0, "chunks": 0}
+    rollback, reopen = FastWeights.rollback, FastWeights._reopen
+
+    def count_tokens(self, tokens, clip=None):
+        counts["tokens"] += tokens
+        return rollback(self, tokens, clip)
+
+    def count_chunks(self, b, chunks, clip):
+        counts["chunks"] += chunks
+        return reopen(self, b, chunks, clip)
+
+    monkeypatch.setattr(FastWeights, "rollback", count_tokens)
+    monkeypatch.setattr(FastWeights, "_reopen", count_chunks)
+    return counts
+
+
+@families
+@targets
+def test_beam_search(model_type, target):
+    model, prompt = adapted(model_type, target=target), tokens(2, C + 2)
+    keywords = {"num_beams": 3, "output_scores": True, "return_dict_in_generate": True}
+    cached = greedy(model, prompt, 2 * C + 1, **keywords)
+    plain = greedy(model, prompt, 2 * C + 1, use_cache=False, **keywords)
+    assert torch.equal(cached.sequences, plain.sequences)
+    assert_close(cached.sequences_scores, plain.sequences_scores, atol=1e-5, rtol=0)
+    moved = torch.as_tensor(cached.beam_indices)
+    assert len({tuple(row.tolist()) for row in moved}) > 1
+
+
+@families
+@targets
+def test_assisted_by_a_model(model_type, target, rollbacks):
+    """The assistants adapt too; one is mostly right, the other mostly wrong.
+
+    They look further back than the model: transformers 5.17 itself cannot draft with a sliding window.
+    """
+    wide = {"sliding_window": 256} if getattr(BUILDERS[model_type](), "sliding_window", None) else {}
+    model, prompt = adapted(model_type, target=target), tokens(1, C + 2)
+    want = greedy(model, prompt, 3 * C, use_cache=False)
+    for lr in (0.02, -0.06):
+        assistant = adapted(model_type, changes=wide, target=target, lr=lr)
+        assistant.generation_config.num_assistant_tokens = C + 1
+        assistant.generation_config.num_assistant_tokens_schedule = "constant"
+        assistant.generation_config.assistant_confidence_threshold = 0.0
+        assert torch.equal(greedy(model, prompt, 3 * C, assistant_model=assistant), want)
+    assert rollbacks["tokens"] > 0
+
+
+@families
+@targets
+def test_assisted_by_prompt_lookup(model_type, target):
+    model, prompt = adapted(model_type, target=target), tokens(1, C + 2).repeat(1, 3)
+    want = greedy(model, prompt, 3 * C, use_cache=False)
+    assert torch.equal(greedy(model, prompt, 3 * C, prompt_lookup_num_tokens=C + 1), want)
+
+
+@families
+@targets
+@pytest.mark.parametrize("drop", [0, 1, C - 1, C, 2 * C + 1, 3 * C + 1])
+def test_crop(model_type, target, drop, rollbacks):
+    model, ids = adapted(model_type, target=target), tokens(2, 3 * C + 1)
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        cache.crop(-drop)
+        if cache.get_seq_length() == 0:
+            assert all(state.seen == (0, 0) for state in ittt.fast_weights(cache).values())
+            return
+        other = tokens(2, 2 * C + 1, seed=1)
+        got = model(other, past_key_values=cache).logits
+    kept = ids[:, : ids.shape[1] - drop]
+    assert_close(got, logits(model, torch.cat([kept, other], 1))[:, kept.shape[1] :], **TOLERANCE)
+    assert (rollbacks["chunks"] > 0) == (drop > 1)
+
+
+@families
+@targets
+def test_rows_follow_the_cache(model_type, target):
+    """reorder_cache, batch_select_indices and batch_repeat_interleave in the middle of a chunk, then reading on."""
+    model, ids = adapted(model_type, target=target), tokens(3, 2 * C + 2)
+    cache, order = DynamicCache(config=model.config), torch.arange(3)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for act, rows in (
+            (lambda: cache.reorder_cache(torch.tensor([2, 0, 0])), torch.tensor([2, 0, 0])),
+            (lambda: cache.batch_select_indices(torch.tensor([0, 1])), torch.tensor([0, 1])),
+            (lambda: cache.batch_repeat_interleave(2), torch.tensor([0, 0, 1, 1])),
+            (lambda: cache.reorder_cache(torch.tensor([3, 1, 0, 2])), torch.tensor([3, 1, 0, 2])),
+        ):
+            act()
+            order = order[rows]
+            ids = torch.cat([ids[rows], tokens(len(rows), 3, seed=len(ids[0]))], 1)
+            got = model(ids[:, -3:], past_key_values=cache).logits
+            assert_close(got, logits(model, ids)[:, -3:], **TOLERANCE)
+    assert order.tolist() == [0, 2, 2, 0]

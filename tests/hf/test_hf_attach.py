@@ -1,0 +1,351 @@
+"""attach, detach, what they refuse, and models that are copied, stored, described by hand or used side by side."""
+
+import copy
+import io
+
+import pytest
+import torch
+import transformers
+from contract.families import LAYERS, VOCAB, C, adapted, logits, plain, random_model, randomise, tokens
+from torch.testing import assert_close
+from transformers import GenerationConfig
+from transformers.cache_utils import DynamicCache
+
+import inplace_ttt as ittt
+from inplace_ttt.hf.attach import runtime_of
+
+IDS = tokens(2, 2 * C + 3)
+
+
+def config(**settings):
+    return ittt.InPlaceTTTConfig(**({"layers": "0::2", "chunk_size": C, "lr": 0.03} | settings))
+
+
+def generate(model, prompt=IDS, **keywords):
+    mask = torch.ones_like(prompt)
+    return model.generate(prompt, attention_mask=mask, max_new_tokens=C + 1, do_sample=False, **keywords)
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layers", "want"),
+    [
+        (":", (0, 1, 2)),
+        ("0::2", (0, 2)),
+        ("1:", (1,) if LAYERS == 2 else (1, 2)),
+        ("-2:", (1, 2)),
+        ("::-2", (0, 2)),
+        ([2, 0], (0, 2)),
+        ((-1,), (2,)),
+        ((0, -3, 0), (0,)),
+    ],
+)
+def test_choice_of_layers(layers, want):
+    model = plain("llama")
+    ittt.attach(model, config(layers=layers))
+    assert tuple(layer.index for layer in ittt.inspect(model)) == want
+
+
+@pytest.mark.parametrize(
+    ("layers", "say"),
+    [
+        ((3,), "no layer 3: the model has 3 layers, 0 to 2"),
+        ((0, -4), "no layer -4: the model has 3 layers"),
+        ("0:36:6", "'0:36:6' reaches outside the model, which has 3 layers"),
+        ("-4:", "reaches outside the model, which has 3 layers"),
+        ("3::6", "chooses none of the model's 3 layers"),
+        ("::0", "reaches outside"),
+        ((), "chooses none"),
+        ("all", "must be a slice"),
+        ("1", "must be a slice"),
+    ],
+)
+def test_layers_that_do_not_exist(layers, say):
+    model = plain("llama")
+    before = {n: type(m) for n, m in model.named_modules()}
+    with pytest.raises(ittt.UserError, match=say):
+        ittt.attach(model, config(layers=layers))
+    assert {n: type(m) for n, m in model.named_modules()} == before
+    assert not ittt.is_attached(model)
+
+
+# -- families ---------------------------------------------------------------------------------------------------------
+
+
+def tiny(name, **changes):
+    shape = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": None}
+    return random_model(getattr(transformers, name)(**shape | heads | {"bos_token_id": 1} | changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "projection"),
+    [("PhiConfig", "mlp.fc2"), ("Olmo3Config", "mlp.down_proj"), ("Cohere2Config", "mlp.down_proj")],
+)
+def test_an_unknown_family_in_two_strings(name, projection):
+    model = tiny(name)
+    with pytest.raises(ittt.UserError, match=r'layers_path="model.layers", projection_path="mlp.down_proj"') as error:
+        ittt.attach(model, config())
+    assert repr(model.config.model_type) in str(error.value)
+    with torch.no_grad():
+        want = model(IDS, use_cache=False).logits
+    ittt.attach(model, config(layers_path="model.layers", projection_path=projection))
+    assert torch.equal(logits(model, IDS), want)
+    randomise(model)
+    on = logits(model, IDS)
+    assert torch.equal(on[:, :C], want[:, :C])
+    assert float((on - want)[:, C:].abs().max()) > 1e-2
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        pieces = [model(part, past_key_values=cache).logits for part in IDS.split((C - 1, 2, C + 2), 1)]
+    assert_close(torch.cat(pieces, 1), on, atol=1e-6, rtol=0)
+    assert torch.equal(generate(model), generate(model, use_cache=False))
+    ittt.detach(model)
+    assert torch.equal(logits(model, IDS), want)
+
+
+@pytest.mark.parametrize(
+    ("paths", "say"),
+    [
+        (("model.blocks", "mlp.down_proj"), "LlamaForCausalLM has no module 'model.blocks'"),
+        (("model.norm", "mlp.down_proj"), "'model.norm' of LlamaForCausalLM is no list of layers"),
+        (("model.layers", "mlp.fc2"), "layer 0 .LlamaMLP. has no projection 'mlp.fc2'; nor has any other"),
+        (("model.layers", "ffn.fc2"), "layer 0 .LlamaDecoderLayer. has no projection 'ffn.fc2'"),
+        (("model.layers", "mlp.act_fn"), "cannot tell the output size of SiLU"),
+        (("model.layers", "input_layernorm"), "must lie in an MLP module"),
+    ],
+)
+def test_wrong_strings(paths, say):
+    model = plain("llama")
+    with pytest.raises(ittt.UserError, match=say):
+        ittt.attach(model, config(layers_path=paths[0], projection_path=paths[1]))
+    assert not ittt.is_attached(model)
+
+
+def test_experts_are_refused_with_a_reason():
+    model = plain("qwen3_moe")
+    say = r"layer 1 is a mixture of experts \(Qwen3MoeSparseMoeBlock\).*no one last projection.*dense layers: \[0, 2\]"
+    with pytest.raises(ittt.UserError, match=say):
+        ittt.attach(model, config(layers=":"))
+    with pytest.raises(ittt.UserError, match="dense layers: this model has none"):
+        ittt.attach(plain("qwen3_moe", changes={"mlp_only_layers": []}), config())
+
+
+def test_a_family_that_passes_no_keywords_on_fails_loudly():
+    """A wrong answer is not an option: its attention never gets the call's context."""
+    model = tiny("StableLmConfig")
+    ittt.attach(model, config(layers_path="model.layers", projection_path="mlp.down_proj"))
+    with pytest.raises((RuntimeError, TypeError), match=r"cannot be adapted|inplace_ttt_context"):
+        model(IDS)
+
+
+# -- wrong use --------------------------------------------------------------------------------------------------------
+
+
+def test_attach_twice_and_detach_without():
+    model = plain("llama")
+    for act in (ittt.detach, ittt.inspect, lambda m: ittt.set_lr(m, 1.0), lambda m: ittt.updates_off(m).__enter__()):
+        with pytest.raises(ittt.UserError, match=r"no fast weights: call inplace_ttt.attach"):
+            act(model)
+    ittt.attach(model, config())
+    with pytest.raises(ittt.UserError, match="fast weights already: detach"):
+        ittt.attach(model, config())
+    ittt.detach(model)
+    ittt.attach(model, config(layers=(1,)))
+    assert [layer.index for layer in ittt.inspect(model)] == [1]
+
+
+def test_what_is_no_transformers_model():
+    with pytest.raises(ittt.UserError, match="expected a transformers causal language model, got Linear"):
+        ittt.attach(torch.nn.Linear(2, 2))
+
+
+def test_a_layer_called_by_itself():
+    model = adapted("llama")
+    hidden = torch.randn(2, 3, 32, dtype=torch.float64)
+    embeddings = model.model.rotary_emb(hidden, torch.arange(3)[None])
+    say = "layer 0 was called outside the model's forward.*call the whole model, or detach"
+    with pytest.raises(RuntimeError, match=say):
+        model.model.layers[0](hidden, position_embeddings=embeddings)
+    with pytest.raises(RuntimeError, match=say):
+        model.model.layers[0].mlp(hidden)
+    with pytest.raises(RuntimeError, match=say):
+        model.model.layers[0].mlp.down_proj(torch.randn(2, 3, 48, dtype=torch.float64))
+    want = logits(model, IDS)
+    model.model.layers[1](hidden, position_embeddings=embeddings)
+    assert torch.equal(logits(model, IDS), want)
+
+
+def test_an_exception_in_a_forward_leaves_nothing_behind():
+    model = adapted("llama")
+    want = logits(model, IDS)
+    with pytest.raises(IndexError):
+        model(torch.full((1, 3), VOCAB + 5))
+    broken = model.model.layers[2].mlp.register_forward_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(IDS)
+    broken.remove()
+    runtime = runtime_of(model)
+    assert runtime.current is None
+    assert all(site.context is None and site.mlp_input is None for site in runtime.sites)
+    assert torch.equal(logits(model, IDS), want)
+    with pytest.raises(RuntimeError, match="outside the model's forward"):
+        model.model.layers[0].mlp(torch.randn(2, 3, 32, dtype=torch.float64))
+
+
+def test_a_projection_that_was_dispatched():
+    model = plain("llama")
+    model.model.layers[0].mlp.down_proj.forward = lambda z: z
+    with pytest.raises(ittt.UserError, match="before dispatching the model"):
+        ittt.attach(model, config())
+    assert not ittt.is_attached(model)
+    assert type(model.model.layers[2].mlp.down_proj) is torch.nn.Linear
+
+
+def test_a_new_embedding_module_is_noticed():
+    model = adapted("llama")
+    model.set_input_embeddings(copy.deepcopy(plain("llama").get_input_embeddings()))
+    with pytest.raises(RuntimeError, match="embedding module replaced"):
+        model(IDS)
+
+
+def test_replicas_of_data_parallel_are_refused():
+    """Their threads would share hooks. ``Trainer`` makes such replicas by itself where it sees several devices."""
+    model = adapted("llama")
+    replica = model._replicate_for_data_parallel()
+    replica.model = model.model._replicate_for_data_parallel()
+    with pytest.raises(NotImplementedError, match=r"torch.nn.DataParallel .*torchrun"):
+        replica.model(IDS)
+    assert runtime_of(model).current is None
+
+
+def test_continuous_batching_is_refused():
+    """Before it starts: in its own thread the error would only mark requests as failed, or hang."""
+    model = adapted("llama", torch.float32)
+    say = "continuous batching mixes requests in one row.*call generate"
+    settings = GenerationConfig(max_new_tokens=2, do_sample=False, pad_token_id=0)
+    with pytest.raises(NotImplementedError, match=say):
+        model.generate_batch(inputs=[[3, 4, 5], [6, 7]], generation_config=settings)
+    with pytest.raises(NotImplementedError, match=say):
+        model.init_continuous_batching(settings)
+    for name in ("cache", "write_index"):
+        with pytest.raises(NotImplementedError, match=say):
+            model(IDS, **{name: object()})
+    assert runtime_of(model).current is None
+
+
+# -- settings and inspection ------------------------------------------------------------------------------------------
+
+
+def test_without_effect_is_the_base_bit_for_bit():
+    model, base = adapted("llama"), logits(plain("llama"), IDS)
+    assert not torch.equal(logits(model, IDS), base)
+    with ittt.updates_off(model):
+        assert torch.equal(logits(model, IDS), base)
+        with ittt.updates_off(model):
+            pass
+        assert torch.equal(logits(model, IDS), base)
+    ittt.set_lr(model, 0)
+    assert torch.equal(logits(model, IDS), base)
+    ittt.set_lr(model, 0.03)
+    assert torch.equal(logits(model, IDS), logits(adapted("llama"), IDS))
+    with pytest.raises(ZeroDivisionError), ittt.updates_off(model):
+        1 / 0  # noqa: B018
+    assert not torch.equal(logits(model, IDS), base)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "kind"),
+    [
+        ("llama", "model.layers.{}.mlp.down_proj", "FastWeightLinear"),
+        ("gpt2", "transformer.h.{}.mlp.c_proj", "FastWeightConv1D"),
+    ],
+)
+def test_inspect(model_type, name, kind):
+    infos = ittt.inspect(adapted(model_type))
+    assert [info.projection for info in infos] == [name.format(i) for i in (0, 2)]
+    assert {(info.kind, info.shape, info.extra_parameters) for info in infos} == {(kind, (32, 48), 32 * 5 + 32 * 32)}
+
+
+def test_inspect_tells_the_size_of_a_row():
+    model = adapted("llama", torch.float32)
+    with torch.no_grad():
+        cache = model(IDS).past_key_values
+    for info in ittt.inspect(model):
+        S = ittt.fast_weights(cache)[info.index].S
+        assert info.state_bytes == S[0].numel() * S.element_size()
+
+
+# -- copies and several models ----------------------------------------------------------------------------------------
+
+
+def copied(model, how):
+    if how == "deepcopy":
+        return copy.deepcopy(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize("target", ["input_embed", "hidden_states"])
+def test_a_copy_is_a_model_of_its_own(how, model_type, target):
+    model = adapted(model_type, target=target)
+    want, text = logits(model, IDS), generate(model)
+    other = copied(model, how)
+    assert torch.equal(logits(other, IDS), want)
+    assert torch.equal(generate(other), text)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    ittt.set_lr(other, 0.5)
+    assert not torch.equal(logits(other, IDS), want)
+    assert torch.equal(logits(model, IDS), want)
+    ittt.detach(model)
+    assert ittt.is_attached(other)
+    generate(other)
+    ittt.detach(other)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in other.modules())
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)
+    assert torch.equal(logits(other, IDS), logits(model, IDS))
+
+
+def test_two_models_in_turns():
+    """One reads a piece, then the other: neither sees the other's state."""
+    models = adapted("llama"), adapted("gpt2", chunk_size=2 * C), adapted("llama", target="hidden_states")
+    caches = [DynamicCache() for _ in models]
+    parts = [[] for _ in models]
+    for piece in IDS.split((C - 1, 2, C + 2), 1):
+        for model, cache, got in zip(models, caches, parts, strict=True):
+            with torch.no_grad():
+                got.append(model(piece, past_key_values=cache).logits)
+    for model, got in zip(models, parts, strict=True):
+        assert_close(torch.cat(got, 1), logits(model, IDS), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("where", ["model", "model.layers.0.mlp", "model.layers.1.self_attn", "model.embed_tokens"])
+def test_one_model_inside_a_hook_of_another(where):
+    outer, inner = adapted("llama"), adapted("llama", target="hidden_states")
+    want, inside, seen = logits(outer, IDS), logits(inner, IDS[:, : C + 2]), []
+
+    def call(module, args, kwargs):
+        seen.append(logits(inner, IDS[:, : C + 2]))
+
+    handle = outer.get_submodule(where).register_forward_pre_hook(call, with_kwargs=True)
+    assert torch.equal(logits(outer, IDS), want)
+    handle.remove()
+    assert len(seen) == 1
+    assert torch.equal(seen[0], inside)
+
+
+def test_generation_settings_of_a_config_object():
+    model = adapted("llama")
+    settings = GenerationConfig(max_new_tokens=C + 1, do_sample=False, pad_token_id=0, cache_implementation="static")
+    got = model.generate(IDS, attention_mask=torch.ones_like(IDS), generation_config=settings)
+    assert torch.equal(got, generate(model, use_cache=False))
