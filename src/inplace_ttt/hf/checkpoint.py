@@ -79,7 +79,7 @@ def save_pretrained(
     settings = {
         "inplace_ttt": runtime.config.to_dict(),
         "kind": "adapter" if adapter_only else "model",
-        "base": {"model_type": root.config.model_type, "name": getattr(root.config, "_name_or_path", "")},
+        "base": {"model_type": root.config.model_type, "name": root.config._name_or_path if adapter_only else ""},
         "fingerprint": {} if projections else fingerprint(model),
     }
     if not adapter_only:
