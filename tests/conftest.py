@@ -1,13 +1,10 @@
 """Shared helpers. Tests that need data outside the repository skip with a reason where it is missing."""
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = Path(os.environ.get("INPLACE_TTT_SHARED", ROOT.parent / "shared"))
+from locations import SHARED
 
 torch.set_num_threads(1)
 

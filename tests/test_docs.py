@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import ROOT
+from locations import ROOT
 
 SOURCE = ROOT / "src" / "inplace_ttt"
 METHOD = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ LOGITS, WEIGHTS, GRADIENTS = 2e-4, 5e-5, 1e-4
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
     """Directories in the authors' format, made from the stored weights, by group."""
-    from conftest import SHARED
+    from locations import SHARED
 
     if not (SHARED / "golden").is_dir():
         pytest.skip(f"no golden outputs at {SHARED / 'golden'}")
@@ -42,7 +42,7 @@ def load(path):
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_training_outputs_and_gradients(release, group):
-    path, data, info = release[group]
+    path, data, _ = release[group]
     model = load(path)
     checked = 0
     for case in ("short", "one", "multi", "ragged"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SHARED
+from locations import SHARED
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache

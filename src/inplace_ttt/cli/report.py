@@ -87,15 +87,15 @@ def _show_names(names: Names | None, console: Console) -> None:
         return
     console.print(
         f"{names.count:,} times a name came again that was last seen outside the attention window of {names.window:,} "
-        f"tokens. Updates change its log-probability by {names.mean_gain:+.2f} nats on average. Predicted "
-        f"(p >= {LIKELY:g}) only with updates on: {names.found:,}; only with updates off: {names.lost:,}.",
+        f"tokens. Updates change its log-probability by {names.mean_gain:+.2f} nats on average. Within "
+        f"reach (p >= {LIKELY:.0%}) only with updates on: {names.found:,}; only with updates off: {names.lost:,}.",
         highlight=False,
     )
     if not names.places:
         console.print()
         return
     console.print()
-    table = Table(title="Predicted only with updates on", title_justify="left", title_style="bold")
+    table = Table(title="Names that only the updates bring within reach", title_justify="left", title_style="bold")
     table.add_column("what came before, and the name", ratio=1, no_wrap=True)
     table.add_column("token", justify="right")
     table.add_column("last seen", justify="right")
@@ -106,7 +106,7 @@ def _show_names(names: Names | None, console: Console) -> None:
         keep = max(room - len(p.name) - 1, 0)
         left = p.context if len(p.context) + len(p.name) <= room else "…" + p.context[len(p.context) - keep :]
         text = Text(left, "dim").append(p.name, f"bold {ON}")
-        table.add_row(text, f"{p.position:,}", f"{p.ago:,} ago", f"{p.on:.0%}", _percent(p.off))
+        table.add_row(text, f"{p.position:,}", f"{p.ago:,} ago", _percent(p.on), _percent(p.off))
     console.print(table)
     console.print(
         f"(Through all its layers, attention can carry something over {names.reach:,} tokens.)\n", style="dim"
@@ -114,7 +114,8 @@ def _show_names(names: Names | None, console: Console) -> None:
 
 
 def _percent(p: float) -> str:
-    return f"{p:.0%}" if p >= 0.1 else f"{p:.1%}" if p >= 0.001 else "<0.1%"
+    """Two digits that count; tiny ones as a bound."""
+    return f"{p:.0%}" if p >= 0.1 else f"{p:.1%}" if p >= 0.01 else f"{p:.2%}" if p >= 0.0001 else "<0.01%"
 
 
 def _show_cost(result: DemoResult, console: Console) -> None:

@@ -178,9 +178,8 @@ def scan_backward_op(
 
 
 @scan_backward_op.register_fake
-def _(
-    g: Tensor, grad_state: Tensor | None, z: Tensor, v: Tensor | None, weight: Any, state: Any, past: Any, *rest: Any
-):  # type: ignore[no-untyped-def]
+def _(g: Tensor, grad_state: Tensor | None, z: Tensor, v: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    _weight, state, past = rest[:3]
     return tuple(z.new_empty(0) if x is None else x.new_empty(x.shape) for x in (z, v, state, past))
 
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from .text import Tokens
 
-LIKELY = 0.5
-"""A name is predicted when all its tokens together have at least this probability."""
+LIKELY = 0.01
+"""A name is within reach when its tokens together have at least this probability, of all texts that could come."""
 SHORTEST = 4
 _CONTEXT = 48
 _PYTHON = {*keyword.kwlist, *dir(builtins)}
@@ -39,7 +39,7 @@ class Names:
     """All names that came again from outside the window.
 
     ``reach``: how far back information can travel through the attention of all layers. ``mean_gain``: nats per name.
-    ``found`` and ``lost``: how many were predicted only with updates on, only with updates off. ``places``: of the
+    ``found`` and ``lost``: how many were within reach (`LIKELY`) only with updates on, only with updates off. ``places``: of the
     found ones, those that gained most, each name once.
     """
 

@@ -9,8 +9,8 @@ from typing import Any
 from ..errors import UserError
 
 LIBRARY_FILES = (
-    "tarfile.py",
     "argparse.py",
+    "tarfile.py",
     "inspect.py",
     "typing.py",
     "turtle.py",

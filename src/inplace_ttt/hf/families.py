@@ -121,3 +121,9 @@ def supported_table() -> Iterator[tuple[str, str, str]]:
     """Rows (model_type, layers, projection) of the families' table, sorted."""
     for model_type in sorted(FAMILIES):
         yield model_type, FAMILIES[model_type].layers, FAMILIES[model_type].projection
+
+
+if __name__ == "__main__":
+    print("| model type | decoder layers | last projection |\n| --- | --- | --- |")
+    for row in supported_table():
+        print("| " + " | ".join(f"`{cell}`" for cell in row) + " |")

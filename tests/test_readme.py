@@ -1,0 +1,64 @@
+"""The README's examples run as printed, and its tables are the code's."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from locations import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def run(*command):
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_first_example_prints_what_it_says():
+    printed = re.search(r"```python\n.*?```\n\n```text\n(.*?)```", README, re.DOTALL)[1]
+    out = run("-c", EXAMPLES[0])
+    pattern = r"\d+ tokens: loss (\d+\.\d+) with updates, (\d+\.\d+) without\n"
+    on, off = map(float, re.fullmatch(pattern, out).groups())
+    said_on, said_off = map(float, re.fullmatch(pattern, printed).groups())
+    assert on < off - 0.05
+    if sys.version_info[:2] == (3, 11):  # the text read is a module of the running Python
+        assert (on, off) == pytest.approx((said_on, said_off), abs=0.02)
+
+
+def test_attach_example_runs_on_a_local_model(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=7, num_attention_heads=2, vocab_size=50
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    code = EXAMPLES[1].replace("Qwen/Qwen3-4B-Base", str(tmp_path / "model")).replace('"out"', f'"{tmp_path}/out"')
+    out = run("-c", code + "\nprint([site.index for site in ittt.inspect(model)])")
+    assert out.strip() == "[0, 6]"
+
+
+def test_families_table_is_the_code_s():
+    table = run("-m", "inplace_ttt.hf.families").strip()
+    assert table in README
+
+
+def test_results_tables_are_the_records():
+    table = run("benchmarks/summarise_books_and_code.py").strip()
+    assert table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from summarise_books_and_code import figures
+
+    for domain in ("code", "books"):
+        f = figures(0, domain)
+        assert f"| {domain} | {f['window']:.3f} | {f['off']:.3f} | **{f['shipped']:.3f}** |" in README
+
+
+def test_tree_names_real_folders():
+    tree = README.split("## The tree")[1]
+    for name in re.findall(r"^  (\w+)/ ", tree, re.MULTILINE):
+        assert (ROOT / "src" / "inplace_ttt" / name).is_dir(), name
+    for name in re.findall(r"^(\w+)/ ", tree, re.MULTILINE):
+        assert (ROOT / name).is_dir(), name
