@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contract.families import BUILDERS, TARGETS, C, adapted, logits, tokens
+from contract.families import BUILDERS, PADDED_DTYPE, TARGETS, C, adapted, logits, padded, tokens
 from torch.testing import assert_close
 from transformers.cache_utils import DynamicCache
 
@@ -100,20 +100,30 @@ def test_crop(model_type, target, drop, rollbacks):
 @families
 @targets
 def test_rows_follow_the_cache(model_type, target):
-    """reorder_cache, batch_select_indices and batch_repeat_interleave in the middle of a chunk, then reading on."""
-    model, ids = adapted(model_type, target=target), tokens(3, 2 * C + 2)
+    """reorder_cache, batch_select_indices and batch_repeat_interleave, with every row at another place in its chunk."""
+    dtype = PADDED_DTYPE.get(model_type, torch.float64)
+    model = adapted(model_type, dtype, target=target)
     cache, order = DynamicCache(config=model.config), torch.arange(3)
+    rows = [tokens(1, n, n) for n in (2 * C + 2, 3, C + 3)]
+
+    def read(new):
+        batch = padded(rows, "left")
+        ids, positions = batch["input_ids"][:, -new:], batch["position_ids"][:, -new:]
+        mask = batch["attention_mask"]
+        return model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+
     with torch.no_grad():
-        model(ids, past_key_values=cache)
-        for act, rows in (
+        read(2 * C + 2)
+        for act, chosen in (
             (lambda: cache.reorder_cache(torch.tensor([2, 0, 0])), torch.tensor([2, 0, 0])),
             (lambda: cache.batch_select_indices(torch.tensor([0, 1])), torch.tensor([0, 1])),
             (lambda: cache.batch_repeat_interleave(2), torch.tensor([0, 0, 1, 1])),
             (lambda: cache.reorder_cache(torch.tensor([3, 1, 0, 2])), torch.tensor([3, 1, 0, 2])),
         ):
             act()
-            order = order[rows]
-            ids = torch.cat([ids[rows], tokens(len(rows), 3, seed=len(ids[0]))], 1)
-            got = model(ids[:, -3:], past_key_values=cache).logits
-            assert_close(got, logits(model, ids)[:, -3:], **TOLERANCE)
+            order = order[chosen]
+            rows = [torch.cat([rows[b], tokens(1, 3, seed=50 + b)], 1) for b in chosen.tolist()]
+            for row, got in zip(rows, read(3), strict=True):
+                want = logits(model, row)[0, -3:]
+                assert_close(got, want, atol=1e-6 if dtype == torch.float64 else 2e-5, rtol=0)
     assert order.tolist() == [0, 2, 2, 0]

@@ -1,8 +1,8 @@
 """Theorem 1: in the induction setting the next-token target raises the right logit, the reconstruction target does not.
 
 Setting: a sequence holds the pair (k*, v*) once; later k* comes again. Embeddings are nearly orthogonal; the
-projection's input z correlates with itself at the two occurrences of k* (c_align) and with no other position. The logit of token w
-after the update changes by ``e_w . lr * S z``.
+projection's input z correlates with itself at the two occurrences of k* (c_align) and with no other position. The logit
+of token w after the update changes by ``e_w . lr * S z``.
 """
 
 import torch

@@ -344,6 +344,44 @@ def test_one_model_inside_a_hook_of_another(where):
     assert torch.equal(seen[0], inside)
 
 
+def test_a_model_inside_a_hook_of_its_own_embedding():
+    model = adapted("llama")
+    want, inside, seen = logits(model, IDS), logits(model, IDS[:, : C + 2]), []
+
+    def call(module, args):
+        handle.remove()
+        seen.append(logits(model, IDS[:, : C + 2]))
+
+    handle = model.get_input_embeddings().register_forward_pre_hook(call)
+    assert torch.equal(logits(model, IDS), want)
+    assert torch.equal(seen[0], inside)
+    assert runtime_of(model).current is None
+
+
+class OddLinear(torch.nn.Linear):
+    """A projection of a class that this library has never seen."""
+
+    def forward(self, z):
+        return 2 * super().forward(z)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_projection_of_another_class(how):
+    """Its own forward gives the slow part; the fast part is added. Its class is made at run time, yet can be stored."""
+    model, same = plain("llama"), adapted("llama")
+    for i in (0, 2):
+        slow = model.model.layers[i].mlp.down_proj
+        model.model.layers[i].mlp.down_proj = odd = OddLinear(48, 32, bias=False, dtype=torch.float64)
+        odd.weight = torch.nn.Parameter(slow.weight.detach() / 2)
+    ittt.attach(model, config())
+    randomise(model)
+    other = copied(model, how)
+    for one in (model, other):
+        assert_close(logits(one, IDS), logits(same, IDS), atol=1e-9, rtol=0)
+        assert ittt.inspect(one)[0].kind == "FastWeightOddLinear"
+        assert type(ittt.detach(one).model.layers[0].mlp.down_proj) is OddLinear
+
+
 def test_generation_settings_of_a_config_object():
     model = adapted("llama")
     settings = GenerationConfig(max_new_tokens=C + 1, do_sample=False, pad_token_id=0, cache_implementation="static")

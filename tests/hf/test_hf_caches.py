@@ -91,9 +91,10 @@ def test_copies_are_independent(model_type, make, how):
         torch.save(cache, file)
         file.seek(0)
         other = torch.load(file, weights_only=False)
-    assert_close(read(model, cache, MORE), continuation(model), **TOLERANCE)
-    assert_close(read(model, cache, MORE), continuation(model, torch.cat([IDS, MORE], 1)), **TOLERANCE)
-    assert_close(read(model, other, MORE.flip(1)), continuation(model, after=MORE.flip(1)), **TOLERANCE)
+    want, back = continuation(model), continuation(model, after=MORE.flip(1))
+    for t in range(C + 1):  # within a chunk, then beyond
+        assert_close(read(model, cache, MORE[:, t : t + 1]), want[:, t : t + 1], **TOLERANCE)
+        assert_close(read(model, other, MORE.flip(1)[:, t : t + 1]), back[:, t : t + 1], **TOLERANCE)
 
 
 @pytest.mark.parametrize("make", [DynamicCache, lambda config: StaticCache(config, max_cache_len=32)])
@@ -140,6 +141,19 @@ def test_crop_back_to_nothing_and_small_chunks():
         continuation(model, torch.cat([ids[:, :12], MORE[:1, :2]], 1), IDS[:1]),
         **TOLERANCE,
     )
+
+
+def test_crop_skips_the_padding_inside():
+    """Rows lose as many of their own tokens as lie in the dropped positions."""
+    model, cache, mask = adapted("llama"), DynamicCache(), torch.ones_like(IDS)
+    mask[0, -5:-1], mask[1, 1], mask[1, -2:] = 0, 0, 0
+    read(model, cache, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+    cache.crop(-4)
+    kept, positions = torch.cat([mask[:, :-4], torch.ones_like(MORE)], 1), mask[:, :-4].sum(1)[:, None]
+    got = read(model, cache, MORE, attention_mask=kept, position_ids=positions + torch.arange(C + 1))
+    for b in range(2):
+        before = IDS[b : b + 1, :-4][:, mask[b, :-4] > 0]
+        assert_close(got[b : b + 1], continuation(model, before, MORE[b : b + 1]), **TOLERANCE)
 
 
 def test_crop_too_far_is_refused_and_changes_nothing():

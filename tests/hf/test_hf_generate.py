@@ -4,7 +4,7 @@ import pytest
 import torch
 from contract.families import TARGETS, C, adapted, logits, padded, tokens
 from torch.testing import assert_close
-from transformers import set_seed
+from transformers import CompileConfig, GenerationConfig, set_seed
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import inplace_ttt as ittt
@@ -116,7 +116,7 @@ def test_assisted_by_its_own_early_layers():
 def test_a_cache_continued_over_two_calls(model_type, target, make):
     model, prompt = adapted(model_type, target=target), tokens(1, C + 2)
     cache = None
-    if make != "none" and not (make == "without config" and model_type in ("gemma3_text", "mistral")):
+    if make != "none":
         cache = DynamicCache(config=model.config) if make == "with config" else DynamicCache()
     first = greedy(model, prompt, past_key_values=cache, return_dict_in_generate=True)
     assert torch.equal(first.sequences, by_hand(model, prompt))
@@ -194,7 +194,11 @@ def test_set_lr_and_updates_off_reach_generation():
 
 
 def test_generation_is_not_compiled_behind_our_back():
+    """transformers compiles decoding with a static cache by itself (where it would pay, or where it is told to)."""
     model = adapted("llama")
-    assert model._valid_auto_compile_criteria({}, model.generation_config) is False
+    settings = GenerationConfig(compile_config=CompileConfig(backend="eager"))
+    settings.compile_config._compile_all_devices = True
+    given = {"past_key_values": StaticCache(config=model.config, max_cache_len=8)}
+    assert model._valid_auto_compile_criteria(given, settings) is False
     ittt.detach(model)
-    assert "_valid_auto_compile_criteria" not in model.__dict__
+    assert model._valid_auto_compile_criteria(given, settings) is True

@@ -7,6 +7,7 @@ import torch
 from contract.families import TARGETS, C, adapted, logits, plain, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
+from transformers.cache_utils import DynamicCache
 
 import inplace_ttt as ittt
 
@@ -38,6 +39,19 @@ def test_checkpointing_as_it_comes(name, target):
     assert_same(gradients(model), want)
     getattr(model, name.replace("enable", "disable"))()
     assert_same(gradients(model), want)
+
+
+@targets
+@pytest.mark.parametrize("given", ["a cache", "use_cache"])
+def test_checkpointing_drops_a_cache(target, given):
+    """transformers keeps no keys there, so neither may the fast weights: a recomputation would read the text twice."""
+    model = adapted("llama", target=target).train()
+    want = gradients(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    cache = DynamicCache()
+    keywords = {"past_key_values": cache} if given == "a cache" else {"use_cache": True}
+    assert_same(gradients(model, **keywords), want)
+    assert not ittt.fast_weights(cache)
 
 
 @targets

@@ -39,8 +39,8 @@ class Names:
     """All names that came again from outside the window.
 
     ``reach``: how far back information can travel through the attention of all layers. ``mean_gain``: nats per name.
-    ``found`` and ``lost``: how many were within reach (`LIKELY`) only with updates on, only with updates off. ``places``: of the
-    found ones, those that gained most, each name once.
+    ``found`` and ``lost``: how many were within reach (`LIKELY`) only with updates on, only with updates off.
+    ``places``: of the found ones, those that gained most, each name once.
     """
 
     window: int

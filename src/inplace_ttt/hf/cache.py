@@ -130,7 +130,7 @@ def _fast_layer(cache: Cache, index: int, rows: int, chunk_size: int, decay: flo
                 f"this cache was filled with decay {layer.fast.decay}, this model reads with {decay}: "
                 "start from an empty cache"
             )
-        if layer.fast.rows != rows and layer.fast.fed == 0:  # reset: another batch may follow
+        if layer.fast.rows != rows and not any(layer.fast.seen):  # reset: another batch may follow
             layer.fast = FastWeights(rows, chunk_size, decay=decay)
         return layer
     cls = _CLASSES.get(type(layer))

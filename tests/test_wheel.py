@@ -1,0 +1,53 @@
+"""What `pip install inplace-ttt` brings: the command and the shipped model."""
+
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from locations import ROOT
+
+MODEL = "inplace_ttt/models/books-and-code"
+LIMIT = 20_000_000
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    pytest.importorskip("build")
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def test_carries_the_shipped_model(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        sizes = {i.filename: i.file_size for i in archive.infolist() if i.filename.startswith(f"{MODEL}/")}
+    for name in ("inplace_ttt.json", "inplace_ttt.safetensors", "tokenizer.json", "base/model.safetensors"):
+        assert sizes.get(f"{MODEL}/{name}"), name
+    assert sum(sizes.values()) <= LIMIT
+
+
+def test_installs_the_command(wheel, tmp_path):
+    target = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+    command = target / "bin" / "inplace-ttt"
+    assert command.is_file()
+    done = subprocess.run(
+        [sys.executable, str(command), "inspect", "--json"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    where = subprocess.run(
+        [sys.executable, "-c", "import inplace_ttt as i; print(i.DEFAULT_MODEL, i.DEFAULT_MODEL.is_dir())"],
+        capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120,
+    )  # fmt: skip
+    assert where.stdout.split() == [str(target / MODEL), "True"]
