@@ -125,9 +125,8 @@ def detach(model: Model) -> Model:
 def _holder(where: Place) -> tuple[nn.Module, str]:
     """Module and attribute that hold the projection itself (a LoRA layer holds it as its base layer)."""
     module, name = where.mlp, where.name
-    while isinstance(inner := getattr(getattr(module, name), "base_layer", None), nn.Module):
+    while isinstance(getattr(getattr(module, name), "base_layer", None), nn.Module):
         module, name = getattr(module, name), "base_layer"
-        del inner
     return module, name
 
 

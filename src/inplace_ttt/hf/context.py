@@ -107,6 +107,8 @@ class Runtime:
         indices = [site.index for site in self.sites if site.index < running]
         slots = {} if cache is None else fast_layers(cache, indices, rows, self.config.chunk_size, self.config.decay)
         seen = next((slot.fast.seen for slot in slots.values()), None)
+        if any(slot.fast.seen != seen for slot in slots.values()):
+            raise ValueError("a call on this cache broke off half way through the layers: start from an empty cache")
         fresh = given.get("past_key_values") is None
         position_ids = given.get("position_ids")
         documents = document_ids(
