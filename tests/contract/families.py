@@ -37,10 +37,17 @@ def _config(name: str, **changes: Any) -> Callable[[], transformers.PretrainedCo
 
 
 BUILDERS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
+    "apertus": _config("ApertusConfig"),
+    "arcee": _config("ArceeConfig"),
+    "cohere": _config("CohereConfig", logit_scale=1.0),
+    "ernie4_5": _config("Ernie4_5Config", head_dim=8),
+    "exaone4": _config("Exaone4Config", head_dim=8, sliding_window=6, sliding_window_pattern=2),
+    "gemma": _config("GemmaConfig", head_dim=8),
     "gemma2": _config("Gemma2Config", head_dim=8, query_pre_attn_scalar=8, sliding_window=6),
     "gemma3_text": _config(
         "Gemma3TextConfig", head_dim=8, query_pre_attn_scalar=8, sliding_window=6, sliding_window_pattern=2
     ),
+    "glm": _config("GlmConfig", head_dim=8),
     "glm4": _config("Glm4Config", head_dim=8),
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=VOCAB,
@@ -58,8 +65,12 @@ BUILDERS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     ),
     "gpt_neox": _config("GPTNeoXConfig"),
     "granite": _config("GraniteConfig", embedding_multiplier=3.0, residual_multiplier=0.5, attention_multiplier=0.3),
+    "helium": _config("HeliumConfig", head_dim=8),
+    "hunyuan_v1_dense": _config("HunYuanDenseV1Config", head_dim=8),
     "llama": _config("LlamaConfig"),
+    "ministral": _config("MinistralConfig", head_dim=8, sliding_window=6),
     "mistral": _config("MistralConfig", head_dim=8, sliding_window=6),
+    "olmo": _config("OlmoConfig"),
     "olmo2": _config("Olmo2Config"),
     "phi3": _config("Phi3Config"),
     "qwen2": _config("Qwen2Config"),
@@ -74,6 +85,7 @@ BUILDERS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
         decoder_sparse_step=1,
         experts_implementation="eager",
     ),
+    "seed_oss": _config("SeedOssConfig", head_dim=8, attention_dropout=0.0, residual_dropout=0.0),
     "smollm3": _config("SmolLM3Config"),
     "starcoder2": _config("Starcoder2Config", residual_dropout=0.0, embedding_dropout=0.0, attention_dropout=0.0),
 }

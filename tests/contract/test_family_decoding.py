@@ -60,7 +60,7 @@ def test_assisted_by_a_model(model_type, target, rollbacks):
     wide = {"sliding_window": 256} if getattr(BUILDERS[model_type](), "sliding_window", None) else {}
     model, prompt = adapted(model_type, target=target), tokens(1, C + 2)
     want = greedy(model, prompt, 3 * C, use_cache=False)
-    for lr in (0.02, -0.06):
+    for lr in (0.02, -0.3):
         assistant = adapted(model_type, changes=wide, target=target, lr=lr)
         assistant.generation_config.num_assistant_tokens = C + 1
         assistant.generation_config.num_assistant_tokens_schedule = "constant"

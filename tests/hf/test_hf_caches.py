@@ -60,19 +60,20 @@ def test_positional_arguments_of_the_base_model():
 def test_inference_mode_and_back():
     model, cache = adapted("llama"), DynamicCache()
     with torch.inference_mode():
-        model(IDS, past_key_values=cache)
-        model(MORE[:, :1], past_key_values=cache)
-    assert_close(read(model, cache, MORE[:, 1:]), continuation(model)[:, 1:], **TOLERANCE)
+        model(IDS[:, :-1], past_key_values=cache)
+    want = continuation(model, IDS[:, :-1], torch.cat([IDS[:, -1:], MORE], 1))
+    got = [read(model, cache, IDS[:, -1:]), read(model, cache, MORE)]  # the first only adds to the pending tokens
+    assert_close(torch.cat(got, 1), want, **TOLERANCE)
 
 
 def test_gradients_through_a_cache():
-    """In eval mode a cache carries the graph along: two calls give the gradient of one."""
-    model = adapted("llama")
-    parameters, g = [p for p in model.parameters() if p.requires_grad], torch.randn(2, C + 1, 97, dtype=torch.float64)
-    cache = DynamicCache()
-    model(IDS, past_key_values=cache)
-    got = torch.autograd.grad((model(MORE, past_key_values=cache).logits * g).sum(), parameters)
-    joined = model(torch.cat([IDS, MORE], 1), use_cache=False).logits[:, IDS.shape[1] :]
+    """In eval mode a cache carries the graph along: calls of any size give the gradient of one."""
+    model, ids, cache = adapted("llama"), torch.cat([IDS, MORE], 1), DynamicCache()
+    parameters, g = list(model.parameters()), torch.randn(*ids.shape, 97, dtype=torch.float64)
+    sizes = (C - 1, 1, 1, 1, C, *(1,) * (ids.shape[1] - 2 * C - 2))
+    pieces = torch.cat([model(part, past_key_values=cache).logits for part in ids.split(sizes, 1)], 1)
+    got = torch.autograd.grad((pieces * g).sum(), parameters)
+    joined = model(ids, use_cache=False).logits
     for a, b in zip(got, torch.autograd.grad((joined * g).sum(), parameters), strict=True):
         assert_close(a, b, atol=1e-6 * max(float(b.abs().max()), 1.0), rtol=0)
 
