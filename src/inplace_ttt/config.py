@@ -46,8 +46,8 @@ class InPlaceTTTConfig:
     """"learned" (convolution), or a fixed shift: "next_token", "reconstruction"."""
     projection: bool = True
     """Whether P, the target projection, is used."""
-    lr: float = 1.0
-    """eta: the inner learning rate."""
+    lr: float = 0.1
+    """eta: the inner learning rate. 1.0 made training from scratch fail at rows of 16,384 tokens (docs/log.md)."""
     decay: float = 0.0
     """S shrinks by ``1 - decay`` at every update; 0 is the paper's plain sum."""
     clip: float | None = None
