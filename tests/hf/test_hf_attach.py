@@ -198,7 +198,7 @@ def test_an_exception_in_a_forward_leaves_nothing_behind():
 def test_a_projection_that_was_dispatched():
     model = plain("llama")
     model.model.layers[0].mlp.down_proj.forward = lambda z: z
-    with pytest.raises(ittt.UserError, match="before dispatching the model"):
+    with pytest.raises(ittt.UserError, match="without offloading"):
         ittt.attach(model, config())
     assert not ittt.is_attached(model)
     assert type(model.model.layers[2].mlp.down_proj) is torch.nn.Linear
@@ -387,3 +387,28 @@ def test_generation_settings_of_a_config_object():
     settings = GenerationConfig(max_new_tokens=C + 1, do_sample=False, pad_token_id=0, cache_implementation="static")
     got = model.generate(IDS, attention_mask=torch.ones_like(IDS), generation_config=settings)
     assert torch.equal(got, generate(model, use_cache=False))
+
+
+def test_a_model_that_accelerate_dispatched():
+    """Its device hooks wrap a bound forward: they must move to the adapting module and back."""
+    accelerate = pytest.importorskip("accelerate")
+    want = adapted("llama")
+    model = accelerate.dispatch_model(plain("llama"), device_map={"": "cpu"}, force_hooks=True)
+    before = logits(model, IDS)
+    ittt.attach(model, ittt.InPlaceTTTConfig(layers="0::2", chunk_size=C, lr=0.03))
+    assert torch.equal(logits(model, IDS), before)
+    randomise(model)
+    assert_close(logits(model, IDS), logits(want, IDS))
+    assert hasattr(model.model.layers[0].mlp.down_proj, "_hf_hook")
+    ittt.detach(model)
+    assert torch.equal(logits(model, IDS), before)
+
+
+def test_offloaded_weights_are_refused_before_anything_changes():
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.cpu_offload(plain("llama"), execution_device="cpu")
+    before = logits(model, IDS)
+    with pytest.raises(ittt.UserError, match="without offloading"):
+        ittt.attach(model, config())
+    assert not ittt.is_attached(model)
+    assert torch.equal(logits(model, IDS), before)

@@ -161,7 +161,7 @@ def test_a_device_map_of_one_device(stored, device_map):
 def test_a_device_map_that_spreads_the_model_is_refused(stored, tmp_path):
     names = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
     device_map = dict.fromkeys(names, "cpu") | {"model.layers.1": "disk", "model.layers.2": "disk"}
-    with pytest.raises(ittt.UserError, match="before dispatching the model"):
+    with pytest.raises(ittt.UserError, match="without offloading"):
         ittt.from_pretrained(stored / "whole", device_map=device_map, offload_folder=tmp_path)
 
 

@@ -13,7 +13,7 @@ from ..config import InPlaceTTTConfig
 from ..errors import UserError
 from .context import LayerSite, Runtime
 from .families import Place, attention_of, decoder_layers, family_of, place
-from .linear import FastWeight, TargetConv, TargetProjection, make_fast, make_slow, output_size
+from .linear import FastWeight, TargetConv, TargetProjection, check_replaceable, make_fast, make_slow, output_size
 
 Model = TypeVar("Model", bound=nn.Module)
 RUNTIME = "_inplace_ttt"
@@ -60,7 +60,8 @@ def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
 
     The last projection of each chosen MLP becomes a ``FastWeight`` module around the same parameters; beside it the
     MLP gets ``ttt_conv`` [D, 1, K] (zero) and ``ttt_proj`` [D, D] (diagonal, N(0, sigma^2)), section 2 of
-    docs/method.md. With a fixed objective there is no convolution and the projection starts at zero instead.
+    docs/method.md. With a fixed objective there is no convolution and the projection starts at zero instead; a fixed
+    objective without a projection has nothing that could be zero, so there the outputs do change.
 
     Raises UserError, changing nothing, when the model's family is unknown, a chosen layer does not exist or cannot
     adapt, or the model is attached already.
@@ -76,6 +77,8 @@ def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
     holders = [_holder(p) for p in places]
     sites = [LayerSite(runtime, p.index, p.mlp) for p in places]
     widths = [output_size(getattr(*h)) for h in holders]
+    for holder in holders:
+        check_replaceable(getattr(*holder))
     fasts = [make_fast(getattr(*h), site) for h, site in zip(holders, sites, strict=True)]
 
     std = config.init_std if config.init_std is not None else getattr(root.config, "initializer_range", 0.02)

@@ -61,24 +61,55 @@ def _rebuild(slow_class: type[nn.Module]) -> nn.Module:
 
 
 def make_fast(slow: nn.Module, site: Site) -> nn.Module:
-    """An adapting module that shares parameters, buffers and hooks with ``slow``."""
-    if "forward" in slow.__dict__:
-        raise UserError(
-            f"the forward of a {type(slow).__name__} was replaced (offloading or tensor parallelism): "
-            "attach the fast weights before dispatching the model"
-        )
+    """An adapting module that shares parameters, buffers and hooks with ``slow``; accelerate's device hook moves over.
+
+    Raises UserError where the weight is offloaded or something else replaced the module's forward.
+    """
+    hook = _take_device_hook(slow)
     fast = _rebuild(type(slow))
     fast.__dict__.update(slow.__dict__)
     fast.__dict__["site"] = site
-    return fast
+    return _give_device_hook(fast, hook)
 
 
 def make_slow(fast: nn.Module) -> nn.Module:
     """The plain module back, with the same parameters, buffers and hooks."""
+    hook = _take_device_hook(fast)
     slow_class: type[nn.Module] = fast.slow_class  # type: ignore[assignment]
     slow = slow_class.__new__(slow_class)
     slow.__dict__.update({k: v for k, v in fast.__dict__.items() if k != "site"})
-    return slow
+    return _give_device_hook(slow, hook)
+
+
+def check_replaceable(module: nn.Module) -> None:
+    """UserError when the module's forward is not its class's own and cannot be moved to another module."""
+    hook = module.__dict__.get("_hf_hook")
+    if "forward" in module.__dict__ and (hook is None or getattr(hook, "offload", True)):
+        raise UserError(
+            f"the forward of a {type(module).__name__} was replaced (offloaded weights or tensor parallelism): load "
+            "the model whole onto one or more devices, without offloading and without tp_plan"
+        )
+
+
+def _take_device_hook(module: nn.Module) -> Any:
+    """accelerate's hook, which wraps a bound forward and would call the module that is being replaced."""
+    check_replaceable(module)
+    hook = module.__dict__.get("_hf_hook")
+    if hook is not None:
+        from accelerate.hooks import remove_hook_from_module
+
+        remove_hook_from_module(module)
+        module.__dict__.pop("forward", None)  # what is left is bound to this module
+    return hook
+
+
+def _give_device_hook(module: nn.Module, hook: Any) -> nn.Module:
+    if hook is None:
+        return module
+    from accelerate.hooks import add_hook_to_module
+
+    hooked: nn.Module = add_hook_to_module(module, hook)
+    return hooked
 
 
 def output_size(projection: nn.Module) -> int:
