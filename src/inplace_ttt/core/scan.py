@@ -69,6 +69,34 @@ def advance(S: Tensor | None, z: Tensor, v: Tensor, keep: float | Tensor, clip: 
     return S.add_(dW if clip is None else dW.mul_(clip_factor(dW, clip)))
 
 
+def sweep(
+    layout: Layout,
+    out: Tensor,
+    x: Tensor,
+    v: Tensor | None,
+    state: Tensor | None,
+    clip: Tensor | None,
+    lr: float,
+    decay: float,
+    steps: int,
+    updates: int,
+    *,
+    transposed: bool = False,
+) -> Tensor | None:
+    """Adds ``lr * S_m x_t`` (``lr * S_m^T x_t`` when transposed) to ``out``, slot by slot; S after the last one."""
+    reset = layout.reset
+    S = None if state is None else state.to(state_dtype(x.dtype), copy=updates > 0 or reset is not None)
+    for m in range(steps):
+        if reset is not None and S is not None:
+            S *= ~reset[:, m, None, None]
+        if S is not None:
+            fast = S.to(x.dtype)
+            layout.add_product(out, m, layout.applied(x, m), fast if transposed else fast.mT, lr)
+        if m < updates and v is not None:
+            S = advance(S, layout.absorbed(m), layout.targets(v, m), keep_factor(layout, m, decay), clip)
+    return S
+
+
 @torch.library.custom_op("inplace_ttt::scan", mutates_args=())
 @_exact
 def scan_op(
@@ -95,14 +123,7 @@ def scan_op(
     dtype = state_dtype(z.dtype)
     layout = Layout(z, past, chunk_size, prefix, index, update, reset)
     out = z.new_zeros(B, T, width) if weight is None else torch.nn.functional.linear(z, weight, bias)
-    S = None if state is None else state.to(dtype, copy=updates > 0 or reset is not None)
-    for m in range(steps):
-        if reset is not None and S is not None:
-            S *= ~reset[:, m, None, None]
-        if S is not None:
-            layout.add_product(out, m, layout.applied(z, m), S.to(z.dtype).mT, lr)
-        if m < updates and v is not None:
-            S = advance(S, layout.absorbed(m), layout.targets(v, m), keep_factor(layout, m, decay), clip)
+    S = sweep(layout, out, z, v, state, clip, lr, decay, steps, updates)
     if not keep_state:
         return out, z.new_zeros(0, dtype=dtype)
     return out, z.new_zeros(B, width, F, dtype=dtype) if S is None else S
@@ -148,14 +169,7 @@ def scan_backward_op(
     dv = None if v is None else v.new_zeros(v.shape)
     dpast = None if past is None else past.new_zeros(past.shape)
 
-    S = None if state is None else state.to(dtype, copy=updates > 0 or reset is not None)
-    for m in range(steps):
-        if reset is not None and S is not None:
-            S *= ~reset[:, m, None, None]
-        if S is not None:
-            layout.add_product(dz, m, layout.applied(g, m), S.to(g.dtype), lr)
-        if m < updates and v is not None:
-            S = advance(S, layout.absorbed(m), layout.targets(v, m), keep_factor(layout, m, decay), clip)
+    sweep(layout, dz, g, v, state, clip, lr, decay, steps, updates, transposed=True)
 
     H = None if grad_state is None else grad_state.to(dtype, copy=True)
     for m in reversed(range(steps)):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .chunks import ChunkTable
-from .scan import clip_factor, outer, state_dtype
+from .scan import clip_factor, outer
 from .target import chunked
 
 ROLLBACK_TOKENS = 128
@@ -225,6 +225,3 @@ def _completed(update: Tensor, reset: Tensor, updates: int, restarted: Sequence[
         done.append(len(slots))
         stop.append(slots[-1] + 1 if slots else 0)
     return done, stop
-
-
-__all__ = ["ROLLBACK_TOKENS", "FastWeights", "state_dtype"]
