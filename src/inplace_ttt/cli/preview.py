@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..config import InPlaceTTTConfig
 from ..errors import UserError
 from ..hf.attach import LayerInfo, attach, inspect
-from ..hf.checkpoint import BASE, SETTINGS
+from ..hf.checkpoint import BASE, SETTINGS, require_hub_id
 from ..hf.release import is_release, load_release
 
 
@@ -108,8 +108,7 @@ def _file(model: str, name: str) -> str | None:
     if path.is_dir():
         file = path / name
         return file.read_text(encoding="utf-8") if file.is_file() else None
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise UserError(f"no model directory at {model}")
+    require_hub_id(model)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -42,6 +42,17 @@ def unwrap_to_save(model: nn.Module) -> PreTrainedModel:
     return root
 
 
+@contextmanager
+def plain_config(root: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model's configuration says nothing of fast weights, as a file of the base model must."""
+    saved = root.config.inplace_ttt
+    del root.config.inplace_ttt
+    try:
+        yield
+    finally:
+        root.config.inplace_ttt = saved
+
+
 def runtime_of(model: nn.Module) -> Runtime:
     """The attached runtime; UserError when nothing is attached."""
     runtime = unwrap(model).__dict__.get(RUNTIME)

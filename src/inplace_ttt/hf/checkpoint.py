@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..config import InPlaceTTTConfig
 from ..errors import UserError
-from .attach import attach, detach, is_attached, runtime_of, unwrap, unwrap_to_save
+from .attach import attach, detach, is_attached, plain_config, runtime_of, unwrap, unwrap_to_save
 from .release import is_release, load_release
 
 SETTINGS, TENSORS, BASE = "inplace_ttt.json", "inplace_ttt.safetensors", "base"
@@ -84,12 +84,8 @@ def save_pretrained(
     }
     if not adapter_only:
         state = {k: v for k, v in root.state_dict().items() if not is_added(k)}
-        saved = root.config.inplace_ttt
-        del root.config.inplace_ttt
-        try:
+        with plain_config(root):
             root.save_pretrained(path / BASE, state_dict=state, **kwargs)
-        finally:
-            root.config.inplace_ttt = saved
     save_file(adapter_state(model, adapter_only and projections), path / TENSORS, metadata={"format": "pt"})
     (path / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None:
@@ -181,12 +177,17 @@ def stored_added(path: Path) -> dict[str, Tensor]:
     return {k: v for file in files for k, v in load_file(file).items() if is_added(k)}
 
 
+def require_hub_id(name: str) -> None:
+    """UserError unless a name that is no directory here can be one on the hub (OWNER/NAME)."""
+    if Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(f"no model directory at {name}")
+
+
 def _resolve(directory: str | Path) -> Path:
     path = Path(directory).expanduser()
     if path.is_dir():
         return path
-    if path.exists() or str(directory).startswith((".", "/", "~")) or str(directory).count("/") != 1:
-        raise UserError(f"no model directory at {directory}")
+    require_hub_id(str(directory))
     from huggingface_hub import snapshot_download
 
     try:

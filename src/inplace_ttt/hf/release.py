@@ -7,7 +7,7 @@ from torch import nn
 
 from ..config import InPlaceTTTConfig
 from ..errors import UserError
-from .attach import runtime_of, unwrap_to_save
+from .attach import plain_config, runtime_of, unwrap_to_save
 
 FAMILIES = ("llama", "qwen3")
 DEFAULTS = {"ttt_chunk": 8192, "ttt_lr": 0.3, "ttt_proj": True, "ttt_target": "hidden_states"}
@@ -64,13 +64,11 @@ def save_release(model: nn.Module, directory: str | Path, **kwargs: Any) -> None
         "ttt_proj": config.projection,
         "ttt_target": config.target,
     }
-    saved = root.config.inplace_ttt
-    del root.config.inplace_ttt
-    for name, value in fields.items():
-        setattr(root.config, name, value)
-    try:
-        root.save_pretrained(directory, **kwargs)
-    finally:
-        for name in fields:
-            delattr(root.config, name)
-        root.config.inplace_ttt = saved
+    with plain_config(root):
+        for name, value in fields.items():
+            setattr(root.config, name, value)
+        try:
+            root.save_pretrained(directory, **kwargs)
+        finally:
+            for name in fields:
+                delattr(root.config, name)

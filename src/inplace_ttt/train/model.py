@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from inplace_ttt import is_attached
 from inplace_ttt.errors import UserError
 from inplace_ttt.train.recipe import Recipe
 
@@ -91,13 +92,6 @@ def load_saved(directory: Path, attached: bool) -> PreTrainedModel:
     else:
         model = AutoModelForCausalLM.from_pretrained(directory)
     return model.float().eval()  # type: ignore[no-any-return]
-
-
-def is_attached(model: nn.Module) -> bool:
-    """Whether the model has fast weights."""
-    import inplace_ttt
-
-    return inplace_ttt.is_attached(model)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
+from inplace_ttt import is_attached
 from inplace_ttt.errors import UserError
 from inplace_ttt.eval.nll import DomainResult, Text, evaluate_documents
 from inplace_ttt.train.attention import choose_attention
-from inplace_ttt.train.model import build_model, count_parameters, is_attached, load_saved, save_model
+from inplace_ttt.train.model import build_model, count_parameters, load_saved, save_model
 from inplace_ttt.train.packing import PackedRows, TokenStore, first_rows
 from inplace_ttt.train.prepare import Prepared, prepare
 from inplace_ttt.train.recipe import Recipe

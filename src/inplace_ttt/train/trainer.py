@@ -20,8 +20,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from inplace_ttt import is_attached
 from inplace_ttt.errors import UserError
-from inplace_ttt.train.model import is_attached
 from inplace_ttt.train.packing import IGNORED, PackedRows
 
 Rows = Mapping[str, Sequence[dict[str, Tensor]]]
