@@ -10,11 +10,14 @@ if TYPE_CHECKING:
     from .hf.checkpoint import from_pretrained, save_pretrained
     from .hf.context import fast_weights
     from .hf.release import save_release
+    from .session import Session, SessionPool
     from .shipped import DEFAULT_MODEL
 
 __all__ = [
     "DEFAULT_MODEL",
     "InPlaceTTTConfig",
+    "Session",
+    "SessionPool",
     "UserError",
     "attach",
     "configure",
@@ -41,6 +44,7 @@ _HOMES = {
     **dict.fromkeys(("from_pretrained", "save_pretrained"), "hf.checkpoint"),
     "fast_weights": "hf.context",
     "save_release": "hf.release",
+    **dict.fromkeys(("Session", "SessionPool"), "session"),
 }
 
 

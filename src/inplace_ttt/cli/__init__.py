@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from .chat import chat
 from .demo import demo
 from .inspect import inspect
+from .read import read
 from .train import tokenizer, train
 from .usage import Commands, main, print_version
 
@@ -22,6 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(demo)
+app.command()(read)
+app.command()(chat)
 app.command()(inspect)
 app.command()(train)
 app.command()(tokenizer)

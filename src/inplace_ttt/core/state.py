@@ -1,31 +1,42 @@
 """What a reader carries from call to call: the fast weights and the tokens whose chunk is not complete yet."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .chunks import ChunkTable
+from .factors import HeldState, completed
 from .scan import clip_factor, outer
 from .target import chunked
+
+Triple = tuple[Tensor, Tensor, Tensor]
 
 ROLLBACK_TOKENS = 128
 """Completed chunks are kept for at least this many tokens, so that rejected drafts can be taken back."""
 
+_NUMBERS = ("seen", "kept", "count", "raw", "lost")
 
-class FastWeights:
+
+class FastWeights(HeldState):
     """State of one layer for B rows.
 
     S [B, D, F] float32 (float64 for float64 models), None while zero; pending inputs z [B, C, F] and u [B, C, D], of
     which row b's first ``seen[b] % C`` are filled; the last completed chunks (z, u, v) for ``rollback``.
+
+    ``form``: how S is held. "dense": as ``S``. "auto": as the pairs (v_t, z_t), ``left`` and ``right``, while they are
+    fewer than D * F / (D + F), then dense until ``reset``. A number r: as factors, cut to the best r when a row has
+    more than 2 * r, at most once in max(r, C) tokens: lossy (``truncation``), save for what a call's later tokens see
+    of its own chunks. ``dense()`` gives S in every form.
     """
 
-    def __init__(self, rows: int, chunk_size: int, *, decay: float = 0.0) -> None:
-        self.rows, self.chunk_size, self.decay = rows, chunk_size, decay
-        self.S: Tensor | None = None
+    def __init__(self, rows: int, chunk_size: int, *, decay: float = 0.0, form: str | int = "dense") -> None:
+        super().__init__(rows, chunk_size, decay, form)
         self.z: Tensor | None = None
         self.u: Tensor | None = None
-        self.history: tuple[Tensor, Tensor, Tensor] | None = None
+        self.history: Triple | None = None
         self.seen: tuple[int, ...] = (0,) * rows
         self.kept: tuple[int, ...] = (0,) * rows
         self.real: Tensor | None = None
@@ -39,7 +50,7 @@ class FastWeights:
     @property
     def nbytes(self) -> int:
         """Bytes held, all rows."""
-        tensors = [self.S, self.z, self.u, *(self.history or ())]
+        tensors = [self.S, self.left, self.right, self.z, self.u, *(self.history or ())]
         return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
     def past(self, table: ChunkTable) -> tuple[Tensor | None, Tensor | None]:
@@ -50,10 +61,30 @@ class FastWeights:
 
     # -- after a call ---------------------------------------------------------------------------------------------
 
-    def absorb(self, table: ChunkTable, z_BTF: Tensor, u_BTD: Tensor, v_BND: Tensor | None, S: Tensor | None) -> None:
-        """Takes over what a call with ``table`` left: the new S, its pending tokens and its completed chunks."""
+    def absorb(
+        self,
+        table: ChunkTable,
+        z_BTF: Tensor,
+        u_BTD: Tensor,
+        v_BND: Tensor | None,
+        S: Tensor | None,
+        clip: Tensor | None = None,
+    ) -> None:
+        """Takes over what a call with ``table`` left: the new S, its pending tokens and its completed chunks.
+
+        Where S is held in factors ``S`` is None, and the chunks' updates join them, clipped to ``clip``.
+        """
         if table.updates or any(table.restarted):
-            self._remember(table, z_BTF, u_BTD, v_BND)
+            past_z, past_u = self.past(table)
+            slots, restarted = completed(table), [b for b, again in enumerate(table.restarted) if again]
+            chunks: Triple | None = None
+            if v_BND is not None:
+                chunks = (chunked(z_BTF, past_z, table), chunked(u_BTD, past_u, table), v_BND)
+            self._remember(slots, restarted, chunks)
+            if restarted:
+                self.clear(restarted)
+            if S is None and self.S is None and self.form != "dense" and chunks is not None:
+                self.extend(slots, chunks[0], chunks[2], clip)
         if S is not None and (self.S is not None or table.updates):
             self.S = S
         self._set_pending(table, z_BTF, u_BTD)
@@ -86,28 +117,21 @@ class FastWeights:
             buffer[torch.arange(B, device=x_BTW.device)[:, None], where] = x_BTW.to(buffer.dtype)
         return buffer
 
-    def _remember(self, table: ChunkTable, z_BTF: Tensor, u_BTD: Tensor, v_BND: Tensor | None) -> None:
+    def _remember(self, slots: list[list[int]], restarted: list[int], new: Triple | None) -> None:
         """Keeps each row's last completed chunks of its current document, newest at the right."""
         C, R = self.chunk_size, -(-ROLLBACK_TOKENS // self.chunk_size)
-        if v_BND is None:
-            self.kept = tuple(0 if again else k for k, again in zip(self.kept, table.restarted, strict=True))
+        old = [0 if b in restarted else k for b, k in enumerate(self.kept)]
+        self.kept = tuple(min(k + len(own), R) for k, own in zip(old, slots, strict=True))
+        if new is None:
             return
-        past_z, past_u = self.past(table)
-        new = [chunked(z_BTF, past_z, table), chunked(u_BTD, past_u, table), v_BND]
-        if table.update is None or table.reset is None:
-            done = [table.updates] * self.rows
-            stop = done
-        else:
-            done, stop = _completed(table.update, table.reset, table.updates, table.restarted)
-        old = [0 if again else k for k, again in zip(self.kept, table.restarted, strict=True)]
-        self.kept = tuple(min(k + n, R) for k, n in zip(old, done, strict=True))
-        # Chunk numbers in [history | new slots]: the R that end at each row's last completed slot, skipping none.
+        # Chunk numbers in [history | new slots]: the last R of each row.
         H = 0 if self.history is None else self.history[0].shape[1] // C
         pick = []
-        for n, end in zip(done, stop, strict=True):
-            chunks = [*range(H), *range(H + end - n, H + end)][-R:]
+        for own in slots:
+            chunks = [*range(H), *(H + m for m in own)][-R:]
             pick.append([0] * (R - len(chunks)) + chunks)
-        index = torch.tensor(pick, device=v_BND.device)[..., None] * C + torch.arange(C, device=v_BND.device)
+        device = new[2].device
+        index = torch.tensor(pick, device=device)[..., None] * C + torch.arange(C, device=device)
         index = index.flatten(1)[..., None]
         both = (
             new
@@ -119,30 +143,68 @@ class FastWeights:
 
     # -- what a cache does to its rows ----------------------------------------------------------------------------
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Tensor | Sequence[int]) -> None:
         """Row b becomes the old row ``rows[b]`` (beam reorder, batch selection or repetition)."""
-        order = rows.tolist()
-        self.S, self.z, self.u = (
-            None if x is None else x.index_select(0, rows.to(x.device)) for x in (self.S, self.z, self.u)
-        )
-        if self.history is not None:
-            z, u, v = (x.index_select(0, rows.to(x.device)) for x in self.history)
-            self.history = (z, u, v)
-        self.seen, self.kept = tuple(self.seen[b] for b in order), tuple(self.kept[b] for b in order)
+        index = torch.as_tensor(rows)
+        order: list[int] = index.tolist()
+        held = max((self.count[b] for b in order), default=0)
+        self.left, self.right = (None if x is None else x[:, :held] for x in (self.left, self.right))
+        self._map(lambda x: x.index_select(0, index.to(x.device)))
         self.real = None if self.real is None else self.real[order]
+        for name in _NUMBERS:
+            setattr(self, name, tuple(getattr(self, name)[b] for b in order))
         self.rows = len(order)
+        self.S = self.S if any(self.updates) else None  # what other rows made it hold
+        self.history = self.history if any(self.kept) else None
+
+    @classmethod
+    def stack(cls, parts: Sequence["FastWeights"]) -> "FastWeights":
+        """The rows of several states side by side, copied; positions a shorter row never had count as padding.
+
+        Dense where one of them is. Raises ValueError for no states, or for states of different chunk size or decay.
+        """
+        kinds = {(part.chunk_size, part.decay) for part in parts}
+        if len(kinds) != 1:
+            raise ValueError(f"states side by side need one chunk size and decay, got {sorted(kinds)}")
+        ((chunk_size, decay),) = kinds
+        forms = {part.form for part in parts}
+        form = next((x for x in ("dense", "auto") if x in forms), None) or max(forms)  # the one that loses least
+        rows = [part.rows for part in parts]
+        new = cls(sum(rows), chunk_size, decay=decay, form=form)
+        for name in _NUMBERS:
+            setattr(new, name, tuple(n for part in parts for n in getattr(part, name)))
+        new.z, new.u = _stack([part.z for part in parts], rows), _stack([part.u for part in parts], rows)
+        if form == "dense" or any(part.S is not None for part in parts):
+            new.S, new.count, new.raw = _stack([part.dense() for part in parts], rows), (0,) * new.rows, (0,) * new.rows
+        else:
+            new.left, new.right = _stack([x.left for x in parts], rows), _stack([x.right for x in parts], rows)
+        z, u, v = (_stack([x.history and x.history[i] for x in parts], rows) for i in range(3))
+        new.history = None if z is None or u is None or v is None else (z, u, v)
+        new.fed = max(part.fed for part in parts)
+        if any(part.real is not None or part.fed != new.fed for part in parts):
+            reals = [torch.ones(x.rows, x.fed, dtype=torch.bool) if x.real is None else x.real for x in parts]
+            new.real = _stack(reals, rows, side="left")
+        return new
 
     def reset(self) -> None:
         """Forgets everything: the next token begins a document."""
-        self.__init__(self.rows, self.chunk_size, decay=self.decay)  # type: ignore[misc]
+        self.__init__(self.rows, self.chunk_size, decay=self.decay, form=self.form)  # type: ignore[misc]
 
     def fork(self) -> "FastWeights":
         """An independent copy."""
-        copy = FastWeights(self.rows, self.chunk_size, decay=self.decay)
-        copy.__dict__.update({k: v.clone() if isinstance(v, Tensor) else v for k, v in self.__dict__.items()})
-        if self.history is not None:
-            copy.history = (self.history[0].clone(), self.history[1].clone(), self.history[2].clone())
+        copy = FastWeights(self.rows, self.chunk_size, decay=self.decay, form=self.form)
+        copy.__dict__.update(self.__dict__)
+        copy._map(torch.clone)
         return copy
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Every tensor of all rows goes through ``function``."""
+        for name in ("S", "left", "right", "z", "u"):
+            if getattr(self, name) is not None:
+                setattr(self, name, function(getattr(self, name)))
+        if self.history is not None:
+            z, u, v = self.history
+            self.history = function(z), function(u), function(v)
 
     def rollback(self, tokens: int, clip: Tensor | None = None) -> None:
         """Takes back the last ``tokens`` positions fed to every row; padding among them is skipped.
@@ -178,20 +240,22 @@ class FastWeights:
 
     def _reopen(self, b: int, chunks: int, clip: Tensor | None) -> None:
         """Row b's last completed chunks become pending again; their updates leave S."""
-        assert self.S is not None
         assert self.history is not None
         assert self.z is not None
         assert self.u is not None
         C = self.chunk_size
         z, u, v = (x[b : b + 1] for x in self.history)
-        S = self.S[b : b + 1].clone()
+        S = None if self.S is None else self.S.clone()
         for n in range(1, chunks + 1):
             span = slice(z.shape[1] - n * C, z.shape[1] - (n - 1) * C)
-            dW = outer(v[:, span], z[:, span])
-            S = (S - (dW if clip is None else dW * clip_factor(dW, clip))) / (1 - self.decay)
+            if S is None:
+                self.take_back(b, z[:, span], v[:, span], clip)
+            else:
+                dW = outer(v[:, span].to(z.dtype), z[:, span])
+                S[b : b + 1] = (S[b] - (dW if clip is None else dW * clip_factor(dW, clip))) / (1 - self.decay)
         span = slice(z.shape[1] - chunks * C, z.shape[1] - (chunks - 1) * C)
-        self.S, self.z, self.u = self.S.clone(), self.z.clone(), self.u.clone()
-        self.S[b], self.z[b], self.u[b] = S[0], z[0, span], u[0, span]
+        self.S, self.z, self.u = S, self.z.clone(), self.u.clone()
+        self.z[b], self.u[b] = z[0, span], u[0, span]
         shifted = []
         for x in self.history:
             x = x.clone()
@@ -199,6 +263,16 @@ class FastWeights:
             shifted.append(x)
         self.history = (shifted[0], shifted[1], shifted[2])
         self.kept = tuple(k - chunks if row == b else k for row, k in enumerate(self.kept))
+
+
+def _stack(parts: Sequence[Tensor | None], rows: Sequence[int], side: str = "right") -> Tensor | None:
+    """Tensors [rows, n, ...] joined along the rows, zero where one is None or has a smaller n; None where all are."""
+    known = [x for x in parts if x is not None]
+    if not known:
+        return None
+    none, dtype = known[0][:1, :0], reduce(torch.promote_types, [x.dtype for x in known])
+    whole = [none.expand(n, *none.shape[1:]) if x is None else x for x, n in zip(parts, rows, strict=True)]
+    return pad_sequence([row.to(dtype) for x in whole for row in x], batch_first=True, padding_side=side)
 
 
 def _tail(table: ChunkTable, x_BTW: Tensor, past_BPW: Tensor | None) -> Tensor:
@@ -214,14 +288,3 @@ def _tail(table: ChunkTable, x_BTW: Tensor, past_BPW: Tensor | None) -> Tensor:
     extended = x_BTW if past_BPW is None else torch.cat([past_BPW.to(x_BTW.dtype), x_BTW], 1)
     picked = extended.gather(1, table.tail.clamp(min=0)[..., None].expand(-1, -1, W))
     return torch.where((table.tail >= 0)[..., None], picked, 0)
-
-
-def _completed(update: Tensor, reset: Tensor, updates: int, restarted: Sequence[bool]) -> tuple[list[int], list[int]]:
-    """Per row: how many slots its current document completed in a call, and the slot after the last of them."""
-    done, stop = [], []
-    for row_update, row_reset, again in zip(update.tolist(), reset.tolist(), restarted, strict=True):
-        begin = max((m for m, r in enumerate(row_reset) if r), default=0) if again else 0
-        slots = [m for m, u in enumerate(row_update[:updates]) if u and m >= begin]
-        done.append(len(slots))
-        stop.append(slots[-1] + 1 if slots else 0)
-    return done, stop

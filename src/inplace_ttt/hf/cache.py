@@ -93,9 +93,9 @@ _CLASSES: dict[type, type] = {cls.__mro__[2]: cls for cls in FastCacheLayer.__su
 
 
 def fast_layers(
-    cache: Cache, indices: Sequence[int], rows: int, chunk_size: int, decay: float
+    cache: Cache, indices: Sequence[int], rows: int, chunk_size: int, decay: float, form: Any = "dense"
 ) -> dict[int, FastCacheLayer]:
-    """The layers ``indices`` of ``cache`` with fast weights, installed on first use.
+    """The layers ``indices`` of ``cache`` with fast weights, installed on first use in ``form``; others keep theirs.
 
     Raises NotImplementedError for a kind of cache that cannot carry them, and ValueError for one that was filled
     without them or belongs to a model that adapts otherwise.
@@ -106,10 +106,10 @@ def fast_layers(
             f"this cache carries fast weights of layer {others[0]}, which does not adapt in this model: "
             "start from an empty cache"
         )
-    return {i: _fast_layer(cache, i, rows, chunk_size, decay) for i in indices}
+    return {i: _fast_layer(cache, i, rows, chunk_size, decay, form) for i in indices}
 
 
-def _fast_layer(cache: Cache, index: int, rows: int, chunk_size: int, decay: float) -> FastCacheLayer:
+def _fast_layer(cache: Cache, index: int, rows: int, chunk_size: int, decay: float, form: Any) -> FastCacheLayer:
     while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     if index >= len(cache.layers):
@@ -131,21 +131,27 @@ def _fast_layer(cache: Cache, index: int, rows: int, chunk_size: int, decay: flo
                 "start from an empty cache"
             )
         if layer.fast.rows != rows and not any(layer.fast.seen):  # reset: another batch may follow
-            layer.fast = FastWeights(rows, chunk_size, decay=decay)
+            layer.fast = FastWeights(rows, chunk_size, decay=decay, form=layer.fast.form)
         return layer
+    if type(layer) in _CLASSES and layer.get_seq_length() > 0:
+        raise ValueError(
+            "this cache was filled without fast weights (before attach, with updates off, or in a training forward): "
+            "start from an empty cache"
+        )
+    return install(cache, index, FastWeights(rows, chunk_size, decay=decay, form=form))
+
+
+def install(cache: Cache, index: int, fast: FastWeights) -> FastCacheLayer:
+    """Makes layer ``index`` of ``cache`` carry ``fast``. NotImplementedError for a kind of layer that cannot."""
+    layer: Any = cache.layers[index]
     cls = _CLASSES.get(type(layer))
     if cls is None:
         raise NotImplementedError(
             f"a cache of {type(layer).__name__} cannot carry fast weights: use a DynamicCache or a StaticCache"
         )
-    if layer.get_seq_length() > 0:
-        raise ValueError(
-            "this cache was filled without fast weights (before attach, with updates off, or in a training forward): "
-            "start from an empty cache"
-        )
     new: Any = object.__new__(cls)
     new.__dict__ = layer.__dict__
-    new.fast = FastWeights(rows, chunk_size, decay=decay)
+    new.fast = fast
     cache.layers[index] = new
     return new  # type: ignore[no-any-return]
 

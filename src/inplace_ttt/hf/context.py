@@ -7,7 +7,8 @@ Hooks are bound methods of plain objects, so deep copies of a model point to the
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -48,11 +49,22 @@ class Runtime:
 
     def __init__(self, model: PreTrainedModel, config: InPlaceTTTConfig) -> None:
         self.config, self.lr, self.enabled = config, config.lr, True
+        self.form: Any = "dense"
         self.model_config = model.config
         self.sites: list[LayerSite] = []
         self.current: CallContext | None = None
         self.handles: list[Any] = []
         self.parameters = list(inspect.signature(model.base_model.forward).parameters)
+
+    @contextmanager
+    def reading(self, config: InPlaceTTTConfig, form: Any = "dense") -> Iterator[None]:
+        """Inside, calls read with these settings, and caches that begin hold their state in this form."""
+        saved = self.config, self.lr, self.form
+        self.config, self.lr, self.form = config, config.lr, form
+        try:
+            yield
+        finally:
+            self.config, self.lr, self.form = saved
 
     # -- hooks ----------------------------------------------------------------------------------------------------
 
@@ -105,7 +117,8 @@ class Runtime:
             return CallContext(ChunkTable.build(rows, tokens, self.config.chunk_size), {}, False, self.lr), None
         running = self.model_config.num_hidden_layers  # early-exit drafting lowers it for a while
         indices = [site.index for site in self.sites if site.index < running]
-        slots = {} if cache is None else fast_layers(cache, indices, rows, self.config.chunk_size, self.config.decay)
+        C, decay = self.config.chunk_size, self.config.decay
+        slots = {} if cache is None else fast_layers(cache, indices, rows, C, decay, self.form)
         seen = next((slot.fast.seen for slot in slots.values()), None)
         if any(slot.fast.seen != seen for slot in slots.values()):
             raise ValueError("a call on this cache broke off half way through the layers: start from an empty cache")
@@ -202,6 +215,7 @@ class LayerSite:
         past_z, past_u = (None, None) if state is None else state.past(table)
         v = self._targets(u, past_u, table)
         clip = self._clip(module)
+        own = table if state is None else state.begin(table, z, v)
         keywords: dict[str, Any] = {
             "lr": context.lr,
             "decay": config.decay,
@@ -209,17 +223,20 @@ class LayerSite:
             "state_BDF": None if state is None else state.S,
             "past_BPF": past_z,
         }
-        if v is None and keywords["state_BDF"] is None:
+        if not own.updates and keywords["state_BDF"] is None:
             out, S = plain(z), None
         elif getattr(module, "fuses", False):
             bias = None if module.bias is None else module.bias.to(z.dtype)
-            out, S = scan(z, v, module.weight.to(z.dtype), table, bias_D=bias, **keywords)
+            out, S = scan(z, v, module.weight.to(z.dtype), own, bias_D=bias, **keywords)
         else:
-            fast, S = scan(z, v, None, table, **keywords)
+            fast, S = scan(z, v, None, own, **keywords)
             out = plain(z) + fast
         if slot is not None and state is not None:
+            old = state.recall(table, z)
+            if old is not None:
+                out = (out + context.lr * old).to(out.dtype)
             slot.clip = clip
-            state.absorb(table, z, u, v, S)
+            state.absorb(table, z, u, v, S, clip)
         return out
 
     def _source(self, context: CallContext) -> Tensor:

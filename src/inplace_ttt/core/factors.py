@@ -1,0 +1,226 @@
+"""S in factors: the pairs (v_t, z_t) themselves while they are smaller than S, or the best few for their sum.
+
+``S = left^T right`` per row, so ``S z = sum_n left_n (right_n . z)``. Factors are replaced, never written into, so
+copies of a state may share them, and only ``dense`` makes a tensor of S's size.
+
+Shapes: B rows, N factors, D output width, F width of z, C tokens of a chunk, T new tokens.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .chunks import ChunkTable
+from .scan import _exact as exact
+from .scan import state_dtype
+
+
+@exact
+def dense(left_BND: Tensor, right_BNF: Tensor) -> Tensor:
+    """S [B, D, F] in left's precision."""
+    return torch.bmm(left_BND.mT, right_BNF.to(left_BND.dtype))
+
+
+@exact
+def apply(x_BTF: Tensor, left_BND: Tensor, right_BNF: Tensor, scale_BT: Tensor | None = None) -> Tensor:
+    """``scale_t * S x_t``, [B, T, D] in left's precision: N * (D + F) multiply-adds a token. Differentiable."""
+    dtype = left_BND.dtype
+    if dtype != x_BTF.dtype == right_BNF.dtype and x_BTF.is_cuda and not torch.is_grad_enabled():
+        scores_BTN = torch.bmm(x_BTF, right_BNF.mT, out_dtype=dtype)
+    else:
+        scores_BTN = torch.bmm(x_BTF.to(dtype), right_BNF.to(dtype).mT)
+    return torch.bmm(scores_BTN if scale_BT is None else scores_BTN * scale_BT[..., None], left_BND)
+
+
+@exact
+def norm(left_BND: Tensor, right_BNF: Tensor) -> Tensor:
+    """Frobenius norm of S [B] from N x N products; where S = 0, a number above 0 and next to it."""
+    right = right_BNF.to(left_BND.dtype)
+    squared = (torch.bmm(left_BND, left_BND.mT) * torch.bmm(right, right.mT)).sum((1, 2))
+    return squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()
+
+
+@exact
+def truncate(left_BND: Tensor, right_BNF: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors of the best approximation of S with at most ``rank`` of them, and its relative Frobenius error [B].
+
+    A QR decomposition [F, N] and the eigenvectors of an N x N Gram matrix, in float64: some 2 N^2 (D + F) + 10 N^3
+    multiply-adds; an error below 1e-8 is rounding.
+    """
+    basis_FN, R_NN = torch.linalg.qr(right_BNF.to(left_BND.dtype).mT)
+    core_ND = R_NN.double() @ left_BND.double()
+    squares, vectors = torch.linalg.eigh(core_ND @ core_ND.mT)
+    squares, best = squares.clamp(min=0.0), vectors[..., -min(rank, left_BND.shape[-1]) :]
+    error = (squares[:, : -best.shape[-1]].sum(1) / squares.sum(1).clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
+    return (best.mT @ core_ND).to(left_BND.dtype), (basis_FN @ best.to(basis_FN.dtype)).mT, error
+
+
+def completed(table: ChunkTable) -> list[list[int]]:
+    """Per row, the slots that its current document completes in a call."""
+    if table.update is None or table.reset is None:
+        return [list(range(table.updates))] * table.rows
+    slots = []
+    for update, reset, again in zip(table.update.tolist(), table.reset.tolist(), table.restarted, strict=True):
+        begin = max((m for m, r in enumerate(reset) if r), default=0) if again else 0
+        slots.append([m for m, u in enumerate(update[: table.updates]) if u and m >= begin])
+    return slots
+
+
+def remaining(table: ChunkTable, decay: float, like: Tensor) -> Tensor | None:
+    """How much of the S before a call its new tokens see, [1 or B, T]; None: all of it.
+
+    ``(1 - decay)^m`` after m updates of the row in the call, nothing in a later document (or in padding).
+    """
+    C, P, T = table.chunk_size, table.prefix, table.tokens
+    if table.index is None or table.update is None or table.reset is None:
+        if not decay or not table.updates:
+            return None
+        return ((1 - decay) ** ((torch.arange(T, device=like.device) + P) // C).to(like.dtype))[None]
+    before = (table.update.cumsum(1) - table.update.long()).to(like.dtype)
+    value = (1 - decay) ** before * (table.reset.cumsum(1) == 0)
+    where = torch.where(table.index < P, T, table.index - P).flatten(1)  # column T: no new token
+    return like.new_zeros(table.rows, T + 1).scatter(1, where, value.repeat_interleave(C, 1))[:, :T]
+
+
+class HeldState:
+    """S of B rows: dense, or as factors, of which rows may have different numbers."""
+
+    def __init__(self, rows: int, chunk_size: int, decay: float, form: str | int) -> None:
+        if form not in ("dense", "auto") and (type(form) is not int or form < 1):
+            raise ValueError(f'form must be "dense", "auto" or a rank of at least 1, got {form!r}')
+        self.rows, self.chunk_size, self.decay, self.form = rows, chunk_size, decay, form
+        self.S: Tensor | None = None
+        self.left: Tensor | None = None
+        """[B, N, D] in S's precision, with decay and clipping in it; zero beyond a row's own factors."""
+        self.right: Tensor | None = None
+        """[B, N, F]; of pairs z as it came, in its dtype."""
+        self.count: tuple[int, ...] = (0,) * rows
+        """Each row's factors: the first ones."""
+        self.raw: tuple[int, ...] = (0,) * rows
+        """How many of these, the last ones, are the pairs of whole chunks, which can be taken out again."""
+        self.lost: tuple[float, ...] = (0.0,) * rows
+        """Frobenius norm of what truncation discarded: the root of the sum of squares."""
+
+    @property
+    def truncation(self) -> tuple[float, ...]:
+        """Each row's error ``|S - dense()| / |S|`` (Frobenius) from cuts to a rank, 0 where there was none.
+
+        Exact after one cut; over several, the parts cut off count as orthogonal to each other and to what is left, so
+        a text that repeats itself, and loses the same part every time, is worse than this says.
+        """
+        if not any(self.lost):
+            return (0.0,) * self.rows
+        S = norm(self.left, self.right) if self.S is None else torch.linalg.vector_norm(self.S, dim=(1, 2))
+        return tuple(gone and gone / math.hypot(gone, left) for gone, left in zip(self.lost, S.tolist(), strict=True))
+
+    def dense(self) -> Tensor | None:
+        """S [B, D, F] in whatever form it is held; None while zero."""
+        S: Tensor | None = self.S if self.left is None else dense(self.left, self.right)
+        return S
+
+    def begin(self, table: ChunkTable, z_BTF: Tensor, v_BND: Tensor | None) -> ChunkTable:
+        """The table to scan a call with, from the state ``S``: the given one, or one without a state afterwards.
+
+        The latter where S is and stays in factors; then ``recall`` gives what they add to the call's output. Turns to
+        the dense form first where the call's chunks would make the pairs too many.
+        """
+        if self.form == "dense" or self.S is not None:
+            return table
+        if self.form == "auto" and v_BND is not None:
+            D, F, C = v_BND.shape[-1], z_BTF.shape[-1], self.chunk_size
+            most = max(self.count) + table.updates * C
+            if most * (D + F) >= D * F and table.index is not None:  # a bound that may be too high
+                rows = zip(self.count, table.restarted, completed(table), strict=True)
+                most = max((0 if again else n) + len(own) * C for n, again, own in rows)
+            if most * (D + F) >= D * F:
+                self.S, self.left, self.right = self.dense(), None, None
+                self.count = self.raw = (0,) * self.rows
+                return table
+        return replace(table, updates=min(table.updates, max(table.steps - 1, 0)), keep_state=False)
+
+    def recall(self, table: ChunkTable, z_BTF: Tensor) -> Tensor | None:
+        """``S z_t`` [B, T, D], in S's precision, of the factors held before a call; None where there are none."""
+        if self.left is None:
+            return None
+        out: Tensor = apply(z_BTF, self.left, self.right, remaining(table, self.decay, self.left))
+        return out
+
+    def extend(self, slots: list[list[int]], z_BNF: Tensor, v_BND: Tensor, clip: Tensor | None) -> None:
+        """Chunks of a call, by row and in order, join the factors: ``S <- (1 - decay) * S + clipped(dW)``."""
+        C = self.chunk_size
+        for m in sorted({m for own in slots for m in own}):
+            rows = [b for b, own in enumerate(slots) if m in own]
+            z, v = (x[:, m * C : (m + 1) * C] for x in (z_BNF, v_BND))
+            self._join(rows, *((z, v) if len(rows) == self.rows else (z[rows], v[rows])), self.decay, clip)
+            self._truncate()
+
+    def take_back(self, b: int, z_1CF: Tensor, v_1CD: Tensor, clip: Tensor | None) -> None:
+        """Row b before its last update: its pairs go, or are subtracted where a truncation has mixed them with S."""
+        C = self.chunk_size
+        if self.raw[b] >= C:
+            self._scale([b], 0.0, first=self.count[b] - C)
+            self.count, self.raw = _add(self.count, [b], -C), _add(self.raw, [b], -C)
+        else:
+            self._join([b], z_1CF, -v_1CD, 0.0, clip)
+            self.raw = _add(self.raw, [b], -self.raw[b])
+            self._truncate()
+        if self.decay:
+            self._scale([b], 1 / (1 - self.decay))
+
+    def clear(self, rows: Sequence[int]) -> None:
+        """No factors in some rows."""
+        self._scale(rows, 0.0)
+        self.count, self.raw = (tuple(0 if b in rows else n for b, n in enumerate(x)) for x in (self.count, self.raw))
+
+    def _join(self, rows: Sequence[int], z_RCF: Tensor, v_RCD: Tensor, decay: float, clip: Tensor | None) -> None:
+        """One chunk's pairs behind the factors of R rows."""
+        C, device = z_RCF.shape[1], z_RCF.device
+        v = v_RCD.to(z_RCF.dtype).to(state_dtype(z_RCF.dtype))
+        if clip is not None:
+            length = norm(v, z_RCF)[:, None, None]
+            v = v * torch.where(length > clip, clip / length, 1.0)
+        if decay:
+            self._scale(rows, 1 - decay)
+        left = v.new_zeros(self.rows, 0, v.shape[-1]) if self.left is None else self.left
+        right = z_RCF.new_zeros(self.rows, 0, z_RCF.shape[-1]) if self.right is None else self.right
+        first = torch.tensor([self.count[b] for b in rows], device=device)[:, None]
+        where = (torch.tensor(rows, device=device)[:, None], first + torch.arange(C, device=device))
+        self.count, self.raw = _add(self.count, rows, C), _add(self.raw, rows, C)
+        more = (0, 0, 0, max(max(self.count) - left.shape[1], 0))
+        right = right.to(torch.promote_types(right.dtype, z_RCF.dtype))
+        self.left = pad(left, more).index_put(where, v)
+        self.right = pad(right, more).index_put(where, z_RCF.to(right.dtype))
+
+    def _truncate(self) -> None:
+        """Rows of more than twice the form's rank get their best factors instead. Gradients end there."""
+        over = [b for b, n in enumerate(self.count) if isinstance(self.form, int) and n > 2 * self.form]
+        if not over or self.left is None or self.right is None:
+            return
+        with torch.no_grad():
+            left, right, error = truncate(self.left[over], self.right[over], self.form)
+            gone = dict(zip(over, (error * norm(self.left[over], self.right[over])).tolist(), strict=True))
+        self.count = tuple(left.shape[1] if b in gone else n for b, n in enumerate(self.count))
+        self.raw = tuple(0 if b in gone else n for b, n in enumerate(self.raw))
+        self.lost = tuple(math.hypot(x, gone.get(b, 0.0)) for b, x in enumerate(self.lost))
+        N, index = max(self.count), torch.tensor(over, device=left.device)
+        more = (0, 0, 0, N - left.shape[1])
+        self.left = self.left[:, :N].index_copy(0, index, pad(left, more))
+        self.right = self.right[:, :N].to(right.dtype).index_copy(0, index, pad(right, more))
+
+    def _scale(self, rows: Sequence[int], by: float, first: int = 0) -> None:
+        """Some rows' factors from the ``first`` on times ``by``; what was lost with them, when it is all of them."""
+        if not first:
+            self.lost = tuple(x * by if b in rows else x for b, x in enumerate(self.lost))
+        if self.left is not None:
+            scale = self.left.new_ones(self.rows).index_fill(0, torch.tensor(rows, device=self.left.device), by)
+            part = torch.where(torch.arange(self.left.shape[1], device=scale.device) >= first, scale[:, None], 1.0)
+            self.left = self.left * part[..., None]
+
+
+def _add(numbers: tuple[int, ...], rows: Sequence[int], more: int) -> tuple[int, ...]:
+    """``numbers``, those of some rows larger by ``more``."""
+    return tuple(n + more if b in rows else n for b, n in enumerate(numbers))

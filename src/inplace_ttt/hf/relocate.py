@@ -1,0 +1,193 @@
+"""Moving cached tokens to other positions, so that a text of any length is read at small position ids.
+
+Rotary keys are rotated back by the distance moved. How a model's keys depend on position is found by trying it, not
+from a table of families: the attention modules read the same hidden states at position 0 and further on.
+"""
+
+import inspect
+import sys
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from .attach import is_attached, unwrap, updates_off
+from .families import ATTENTION_NAMES
+from .rotary import Angles, Rotation, Turns
+from .window import empty_cache, plain_layers
+
+TOKENS = 8
+OFFSET = 61
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Relocation:
+    """Whether and how a model's cached tokens can be moved.
+
+    ``reason`` says in words why not, None where they can. ``rotations`` has an entry for each layer, None for a layer
+    whose keys do not depend on position.
+    """
+
+    def __init__(self, rotations: dict[int, Rotation | None], reason: str | None = None) -> None:
+        self.rotations, self.reason = rotations, reason
+
+    @property
+    def supported(self) -> bool:
+        """Whether ``move`` works."""
+        return self.reason is None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Relocation":
+        """Finds out by reading a few random tokens twice, with updates off; the model is left as it was."""
+        root: Any = unwrap(model)
+        training = [m for m in root.modules() if m.training]
+        root.eval()
+        try:
+            with torch.no_grad(), updates_off(root) if is_attached(root) else nullcontext():
+                return cls(_rotations(root))
+        except _NotRelocatableError as error:
+            return cls({}, str(error))
+        finally:
+            for module in training:
+                module.training = True
+
+    def move(self, cache: Cache, by: int, first: int = 0) -> None:
+        """Moves the cached tokens from positions p to p - by; a negative ``by`` moves them up.
+
+        In full-attention layers the first ``first`` tokens stay where they are; in sliding layers all tokens move.
+        Keys are rotated in float32 (float64 in float64) and rounded once to their own type, so each move of a bfloat16
+        key adds one rounding error. NotImplementedError when the model or the cache does not allow it.
+        """
+        if self.reason is not None:
+            raise NotImplementedError(f"the cached tokens of this model cannot be moved: {self.reason}")
+        if first < 0:
+            raise ValueError(f"first must not be negative, got {first}")
+        turns: Turns = {}
+        for i, layer in enumerate(plain_layers(cache)):
+            rotation, stay = self.rotations[i], 0 if layer.is_sliding else first
+            if rotation is None or by == 0 or layer.keys is None:
+                continue
+            moved = rotation.back(layer.keys[:, :, stay:], by, turns)
+            layer.keys = torch.cat([layer.keys[:, :, :stay], moved], 2) if stay else moved
+
+
+class _NotRelocatableError(Exception):
+    """Carries the reason."""
+
+
+@dataclass
+class _Reading:
+    """What the attention modules got, gave and cached in one call, by layer."""
+
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+    angles: dict[int, Angles] = field(default_factory=dict)
+
+
+def _read(root: PreTrainedModel, attentions: dict[int, nn.Module], offset: int, given: dict[int, Tensor]) -> _Reading:
+    """Reads random tokens at ``offset``; in place of its input, the attention of layer i gets ``given[i]`` if there.
+
+    That keeps rounding errors of one layer out of the next, so that the keys of any bfloat16 model can be compared.
+    """
+    weight: Any = root.get_input_embeddings().weight
+    ids = torch.randint(weight.shape[0], (1, TOKENS), generator=torch.Generator().manual_seed(0)).to(weight.device)
+    reading, cache = _Reading(), empty_cache(root.config)
+    made: list[tuple[Tensor, Angles]] = []
+
+    def after_rotary(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        rest = tuple((k, v) for k, v in kwargs.items() if k not in ("x", "position_ids"))
+        made.append((output[0], Angles(module, args[2:], rest)))
+
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        i, pair = module.layer_idx, kwargs.get("position_embeddings")
+        reading.inputs[i] = args[0] if args else kwargs["hidden_states"]
+        for cos, angles in made if pair is not None else ():
+            if torch.equal(cos.to(pair[0].device), pair[0]):  # by value: models spread over devices pass copies
+                reading.angles[i] = angles
+        if i not in given:
+            return None
+        return ((given[i], *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": given[i]})
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        reading.outputs[module.layer_idx] = output[0]
+
+    with ExitStack() as hooks:
+        for module in root.base_model.modules():
+            if "rotary" in type(module).__name__.lower():
+                hooks.callback(module.register_forward_hook(after_rotary, with_kwargs=True).remove)
+        for module in attentions.values():
+            hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            hooks.callback(module.register_forward_hook(after).remove)
+        positions = offset + torch.arange(TOKENS, device=ids.device)[None]
+        root.base_model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+    for i, layer in enumerate(plain_layers(cache)):
+        if layer.keys is not None:
+            reading.keys[i], reading.values[i] = layer.keys, layer.values
+    return reading
+
+
+def _rotations(root: PreTrainedModel) -> dict[int, Rotation | None]:
+    """By layer; raises _NotRelocatableError with the reason."""
+    try:
+        empty_cache(root.config)
+    except NotImplementedError as error:
+        raise _NotRelocatableError(str(error)) from None
+    if "position_ids" not in inspect.signature(root.base_model.forward).parameters:
+        raise _NotRelocatableError("its forward takes no position_ids")
+    named: Any = root.base_model.named_modules()
+    attentions = {
+        m.layer_idx: m for name, m in named if name.rpartition(".")[2] in ATTENTION_NAMES and hasattr(m, "layer_idx")
+    }
+    longest = getattr(root.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    offset = max(min(OFFSET, longest - TOKENS), 1) if longest else OFFSET
+    near = _read(root, attentions, 0, {})
+    far = _read(root, attentions, offset, near.inputs)
+    if set(near.inputs) != set(near.keys):
+        raise _NotRelocatableError("its attention modules are not found")
+    lowest = min(near.inputs)
+    if _error(far.inputs[lowest], near.inputs[lowest]) > 1e-3:
+        raise _NotRelocatableError(f"its position embeddings are absolute (it reads at most {longest} tokens)")
+    rotations = {i: _rotation(attentions[i], near, far, offset) for i in sorted(near.keys)}
+    for i, output in near.outputs.items():
+        # Large biases of keys (Qwen2's) make scores of hundreds, whose rounding alone is felt in half precision.
+        if _error(far.outputs[i].flatten(), output.flatten()) > (0.5 if output.dtype in HALF else 0.01):
+            raise _NotRelocatableError(f"the attention of layer {i} depends on more than the distance between tokens")
+    return rotations
+
+
+def _rotation(attention: Any, near: _Reading, far: _Reading, offset: int) -> Rotation | None:
+    i = attention.layer_idx
+    keys, moved = near.keys[i], far.keys[i]
+    if _error(far.values[i], near.values[i]) > 0.01:
+        raise _NotRelocatableError(f"the cached values of layer {i} depend on position")
+    if torch.equal(moved, keys):
+        return None
+    apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if i not in near.angles or apply is None:
+        raise _NotRelocatableError(f"the keys of layer {i} depend on position, but not by a rotation known here")
+    angles = near.angles[i]
+    if not angles.fixed(TOKENS, keys.device):
+        raise _NotRelocatableError("its rotary frequencies change with the length of the text")
+    # Most of the turn undone, too: it is small beside keys with large biases.
+    limit = min(0.02 if keys.dtype in HALF else 1e-4, _error(moved, keys) / 2)
+    for width in (keys.shape[-1], angles.width(keys)):  # some models hand over only what turns
+        rotation = Rotation(angles, apply, width)
+        with suppress(RuntimeError):
+            if _error(rotation.back(moved, offset, {}), keys) < limit:
+                return rotation
+    raise _NotRelocatableError(
+        f"the keys of layer {i}, rotated back, are not those of earlier positions (what follows the rotation?)"
+    )
+
+
+def _error(got: Tensor, want: Tensor) -> float:
+    """Largest relative error of the vectors in the last dimension; infinite where it is not a number."""
+    got, want = got.double(), want.double()
+    error = ((got - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-12)).max()
+    return float(error.nan_to_num(torch.inf))

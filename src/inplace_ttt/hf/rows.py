@@ -1,0 +1,174 @@
+"""Many caches of one row and one cache of many rows, and caches as plain tensors."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ..core import FastWeights
+from .cache import FastCacheLayer, install
+from .window import empty_cache, plain_layers, sliding_windows
+
+
+def merge(caches: Sequence[DynamicCache], config: PretrainedConfig) -> tuple[DynamicCache, Tensor]:
+    """One cache of B rows from B caches of one row, and the mask of its tokens, int64 [B, L] (CPU), zeros at the left.
+
+    L is the largest length of a row: the tokens in its full-attention layers, or at most W - 1 where all layers slide.
+    The rows are copies. Continue with as many new tokens in every row, ``position_ids`` [B, T] as each row would have
+    them alone, and as ``attention_mask`` the mask with ones added for all new tokens; each row then attends to what it
+    attends to alone. Caches that are still empty are allowed.
+
+    Raises ValueError for rows that one mask cannot describe, namely where the full-attention layers hold fewer tokens
+    than the sliding ones (evict no further than the sliding window), and for caches of different models or settings.
+    """
+    if not caches:
+        raise ValueError("no caches to merge")
+    merged: Any = empty_cache(config)
+    rows = [plain_layers(cache) or empty_cache(config).layers for cache in caches]
+    if any(cache.layers and sliding_windows(cache) != sliding_windows(merged) for cache in caches):
+        raise ValueError("these caches are not of this model: make them with DynamicCache(config=model.config)")
+    lengths = [_length(row) for row in rows]
+    longest = max(lengths)
+    for i, layer in enumerate(merged.layers):
+        parts = [row[i] for row in rows]
+        _fill(layer, parts, longest)
+        if any(isinstance(part, FastCacheLayer) for part in parts):
+            _side_by_side(merged, i, parts, lengths)
+    mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
+    return merged, mask.to(torch.int64)
+
+
+def split(cache: DynamicCache, lengths: Sequence[int] | Tensor, index: int) -> DynamicCache:
+    """Row ``index`` of a merged cache as a cache of its own, without padding. It is a copy.
+
+    ``lengths``: the tokens of each row [B], new ones included, or the present mask [B, L]. Where all layers slide, the
+    count of all tokens that a row ever read will do as well. ValueError when the cache does not hold as many.
+    """
+    n = int(torch.as_tensor(lengths[index]).sum())
+    row: Any = DynamicCache()
+    for i, layer in enumerate(plain_layers(cache)):
+        row.layers.append(_row(layer, n, index))
+        if isinstance(layer, FastCacheLayer):
+            fast = copy.copy(layer.fast)  # select replaces its tensors and writes into none
+            fast.select(torch.tensor([index]))
+            new = install(row, i, fast)
+            new.clip, new.stale = layer.clip, layer.stale
+    return row  # type: ignore[no-any-return]
+
+
+def _length(row: list[Any]) -> int:
+    """The tokens that a row's mask must have; ValueError when no mask describes all its layers."""
+    if any(layer.keys is not None and layer.keys.shape[0] != 1 for layer in row):
+        raise ValueError("only caches of one row can be merged")
+    full = {layer.get_seq_length() for layer in row if not layer.is_sliding}
+    if len(full) > 1:
+        raise ValueError(f"the full-attention layers of a row hold different numbers of tokens: {sorted(full)}")
+    n = full.pop() if full else max(_held(layer) for layer in row)
+    for i, layer in enumerate(row):
+        if layer.is_sliding and _held(layer) != min(n, layer.sliding_window - 1):
+            raise ValueError(
+                f"layer {i} of a row slides and holds {_held(layer)} tokens, its full-attention layers {n}: one mask "
+                f"cannot fit both. Keep at least the last {layer.sliding_window - 1} tokens when evicting"
+            )
+    return int(n)
+
+
+def _held(layer: Any) -> int:
+    """Tokens of a sliding layer that the next one may attend to."""
+    return 0 if layer.keys is None else min(layer.keys.shape[2], layer.sliding_window - 1)
+
+
+def _fill(new: Any, parts: list[Any], longest: int) -> None:
+    """Fills the empty layer ``new`` with ``parts``, one per row, their newest tokens at the right."""
+    like = next((part for part in parts if part.keys is not None), None)
+    if like is not None:
+        width = min(longest, new.sliding_window - 1) if new.is_sliding else longest
+        new.lazy_initialization(like.keys, like.values)
+        new.keys = _right_aligned([part.keys for part in parts], like.keys, width)
+        new.values = _right_aligned([part.values for part in parts], like.values, width)
+    if new.is_sliding:
+        new.cumulative_length = longest
+
+
+def _right_aligned(parts: list[Tensor | None], like: Tensor, width: int) -> Tensor:
+    """[B, H, width, D] from parts [1, H, n, D]: the last tokens of each, zeros before them."""
+    out = like.new_zeros(len(parts), like.shape[1], width, like.shape[3])
+    for b, part in enumerate(parts):
+        if part is not None and (n := min(part.shape[2], width)):
+            out[b, :, width - n :] = part[0, :, part.shape[2] - n :]
+    return out
+
+
+def _side_by_side(merged: DynamicCache, i: int, parts: list[Any], lengths: list[int]) -> None:
+    """Gives layer i of ``merged`` the fast weights of ``parts``; a row that never read anything gets empty ones."""
+    first = next(part for part in parts if isinstance(part, FastCacheLayer))
+    fasts = []
+    for part, n in zip(parts, lengths, strict=True):
+        if isinstance(part, FastCacheLayer):
+            if part.stale != first.stale:
+                raise ValueError("a row read tokens with updates off and another did not")
+            fasts.append(part.fast)
+        elif n:
+            raise ValueError("a row was read with fast weights and another without")
+        else:
+            fasts.append(copy.copy(first.fast))
+            fasts[-1].reset()
+    new = install(merged, i, FastWeights.stack(fasts))
+    new.stale = first.stale
+    new.clip = next((part.clip for part in parts if getattr(part, "clip", None) is not None), None)
+
+
+def _row(layer: Any, n: int, index: int) -> Any:
+    """The last n tokens of one row of a layer, as far as it keeps them; without fast weights."""
+    new: Any = DynamicSlidingWindowLayer(layer.sliding_window) if layer.is_sliding else DynamicLayer()  # type: ignore[no-untyped-call]
+    held = min(n, layer.sliding_window - 1) if layer.is_sliding else n
+    there = 0 if layer.keys is None else layer.keys.shape[2]
+    if held > there:
+        raise ValueError(f"row {index} should have {n} tokens, but the cache holds {there}")
+    if held:
+        new.lazy_initialization(layer.keys, layer.values)
+        new.keys, new.values = (
+            x[index : index + 1, :, there - held :].clone(memory_format=torch.contiguous_format)
+            for x in (layer.keys, layer.values)
+        )
+    if layer.is_sliding:
+        new.cumulative_length = n
+    return new
+
+
+# -- to disk and back --------------------------------------------------------------------------------------------------
+
+
+def to_tensors(cache: DynamicCache) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Keys and values by name, copied, and what else a cache knows as JSON-able values. Fast weights are not in it."""
+    tensors, layers = {}, []
+    for i, layer in enumerate(plain_layers(cache)):
+        layers.append(
+            {"window": int(layer.sliding_window), "length": int(layer.cumulative_length)}
+            if layer.is_sliding
+            else {"window": None, "length": int(layer.get_seq_length())}
+        )
+        if layer.keys is not None:
+            for name in ("keys", "values"):
+                x = getattr(layer, name).detach()
+                tensors[f"{i}.{name}"] = x.clone(memory_format=torch.contiguous_format)
+    return tensors, {"layers": layers}
+
+
+def from_tensors(tensors: dict[str, Tensor], info: dict[str, Any], config: PretrainedConfig) -> DynamicCache:
+    """The cache that ``to_tensors`` described, on the tensors' device; ValueError when it is not of this model."""
+    cache = empty_cache(config)
+    if info["layers"] and [layer["window"] for layer in info["layers"]] != sliding_windows(cache):
+        raise ValueError("this cache is of another model, or was not made with DynamicCache(config=model.config)")
+    for i, (layer, saved) in enumerate(zip(plain_layers(cache), info["layers"], strict=False)):
+        if f"{i}.keys" in tensors:
+            keys, values = tensors[f"{i}.keys"], tensors[f"{i}.values"]
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+        if layer.is_sliding:
+            layer.cumulative_length = saved["length"]
+    return cache

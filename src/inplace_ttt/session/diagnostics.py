@@ -1,0 +1,294 @@
+"""How the fast weights fare while a text is read: measured now, kept over time, and a warning when they do harm."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..config import InPlaceTTTConfig
+from ..core import FastWeights
+from ..core.diagnostics import LayerDiagnostics, effective_rank, key_overlap, output_change, relative_norm, update_norm
+from ..core.scan import outer, state_dtype
+from ..hf.attach import inspect, runtime_of
+
+SAMPLES = 256
+"""Samples that a timeline holds, at most."""
+PROBES, NOISE_PROBES = (4, 8, 16, 32), 64
+"""``harm`` looks at the last 4, 8, 16 or 32 probes, and takes their noise from the last 64."""
+WORTH_SAYING = 0.005
+"""nats per token."""
+_DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+# -- one measurement ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module, fast: Mapping[int, FastWeights], row: int = 0, config: InPlaceTTTConfig | None = None
+) -> list[LayerDiagnostics]:
+    """One row's diagnostics of every adapting layer in ``fast`` (``inplace_ttt.fast_weights(cache)``), by layer.
+
+    The sample of keys is the last completed chunk as ``FastWeights.history`` keeps it: its overlap and its output
+    change are taken with S as it was before that chunk's own update (None where a truncation to a rank has mixed the
+    two). ``config``: the settings that the cache was read with; None: the model's present ones. A LoRA adapter's part
+    of W0 is not counted. Cost: two decompositions of S a layer, core/diagnostics.py.
+    """
+    runtime = runtime_of(model)
+    lr, settings = (runtime.lr, runtime.config) if config is None else (config.lr, config)
+    shapes = {info.index: info.shape for info in inspect(model)}
+    return [
+        _measure_layer(site.index, site.projection(), fast[site.index], row, lr, settings, shapes[site.index])
+        for site in runtime.sites
+        if site.index in fast
+    ]
+
+
+def _measure_layer(
+    index: int, module: Any, fast: FastWeights, row: int, lr: float, config: InPlaceTTTConfig, shape: tuple[int, int]
+) -> LayerDiagnostics:
+    weight = _dense_weight(module, shape)
+    S_BDF = fast.dense()
+    S = torch.zeros(shape) if S_BDF is None else S_BDF[row]
+    change = overlap = added = clipped = None
+    if fast.history is not None and fast.kept[row]:
+        z, _, v = (x[row, -fast.chunk_size :] for x in fast.history)
+        v = v.to(z.dtype)
+        norm, factor = update_norm(v, z), 1.0
+        clip = _clip(config, weight)
+        if clip is not None:
+            clipped, factor = norm > clip, min(1.0, clip / norm) if norm else 1.0
+        if weight is not None:
+            added = abs(lr) * norm / _norm(weight) if _norm(weight) else None
+        if fast.left is None or fast.raw[row] >= fast.chunk_size:
+            # With one update there was nothing before it, and the difference would be rounding.
+            before = _before(S, v, z, factor, fast.decay) if fast.updates[row] > 1 else torch.zeros_like(S)
+            overlap = key_overlap(before, z)
+            change = None if weight is None else output_change(before, weight, z, lr)
+    return LayerDiagnostics(
+        layer=index,
+        updates=fast.updates[row],
+        tokens=fast.seen[row],
+        relative_norm=None if weight is None else _finite(relative_norm(S, weight, lr)),
+        output_change=_finite(change),
+        effective_rank=_finite(effective_rank(S)),
+        largest_rank=min(shape),
+        key_overlap=_finite(overlap),
+        update_norm=_finite(added),
+        clipped=clipped,
+    )
+
+
+def _before(S: Tensor, v: Tensor, z: Tensor, factor: float, decay: float) -> Tensor:
+    """S before the update ``S <- (1 - decay) S + factor * sum_t v_t z_t^T``."""
+    return (S - factor * outer(v[None], z[None])[0]) / (1 - decay)
+
+
+def _dense_weight(module: Any, shape: tuple[int, int]) -> Tensor | None:
+    """W0 [D, F]; None where it is quantised."""
+    weight = module.weight.detach()
+    if weight.dtype not in _DENSE:
+        return None
+    weight = weight.mT if isinstance(module, Conv1D) else weight
+    return weight if tuple(weight.shape) == shape else None
+
+
+def _clip(config: InPlaceTTTConfig, weight: Tensor | None) -> float | None:
+    if config.clip is None or not config.clip_relative:
+        return config.clip
+    return None if weight is None else config.clip * _norm(weight)
+
+
+def _norm(weight: Tensor) -> float:
+    return float(torch.linalg.vector_norm(weight, dtype=state_dtype(weight.dtype)))
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+# -- over time ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was measured after ``tokens`` tokens. Losses in nats per token, of the same tokens; off None: not probed."""
+
+    tokens: int
+    layers: tuple[LayerDiagnostics, ...]
+    loss_on: float
+    loss_off: float | None
+
+
+class Timeline:
+    """Samples of one reading. Memory is bounded: beyond ``limit`` of them every second one goes and ``every`` doubles.
+
+    Of two neighbours the one with both losses stays, else the earlier; the newest stays in any case.
+    """
+
+    def __init__(self, every: int = 2048, limit: int = SAMPLES) -> None:
+        self.every, self.limit = every, limit
+        self.samples: list[Sample] = []
+
+    def due(self, tokens: int) -> bool:
+        """Whether a sample is wanted after ``tokens`` tokens."""
+        return tokens >= self.next
+
+    @property
+    def next(self) -> int:
+        """Tokens read when the next sample is wanted."""
+        return (self.samples[-1].tokens if self.samples else 0) + self.every
+
+    def copy(self) -> "Timeline":
+        """An independent one with the same samples."""
+        twin = Timeline(self.every, self.limit)
+        twin.samples = list(self.samples)
+        return twin
+
+    def append(
+        self, tokens: int, layers: Iterable[LayerDiagnostics], loss_on: float, loss_off: float | None = None
+    ) -> None:
+        """Adds a sample taken after ``tokens`` tokens in all. Raises ValueError unless they are more than before."""
+        if self.samples and tokens <= self.samples[-1].tokens:
+            raise ValueError(f"samples come in order: {tokens} tokens after {self.samples[-1].tokens}")
+        self.samples.append(Sample(tokens, tuple(layers), loss_on, loss_off))
+        if len(self.samples) > self.limit:
+            *old, newest = self.samples
+            pairs = [old[i : i + 2] for i in range(0, len(old), 2)]
+            self.samples = [next((s for s in pair if s.loss_off is not None), pair[0]) for pair in pairs] + [newest]
+            self.every *= 2
+
+    # -- for plotting ---------------------------------------------------------------------------------------------
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Tokens read, by sample."""
+        return np.array([s.tokens for s in self.samples])
+
+    @property
+    def loss_on(self) -> np.ndarray:
+        """By sample; NaN where not finite."""
+        return _floats(s.loss_on for s in self.samples)
+
+    @property
+    def loss_off(self) -> np.ndarray:
+        """By sample; NaN where not probed."""
+        return _floats(s.loss_off for s in self.samples)
+
+    @property
+    def gain(self) -> np.ndarray:
+        """off - on, by sample: positive where updates help."""
+        gain: np.ndarray = self.loss_off - self.loss_on
+        return gain
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers measured, ascending."""
+        return sorted({d.layer for s in self.samples for d in s.layers})
+
+    def series(self, name: str, layer: int) -> np.ndarray:
+        """A layer's field ``name``, by sample; NaN where unknown."""
+        found = ([d for d in s.layers if d.layer == layer] for s in self.samples)
+        return _floats(getattr(here[0], name) if here else None for here in found)
+
+    # -- as JSON --------------------------------------------------------------------------------------------------
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """JSON-ready, one entry per sample; what is not finite becomes None."""
+        return [
+            {
+                "tokens": s.tokens,
+                "loss_on": _finite(s.loss_on),
+                "loss_off": _finite(s.loss_off),
+                "layers": [asdict(d) for d in s.layers],
+            }
+            for s in self.samples
+        ]
+
+    @classmethod
+    def from_list(cls, entries: Sequence[Mapping[str, Any]], every: int = 2048, limit: int = SAMPLES) -> "Timeline":
+        """Inverse of ``to_list``; the interval of the moment, ``every``, is not part of it."""
+        timeline = cls(every, limit)
+        for entry in entries:
+            layers = [LayerDiagnostics(**values) for values in entry["layers"]]
+            on, off = entry["loss_on"], entry["loss_off"]
+            timeline.append(entry["tokens"], layers, math.nan if on is None else on, off)
+        return timeline
+
+
+def _floats(values: Iterable[float | None]) -> np.ndarray:
+    array = np.array([math.nan if x is None else x for x in values], np.float64)
+    return np.where(np.isfinite(array), array, math.nan)
+
+
+# -- harm --------------------------------------------------------------------------------------------------------------
+
+
+def harm(timeline: Timeline, settings: Mapping[str, Any] | None = None) -> str | None:
+    """One line that warns that updates hurt, or None.
+
+    Over the last 4, 8, 16 or 32 probes (samples with both losses), loss_on - loss_off must be above ``WORTH_SAYING`` on
+    average and by ``4.5 + 12 / (n - 3)`` standard errors, n the probes seen. The noise of one probe comes from the
+    differences of neighbours, so growing harm does not hide itself. So many standard errors because each new probe is
+    another test: of simulated readings of 256 probes without gain or harm 1% raise an alarm (2% with heavy tails); with
+    2 standard errors almost all would. Losses or fast weights that are not finite raise one, too.
+
+    "Since": where the sum of all later differences is largest. ``settings`` (``inplace_ttt.fast_settings(model)``) lets
+    the advice name values.
+    """
+    if not timeline.samples:
+        return None
+    latest = timeline.samples[-1]
+    broken = [d.layer for d in latest.layers if d.effective_rank is None]
+    if broken or not math.isfinite(latest.loss_on):
+        what = f"the fast weights of layer {broken[0]} are" if broken else "the loss with updates on is"
+        return f"Updates hurt: after {latest.tokens:,} tokens {what} not finite. {_advice(latest, settings)}"
+    probed = ~np.isnan(timeline.gain)
+    worse, tokens = -timeline.gain[probed], timeline.tokens[probed]
+    recent = worse[-NOISE_PROBES:]
+    if len(recent) < PROBES[0]:
+        return None
+    noise = math.sqrt(np.square(np.diff(recent)).mean() / 2)
+    errors = 4.5 + 12 / (len(recent) - 3)
+    means = {n: float(recent[-n:].mean()) for n in PROBES if n <= len(recent)}
+    found = [n for n, mean in means.items() if mean > max(WORTH_SAYING, errors * noise / math.sqrt(n))]
+    if not found or means[PROBES[0]] <= WORTH_SAYING:  # over for now
+        return None
+    n, error = max(found), noise / math.sqrt(max(found))
+    since = tokens[np.argmax(worse[::-1].cumsum()[::-1])]
+    return (
+        f"Updates hurt: over the last {n} probes the loss with them is {means[n]:.3f} nats per token higher (standard "
+        f"error {error:.3f}), since about token {since:,}{_state_in_words(latest)}. {_advice(latest, settings)}"
+    )
+
+
+def _state_in_words(sample: Sample) -> str:
+    """The layer that changed most."""
+    known = [d for d in sample.layers if d.relative_norm is not None and d.effective_rank is not None]
+    if not known:
+        return ""
+    d = max(known, key=lambda d: d.relative_norm or 0.0)
+    overlap = "" if d.key_overlap is None else f", key overlap {d.key_overlap:.2f}"
+    return (
+        f"; layer {d.layer} changed most, by {d.relative_norm:.2g} of its weight (effective rank "
+        f"{d.effective_rank:.0f} of {d.largest_rank}{overlap})"
+    )
+
+
+def _advice(sample: Sample, settings: Mapping[str, Any] | None) -> str:
+    if settings is None:
+        return "Try a decay (0.01, say), half the lr, a clip, or a reset."
+    lr, decay, clip = settings["lr"], settings["decay"], settings["clip"]
+    tries = [f"decay={min(2 * decay, 0.5) or 0.01:.3g} (now {decay:.3g})", f"lr={lr / 2:.3g} (now {lr:.3g})"]
+    updates = [d.update_norm for d in sample.layers if d.update_norm]
+    if clip is not None:
+        tries.append(f"clip={clip / 2:.2g} (now {clip:.2g})")
+    elif updates and lr:
+        half = float(np.median(updates)) / abs(lr) / 2
+        tries.append(f"clip={half:.2g} with clip_relative=True (half of the last update)")
+    return f"Try {', '.join(tries)}, or a reset."

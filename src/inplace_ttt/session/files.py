@@ -1,0 +1,228 @@
+"""Session files: one safetensors file with a JSON header. No code in it, nothing is executed when it is read.
+
+The file's metadata holds ``format``, ``version``, ``header`` (JSON: model, settings, where the stream stands) and
+``digest`` (SHA-256 of header and tensors). A file is written beside its final name and renamed when it is whole and on
+disk, so a crash leaves the old file or the new one.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..hf.attach import READING, unwrap
+from .packing import pack, unpack
+
+if TYPE_CHECKING:
+    from .session import Session
+
+FORMAT, VERSION = "inplace_ttt_session", 1
+SAMPLES = 16
+
+
+def identity(model: nn.Module) -> dict[str, Any]:
+    """What tells one model from another: kind, sizes, precision, settings of the fast weights, and sampled weights."""
+    root = unwrap(model)
+    digest = hashlib.sha256()
+    for name, parameter in sorted(root.named_parameters()):
+        flat = parameter.detach().flatten()
+        digest.update(f"{name} {tuple(parameter.shape)} ".encode())
+        if flat.is_floating_point():
+            digest.update(flat[:: max(flat.numel() // SAMPLES, 1)][:SAMPLES].float().cpu().numpy().tobytes())
+    fixed = {k: v for k, v in root.config.inplace_ttt.items() if k not in READING}
+    return {
+        "model_type": root.config.model_type,
+        "dtype": str(root.dtype).removeprefix("torch."),
+        "fast_weights": json.loads(json.dumps(fixed)),
+        "weights": digest.hexdigest(),
+    }
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def save(session: "Session", path: str | Path) -> None:
+    """Writes ``session`` to ``path``, atomically. OSError when it cannot be written (the old file stays)."""
+    target = Path(path)
+    if target.is_dir():
+        raise UserError(f"{target} is a directory: name a file")
+    tensors, header = pack(session)
+    tokenizer = None if session.tokenizer is None else tokenizer_digest(session.tokenizer)
+    write(target, tensors, {"model": identity(session._reader.model), "tokenizer": tokenizer, **header})
+
+
+def write(target: Path, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> None:
+    """One file from tensors and header, all or nothing."""
+    text = json.dumps(header, sort_keys=True)
+    metadata = {"format": FORMAT, "version": str(VERSION), "header": text, "digest": _digest(text, tensors)}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_remains(target)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.{os.getpid()}.", suffix=".part", dir=target.parent)
+    os.close(handle)
+    try:
+        save_file(dict(tensors), name, metadata=metadata)
+        with open(name, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, target)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
+    _sync_directory(target.parent)
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 of a fast tokenizer's definition."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _remove_remains(target: Path) -> None:
+    """Deletes what processes that were killed while they wrote this file have left."""
+    for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        owner = part.name.removeprefix(f".{target.name}.").split(".")[0]
+        if owner.isdecimal() and not _alive(int(owner)):
+            part.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_directory(path: Path) -> None:
+    with suppress(OSError, AttributeError):  # not every system can
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a session file, checked for damage; UserError with the reason otherwise."""
+    try:
+        with _open(path) as file:
+            metadata = _metadata(path, file)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        header = metadata.get("header", "")
+        if metadata.get("digest") != _digest(header, tensors):
+            raise UserError(f"{path} is damaged: its content does not match its checksum. Use a copy or read again")
+        values = json.loads(header)
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise UserError(f"{path} is no whole session file (cut off, damaged, or of another kind: {error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: its header is a {type(values).__name__}")
+    return tensors, values
+
+
+def model_name(path: str | Path) -> str | None:
+    """The name under which the command line finds a session file's model."""
+    try:
+        with _open(path) as file:
+            origin = json.loads(_metadata(path, file).get("header", "")).get("origin")
+    except (SafetensorError, json.JSONDecodeError, OSError, AttributeError) as error:
+        raise UserError(f"{path} is no whole session file (cut off, damaged, or of another kind: {error})") from None
+    return origin if isinstance(origin, str) else None
+
+
+def _open(path: str | Path) -> Any:
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a directory: name a session file")
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such file")
+    return safe_open(str(path), framework="pt")
+
+
+def _metadata(path: str | Path, file: Any) -> dict[str, str]:
+    metadata = file.metadata() or {}
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} is no session file: it is a safetensors file of something else")
+    _check_version(path, metadata.get("version", ""))
+    return dict(metadata)
+
+
+def _check_version(path: str | Path, version: str) -> None:
+    if not version.isdecimal():
+        raise UserError(f"{path} is damaged: its format version is {version!r}")
+    if int(version) != VERSION:
+        advice = "update inplace-ttt" if int(version) > VERSION else "no version of inplace-ttt wrote such files"
+        raise UserError(f"{path} has format version {version}, this inplace-ttt reads {VERSION}: {advice}")
+
+
+def load(path: str | Path, model: nn.Module, tokenizer: Any = None) -> "Session":
+    """The session that ``path`` holds, on ``model``.
+
+    UserError, changing nothing, when the file is damaged, foreign or newer, or was written with another model,
+    precision or tokenizer.
+    """
+    from .session import Session
+
+    tensors, header = read_file(path)
+    try:
+        _check_model(path, identity(model), header["model"])
+        if tokenizer is None and header["tokenizer"] is not None:
+            raise UserError(f"{path} was written with a tokenizer: pass tokenizer=")
+        if tokenizer is not None and header["tokenizer"] not in (None, tokenizer_digest(tokenizer)):
+            raise UserError(f"{path} was written with another tokenizer")
+        session = Session(
+            model,
+            tokenizer,
+            window=header["window"],
+            sinks=header["sinks"],
+            state=header["state"],
+            probe_every=header["probe_every"],
+            **header["settings"],
+        )
+        unpack(session, tensors, header)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from None
+    return session
+
+
+def _check_model(path: str | Path, have: dict[str, Any], wanted: dict[str, Any]) -> None:
+    words = {
+        "model_type": "on a {} model, this one is {}",
+        "dtype": "on a model in {}, this one is in {}: load the model in that precision",
+        "fast_weights": "with fast weights {}, this model has {}",
+        "weights": "on a model with other weights",
+    }
+    for key, text in words.items():
+        if have[key] != wanted.get(key):
+            raise UserError(f"{path} was written " + text.format(wanted.get(key), have[key]))

@@ -1,0 +1,101 @@
+"""What a session learned as a PEFT LoRA adapter of the base model, for anything that serves LoRA."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from .session import Session
+
+EXACT = 1e-6
+"""Singular values below this share of the largest one are rounding."""
+
+
+@dataclass(frozen=True)
+class ExportedLayer:
+    """One layer of an adapter. ``error``: ||lr S - B A||_F / ||lr S||_F; ``full_rank``: the rank that makes it zero."""
+
+    layer: int
+    module: str
+    rank: int
+    full_rank: int
+    error: float
+
+
+def export(session: "Session", directory: str | Path, rank: int | None = None) -> list[ExportedLayer]:
+    """Writes ``adapter_config.json`` and ``adapter_model.safetensors``: lr * S of every layer as B A, by truncated SVD.
+
+    ``rank``: at most this many directions a layer; None: as many as S has, so that nothing is lost. Loaded with peft
+    on the base model (without fast weights) it gives the logits that the session's weights of this moment give; it does
+    not learn on. Tokens whose chunk is not full yet (``stats().pending``) are not in it.
+
+    Raises UserError on a rank below 1 and when nothing was learned yet.
+    """
+    if rank is not None and rank < 1:
+        raise UserError(f"rank {rank}: at least 1")
+    reader = session._reader
+    learned = {i: S[0] for i, fast in session.fast_weights.items() if (S := fast.dense()) is not None and S.any()}
+    if not learned:
+        raise UserError(
+            f"nothing was learned yet: this session learns after every {reader.config.chunk_size:,} tokens, and it has "
+            f"read {session.stats().tokens:,}"
+        )
+    names = {id(module): name for name, module in reader.root.named_modules()}
+    tensors: dict[str, Tensor] = {}
+    layers: list[ExportedLayer] = []
+    transposed = False
+    for site in reader.runtime.sites:
+        if site.index not in learned:
+            continue
+        module = site.projection()
+        transposed = isinstance(module, Conv1D)
+        name = names[id(module)].removesuffix(".base_layer")
+        A, B, full, error = factor(reader.config.lr * learned[site.index].double(), rank)
+        prefix = f"base_model.model.{name}"
+        tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = A.float(), B.float()
+        layers.append(ExportedLayer(site.index, name, len(A), full, error))
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {k: v.cpu().contiguous() for k, v in tensors.items()}, path / "adapter_model.safetensors", {"format": "pt"}
+    )
+    settings = _adapter_config(layers, transposed, reader.root)
+    (path / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return layers
+
+
+def factor(change_DF: Tensor, rank: int | None) -> tuple[Tensor, Tensor, int, float]:
+    """A [r, F], B [D, r] with ``B A`` nearest to ``change``; its own rank; the relative error in Frobenius norm."""
+    U, s, Vh = torch.linalg.svd(change_DF, full_matrices=False)
+    full = max(int((s > EXACT * s[0]).sum()), 1)
+    r = full if rank is None else min(rank, full)
+    root = s[:r].sqrt()
+    lost = float(torch.linalg.vector_norm(s[r:]) / torch.linalg.vector_norm(s)) if r < full else 0.0
+    return root[:, None] * Vh[:r], U[:, :r] * root, full, lost
+
+
+def _adapter_config(layers: list[ExportedLayer], transposed: bool, root: Any) -> dict[str, Any]:
+    top = max(layer.rank for layer in layers)
+    ranks = {layer.module: layer.rank for layer in layers if layer.rank != top}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": root.config._name_or_path or None,
+        "inference_mode": True,
+        "r": top,
+        "lora_alpha": top,  # scale 1
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "target_modules": [layer.module for layer in layers],
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+    }

@@ -1,0 +1,137 @@
+"""Diagnostics over a reading, as a picture, and the latest ones as a table."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from ..core.diagnostics import LayerDiagnostics
+from ..plots import OFF, ON
+from .diagnostics import Timeline
+
+PANELS = (
+    ("relative_norm", "change of the weight", "||lr S|| / ||W$_0$||"),
+    ("output_change", "change of the output", "||lr S z|| / ||W$_0$ z||"),
+    ("effective_rank", "effective rank of S", "of {largest}"),
+    ("key_overlap", "overlap of new keys", "share inside the span of S"),
+)
+SHALLOW, DEEP = "#7dd3fc", "#0c4a6e"
+NAMED = 8
+"""Layers that get a line each in the legend; of more, some do."""
+
+
+def save_diagnostics(path: Path, timeline: Timeline, title: str) -> None:
+    """Writes the picture: one panel per diagnostic, one line per layer, and below them the losses and the gain."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    layers, x = timeline.layers, timeline.tokens
+    colours = LinearSegmentedColormap.from_list("depth", [SHALLOW, DEEP])(np.linspace(0, 1, max(len(layers), 2)))
+    largest = {d.largest_rank for s in timeline.samples for d in s.layers}
+    figure = Figure(figsize=(6.0, 6.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(3, 2, sharex=True)
+    mark = "o" if len(x) == 1 else None
+    for axes, (name, heading, unit) in zip(panels[:2].flat, PANELS, strict=True):
+        for layer, colour in zip(layers, colours, strict=False):
+            axes.plot(x, timeline.series(name, layer), color=colour, lw=1.4, marker=mark, ms=3, label=f"{layer}")
+        _headings(axes, heading, unit.format(largest=" or ".join(map(str, sorted(largest)))))
+        axes.set_ylim(bottom=0)
+    panels[1, 1].set_ylim(0, 1.02)
+    loss, gain = panels[2]
+    _probed(loss, x, timeline.loss_off, color=OFF, label="updates off")
+    _probed(loss, x, timeline.loss_on, color=ON, label="on")
+    _headings(loss, "loss", "nats per token")
+    loss.legend(frameon=False, ncols=2, fontsize=8, loc="upper right", borderaxespad=0.1, handlelength=1.4)
+    low, high = loss.dataLim.y0, loss.dataLim.y1
+    if high > low:
+        loss.set_ylim(low - 0.08 * (high - low), high + 0.3 * (high - low))  # room for the legend
+    _gain(gain, x, timeline.gain)
+    _headings(gain, "gain", "off - on, nats per token")
+    for axes in panels.flat:
+        axes.tick_params(labelsize=8)
+        axes.grid(axis="y", color="0.9", lw=0.7)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    for axes in panels[2]:
+        axes.set_xlabel("tokens read", fontsize=8.5)
+        axes.set_xlim(0, 1.02 * max(x, default=1))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    handles, labels = _some(*panels[0, 0].get_legend_handles_labels())
+    figure.legend(
+        handles,
+        labels,
+        title="layer",
+        loc="outside lower center",
+        ncols=NAMED,
+        frameon=False,
+        fontsize=8,
+        title_fontsize=8,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=200)
+
+
+def _headings(axes: Any, heading: str, unit: str) -> None:
+    axes.set_title(heading, loc="left", fontsize=9, pad=14)
+    axes.text(0, 1.04, unit, transform=axes.transAxes, fontsize=8, color="0.35")
+
+
+def _probed(axes: Any, x: np.ndarray, values: np.ndarray, **style: Any) -> None:
+    """A curve through the samples that have a value."""
+    known = ~np.isnan(values)
+    axes.plot(x[known], values[known], lw=1.4, marker="o", ms=2.5 if known.sum() < 40 else 0, **style)
+
+
+def _gain(axes: Any, x: np.ndarray, values: np.ndarray) -> None:
+    known = ~np.isnan(values)
+    x, values = x[known], values[known]
+    axes.fill_between(x, values, where=values >= 0, color=ON, alpha=0.35, lw=0, interpolate=True)
+    axes.fill_between(x, values, where=values <= 0, color=OFF, alpha=0.45, lw=0, interpolate=True)
+    axes.plot(x, values, color="0.35", lw=1, marker="o", ms=2.5 if len(x) < 40 else 0)
+    axes.axhline(0, color="black", lw=0.7)
+
+
+def _some(handles: Sequence[Any], labels: Sequence[str]) -> tuple[list[Any], list[str]]:
+    """``NAMED`` entries at most, evenly spread, the first and the last among them."""
+    at: list[int] = np.unique(np.linspace(0, len(labels) - 1, NAMED).round().astype(int)).tolist() if labels else []
+    return [handles[i] for i in at], [labels[i] for i in at]
+
+
+def diagnostics_table(layers: Sequence[LayerDiagnostics]) -> Table:
+    """The terminal's table of one measurement."""
+    table = Table(title="What the fast weights are like", title_justify="left", title_style="bold")
+    for name in (
+        "layer",
+        "updates",
+        "change / weight",
+        "change / output",
+        "effective rank",
+        "key overlap",
+        "last update",
+    ):
+        table.add_column(name, justify="right", no_wrap=" " not in name)
+    for d in layers:
+        clipped = " (clipped)" if d.clipped else ""
+        rank = "?" if d.effective_rank is None else f"{d.effective_rank:,.0f}/{d.largest_rank:,}"
+        table.add_row(
+            f"{d.layer}",
+            f"{d.updates:,}",
+            _number(d.relative_norm),
+            _number(d.output_change),
+            rank,
+            "?" if d.key_overlap is None else f"{d.key_overlap:.0%}",
+            _number(d.update_norm) + clipped,
+        )
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "?" if value is None else f"{value:.3g}"

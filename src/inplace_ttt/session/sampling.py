@@ -1,0 +1,109 @@
+"""From logits to the next token, by transformers' own logits processors; and where a text stops."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. ``temperature`` 0: the most likely one. Raises UserError on values out of range."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.temperature >= 0, f"temperature {self.temperature}: 0 or more"),
+            (self.top_k is None or self.top_k >= 1, f"top_k {self.top_k}: 1 or more"),
+            (self.top_p is None or 0 < self.top_p <= 1, f"top_p {self.top_p}: above 0, at most 1"),
+            (self.min_p is None or 0 <= self.min_p <= 1, f"min_p {self.min_p}: between 0 and 1"),
+            (self.repetition_penalty > 0, f"repetition_penalty {self.repetition_penalty}: above 0"),
+        )
+        for good, message in checks:
+            if not good:
+                raise UserError(message)
+
+    def processors(self) -> LogitsProcessorList:
+        """In transformers' own order."""
+        found = LogitsProcessorList()
+        if self.repetition_penalty != 1.0:
+            found.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.temperature == 0:
+            return found
+        if self.temperature != 1.0:
+            found.append(TemperatureLogitsWarper(float(self.temperature)))
+        if self.top_k is not None:
+            found.append(TopKLogitsWarper(self.top_k))
+        if self.top_p is not None and self.top_p < 1:
+            found.append(TopPLogitsWarper(self.top_p))
+        if self.min_p:
+            found.append(MinPLogitsWarper(self.min_p))
+        return found
+
+
+class Sampler:
+    """Chooses tokens one by one. Draws on the CPU, so a seed means the same on every device."""
+
+    def __init__(self, settings: Sampling) -> None:
+        self.settings, self.processors = settings, settings.processors()
+        self.generator = torch.Generator()
+        if settings.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(settings.seed)
+
+    def __call__(self, recent: Sequence[int], logits: Tensor) -> int:
+        """The next token after the ids ``recent`` (what the repetition penalty looks at), from logits [V]."""
+        before: Any = torch.tensor([list(recent)])
+        scores = self.processors(before, logits.float().cpu()[None])[0]
+        if self.settings.temperature == 0:
+            return int(scores.argmax())
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=self.generator))
+
+
+class StopText:
+    """Passes text on up to the first of some stop strings; what may become one is held back."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if any(not stop for stop in stops):
+            raise UserError("a stop string is empty")
+        self.stops, self.held, self.found = tuple(stops), "", False
+
+    def push(self, text: str) -> str:
+        """The text that is safe to show."""
+        self.held += text
+        places = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        if places:
+            self.found, shown, self.held = True, self.held[: min(places)], ""
+            return shown
+        keep = max((self._overlap(stop) for stop in self.stops), default=0)
+        shown, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return shown
+
+    def flush(self) -> str:
+        """What was held back for a stop string that did not come."""
+        shown, self.held = self.held, ""
+        return shown
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest end of the held text that begins ``stop``."""
+        longest = min(len(stop) - 1, len(self.held))
+        return next((n for n in range(longest, 0, -1) if self.held.endswith(stop[:n])), 0)

@@ -1,0 +1,250 @@
+"""What a session carries from call to call, and how tokens are fed to it in bounded memory.
+
+The text a session has read is cut into calls on a grid that depends on the number of tokens alone, so however it
+arrives the same calls happen to the cache, up to where a call ends inside a chunk (which changes nothing).
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from ..config import InPlaceTTTConfig
+from ..core import FastWeights
+from ..errors import UserError
+from ..hf.attach import runtime_of, unwrap
+from ..hf.cache import FastCacheLayer, install
+from ..hf.relocate import Relocation
+from ..hf.window import clear, empty_cache, evict, native_window, sliding_windows
+
+PIECE = 2048
+"""Tokens fed in one call, at most."""
+SCORED_LOGITS = 1 << 25
+"""Logits of one call, at most, where all of them are wanted."""
+RECENT = 2048
+"""Last tokens remembered by id: context of the probes, and of the repetition penalty."""
+
+
+@dataclass
+class Stream:
+    """One row's state: KV cache with fast weights, and where it stands."""
+
+    cache: DynamicCache
+    position: int = 0
+    """Position id of the next token."""
+    cached: int = 0
+    """Tokens that attention can still see (in layers that see everything)."""
+    tokens: int = 0
+    """Tokens fed in all, written ones included."""
+    written: int = 0
+    """Tokens that ``generate`` added."""
+    started: bool = False
+    """Whether the tokenizer's prefix (BOS) was fed."""
+    logits: Tensor | None = None
+    """[V]: prediction of the next token; None at a stream's beginning."""
+    recent: list[int] = field(default_factory=list)
+
+    def copy(self) -> "Stream":
+        """An independent copy that shares tensors which are only ever replaced."""
+        return replace(self, cache=copy_cache(self.cache), recent=list(self.recent))
+
+    @property
+    def fast(self) -> dict[int, FastWeights]:
+        """Fast weights by layer."""
+        return {i: x.fast for i, x in enumerate(self.cache.layers) if isinstance(x, FastCacheLayer)}
+
+
+def copy_cache(cache: DynamicCache) -> DynamicCache:
+    """A cache of its own: keys, values and S are shared, as calls replace them; the pending buffers are copied."""
+    new = copy.copy(cache)
+    new.layers = []
+    for layer in cache.layers:
+        twin: Any = object.__new__(type(layer))
+        twin.__dict__.update(layer.__dict__)
+        if isinstance(layer, FastCacheLayer):
+            twin.fast = _share(layer.fast)
+        new.layers.append(twin)
+    return new
+
+
+def _share(fast: FastWeights) -> FastWeights:
+    twin = copy.copy(fast)
+    twin.z, twin.u = (None if x is None else x.clone() for x in (fast.z, fast.u))
+    return twin
+
+
+class Reader:
+    """Feeds tokens to streams of one model under one set of settings.
+
+    ``window``: tokens that layers with full attention keep (None: the model's own limit), ``sinks``: the first tokens
+    that they keep besides. When the window is full its oldest quarter is dropped and the cached keys move to smaller
+    positions, so position ids stay below ``window + sinks`` however long the stream.
+    """
+
+    def __init__(self, model: nn.Module, config: InPlaceTTTConfig, window: int | None, sinks: int, form: Any) -> None:
+        self.model, self.root, self.runtime = model, unwrap(model), runtime_of(model)
+        self.config, self.form = config, form
+        self.device: torch.device = self.root.get_input_embeddings().weight.device  # type: ignore[assignment]
+        self.relocation = Relocation.of(model)
+        self.own_window = native_window(model)
+        self.longest = self._longest()
+        self.window, self.sinks = self._check_window(window, sinks), 0 if self.own_window else sinks
+        text = self.root.config.get_text_config()
+        # Attention over a piece costs piece + window a token: a small window is better read in small pieces.
+        self.piece = PIECE if self.own_window is None else min(PIECE, max(512, 2 * self.own_window))
+        self.scored_piece = max(1, min(self.piece, SCORED_LOGITS // int(text.vocab_size)))
+
+    def _longest(self) -> int | None:
+        value = getattr(self.root.config.get_text_config(), "max_position_embeddings", None)
+        return value if isinstance(value, int) and value > 0 else None
+
+    def _check_window(self, window: int | None, sinks: int) -> int:
+        if sinks < 0 or (window is not None and window < 1):
+            raise UserError(f"window {window} and sinks {sinks}: at least 1 token and 0 sinks")
+        own, longest = self.own_window, self.longest
+        if own is not None:
+            if window is not None and window < own:
+                raise UserError(
+                    f"this model attends to its last {own} tokens by itself, which a window of {window} cannot "
+                    "narrow: leave window out"
+                )
+            return own
+        if window is None:
+            return max((longest or 4096) - sinks, 1)
+        if longest is not None and window + sinks > longest:
+            raise UserError(f"window {window} + sinks {sinks} is beyond the {longest} positions that this model knows")
+        slides = max((w for w in sliding_windows(self.model) if w is not None), default=0)
+        if window - window // 4 < slides:
+            raise UserError(f"window {window} is too small: some layers of this model attend to {slides} tokens")
+        return window
+
+    def new(self) -> Stream:
+        """An empty stream."""
+        return Stream(empty_cache(self.root.config))
+
+    def install(self, stream: Stream, layer: int, fast: FastWeights) -> None:
+        """Gives a stream's layer fast weights that were kept elsewhere."""
+        install(stream.cache, layer, fast)
+
+    def reads_like(self, other: "Reader") -> bool:
+        """Whether streams of ``other`` may go on here."""
+        mine, theirs = ((r.runtime, r.config, r.window, r.sinks, r.form) for r in (self, other))
+        return mine == theirs
+
+    # -- housekeeping ---------------------------------------------------------------------------------------------
+
+    def room(self, stream: Stream) -> int:
+        """Tokens that fit before the window must move on."""
+        if self.own_window is None:
+            return self.window + self.sinks - stream.cached
+        if not self.relocation.supported:
+            return (self.longest or 1 << 62) - stream.position
+        return max(8 * self.own_window, 4096) - stream.position
+
+    def make_room(self, stream: Stream) -> None:
+        """Drops the window's oldest quarter and moves what is left to smaller positions, if the window is full."""
+        if self.room(stream) > 0:
+            return
+        if not self.relocation.supported:
+            raise UserError(
+                f"the context is full: {stream.cached or stream.position} tokens, and this model's window cannot move "
+                f"on because {self.relocation.reason}. drop_context() forgets the context and keeps what was learned"
+            )
+        bounded = self.own_window is None
+        drop = max(1, self.window // 4) if bounded else stream.position - (self.own_window or 0) + 1
+        with whole(stream.cache):
+            if bounded:
+                evict(stream.cache, self.sinks, drop)
+            self.relocation.move(stream.cache, drop, self.sinks)
+        stream.cached -= drop if bounded else 0
+        stream.position -= drop
+
+    def drop_context(self, stream: Stream) -> None:
+        """Attention forgets everything; the fast weights stay."""
+        clear(stream.cache)
+        stream.position = stream.cached = 0
+        stream.started, stream.logits = False, None
+        stream.recent.clear()
+
+    # -- calls ----------------------------------------------------------------------------------------------------
+
+    def feed(self, stream: Stream, ids: Sequence[int], scored: bool = False) -> Iterator[tuple[int, Tensor]]:
+        """Feeds ``ids`` piece by piece; yields each piece's size n and its logits, [n, V] if ``scored``, else [1, V].
+
+        A piece is taken whole or not at all: whatever breaks off a call, the stream is as it was before the piece.
+        """
+        at = 0
+        while at < len(ids):
+            self.make_room(stream)
+            n = min(len(ids) - at, self.room(stream), self.scored_piece if scored else self.piece)
+            piece = list(ids[at : at + n])
+            with whole(stream.cache):
+                logits = self.call(stream.cache, torch.tensor([piece]), self._positions([stream], n), scored=scored)[0]
+            self.advance(stream, piece, logits[-1])
+            at += n
+            yield n, logits
+
+    def call(
+        self, cache: Cache, ids: Tensor, positions: Tensor, mask: Tensor | None = None, *, scored: bool = False
+    ) -> Tensor:
+        """Logits [B, n, V] ([B, 1, V] unless ``scored``) of ids [B, n]."""
+        if not self.runtime.enabled:
+            raise UserError(
+                "updates are switched off (updates_off), which a session needs: lr=0 takes their effect away"
+            )
+        moved = {} if mask is None else {"attention_mask": mask.to(self.device)}
+        was_training = self.model.training
+        self.model.train(False)
+        try:
+            with torch.no_grad(), self.runtime.reading(self.config, self.form):
+                out = self.model(
+                    input_ids=ids.to(self.device),
+                    position_ids=positions.to(self.device),
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=0 if scored else 1,
+                    **moved,
+                )
+        finally:
+            self.model.train(was_training)
+        logits: Tensor = out.logits
+        return logits
+
+    def _positions(self, streams: Sequence[Stream], n: int) -> Tensor:
+        return torch.tensor([s.position for s in streams])[:, None] + torch.arange(n)
+
+    def advance(self, stream: Stream, ids: Sequence[int], logits: Tensor) -> None:
+        """Notes that ``ids`` were fed and what the model predicts next."""
+        n = len(ids)
+        stream.position += n
+        stream.tokens += n
+        stream.cached += n
+        stream.logits = logits.detach().clone()
+        stream.recent = [*stream.recent, *ids][-RECENT:]
+
+
+@contextmanager
+def whole(cache: DynamicCache) -> Iterator[None]:
+    """All or nothing: an exception inside (Ctrl-C, out of memory) leaves the cache as it was before.
+
+    Calls replace a cache's tensors and write into none but the pending buffers, beyond what counts as filled.
+    """
+    layers = list(cache.layers)
+    saved = [dict(layer.__dict__) for layer in layers]
+    fast = [dict(layer.fast.__dict__) if isinstance(layer, FastCacheLayer) else None for layer in layers]
+    try:
+        yield
+    except BaseException:
+        cache.layers = layers
+        for layer, values, inner in zip(layers, saved, fast, strict=True):
+            layer.__dict__.clear()
+            layer.__dict__.update(values)
+            if inner is not None:
+                values["fast"].__dict__.clear()
+                values["fast"].__dict__.update(inner)
+        raise

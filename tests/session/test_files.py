@@ -1,0 +1,242 @@
+"""Session files: whole or not at all, and refused with a reason when they do not fit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import safe_open, save_file
+
+import inplace_ttt as ittt
+from inplace_ttt import Session, UserError
+from inplace_ttt.session import files
+from tests.contract.families import adapted
+from tests.locations import ROOT
+from tests.session.models import TEXT, tiny, tokenizer
+
+
+def session(**options) -> Session:
+    return Session(tiny("llama"), tokenizer(), **({"decay": 0} | options))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    s = session()
+    s.read(TEXT)
+    s.save(tmp_path / "a.session")
+    return tmp_path / "a.session"
+
+
+def rewrite(path: Path, change=lambda header: None, metadata=lambda m: None, tensors=lambda t: None) -> Path:
+    """The same file with something changed and its checksum right again."""
+    with safe_open(path, "pt") as file:
+        meta, found = dict(file.metadata()), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    header = json.loads(meta["header"])
+    change(header)
+    tensors(found)
+    meta["header"] = json.dumps(header)
+    meta["digest"] = files._digest(meta["header"], found)
+    metadata(meta)
+    save_file(found, path, metadata=meta)
+    return path
+
+
+@pytest.mark.parametrize("state", ["dense", "auto", 6], ids=str)
+@pytest.mark.parametrize("window", [None, 28])
+def test_round_trip(tmp_path, state, window):
+    s = session(state=state, window=window, sinks=2, probe_every=64)
+    s.origin = "somewhere"
+    s.read(TEXT * 2)
+    s.generate("It was", max_new_tokens=5)
+    s.save(tmp_path / "a.session")
+    again = Session.load(tmp_path / "a.session", tiny("llama"), tokenizer())
+    assert again.origin == "somewhere"
+    assert (again._encoder.state(), again.timeline.to_list()) == (s._encoder.state(), s.timeline.to_list())
+    for x in (s, again):
+        x.read(TEXT)
+    assert torch.equal(again.next_logits, s.next_logits)
+    assert again.stats().to_dict() | {"bytes_context": 0} == s.stats().to_dict() | {"bytes_context": 0}
+
+
+def test_a_new_session_can_be_saved(tmp_path):
+    session().save(tmp_path / "empty.session")
+    again = Session.load(tmp_path / "empty.session", tiny("llama"), tokenizer())
+    assert again.stats().tokens == 0
+    again.read(TEXT)
+
+
+def test_bfloat16(tmp_path):
+    model = adapted("llama", torch.bfloat16)
+    s = Session(model)
+    s.read(list(range(1, 60)))
+    s.save(tmp_path / "a.session")
+    again = Session.load(tmp_path / "a.session", model)
+    assert torch.equal(again.next_logits, s.next_logits)
+    assert again.fast_weights[0].S.dtype == torch.float32
+
+
+def test_nothing_in_the_file_is_code(saved):
+    data = saved.read_bytes()
+    assert data[8:9] == b"{"  # safetensors: length, JSON, numbers
+    size = int.from_bytes(data[:8], "little")
+    assert isinstance(json.loads(data[8 : 8 + size]), dict)
+
+
+class TestRefused:
+    """Each with a reason, and nothing changes."""
+
+    def refuse(self, path: Path, reason: str, model=None) -> None:
+        with pytest.raises(UserError, match=reason):
+            Session.load(path, tiny("llama") if model is None else model, tokenizer())
+
+    def test_truncated_anywhere(self, saved):
+        data = saved.read_bytes()
+        for share in (0, 1e-5, 0.01, 0.3, 0.7, 0.999999):
+            saved.write_bytes(data[: int(len(data) * share)])
+            self.refuse(saved, "no whole session file")
+
+    def test_a_flipped_bit_anywhere(self, saved):
+        data = bytearray(saved.read_bytes())
+        generator = random.Random(0)
+        for _ in range(40):
+            at, bit = generator.randrange(len(data)), 1 << generator.randrange(8)
+            data[at] ^= bit
+            saved.write_bytes(bytes(data))
+            with pytest.raises(UserError):
+                Session.load(saved, tiny("llama"), tokenizer())
+            data[at] ^= bit
+
+    def test_foreign(self, saved, tmp_path):
+        other = tmp_path / "other.safetensors"
+        save_file({"x": torch.zeros(3)}, other)
+        self.refuse(other, "no session file")
+        other.write_text("Call me Ishmael.")
+        self.refuse(other, "no whole session file")
+        torch.save({"x": 1}, other)
+        self.refuse(other, "no whole session file")
+        self.refuse(tmp_path, "directory")
+        self.refuse(tmp_path / "missing", "no such file")
+
+    def test_newer(self, saved):
+        self.refuse(rewrite(saved, metadata=lambda m: m.update(version="2")), "update inplace-ttt")
+        self.refuse(rewrite(saved, metadata=lambda m: m.update(version="new")), "damaged")
+
+    def test_another_model_of_the_same_shape(self, saved):
+        model = adapted("llama", torch.float64, {"vocab_size": len(tokenizer())})
+        with torch.no_grad():
+            model.model.layers[1].self_attn.q_proj.weight += 0.01
+        self.refuse(saved, "other weights", model)
+
+    def test_another_kind_of_model(self, saved):
+        self.refuse(saved, "llama model, this one is glm", tiny("glm"))
+
+    def test_another_precision(self, saved):
+        model = adapted("llama", torch.float32, {"vocab_size": len(tokenizer())})
+        self.refuse(saved, "float64, this one is in float32", model)
+
+    def test_other_fast_weights(self, saved):
+        self.refuse(saved, "fast weights", tiny("llama", layers=(0,)))
+
+    def test_another_tokenizer(self, saved):
+        with pytest.raises(UserError, match="pass tokenizer"):
+            Session.load(saved, tiny("llama"))
+        self.refuse(rewrite(saved, lambda h: h.update(tokenizer="0" * 64)), "another tokenizer")
+
+    @pytest.mark.parametrize(
+        "break_it",
+        [
+            lambda h: h.pop("fast"),
+            lambda h: h.update(stream={}),
+            lambda h: h["settings"].update(chunk_size=-1),
+            lambda h: h["fast"].pop("0"),
+            lambda h: h["fast"]["0"].update(seen=[3, 4]),
+            lambda h: h["fast"]["0"].update(seen=[3]),
+            lambda h: h["fast"]["0"].update(chunk_size=8),
+            lambda h: h["fast"]["0"].update(extra=1),
+            lambda h: h.update(model=None),
+            lambda h: h["stream"].update(position="x"),
+            lambda h: h["stream"].update(unknown=1),
+        ],
+    )
+    def test_a_header_that_makes_no_sense(self, saved, break_it):
+        self.refuse(rewrite(saved, break_it), "damaged|chunk")
+
+    @pytest.mark.parametrize(
+        "break_it",
+        [
+            lambda t: t.update({"fast.0.S": t["fast.0.S"][:, :5].clone()}),
+            lambda t: t.update({"fast.0.S": t["fast.0.S"].float()}),
+            lambda t: t.pop("fast.0.z"),
+            lambda t: t.pop("logits"),
+            lambda t: t.update({"logits": t["logits"][:7].clone()}),
+            lambda t: t.pop(next(k for k in t if k.startswith("context."))),
+            lambda t: t.update({"fast.0.other": torch.zeros(2)}),
+            lambda t: t.update({"fast.9.S": torch.zeros(2)}),
+        ],
+    )
+    def test_tensors_that_make_no_sense(self, saved, break_it):
+        self.refuse(rewrite(saved, tensors=break_it), "damaged")
+
+
+class TestAtomic:
+    def test_a_failed_save_leaves_the_old_file(self, saved, monkeypatch):
+        before = saved.read_bytes()
+
+        def fail(*_, **__):
+            raise OSError("disk full")
+
+        monkeypatch.setattr(files, "save_file", fail)
+        s = session()
+        s.read(TEXT[:50])
+        with pytest.raises(OSError, match="disk full"):
+            s.save(saved)
+        assert saved.read_bytes() == before
+        assert os.listdir(saved.parent) == [saved.name]
+
+    def test_kill_at_any_moment_leaves_a_whole_file(self, tmp_path):
+        path = tmp_path / "a.session"
+        script = (
+            "import sys, torch; torch.set_num_threads(1)\n"
+            "from tests.session.models import *; from inplace_ttt import Session\n"
+            "s = Session(tiny('llama'), tokenizer(), decay=0)\n"
+            "print('ready', flush=True)\n"
+            "while True:\n"
+            "    s.read(TEXT[:100]); s.save(sys.argv[1]); print(s.stats().tokens, flush=True)\n"
+        )
+        generator = random.Random(0)
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        child = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, env=env, cwd=ROOT)
+        assert child.stdout is not None
+        child.stdout.readline()
+        child.stdout.readline()
+        for _ in range(4):
+            time.sleep(generator.random() * 0.1)
+            os.kill(child.pid, signal.SIGSTOP)  # frozen in the middle of something: what a kill would leave
+            assert Session.load(path, tiny("llama"), tokenizer()).stats().tokens > 0
+            os.kill(child.pid, signal.SIGCONT)
+        time.sleep(generator.random() * 0.05)
+        child.kill()
+        child.wait()
+        s = Session.load(path, tiny("llama"), tokenizer())
+        (tmp_path / f".a.session.{child.pid}.x.part").touch()
+        (tmp_path / f".a.session.{os.getppid()}.x.part").touch()
+        s.save(path)
+        (tmp_path / f".a.session.{os.getppid()}.x.part").unlink()  # another's, still at it: not ours to delete
+        assert [p.name for p in tmp_path.iterdir()] == [path.name]  # remains of the killed one are gone
+
+    def test_permissions_follow_the_umask(self, saved):
+        assert saved.stat().st_mode & 0o777 == 0o666 & ~files._umask()
+
+    def test_a_directory_is_refused(self, tmp_path):
+        with pytest.raises(UserError, match="directory"):
+            session().save(tmp_path)
+
+
+def test_default_model_can_be_named(tmp_path):
+    assert files.identity(ittt.from_pretrained(ittt.DEFAULT_MODEL))["dtype"] == "bfloat16"
