@@ -106,6 +106,7 @@ def test_any_split_equals_the_reference(seed, sizes, decay, clip, padded, packed
     assert_state_equal(state, refs)
     if form == ALL:
         assert state.S is None
+    assert state.left is None or state.left.shape[1] == state.right.shape[1] == max(state.count)
     assert state.truncation == (0.0,) * 3
 
 
@@ -126,6 +127,7 @@ def test_rollback_equals_never_having_read(seed, sizes, padded, clipped, form):
         _, refs = reference(z[:, :left], u[:, :left], *weights, documents_BT=whole[:, :left], **keywords)
         assert_state_equal(state, refs)
         assert form == "auto" or state.count == tuple(n // C * C for n in state.seen)
+        assert state.left is None or state.left.shape[1] == state.right.shape[1] == max(state.count)
     # And it reads on as if nothing had happened.
     again = torch.cat([whole[:, :left], torch.zeros_like(whole)], 1)
     want, refs = reference(

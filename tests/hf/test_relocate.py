@@ -65,7 +65,7 @@ def test_moved_tokens_count_as_read_there(model_type):
     check_moves(adapted(model_type))
 
 
-def test_without_fast_weights_too():
+def test_without_fast_weights():
     check_moves(plain("gemma3_text"))
 
 
@@ -199,10 +199,11 @@ def test_other_precisions(model_type, dtype):
     assert not Relocation.of(adapted(ABSOLUTE, dtype)).supported
 
 
-@pytest.mark.parametrize("bias", [100.0, 200.0])
-def test_large_biases_of_keys_in_bfloat16(bias, monkeypatch):
-    """As in Qwen2: scores of hundreds, so that attention differs by its own rounding."""
-    model, generator = plain("qwen2", torch.bfloat16), torch.Generator().manual_seed(3)
+@pytest.mark.parametrize(("theta", "bias"), [(1e4, 200.0), (1e6, 200.0), (1e6, 1000.0)])
+def test_large_biases_of_keys_in_bfloat16(theta, bias, monkeypatch):
+    """As in Qwen2: scores of hundreds, so that attention differs by its own rounding, and keys that turn by little."""
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+    model, generator = plain("qwen2", torch.bfloat16, rope), torch.Generator().manual_seed(3)
     with torch.no_grad():
         for layer in model.model.layers:
             key, query = layer.self_attn.k_proj.bias, layer.self_attn.q_proj.bias

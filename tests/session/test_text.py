@@ -85,8 +85,14 @@ NASTY = [
     "so the word   ? and word  ! or not, and  then\r\n\r\n   \n  it goes on",
     "a b c " + "1" * 16 + " 12345678 x y 1,234,567.89 and so on",
     "x y z" + " " * 60 + "hello" + " " * 30 + "hello world and so on",
+    "so it is on it so is so it is on on it is so it is so on so it is it on it is so it is on so it is on.",
     "it is one two three four five six. one two three four. five six seven",
-    "e" + "\u0345\u0323" * 15 + " a b c d e o\u0323\u0302e\u0301 \u0301 x",
+    "a b c e"
+    + "\u0345" * 20
+    + "\u0323" * 20
+    + " a e"
+    + "\u0345\u0323" * 15
+    + " a b c d e o\u0323\u0302e\u0301 \u0301 x",
     "don't they'RE 'll x'r e we've 'VE don''t I'd've ABCdefGHI'll",
 ]
 
@@ -104,7 +110,8 @@ TEXT = texts()
 
 def _corpus() -> list[str]:
     generator = random.Random(1)
-    return ["".join(generator.choice(PIECES[:60]) for _ in range(40)) for _ in range(150)]
+    common = [" ".join(generator.choices(["so", "it", "is", "on"], k=12)) for _ in range(150)] + ["word   ?"] * 50
+    return common + ["".join(generator.choice(PIECES[:60]) for _ in range(40)) for _ in range(150)]
 
 
 def _byte_level(regex: str | None = None, *before: Any, normalizer: Any = None, space: bool = False) -> Tokenizer:

@@ -164,6 +164,7 @@ class HeldState:
         if self.raw[b] >= C:
             self._scale([b], 0.0, first=self.count[b] - C)
             self.count, self.raw = _add(self.count, [b], -C), _add(self.raw, [b], -C)
+            self._trim()
         else:
             self._join([b], z_1CF, -v_1CD, 0.0, clip)
             self.raw = _add(self.raw, [b], -self.raw[b])
@@ -175,6 +176,7 @@ class HeldState:
         """No factors in some rows."""
         self._scale(rows, 0.0)
         self.count, self.raw = (tuple(0 if b in rows else n for b, n in enumerate(x)) for x in (self.count, self.raw))
+        self._trim()
 
     def _join(self, rows: Sequence[int], z_RCF: Tensor, v_RCD: Tensor, decay: float, clip: Tensor | None) -> None:
         """One chunk's pairs behind the factors of R rows."""
@@ -210,6 +212,12 @@ class HeldState:
         more = (0, 0, 0, N - left.shape[1])
         self.left = self.left[:, :N].index_copy(0, index, pad(left, more))
         self.right = self.right[:, :N].to(right.dtype).index_copy(0, index, pad(right, more))
+
+    def _trim(self) -> None:
+        """Leaves out factors that are no row's."""
+        N = max(self.count)
+        if self.left is not None and self.right is not None and self.left.shape[1] > N:
+            self.left, self.right = self.left[:, :N].clone(), self.right[:, :N].clone()
 
     def _scale(self, rows: Sequence[int], by: float, first: int = 0) -> None:
         """Some rows' factors from the ``first`` on times ``by``; what was lost with them, when it is all of them."""

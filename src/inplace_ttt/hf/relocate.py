@@ -105,11 +105,12 @@ def _read(root: PreTrainedModel, attentions: dict[int, nn.Module], offset: int, 
         made.append((output[0], Angles(module, args[2:], rest)))
 
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        i, pair = module.layer_idx, kwargs.get("position_embeddings")
+        i, pair = module.layer_idx, kwargs.get("position_embeddings", ())
         reading.inputs[i] = args[0] if args else kwargs["hidden_states"]
-        for cos, angles in made if pair is not None else ():
-            if torch.equal(cos.to(pair[0].device), pair[0]):  # by value: models spread over devices pass copies
-                reading.angles[i] = angles
+        for used in pair[:1]:
+            for cos, angles in made:  # by value: models spread over devices pass copies
+                if torch.equal(cos.to(used.device), used):
+                    reading.angles[i] = angles
         if i not in given:
             return None
         return ((given[i], *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": given[i]})
@@ -144,8 +145,8 @@ def _rotations(root: PreTrainedModel) -> dict[int, Rotation | None]:
     attentions = {
         m.layer_idx: m for name, m in named if name.rpartition(".")[2] in ATTENTION_NAMES and hasattr(m, "layer_idx")
     }
-    longest = getattr(root.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    offset = max(min(OFFSET, longest - TOKENS), 1) if longest else OFFSET
+    longest = getattr(root.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**31
+    offset = max(min(OFFSET, longest - TOKENS), 1)
     near = _read(root, attentions, 0, {})
     far = _read(root, attentions, offset, near.inputs)
     if set(near.inputs) != set(near.keys):

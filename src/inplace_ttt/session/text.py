@@ -2,7 +2,6 @@
 
 import json
 import re
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import product
@@ -171,7 +170,7 @@ class _Splitter:
         again = self.encode(text[anchor:])
         first = _token_at(again, position - anchor)
         same = first is not None and again.ids[first:] == encoding.ids[token:]
-        return (token, position, anchor) if same else None
+        return (token, position, anchor) if same and _token_at(encoding, position) == token else None
 
     def _places(self, text: str, encoding: Encoding, limit: int) -> Iterator[tuple[int, int]]:
         """Where text can be cut, from the end: a token and where it begins."""
@@ -238,12 +237,10 @@ def _flat(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 
 def _token_at(encoding: Encoding, place: int) -> int | None:
-    """The token that begins at ``place`` or is the first after it; None when a token crosses it."""
-    if place == 0:
-        return 0
+    """How many tokens are before ``place``; None when a token crosses it or normalisation moved one across."""
     offsets = encoding.offsets
-    token = bisect_left(offsets, place, key=lambda span: span[0])
-    return None if token and offsets[token - 1][1] > place else token
+    before = sum(start < place for start, _ in offsets)
+    return before if all(end <= place for _, end in offsets[:before]) else None
 
 
 def _prefix(tokenizer: Any) -> list[int]:
