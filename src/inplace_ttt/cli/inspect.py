@@ -1,5 +1,6 @@
 """``inplace-ttt inspect``."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 
 def inspect(
     model: Annotated[
-        str | None, typer.Argument(help="Directory or hub id. Left out: the shipped model.", show_default=False)
+        str | None,
+        typer.Argument(help="Directory, hub id, or session file. Left out: the shipped model.", show_default=False),
     ] = None,
     layers: Annotated[
         str | None,
@@ -27,8 +29,17 @@ def inspect(
         str | None, typer.Option(help="For a plain model: input_embed or hidden_states.", show_default=False)
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="For a session: write the picture of its diagnostics here.", show_default=False)
+    ] = None,
 ) -> None:
-    """Show which modules of a model adapt (or would), and what that costs. Loads no weights."""
+    """Show which modules of a model adapt (or would), and what that costs; or what a session has learned."""
+    if model is not None and Path(model).is_file():
+        from .inspect_session import inspect_session
+
+        return inspect_session(Path(model), json, plot)
+    if plot is not None:
+        raise UserError("--plot is for session files")
     from .preview import preview
 
     quiet_libraries()
@@ -41,6 +52,7 @@ def inspect(
         typer.echo(dumps(found.to_dict(), indent=2))
     else:
         _show(found)
+    return None
 
 
 def _layers(text: str) -> str | tuple[int, ...]:

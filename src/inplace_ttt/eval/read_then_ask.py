@@ -7,8 +7,8 @@ continued, and the name competes with others that were not mentioned:
 * ``memory``: the document was read and dropped from the context: only the fast weights know it;
 * ``context``: the document was read and whatever of it the model's attention still reaches is there too.
 
-A name is *recognised* when, of all candidates, reading raised its log-probability the most, and *preferred* when it is
-the most likely of them outright. Chance is one in the number of candidates for both.
+A name is *recognised* when, of all candidates, reading raised its log-probability the most (against ``none``), and
+*preferred* when it is the most likely of them outright. Chance is one in the number of candidates for both.
 """
 
 import random
@@ -54,26 +54,30 @@ class Answer:
         return asdict(self)
 
 
-def names(tokenizer: Any, ids: Sequence[int]) -> list[int]:
-    """Single tokens that are a capitalised or a lower-case word after a space and do not occur in ``ids``."""
-    present = set(ids)
+def words(tokenizer: Any) -> list[int]:
+    """Single tokens that are a capitalised or a lower-case word of five letters or more after a space."""
     found = []
     for token in sorted(tokenizer.get_vocab().values()):
         text = tokenizer.decode([token])
-        if token not in present and len(text) > 5 and text[0] == " " and text[1:].isalpha() and text[2:].islower():
+        if len(text) > 5 and text[0] == " " and text[1:].isalpha() and text[2:].islower():
             found.append(token)
     return found
 
 
-def trial(session: Session, tokenizer: Any, text: Sequence[int], task: Task, seed: int) -> Answer:
+def trial(
+    session: Session, tokenizer: Any, text: Sequence[int], task: Task, seed: int, vocabulary: Sequence[int]
+) -> Answer:
     """One trial on ``text``, token ids of at least ``length + distance`` tokens. ``session`` stays as it was.
+
+    The names come from ``vocabulary`` (see ``words``), those that the text does not use.
 
     Raises UserError when the text is too short or the vocabulary has too few words that it does not use.
     """
     if len(text) < task.length + task.distance:
         raise UserError(f"the text has {len(text):,} tokens, {task.length + task.distance:,} are needed")
     text = text[: task.length + task.distance]
-    free = names(tokenizer, text)
+    present = set(text)
+    free = [token for token in vocabulary if token not in present]
     if len(free) < task.candidates:
         raise UserError(f"the vocabulary has only {len(free)} words that the text does not use")
     choices = random.Random(seed).sample(free, task.candidates)
@@ -127,11 +131,11 @@ def ask(
     **options: Any,
 ) -> Iterator[Answer]:
     """``trials`` trials of every task, each on the next stretch of the documents. ``options`` go to ``Session``."""
-    session = Session(model, tokenizer, probe_every=0, **options)
+    session, vocabulary = Session(model, tokenizer, probe_every=0, **options), words(tokenizer)
     for task in tasks:
         stretches = _stretches(documents, task.length + task.distance)
         for seed in range(trials):
-            yield trial(session, tokenizer, next(stretches), task, seed)
+            yield trial(session, tokenizer, next(stretches), task, seed, vocabulary)
             if progress is not None:
                 progress()
 
