@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from contract.families import adapted
+from session.models import TEXT, ids_of, tokenizer
 
 from inplace_ttt import Session, SessionPool
-from tests.contract.families import adapted
-from tests.session.models import TEXT, ids_of, tokenizer
 
 pytestmark = pytest.mark.gpu
 

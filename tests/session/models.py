@@ -4,10 +4,10 @@ from functools import cache
 from typing import Any
 
 import torch
+from contract.families import adapted
 from transformers import AutoTokenizer
 
 import inplace_ttt as ittt
-from tests.contract.families import adapted
 
 FAMILIES = ("llama", "gemma3_text", "glm")
 """Plain, sliding windows mixed with full attention, interleaved partial rotary embedding."""

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from contract.families import adapted
+from locations import ROOT
 from safetensors.torch import safe_open, save_file
+from session.models import TEXT, tiny, tokenizer
 
 import inplace_ttt as ittt
 from inplace_ttt import Session, UserError
 from inplace_ttt.session import files
-from tests.contract.families import adapted
-from tests.locations import ROOT
-from tests.session.models import TEXT, tiny, tokenizer
 
 
 def session(**options) -> Session:
@@ -203,14 +203,14 @@ class TestAtomic:
         path = tmp_path / "a.session"
         script = (
             "import sys, torch; torch.set_num_threads(1)\n"
-            "from tests.session.models import *; from inplace_ttt import Session\n"
+            "from session.models import *; from inplace_ttt import Session\n"
             "s = Session(tiny('llama'), tokenizer(), decay=0)\n"
             "print('ready', flush=True)\n"
             "while True:\n"
             "    s.read(TEXT[:100]); s.save(sys.argv[1]); print(s.stats().tokens, flush=True)\n"
         )
         generator = random.Random(0)
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
         child = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, env=env, cwd=ROOT)
         assert child.stdout is not None
         child.stdout.readline()

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
+from contract.families import adapted, plain
 from safetensors.torch import load_file
 
 from inplace_ttt import Session, UserError
 from inplace_ttt.session.lora import factor
-from tests.contract.families import adapted, plain
 
 peft = pytest.importorskip("peft")
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from session.models import TEXT, ids_of, shipped, tiny, tokenizer
 
 from inplace_ttt import Session, SessionPool, UserError
-from tests.session.models import TEXT, ids_of, shipped, tiny, tokenizer
 
 PIECES = ["", TEXT[:9], TEXT[:60], TEXT[30:200], TEXT * 2]
 """Nothing read, less than a chunk, some chunks, a window that moved on."""

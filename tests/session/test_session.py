@@ -6,13 +6,13 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 import torch
+from contract.families import LENGTHS, C
 from hypothesis import given, settings
+from session.models import FAMILIES, TEXT, ids_of, shipped, tiny, tokenizer
 
 import inplace_ttt as ittt
 from inplace_ttt import Session, UserError
 from inplace_ttt.session.stream import Reader
-from tests.contract.families import LENGTHS, C
-from tests.session.models import FAMILIES, TEXT, ids_of, shipped, tiny, tokenizer
 
 MODELS = {**{family: (lambda family=family: tiny(family)) for family in FAMILIES}, "shipped": shipped}
 SMALL = {"window": 28, "sinks": 2}
@@ -437,7 +437,7 @@ def test_wrong_settings(wrong):
 
 
 def test_needs_fast_weights():
-    from tests.contract.families import plain
+    from contract.families import plain
 
     with pytest.raises(UserError, match="attach"):
         Session(plain("llama"))

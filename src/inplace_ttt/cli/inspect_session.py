@@ -37,9 +37,7 @@ def inspect_session(path: Path, json: bool, plot: Path | None) -> None:
     if plot is None:
         return
     if not session.timeline.samples:
-        raise UserError(
-            f"{path} has no samples to draw yet: one is taken every {session.timeline.every:,} tokens"
-        )
+        raise UserError(f"{path} has no samples to draw yet: one is taken every {session.timeline.every:,} tokens")
     plot.parent.mkdir(parents=True, exist_ok=True)
     save_diagnostics(plot, session.timeline, f"{path.name}: {session.stats().tokens:,} tokens")
     typer.echo(f"Picture: {plot}", err=json)
