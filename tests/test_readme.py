@@ -40,6 +40,32 @@ def test_attach_example_runs_on_a_local_model(tmp_path):
     assert out.strip() == "[0, 6]"
 
 
+def test_session_example_prints_what_it_says(tmp_path):
+    code = EXAMPLES[2].replace('"argparse', f'"{tmp_path}/argparse')
+    printed = README[README.index(EXAMPLES[2]) :]
+    printed = re.search(r"```text\n(.*?)```", printed, re.DOTALL)[1]
+    before, after = map(float, re.findall(r"\d\.\d\d", run("-c", code)))
+    said = [float(x) for x in re.findall(r"\d\.\d\d", printed)]
+    assert after < before - 0.1
+    if sys.version_info[:2] == (3, 11):
+        assert [before, after] == pytest.approx(said, abs=0.02)
+    assert (tmp_path / "argparse.session").exists()
+    assert (tmp_path / "argparse-lora" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_examples_of_the_page_about_sessions_run(number):
+    page = (ROOT / "docs" / "sessions.md").read_text(encoding="utf-8")
+    assert run("-c", re.findall(r"```python\n(.*?)```", page, re.DOTALL)[number])
+
+
+def test_session_tables_are_the_records():
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    for script in ("summarise_long_stream.py", "summarise_sessions.py"):
+        for table in run(f"benchmarks/{script}").strip().split("\n\n"):
+            assert table in results
+
+
 def test_families_table_is_the_code_s():
     table = run("-m", "inplace_ttt.hf.families").strip()
     assert table in README

@@ -1,7 +1,7 @@
 """``inplace-ttt chat``."""
 
+import re
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -10,39 +10,42 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from .sessions import Saver, deferred_interrupt, open_session, state_option, stats_lines
+from .inspect_session import stats_lines
+from .read import Saver, Source, deferred_interrupt, next_line, read_one
+from .sessions import Device, Model, State, Template, Window, check_place, open_session
 
 HELP = """\
 /help            this
 /stats           where the session stands
 /ask QUESTION    answer from the fast weights alone, nothing in context; leaves no trace
-/read FILE       read a text file
+/read FILE       read a text file and learn from it
 /score TEXT      loss of a text as the continuation, in nats per token; leaves no trace
-/history         what was said since the start
-/forget          forget everything: context and fast weights
+/history         what was said in this chat
 /drop            forget the context, keep what was learned
-/fork [FILE]     go on with a copy; with FILE, the copy is saved there from now on
-/undo            take back the last turn
-/save [FILE]     save now
-/quit            save and leave (as does Ctrl-D). Ctrl-C stops the answer; what was written stays learned
-Anything else is read, and continued."""
+/forget          forget everything: context and fast weights
+/undo            take back the last turn, /read, /drop or /forget
+/fork [FILE]     go on with a copy, kept in FILE; the session's file stays as it is now
+/save [FILE]     save now; with FILE: there, from now on
+/quit            save and leave, as does Ctrl-D
+Ctrl-C ends an answer; what was written stays learned. Anything else is read and answered."""
+UNDO, UNDO_BYTES = 10, 1 << 28
+"""Steps that can be taken back, at most; memory for them (one step in any case)."""
+WANTED = {"ask": "QUESTION", "read": "FILE", "score": "TEXT"}
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def chat(
-    session: Annotated[
-        Path | None, typer.Option(help="Session file: continued if it exists, made if not. Left out: nothing is kept.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Directory or hub id. Left out: the session's, or the shipped model.")
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 200,
-    temperature: Annotated[float, typer.Option(help="0: always the most likely token.", min=0.0)] = 0.7,
+    session: Annotated[Path | None, typer.Option(help="Session file: continued, or made if new.")] = None,
+    model: Model = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 200,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token.", min=0)] = 0.7,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 0.95,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: less repetition.")] = 1.1,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: less.")] = 1.1,
     seed: Annotated[int | None, typer.Option(help="For the same answers again.")] = None,
-    window: Annotated[int | None, typer.Option(help="New session: tokens that attention keeps.", min=1)] = None,
-    state: Annotated[str | None, typer.Option(help="New session: dense, auto, or a rank.")] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda. Left out: the GPU if there is one.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Without the model's chat template.")] = False,
+    window: Window = None,
+    state: State = None,
+    device: Device = None,
 ) -> None:
     """Talk to a session that remembers: it learns from what you and it write."""
     from rich.console import Console
@@ -52,181 +55,200 @@ def chat(
         from ..session.sampling import Sampling
 
         choice = Sampling(temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed)
-        opened = open_session(session, model, device, {"window": window, "state": state_option(state)})
-    talk = Chat(opened, session, {**asdict(choice), "max_new_tokens": max_tokens})
-    talk.greet()
+        opened = open_session(session, model, device, {"window": window, "state": state})
+        template = None if plain else Template.of(opened)
     with suppress(ImportError):
         import readline  # noqa: F401 (gives input() arrow keys and history)
-    while talk.running:
-        talk.turn()
+    Chat(opened, session, template, {**asdict(choice), "max_new_tokens": max_tokens}, log).run()
 
 
 class Chat:
-    """The conversation. Text goes to stdout as it is written, remarks to stderr."""
+    """The conversation. What the model writes goes to stdout as it comes, all else to stderr."""
 
-    def __init__(self, session: Any, path: Path | None, sampling: dict[str, Any]) -> None:
-        self.session, self.path, self.sampling, self.running = session, path, sampling, True
-        self.saver = Saver(session, path)
+    def __init__(self, session: Any, path: Path | None, template: Template | None, sampling: Any, log: Any) -> None:
+        self.session, self.path, self.template, self.sampling, self.log = session, path, template, sampling, log
+        self.saver, self.running = Saver(session, path), True
         self.messages: list[dict[str, str]] = []
-        self.undo: list[tuple[Any, int]] = []
-        self.commands: dict[str, Callable[[str], None]] = {
-            "help": lambda _: self.say(HELP),
-            "stats": lambda _: self.say("\n".join(stats_lines(self.session))),
-            "ask": self.ask,
-            "read": self.read,
-            "score": self.score,
-            "history": lambda _: self.say("\n".join(f"{m['role']}: {m['content']}" for m in self.messages) or "empty"),
-            "forget": self.forget,
-            "drop": self.drop,
-            "fork": self.fork,
-            "undo": self.take_back,
-            "save": self.save,
-            "quit": self.quit,
-            "exit": self.quit,
-        }
-
-    @property
-    def templated(self) -> bool:
-        return bool(getattr(self.session.tokenizer, "chat_template", None))
+        self.undo: list[tuple[Any, list[dict[str, str]]]] = []
 
     def say(self, text: str) -> None:
         typer.echo(text, err=True)
 
-    def greet(self) -> None:
+    def run(self) -> None:
+        """Until it is over; whatever ends it, the session is saved."""
         tokens = self.session.stats().tokens
-        self.say(f"{self.path or 'a new session'}: {tokens:,} tokens so far. /help lists the commands.")
-        if not self.templated:
-            self.say("This model has no chat template: it continues the text you type.")
+        where = f"kept in {self.path}" if self.path else "kept nowhere unless you /save FILE"
+        how = "answered" if self.template else "continued (no chat template)"
+        self.say(f"{f'{tokens:,} tokens so far' if tokens else 'A new session'}, {where}.")
+        self.say(f"What you type is {how}; /help lists the commands.")
+        with suppress(AttributeError):
+            sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+        with deferred_interrupt() as self.interrupt:
+            try:
+                while self.running and (line := next_line(self.interrupt)) is not None:
+                    self.turn(line)
+            finally:
+                self.interrupt.deaf = True
+                self.keep()
 
-    def turn(self) -> None:
+    def turn(self, line: str) -> None:
         """One line of the user's."""
         try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return self.quit("")
-        except KeyboardInterrupt:
-            return self.say("\n(/quit or Ctrl-D to leave)")
-        if not line.strip():
-            return None
-        try:
-            name, _, rest = line[1:].partition(" ")
-            if not line.startswith("/"):
-                self.answer(line)
-            elif name in self.commands:
-                self.commands[name](rest.strip())
-            else:
-                self.say(f"there is no /{name}: /help lists the commands")
+            if line.strip():
+                self.do(line)
+            self.saver.sometimes()
         except UserError as error:
-            self.say(f"error: {error}")
+            self.say(f"error: {' '.join(str(error).split())}")
+        except BrokenPipeError:
+            raise
         except OSError as error:
             self.say(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
-        self.saver.sometimes()
-        return None
+        except KeyboardInterrupt:
+            self.say("\nstopped; nothing has changed")
+
+    def do(self, line: str) -> None:
+        name, _, rest = line[1:].partition(" ")
+        if not line.startswith("/"):
+            self.answer(line)
+        elif (command := getattr(self, f"on_{name}", None)) is None:
+            raise UserError(f"there is no /{name}: /help lists the commands")
+        elif name in WANTED and not rest.strip():
+            raise UserError(f"say what: /{name} {WANTED[name]}")
+        else:
+            command(rest.strip())
 
     # -- answers --------------------------------------------------------------------------------------------------
 
-    def answer(self, text: str) -> None:
-        before = self.session.snapshot()
-        said = len(self.messages)
-        self.messages.append({"role": "user", "content": text})
-        reply = self.stream(self.session, self.prompt(text))
-        self.messages.append({"role": "assistant", "content": reply})
-        self.undo = [*self.undo[-9:], (before, said)]
+    def answer(self, words: str) -> None:
+        """A turn, whole or not at all."""
+        self.mark()
+        try:
+            reply = self.stream(self.session, self.prompt(self.session, words, self.messages))
+            self.interrupt.deaf = True
+            said = {"role": "user", "content": words}, {"role": "assistant", "content": reply}
+            self.messages = [*self.messages, *said]
+            if self.template is not None:
+                self.session.read(self.template.closing(self.messages))
+        except BaseException:
+            self.restore()
+            raise
 
-    def prompt(self, text: str) -> Any:
-        """What is fed for a turn: ids by the chat template's own words, or the text."""
-        if not self.templated:
-            return text if self.session.stats().tokens == 0 else "\n" + text
-        tokenizer = self.session.tokenizer
-        before = tokenizer.apply_chat_template(self.messages[:-1], tokenize=False) if len(self.messages) > 1 else ""
-        whole = tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True)
-        new = whole[len(before) :] if whole.startswith(before) else whole
-        return tokenizer(new, add_special_tokens=False)["input_ids"]
+    def prompt(self, session: Any, words: str, messages: list[dict[str, str]]) -> Any:
+        """What is fed for a turn."""
+        if self.template is not None:
+            return self.template.feed(session, messages, words)
+        stats = session.stats()
+        return "\n" + words if stats.in_context or stats.held_characters else words
 
     def stream(self, session: Any, prompt: Any) -> str:
-        """Prints an answer as it comes; Ctrl-C ends it."""
-        pieces = []
-        with deferred_interrupt() as interrupt:
-            writing = session.generate(prompt, stream=True, **self.sampling)
-            try:
-                for piece in writing:
-                    pieces.append(piece)
-                    typer.echo(piece, nl=False)
-                    sys.stdout.flush()
-                    if interrupt.wanted:
-                        break
-            finally:
-                writing.close()
+        """Prints an answer as it comes; Ctrl-C ends it. KeyboardInterrupt when nothing of it has come."""
+        pieces: list[str] = []
+        writing = session.generate(prompt, stream=True, **self.sampling)
+        try:
+            for piece in writing:
+                pieces.append(piece)
+                typer.echo(CONTROL.sub("\ufffd", piece) if sys.stdout.isatty() else piece, nl=False)
+                sys.stdout.flush()
+                if self.interrupt.wanted:
+                    break
+        except KeyboardInterrupt:
+            if not pieces:
+                raise
+        finally:
+            writing.close()
         typer.echo("")
         return "".join(pieces)
 
     # -- commands -------------------------------------------------------------------------------------------------
 
-    def ask(self, question: str) -> None:
-        if not question:
-            raise UserError("/ask QUESTION")
+    def on_ask(self, question: str) -> None:
         with self.session.fork() as copy:
             copy.drop_context()
-            self.stream(copy, question)
+            self.stream(copy, self.prompt(copy, question, []))
 
-    def read(self, name: str) -> None:
-        if not name:
-            raise UserError("/read FILE")
-        from rich.console import Console
+    def on_read(self, name: str) -> None:
+        source = Source(Path(name).expanduser().absolute())
+        self.mark()
+        try:
+            self.say(read_one(self.session, source, self.interrupt, self.saver, self.log))
+        except KeyboardInterrupt:
+            self.say("stopped; what was read stays learned")
 
-        from .read import check, read_one
-
-        path = Path(name).expanduser()
-        length = check(path)
-        with deferred_interrupt() as interrupt:
-            try:
-                self.say(read_one(self.session, path, length, interrupt, self.saver, Console(stderr=True)))
-            except KeyboardInterrupt:
-                self.say("stopped; what was read so far stays")
-
-    def score(self, text: str) -> None:
+    def on_score(self, text: str) -> None:
         found = self.session.score(text)
+        if not found.losses:
+            raise UserError("that is too short: its first token has nothing before it")
         self.say(f"{found.mean:.3f} nats per token over {len(found.losses)} tokens")
 
-    def forget(self, _: str) -> None:
-        self.session.reset()
-        self.messages, self.undo = [], []
-        self.say("forgotten")
+    def on_help(self, _: str) -> None:
+        self.say(HELP)
 
-    def drop(self, _: str) -> None:
-        self.session.drop_context()
+    def on_stats(self, _: str) -> None:
+        self.say("\n".join(stats_lines(self.session)))
+
+    def on_history(self, _: str) -> None:
+        self.say("\n".join(f"{m['role']}: {m['content']}" for m in self.messages) or "nothing yet")
+
+    def on_drop(self, _: str) -> None:
+        self.clear(self.session.drop_context, "the context is forgotten, what was learned is kept")
+
+    def on_forget(self, _: str) -> None:
+        self.clear(self.session.reset, "everything is forgotten")
+
+    def clear(self, how: Any, done: str) -> None:
+        self.mark()
+        how()
         self.messages = []
-        self.say("context forgotten; what was learned stays")
+        self.say(done)
 
-    def fork(self, name: str) -> None:
-        path = Path(name).expanduser() if name else None
-        if path is not None and path.exists():
-            raise UserError(f"{path} exists already")
-        if self.path is not None:
-            self.saver.now()
-        copy = self.session.fork()
-        self.session, self.path, self.saver = copy, path, Saver(copy, path)
-        self.saver.now()
-        self.say(f"now a copy; {f'saved in {path}' if path else 'not saved unless you /save FILE'}")
+    def mark(self) -> None:
+        """To come back to with /undo."""
+        stats = self.session.stats()
+        most = UNDO_BYTES // max(stats.bytes_context + stats.bytes_fast_weights, 1)
+        self.undo = [*self.undo, (self.session.snapshot(), self.messages)][-max(1, min(UNDO, most)) :]
+        self.saver.changed = True
 
-    def take_back(self, _: str) -> None:
+    def restore(self) -> None:
+        before, self.messages = self.undo.pop()
+        self.session.restore(before)
+
+    def on_undo(self, _: str) -> None:
         if not self.undo:
             raise UserError("nothing to take back")
-        before, said = self.undo.pop()
-        self.session.restore(before)
-        self.messages = self.messages[:said]
-        self.say("taken back")
+        self.restore()
+        self.saver.changed = True
+        self.say(f"taken back; {self.session.stats().tokens:,} tokens")
 
-    def save(self, name: str) -> None:
-        path = Path(name).expanduser() if name else self.path
+    def on_fork(self, name: str) -> None:
+        path = self.new_file(name) if name else None
+        self.keep()
+        saver = Saver(self.session.fork(), path)
+        saver.now()
+        self.session, self.path, self.saver = saver.session, path, saver
+        self.say(f"now a copy, kept {f'in {path}' if path else 'nowhere: /save FILE keeps it'}")
+
+    def on_save(self, name: str) -> None:
+        path = self.new_file(name) if name else self.path
         if path is None:
-            raise UserError("/save FILE: this session has no file yet")
-        self.session.save(path)
-        self.path = self.saver.path = path
+            raise UserError("this session has no file yet: /save FILE")
+        saver = Saver(self.session, path)
+        saver.now()
+        self.path, self.saver = path, saver
         self.say(f"saved: {path}")
 
-    def quit(self, _: str) -> None:
-        self.running = False
-        if self.path is not None:
+    def new_file(self, name: str) -> Path:
+        path = Path(name).expanduser()
+        check_place(path)
+        if path.exists() and path != self.path:
+            raise UserError(f"{path} exists already: name a new file")
+        return path
+
+    def keep(self) -> None:
+        """Saves what is not saved yet."""
+        if self.path is not None and (self.saver.changed or not self.path.exists()):
             self.saver.now()
             self.say(f"saved: {self.path}")
+
+    def on_quit(self, _: str) -> None:
+        self.keep()
+        self.running = False

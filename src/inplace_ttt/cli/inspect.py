@@ -1,7 +1,8 @@
 """``inplace-ttt inspect``."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,32 +19,26 @@ def inspect(
         str | None,
         typer.Argument(help="Directory, hub id, or session file. Left out: the shipped model.", show_default=False),
     ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(help="For a plain model: which layers would adapt (0::6, or 0,4,8).", show_default=False),
-    ] = None,
-    chunk_size: Annotated[
-        int | None, typer.Option(help="For a plain model: tokens between updates.", show_default=False)
-    ] = None,
-    target: Annotated[
-        str | None, typer.Option(help="For a plain model: input_embed or hidden_states.", show_default=False)
-    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Plain model: layers to adapt (0::6, or 0,4,8).")] = None,
+    chunk_size: Annotated[int | None, typer.Option(help="Plain model: tokens between updates.")] = None,
+    target: Annotated[str | None, typer.Option(help="Plain model: input_embed or hidden_states.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="For a session: write the picture of its diagnostics here.", show_default=False)
-    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Session: picture of its diagnostics (.png, .pdf, .svg).")] = None,
+    of: Annotated[str | None, typer.Option("--model", help="Session: where its model is now.")] = None,
+    device: Annotated[str | None, typer.Option(help="Session: such as cpu or cuda.")] = None,
 ) -> None:
     """Show which modules of a model adapt (or would), and what that costs; or what a session has learned."""
+    given: dict[str, Any] = {"layers": layers, "chunk_size": chunk_size, "target": target}
     if model is not None and Path(model).is_file():
         from .inspect_session import inspect_session
 
-        return inspect_session(Path(model), json, plot)
-    if plot is not None:
-        raise UserError("--plot is for session files")
+        _refuse(given, "plain models")
+        return inspect_session(Path(model), json, plot, of, device)
+    _refuse({"plot": plot, "model": of, "device": device}, "session files")
     from .preview import preview
 
     quiet_libraries()
-    given = {"layers": layers and _layers(layers), "chunk_size": chunk_size, "target": target}
+    given["layers"] = layers and _layers(layers)
     name = model or str(DEFAULT_MODEL)
     found = preview(name, {key: value for key, value in given.items() if value is not None})
     if json:
@@ -53,6 +48,11 @@ def inspect(
     else:
         _show(found)
     return None
+
+
+def _refuse(options: Mapping[str, object], whose: str) -> None:
+    if given := [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]:
+        raise UserError(f"{given[0]} is for {whose}: leave it out")
 
 
 def _layers(text: str) -> str | tuple[int, ...]:

@@ -2,14 +2,17 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from ..errors import UserError
-from .sessions import open_session, stats_lines
+from .demo import _check_writable
+from .sessions import open_session
+from .usage import size
 
 
-def inspect_session(path: Path, json: bool, plot: Path | None) -> None:
+def inspect_session(path: Path, json: bool, plot: Path | None, model: str | None, device: str | None) -> None:
     """Prints where a session stands and what its fast weights are like; draws how that came about."""
     from rich.console import Console
 
@@ -18,26 +21,37 @@ def inspect_session(path: Path, json: bool, plot: Path | None) -> None:
 
     if plot is not None and plot.suffix.lower() not in FORMATS:
         raise UserError(f"--plot {plot}: the name must end in {', '.join(FORMATS)}")
+    _check_writable(plot)
     with Console(stderr=True).status("loading the model"):
-        session = open_session(path, None, None, {})
-    layers = session.diagnostics()
+        session = open_session(path, model, device, {}, write=False)
+    timeline, layers = session.timeline, session.diagnostics()
+    every = f"one every {timeline.every:,} tokens"
+    if plot is not None and not timeline.samples:
+        raise UserError(f"{path} has no samples to draw yet ({every} read): leave out --plot")
     if json:
         from json import dumps
 
-        found = {"stats": session.stats().to_dict(), "layers": [asdict(x) for x in layers]}
-        typer.echo(dumps(found | {"timeline": session.timeline.to_list()}, indent=2))
+        found = {"model": session.origin, "stats": session.stats().to_dict(), "layers": [asdict(x) for x in layers]}
+        typer.echo(dumps(found | {"timeline": timeline.to_list()}, indent=2))
     else:
-        console = Console(highlight=False)
-        console.print(f"{path}: {session.origin}", soft_wrap=True, markup=False)
-        console.print("\n".join(stats_lines(session)), soft_wrap=True, markup=False)
+        typer.echo("\n".join([f"{path}: model {session.origin}", *stats_lines(session)]))
         if layers:
-            console.print(diagnostics_table(layers))
-        samples = len(session.timeline.samples)
-        console.print(f"{samples} samples, one every {session.timeline.every:,} tokens", soft_wrap=True)
-    if plot is None:
-        return
-    if not session.timeline.samples:
-        raise UserError(f"{path} has no samples to draw yet: one is taken every {session.timeline.every:,} tokens")
-    plot.parent.mkdir(parents=True, exist_ok=True)
-    save_diagnostics(plot, session.timeline, f"{path.name}: {session.stats().tokens:,} tokens")
-    typer.echo(f"Picture: {plot}", err=json)
+            Console(highlight=False).print(diagnostics_table(layers))
+        typer.echo(f"Losses with and without updates: {len(timeline.samples)} samples, {every}")
+    if plot is not None:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        save_diagnostics(plot, timeline, f"{path.name}: {session.stats().tokens:,} tokens")
+        typer.echo(f"Picture: {plot}", err=json)
+
+
+def stats_lines(session: Any) -> list[str]:
+    """Where a session stands, for a person."""
+    s = session.stats()
+    kept = ", ".join(f"{name} {value}" for name, value in s.settings.items() if value not in (None, False))
+    wrote = f", {s.written:,} of them written by the model" if s.written else ""
+    lines = [
+        f"{s.tokens:,} tokens{wrote}; {s.updates:,} updates a layer, {s.pending:,} tokens wait for the next one",
+        f"in context {s.in_context:,} tokens ({size(s.bytes_context)}); fast weights {size(s.bytes_fast_weights)}",
+        f"window {s.window:,}, sinks {s.sinks}, {kept}",
+    ]
+    return lines + ([f"warning: {s.warning}"] if s.warning else [])

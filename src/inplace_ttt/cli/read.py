@@ -1,116 +1,237 @@
-"""``inplace-ttt read``."""
+"""``inplace-ttt read``; and for ``chat``, too: reading files and lines, saving, Ctrl-C."""
 
+import codecs
+import io
+import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import UserError
-from .sessions import Saver, deferred_interrupt, open_session, state_option, stats_lines
+from .inspect_session import stats_lines
+from .sessions import ChunkSize, Decay, Device, Model, Sinks, State, Window, open_session
 from .usage import INTERRUPTED
 
-BLOCK = 1 << 15
-"""Characters handed to the session at a time."""
+FIRST, SMALLEST, LARGEST = 2048, 512, 1 << 15
+"""Bytes handed to the session at a time: so many that Ctrl-C is looked at about once a second."""
 
 
 def read(
-    files: Annotated[list[Path], typer.Argument(help="Text files, read one after the other. - is standard input.")],
-    session: Annotated[Path, typer.Option(help="Session file: continued if it exists, made if not.")],
-    model: Annotated[
-        str | None, typer.Option(help="Directory or hub id. Left out: the session's, or the shipped model.")
-    ] = None,
-    window: Annotated[int | None, typer.Option(help="New session: tokens that attention keeps.", min=1)] = None,
-    sinks: Annotated[int | None, typer.Option(help="New session: first tokens kept besides.", min=0)] = None,
-    decay: Annotated[float | None, typer.Option(help="New session: share forgotten at each update.")] = None,
-    chunk_size: Annotated[int | None, typer.Option(help="New session: tokens between updates.", min=1)] = None,
-    state: Annotated[
-        str | None, typer.Option(help="New session: form of the fast weights: dense, auto, or a rank.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda. Left out: the GPU if there is one.")] = None,
+    files: Annotated[list[Path], typer.Argument(help="Text files; - is standard input.")],
+    session: Annotated[Path, typer.Option(help="Session file: continued, or made if new.")],
+    model: Model = None,
+    window: Window = None,
+    sinks: Sinks = None,
+    decay: Decay = None,
+    chunk_size: ChunkSize = None,
+    state: State = None,
+    device: Device = None,
 ) -> None:
-    """Let a session read files and learn from them. Ctrl-C keeps what was learned."""
+    """Let a session learn from files. Ctrl-C stops and keeps what was learned."""
     from rich.console import Console
 
-    sizes = [check(path) for path in files]
+    sources = [Source(path) for path in files]
+    if not any(source.size is None or source.size for source in sources):
+        raise UserError(f"{files[0]} is empty" if len(files) == 1 else "these files are all empty")
     log = Console(stderr=True)
     with log.status("loading the model"):
-        options = {
-            "window": window,
-            "sinks": sinks,
-            "decay": decay,
-            "chunk_size": chunk_size,
-            "state": state_option(state),
-        }
+        options = {"window": window, "sinks": sinks, "decay": decay, "chunk_size": chunk_size, "state": state}
         opened = open_session(session, model, device, options)
-    saver = Saver(opened, session)
-    console = Console(highlight=False)
-    try:
-        with deferred_interrupt() as interrupt:
-            for path, length in zip(files, sizes, strict=True):
-                console.print(read_one(opened, path, length, interrupt, saver, log), soft_wrap=True)
-                saver.now()
-    except KeyboardInterrupt:
-        saver.now()
-        console.print(f"interrupted; what was read is kept in {session}", soft_wrap=True)
-        console.print("\n".join(stats_lines(opened)), soft_wrap=True)
-        raise typer.Exit(INTERRUPTED) from None
-    except BaseException:
-        saver.now()  # a file that breaks off in the middle: what came before it counts
-        raise
-    console.print("\n".join(stats_lines(opened)), soft_wrap=True)
-    console.print(f"Session: {session}", soft_wrap=True)
+    saver, stopped = Saver(opened, session), False
+    with deferred_interrupt() as interrupt:
+        try:
+            for source in sources:
+                typer.echo(read_one(opened, source, interrupt, saver, log))
+        except KeyboardInterrupt:
+            stopped = True
+        except UserError as error:  # a pipe that breaks off in the middle: what came before it counts
+            if not any(source.done for source in sources):
+                raise
+            raise UserError(f"{error}. What was read before that is kept in {session}") from None
+        finally:
+            interrupt.deaf = True
+            saver.rest()
+    if not any(source.done for source in sources):
+        raise KeyboardInterrupt if stopped else UserError("standard input is empty: nothing was read")
+    typer.echo("\n".join(stats_lines(opened)))
+    if stopped:
+        typer.echo(f"interrupted: what was read is kept in {session}", err=True)
+        raise typer.Exit(INTERRUPTED)
+    typer.echo(f"Session: {session}")
 
 
-def check(path: Path) -> int | None:
-    """Size in bytes; None for standard input."""
-    if str(path) == "-":
-        return None
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    if not path.is_file():
-        raise UserError(f"{path} is not a regular file")
-    with open(path, "rb") as file:
-        if b"\0" in file.read(1 << 16):
-            raise UserError(f"{path} is a binary file (it has NUL bytes): give a text file")
-    return path.stat().st_size
+class Source:
+    """A text file, or standard input. UserError when it is no text, before anything is read from a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.piped = path, str(path) == "-"
+        self.name = "standard input" if self.piped else path.name
+        self.done = 0
+        """Bytes given out."""
+        self.piece = LARGEST
+        self.size = None if self.piped else self._check()
+
+    def texts(self, waiting: Callable[[], Any] = nullcontext) -> Iterator[tuple[int, str]]:
+        """The text in pieces of about ``piece`` bytes, each with its number of bytes."""
+        decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+        name = self.name if self.piped else str(self.path)
+        total, data = 0, b"begin"
+        with self._open() as file:
+            while data:
+                with waiting():
+                    data = file.read1(self.piece)
+                total += len(data)
+                if b"\0" in data:
+                    raise UserError(f"{name} is a binary file (it has NUL bytes): give a text file")
+                try:
+                    text = decoder.decode(data, final=not data)
+                except UnicodeDecodeError as error:
+                    at = total - len(error.object) + error.start
+                    byte = f"byte {at:,} is {error.object[error.start]:#04x}"
+                    raise UserError(f"{name} is not UTF-8 text ({byte}): convert it first") from None
+                self.done = total
+                if text:
+                    yield len(data), text
+
+    def pace(self, seconds: float) -> None:
+        """Smaller or larger pieces from now on, as one took ``seconds``."""
+        if seconds < 0.5:
+            self.piece = min(2 * self.piece, LARGEST)
+        elif seconds > 1:
+            self.piece = max(self.piece // 2, SMALLEST)
+
+    def _open(self) -> AbstractContextManager[Any]:
+        return nullcontext(sys.stdin.buffer) if self.piped else open(self.path, "rb")
+
+    def _check(self) -> int:
+        if not self.path.exists():
+            raise UserError(f"{self.path}: no such file")
+        if self.path.is_dir():
+            raise UserError(f"{self.path} is a directory: give text files")
+        if not self.path.is_file():
+            raise UserError(f"{self.path} is not a regular file: pipe it in, with - as the file")
+        for _ in self.texts():
+            pass
+        size, self.done = self.done, 0
+        return size
 
 
-def read_one(session: Any, path: Path, length: int | None, interrupt: Any, saver: Saver, log: Any) -> str:
+def read_one(session: Any, source: Source, interrupt: "Interrupt", saver: "Saver", log: Any) -> str:
+    """Reads a source with a progress bar; one line about it. KeyboardInterrupt between two pieces."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (
-        TextColumn("{task.fields[name]}"),
-        BarColumn(),
-        TextColumn("{task.fields[tokens]:,} tokens, {task.fields[rate]:,.0f}/s, loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(),
-    )
-    started, total, losses, count = time.monotonic(), 0, 0.0, 0
+    figures = "{task.fields[tokens]:,} tokens, {task.fields[rate]:,.0f}/s, loss {task.fields[loss]}"
+    columns = (TextColumn("{task.fields[name]}", markup=False), BarColumn(), TextColumn(figures), TimeRemainingColumn())
+    before, began = session.stats().tokens, time.monotonic()
+    tokens, losses, count, source.piece = 0, 0.0, 0, FIRST
     with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as progress:
-        task = progress.add_task("", total=length, name=path.name, tokens=0, rate=0.0, loss=float("nan"))
-        for block in _blocks(path):
-            score = session.read(block, scored=True)
-            total += len(score.tokens)
-            losses, count = losses + sum(score.losses), count + len(score.losses)
-            rate, loss = total / (time.monotonic() - started), losses / count if count else float("nan")
-            progress.update(task, advance=len(block.encode()), tokens=total, rate=rate, loss=loss)
-            interrupt.raise_if_wanted()
+        task = progress.add_task("", total=source.size, name=source.name, tokens=0, rate=0.0, loss="?")
+        for length, text in source.texts(interrupt.waiting):
+            start = time.monotonic()
+            saver.changed = True
+            score = session.read(text, scored=True)
+            tokens, losses, count = tokens + len(score.tokens), losses + sum(score.losses), count + len(score.losses)
+            source.pace(time.monotonic() - start)
+            rate, loss = tokens / (time.monotonic() - began), f"{losses / count:.3f}" if count else "?"
+            progress.update(task, advance=length, tokens=tokens, rate=rate, loss=loss)
             saver.sometimes()
-    seconds = time.monotonic() - started
+    if not source.done:
+        return f"{source.name}: empty"
+    tokens, seconds = session.stats().tokens - before, time.monotonic() - began
     mean = f", loss {losses / count:.3f} nats per token" if count else ""
-    return f"{path.name}: {total:,} tokens in {seconds:.1f} s ({total / max(seconds, 1e-9):,.0f}/s){mean}"
+    return f"{source.name}: {tokens:,} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-9):,.0f}/s){mean}"
 
 
-def _blocks(path: Path) -> Any:
-    """Text of a file in blocks; UserError where it is not UTF-8."""
-    try:
-        if str(path) == "-":
-            while line := sys.stdin.readline(BLOCK):
-                yield line
+# -- saving and Ctrl-C -------------------------------------------------------------------------------------------------
+
+
+class Saver:
+    """Saves a session now and then, so that little is lost whatever happens, and little time goes into it."""
+
+    LEAST, SHARE = 5.0, 0.05
+    """Seconds between two savings, at least; share of the time that may go into saving."""
+
+    def __init__(self, session: Any, path: Path | None) -> None:
+        self.session, self.path, self.changed = session, path, False
+        self.last, self.wait = time.monotonic(), self.LEAST
+
+    def now(self) -> None:
+        """UserError or OSError when it cannot be saved; the old file stays."""
+        from safetensors import SafetensorError
+
+        began = time.monotonic()
+        if self.path is not None:
+            try:
+                self.session.save(self.path)
+            except SafetensorError as error:
+                raise UserError(f"cannot write {self.path}: {error}") from None
+        self.last, self.changed = time.monotonic(), False
+        self.wait = max(self.LEAST, (self.last - began) / self.SHARE)
+
+    def sometimes(self) -> None:
+        if self.changed and time.monotonic() - self.last > self.wait:
+            self.now()
+
+    def rest(self) -> None:
+        if self.changed:
+            self.now()
+
+
+class Interrupt:
+    """Ctrl-C while a model works: the first one is noted and looked at between two pieces, the second breaks off."""
+
+    def __init__(self) -> None:
+        self.wanted = self.deaf = self._waiting = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self.deaf:
             return
-        with open(path, encoding="utf-8-sig") as file:
-            while block := file.read(BLOCK):
-                yield block
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason}): convert it first") from None
+        if self.wanted or self._waiting:
+            raise KeyboardInterrupt
+        self.wanted = True
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for input: there Ctrl-C, also one before, breaks off at once."""
+        self._waiting = True
+        try:
+            if self.wanted:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._waiting = False
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Interrupt]:
+    """Inside, the first Ctrl-C does not break off what the model is doing."""
+    state = Interrupt()
+    before = signal.signal(signal.SIGINT, state)
+    try:
+        yield state
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def next_line(interrupt: Interrupt) -> str | None:
+    """The line that a person types, or the next one of standard input; None when there are no more."""
+    asks, shown = sys.stdin.isatty(), sys.stdout.isatty()
+    while True:
+        interrupt.deaf, interrupt.wanted = False, interrupt.wanted and not asks
+        if asks and not shown:
+            typer.echo("> ", nl=False, err=True)
+        try:
+            with interrupt.waiting():
+                return input("> " if asks and shown else "")
+        except EOFError:
+            typer.echo("", nl=asks, err=True)
+            return None
+        except KeyboardInterrupt:
+            if not asks:
+                raise
+            typer.echo("\n/quit or Ctrl-D to leave", err=True)

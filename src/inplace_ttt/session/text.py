@@ -254,22 +254,24 @@ class StreamDecoder:
     """Text of ids that arrive one by one; characters come when all their bytes are there. Special tokens are skipped.
 
     The pushes and the flush after them give ``tokenizer.decode(ids, skip_special_tokens=True)`` without clean-up of
-    spaces. ``prompt``: the ids before, so that a first space comes out right; their text is not returned.
+    spaces; only where bytes that form no character follow bytes that do, byte fallback tokens would take the character
+    back, which was returned already. ``prompt``: the ids before, so that a first space comes out right; their text is
+    not returned.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int] = ()) -> None:
         self._tokenizer: Tokenizer = tokenizer.backend_tokenizer
-        # The first text of a sequence loses its space, that after these ids does not. They are whole characters.
+        # The first text of a sequence loses its space, that after these ids does not.
         self._context, self._pending = self._whole(list(prompt[-_CONTEXT:]))
         self._shown = len(self._tokenizer.decode(self._context))
 
     def _whole(self, ids: list[int]) -> tuple[list[int], list[int]]:
-        """The ids without the bytes of a character cut off before them, and apart those of one to be completed."""
-        for start, rest in product(range(4), range(4)):
-            context, pending = ids[start : max(len(ids) - rest, start)], ids[max(len(ids) - rest, start) :]
-            text = self._tokenizer.decode(context)
-            if not (text.startswith(_REPLACEMENT) or text.endswith(_REPLACEMENT)):
-                return context, pending
+        """The ids up to the last whole character, and those of a character to be completed."""
+        ends = range(len(ids), max(len(ids) - 4, -1), -1)
+        for end, start in product(ends, range(4)):  # the rest of a character that was cut spoils what follows it
+            whole = not self._tokenizer.decode(ids[start:end]).endswith(_REPLACEMENT)
+            if whole and (start < end or start == 0):
+                return ids[start:end], ids[end:]
         return ids, []
 
     def push(self, token: int) -> str:
