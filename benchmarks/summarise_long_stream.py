@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from inplace_ttt.session.diagnostics import Timeline
+from inplace_ttt.session.plots import save_diagnostics
+
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks" / "results" / "long-stream"
 IMAGES = ROOT / "docs" / "images"
@@ -112,6 +115,9 @@ def plots() -> None:
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.grid(axis="y", color="0.9", lw=0.7)
     figure.savefig(IMAGES / "long-stream-cost.png", dpi=150)
+
+    timeline = Timeline.from_list(load("books", "on")["timeline"])
+    save_diagnostics(IMAGES / "long-stream-diagnostics.png", timeline, "500,000 tokens of held-out books")
 
 
 def main() -> None:

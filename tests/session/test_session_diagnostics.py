@@ -430,3 +430,23 @@ def test_table():
         ["", "", "", "", "", "", "(clipped)"],
         ["5", "3", "?", "0.5", "?", "50%", "0.5"],
     ]
+
+
+def test_share_of_clipped_chunks():
+    ids = torch.randint(1, 97, (900,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def session(clip):
+        s = ittt.Session(adapted("llama"), clip=clip, window=60, probe_every=300)
+        s.read(ids)
+        return s
+
+    for clip, share in ((1e-9, 1.0), (1e9, 0.0), (None, None)):
+        s = session(clip)
+        assert len(s.timeline.samples) == 2
+        assert [s.timeline.clipped_share(layer) for layer in s.timeline.layers] == [share, share]
+        headings = [str(column.header) for column in diagnostics_table(s.diagnostics(), s.timeline).columns]
+        assert ("chunks clipped" in headings) == (clip is not None)
+    norms = sorted(d.update_norm for x in session(1e9).timeline.samples for d in x.layers if d.layer == 0)
+    weight = torch.linalg.vector_norm(adapted("llama").model.layers[0].mlp.down_proj.weight.detach())
+    between = float(sum(norms) / 2 * weight / 0.03)  # update_norm is relative to W0 and times lr
+    assert session(between).timeline.clipped_share(0) == 0.5

@@ -191,6 +191,11 @@ class Timeline:
         """Layers measured, ascending."""
         return sorted({d.layer for s in self.samples for d in s.layers})
 
+    def clipped_share(self, layer: int) -> float | None:
+        """Share of a layer's sampled chunks whose update was clipped; None where nothing is clipped by the settings."""
+        known = [d.clipped for s in self.samples for d in s.layers if d.layer == layer and d.clipped is not None]
+        return sum(known) / len(known) if known else None
+
     def series(self, name: str, layer: int) -> np.ndarray:
         """A layer's field ``name``, by sample; NaN where unknown."""
         found = ([d for d in s.layers if d.layer == layer] for s in self.samples)

@@ -105,8 +105,10 @@ def _some(handles: Sequence[Any], labels: Sequence[str]) -> tuple[list[Any], lis
     return [handles[i] for i in at], [labels[i] for i in at]
 
 
-def diagnostics_table(layers: Sequence[LayerDiagnostics]) -> Table:
-    """The terminal's table of one measurement."""
+def diagnostics_table(layers: Sequence[LayerDiagnostics], timeline: Timeline | None = None) -> Table:
+    """The terminal's table of one measurement; with a timeline also the share of sampled chunks that were clipped."""
+    shares = {} if timeline is None else {d.layer: timeline.clipped_share(d.layer) for d in layers}
+    clips = any(share is not None for share in shares.values())
     table = Table(title="What the fast weights are like", title_justify="left", title_style="bold")
     for name in (
         "layer",
@@ -116,6 +118,7 @@ def diagnostics_table(layers: Sequence[LayerDiagnostics]) -> Table:
         "effective rank",
         "key overlap",
         "last update",
+        *(["chunks clipped"] if clips else []),
     ):
         table.add_column(name, justify="right", no_wrap=" " not in name)
     for d in layers:
@@ -129,8 +132,13 @@ def diagnostics_table(layers: Sequence[LayerDiagnostics]) -> Table:
             rank,
             "?" if d.key_overlap is None else f"{d.key_overlap:.0%}",
             _number(d.update_norm) + clipped,
+            *([_share(shares.get(d.layer))] if clips else []),
         )
     return table
+
+
+def _share(value: float | None) -> str:
+    return "?" if value is None else f"{value:.0%}"
 
 
 def _number(value: float | None) -> str:
