@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import InPlaceTTTConfig
     from .errors import UserError
-    from .hf.attach import attach, configure, detach, fast_settings, inspect, is_attached, set_lr, updates_off
+    from .hf.attach import (
+        attach,
+        configure,
+        detach,
+        fast_settings,
+        inspect,
+        is_attached,
+        layers_off,
+        set_lr,
+        updates_off,
+    )
     from .hf.checkpoint import from_pretrained, save_pretrained
     from .hf.context import fast_weights
     from .hf.release import save_release
@@ -27,6 +37,7 @@ __all__ = [
     "from_pretrained",
     "inspect",
     "is_attached",
+    "layers_off",
     "save_pretrained",
     "save_release",
     "set_lr",
@@ -38,7 +49,17 @@ _HOMES = {
     "InPlaceTTTConfig": "config",
     "UserError": "errors",
     **dict.fromkeys(
-        ("attach", "configure", "detach", "fast_settings", "inspect", "is_attached", "set_lr", "updates_off"),
+        (
+            "attach",
+            "configure",
+            "detach",
+            "fast_settings",
+            "inspect",
+            "is_attached",
+            "layers_off",
+            "set_lr",
+            "updates_off",
+        ),
         "hf.attach",
     ),
     **dict.fromkeys(("from_pretrained", "save_pretrained"), "hf.checkpoint"),

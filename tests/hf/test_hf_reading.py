@@ -62,3 +62,31 @@ def test_a_call_that_broke_off_is_noticed():
         with pytest.raises(ValueError, match="broke off half way"):
             model(IDS, past_key_values=cache)
         model(IDS, past_key_values=DynamicCache())
+
+
+def test_layers_off_equals_a_model_that_adapts_in_the_other_layers_only():
+    model = adapted("llama", layers=(0, 1, 2))
+    everything = logits(model, IDS)
+    state = model.state_dict()
+    others = adapted("llama", layers=(0, 2))
+    others.load_state_dict({k: v for k, v in state.items() if "layers.1.mlp.ttt" not in k})
+    with ittt.layers_off(model, [1]):
+        got = logits(model, IDS)
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            pieces = [model(IDS[:, i : i + 5], past_key_values=cache).logits for i in range(0, IDS.shape[1], 5)]
+        assert sorted(ittt.fast_weights(cache)) == [0, 2]
+    assert_close(got, logits(others, IDS))
+    assert_close(torch.cat(pieces, 1), got)
+    assert (got - everything).abs().max() > 1e-3
+    assert_close(logits(model, IDS), everything)
+    with ittt.layers_off(model, [0, 1, 2]):
+        none = logits(model, IDS)
+    with ittt.updates_off(model):
+        assert_close(logits(model, IDS), none)
+
+
+def test_layers_off_refuses_layers_that_do_not_adapt():
+    model = adapted("llama")
+    with pytest.raises(ittt.UserError, match="do not adapt"), ittt.layers_off(model, [1, 9]):
+        pass

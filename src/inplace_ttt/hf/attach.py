@@ -1,6 +1,6 @@
 """attach and detach: put fast weights into a model that is already there, and take them out again."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -194,6 +194,23 @@ def updates_off(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         runtime.enabled = before
+
+
+@contextmanager
+def layers_off(model: nn.Module, layers: Collection[int]) -> Iterator[None]:
+    """Inside, these layers read with their slow weights alone, the others go on adapting: which layers help?
+
+    A cache is good for one choice of layers. UserError for a layer that does not adapt.
+    """
+    runtime = runtime_of(model)
+    known = {site.index for site in runtime.sites}
+    if unknown := sorted(set(layers) - known):
+        raise UserError(f"layers {unknown} do not adapt, only {sorted(known)}")
+    before, runtime.silent = runtime.silent, frozenset(layers)
+    try:
+        yield
+    finally:
+        runtime.silent = before
 
 
 # -- inspection --------------------------------------------------------------------------------------------------------

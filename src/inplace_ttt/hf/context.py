@@ -50,6 +50,8 @@ class Runtime:
     def __init__(self, model: PreTrainedModel, config: InPlaceTTTConfig) -> None:
         self.config, self.lr, self.enabled = config, config.lr, True
         self.form: Any = "dense"
+        self.silent: frozenset[int] = frozenset()
+        """Layers that read with their slow weights alone."""
         self.model_config = model.config
         self.sites: list[LayerSite] = []
         self.current: CallContext | None = None
@@ -116,7 +118,7 @@ class Runtime:
                 mark_stale(cache)
             return CallContext(ChunkTable.build(rows, tokens, self.config.chunk_size), {}, False, self.lr), None
         running = self.model_config.num_hidden_layers  # early-exit drafting lowers it for a while
-        indices = [site.index for site in self.sites if site.index < running]
+        indices = [site.index for site in self.sites if site.index < running and site.index not in self.silent]
         C, decay = self.config.chunk_size, self.config.decay
         slots = {} if cache is None else fast_layers(cache, indices, rows, C, decay, self.form)
         seen = next((slot.fast.seen for slot in slots.values()), None)
@@ -202,7 +204,7 @@ class LayerSite:
                 "document: call the whole model, or detach first (a family whose attention takes no extra keyword "
                 "arguments cannot be adapted)"
             )
-        if not context.enabled:
+        if not context.enabled or self.index in self.runtime.silent:
             return plain(z)
         slot = context.slots.get(self.index)
         state = None if slot is None else slot.fast
