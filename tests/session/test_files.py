@@ -167,6 +167,45 @@ class TestRefused:
     def test_a_header_that_makes_no_sense(self, saved, break_it):
         self.refuse(rewrite(saved, break_it), "damaged|chunk")
 
+    @pytest.mark.parametrize("state", ["dense", "auto", 6], ids=str)
+    def test_any_header_is_refused_or_as_good_as_another(self, tmp_path, state):
+        """Random changes under a right checksum: a plain error, or a session that works."""
+        model, generator = adapted("llama"), random.Random(0)
+        s = Session(model, state=state, window=28, sinks=2, probe_every=16)
+        s.read([1 + (7 * i) % 90 for i in range(300)])
+        s.save(tmp_path / "a.session")
+        data, refused = (tmp_path / "a.session").read_bytes(), 0
+        values = [None, True, -1, 5, 2**70, 0.5, float("nan"), "x", [], {}, [-1], ["x"], [[]], [2**70]]
+
+        def places(x, before=()):
+            for key in x if isinstance(x, dict) else range(min(len(x), 3)) if isinstance(x, list) else ():
+                yield (*before, key)
+                yield from places(x[key], (*before, key))
+
+        def change(header):
+            *path, last = generator.choice(list(places(header)))
+            inner = header
+            for key in path:
+                inner = inner[key]
+            old = inner[last]
+            number = type(old) is int and generator.random() < 0.5
+            inner[last] = old + generator.choice([-4, -1, 1, 4]) if number else generator.choice(values)
+
+        for _ in range(70):
+            (tmp_path / "b.session").write_bytes(data)
+            try:
+                again = Session.load(rewrite(tmp_path / "b.session", change), model)
+            except UserError:
+                refused += 1
+                continue
+            assert again.stats().to_dict()
+            assert again.diagnostics()
+            again.read([5, 6, 7] * 9)
+            again.fork().generate_ids(max_new_tokens=2, repetition_penalty=1.1)
+            again.save(tmp_path / "c.session")
+            Session.load(tmp_path / "c.session", model)
+        assert refused > 35
+
     @pytest.mark.parametrize(
         "break_it",
         [
@@ -178,6 +217,8 @@ class TestRefused:
             lambda t: t.pop(next(k for k in t if k.startswith("context."))),
             lambda t: t.update({"fast.0.other": torch.zeros(2)}),
             lambda t: t.update({"fast.9.S": torch.zeros(2)}),
+            lambda t: t.update({"fast.0.real": torch.ones(1, 3, dtype=torch.bool)}),
+            lambda t: t.update({"context.0.keys": torch.cat([t["context.0.keys"]] * 2, -1)}),
         ],
     )
     def test_tensors_that_make_no_sense(self, saved, break_it):

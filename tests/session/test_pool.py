@@ -50,8 +50,9 @@ PROMPTS = ["It was", " the whale", "def", " and", " so"]
 @pytest.mark.parametrize("name", MODELS)
 def test_each_writes_what_it_writes_alone(name, batch):
     texts = PIECES if name != "gpt2" else [*PIECES[:4], TEXT]
-    expected, sessions = alone(name, texts, PROMPTS, max_new_tokens=24)
-    wrote, pool = pooled(name, texts, PROMPTS, batch, max_new_tokens=24)
+    most = 12 if name == "shipped" else 24
+    expected, sessions = alone(name, texts, PROMPTS, max_new_tokens=most)
+    wrote, pool = pooled(name, texts, PROMPTS, batch, max_new_tokens=most)
     assert wrote == expected
     for i, s in enumerate(sessions):  # and afterwards stands where it would stand alone
         torch.testing.assert_close(pool[f"{i}"].next_logits, s.next_logits)
@@ -156,8 +157,13 @@ def test_files(tmp_path):
     pool.open("a").read(TEXT)
     pool["a"].save(tmp_path / "a.session")
     pool.load("b", tmp_path / "a.session")
-    wrote = pool.generate(["a", "b"], max_new_tokens=5)
+    pool.open("c").read(TEXT[:50])  # shorter: a batch with padding, which the fast weights remember
+    wrote = pool.generate(["a", "b", "c"], max_new_tokens=5)
     assert wrote["a"] == wrote["b"]
+    pool["c"].save(tmp_path / "c.session")
+    pool.load("d", tmp_path / "c.session")
+    wrote = pool.generate(["a", "c", "d"], max_new_tokens=5)
+    assert wrote["c"] == wrote["d"]
 
 
 def test_refused(tmp_path):

@@ -102,7 +102,7 @@ class TestCutting:
 
     @pytest.mark.parametrize("options", [{}, SMALL, {"state": "auto"}, {**SMALL, "state": "auto"}], ids=str)
     @pytest.mark.parametrize("name", ["llama", "glm"])
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=6, deadline=None)
     @given(data=st.data())
     def test_any_split_and_any_interleaving(self, name, options, tmp_path_factory, data):
         expected = session(name, **options)
@@ -151,7 +151,7 @@ class TestWindow:
     def test_memory_and_positions_are_bounded(self):
         s = session("llama", **SMALL)
         sizes = set()
-        for _ in range(30):
+        for _ in range(12):
             s.read(ids_of(TEXT))
             sizes.add(s.stats().bytes_context)
             assert s._stream.position <= 30

@@ -39,10 +39,24 @@ class Task:
     template: str = " The name of the ship was{name}."
     candidates: int = 10
 
+    def __post_init__(self) -> None:
+        """UserError for a task that cannot be set."""
+        for wrong, message in (
+            (self.mentions < 1 or self.length < self.mentions, f"{self.mentions} mentions in {self.length} tokens"),
+            (self.distance < 0, f"distance {self.distance}: 0 or more tokens"),
+            (self.candidates < 2, f"{self.candidates} candidates: at least 2 names"),
+            (
+                self.template.startswith("{name}") or self.template.count("{name}") != 1,
+                f'template {self.template!r}: words, then "{{name}}" once',
+            ),
+        ):
+            if wrong:
+                raise UserError(message)
+
 
 @dataclass(frozen=True)
 class Answer:
-    """What one trial gave, by condition: is the name recognised, preferred; its log-probability; nats over ``none``."""
+    """What one trial gave, by condition: is the name recognised, preferred; its log-probability in nats."""
 
     task: Task
     recognised: dict[str, bool]
@@ -76,12 +90,17 @@ def trial(
     if len(text) < task.length + task.distance:
         raise UserError(f"the text has {len(text):,} tokens, {task.length + task.distance:,} are needed")
     text = text[: task.length + task.distance]
-    present = set(text)
+    present = {*text, *_sentence(tokenizer, task.template, text[0])[1]}
     free = [token for token in vocabulary if token not in present]
     if len(free) < task.candidates:
         raise UserError(f"the vocabulary has only {len(free)} words that the text does not use")
-    choices = random.Random(seed).sample(free, task.candidates)
+    draw = random.Random(seed)
+    choices = draw.sample(free, task.candidates)
     question, sentence = _sentence(tokenizer, task.template, choices[0])
+    # The first of equals counts as the best (reading may change nothing, bfloat16 logits are often equal): where the
+    # name stands among the candidates is left to chance, so that it is not favoured.
+    place = draw.randrange(task.candidates)
+    choices[0], choices[place] = choices[place], choices[0]
     document = _planted(text, sentence, task)
     scores = {}
     for condition in CONDITIONS:
@@ -96,9 +115,9 @@ def trial(
             scores[condition] = logits.float().log_softmax(-1)[torch.tensor(choices, device=logits.device)].cpu()
     return Answer(
         task,
-        {c: bool((scores[c] - scores["none"]).argmax() == 0) for c in CONDITIONS if c != "none"},
-        {c: bool(scores[c].argmax() == 0) for c in CONDITIONS},
-        {c: float(scores[c][0]) for c in CONDITIONS},
+        {c: bool((scores[c] - scores["none"]).argmax() == place) for c in CONDITIONS if c != "none"},
+        {c: bool(scores[c].argmax() == place) for c in CONDITIONS},
+        {c: float(scores[c][place]) for c in CONDITIONS},
     )
 
 
@@ -150,8 +169,10 @@ def _stretches(documents: Sequence[Sequence[int]], length: int) -> Iterator[Sequ
 
 
 def share(answers: Sequence[bool]) -> tuple[float, float, float]:
-    """Share of successes and its 95% interval (Wilson)."""
+    """Share of successes and its 95% interval (Wilson); nan, 0 and 1 without answers."""
     n, z = len(answers), 1.959964
+    if not n:
+        return float("nan"), 0.0, 1.0
     p = float(np.mean(answers))
     middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return p, float((middle - half) / (1 + z * z / n)), float((middle + half) / (1 + z * z / n))

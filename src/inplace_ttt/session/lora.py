@@ -37,7 +37,8 @@ def export(session: "Session", directory: str | Path, rank: int | None = None) -
     on the base model (without fast weights) it gives the logits that the session's weights of this moment give; it does
     not learn on. Tokens whose chunk is not full yet (``stats().pending``) are not in it.
 
-    Raises UserError on a rank below 1 and when nothing was learned yet.
+    Raises UserError on a rank below 1, when nothing was learned yet, and when the fast weights are not finite; OSError
+    when the files cannot be written.
     """
     if rank is not None and rank < 1:
         raise UserError(f"rank {rank}: at least 1")
@@ -48,6 +49,8 @@ def export(session: "Session", directory: str | Path, rank: int | None = None) -
             f"nothing was learned yet: this session learns after every {reader.config.chunk_size:,} tokens, and it has "
             f"read {session.stats().tokens:,}"
         )
+    if broken := [i for i, S in learned.items() if not S.isfinite().all()]:
+        raise UserError(f"the fast weights of layer {broken[0]} are not finite: read again with a decay or less lr")
     names = {id(module): name for name, module in reader.root.named_modules()}
     tensors: dict[str, Tensor] = {}
     layers: list[ExportedLayer] = []

@@ -1,7 +1,7 @@
 """Many sessions on one model, writing in one batch."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from ..errors import UserError
 from ..hf.attach import inspect
 from ..hf.rows import merge, split
 from .sampling import Sampler, Sampling, StopText
-from .session import Session, end_tokens
+from .session import Session
 from .stream import Reader, Stream, whole
 from .text import StreamDecoder
+from .writing import check_continuable, check_most, end_tokens, read_prompt
 
 
 class SessionPool:
@@ -43,9 +44,16 @@ class SessionPool:
         return self._sessions[name]
 
     def add(self, name: str, session: Session) -> Session:
-        """Takes in a session (a fork of another one, say). UserError when it reads with other settings."""
+        """Takes in a session (a fork of another one, say).
+
+        Raises UserError when the name is taken, the session is in here already, is writing at the moment, or reads with
+        other settings.
+        """
         if name in self._sessions:
             raise UserError(f"there is a session {name!r} already: close it first")
+        if any(session is other for other in self._sessions.values()):
+            raise UserError("this session is in the pool already, under another name: add a fork of it")
+        session._check_idle()
         own, other = self._blank._reader, session._reader
         if not own.reads_like(other):
             raise UserError(f"session {name!r} belongs to another model or reads with other settings than this pool")
@@ -82,7 +90,7 @@ class SessionPool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all sessions hold, tensors that forks share counted once each."""
+        """Bytes that all sessions hold; tensors that forks share are counted for each of them."""
         stats = [session.stats() for session in self._sessions.values()]
         return sum(s.bytes_context + s.bytes_fast_weights for s in stats)
 
@@ -101,23 +109,31 @@ class SessionPool:
 
         Returns the new texts by name; with ``stream`` an iterator over (name, piece) as they come. Sessions without a
         tokenizer give lists of ids. Sessions that a name does not find are opened.
+
+        Raises UserError, before any session has read or written anything, where one is busy or has nothing to continue.
+        After another exception (a prompt that cannot be read, Ctrl-C) every session keeps what it read and wrote.
         """
+        if isinstance(prompts, str):
+            raise UserError(f"prompts by name, or a list of names, not a text: [{prompts!r}]")
         wanted = dict(prompts) if isinstance(prompts, Mapping) else dict.fromkeys(prompts)
-        stops = (stop,) if isinstance(stop, str) else stop
-        settings = Sampling(**sampling)
-        pieces = self._run([_Job(n, self.open(n), p, max_new_tokens, stops, settings) for n, p in wanted.items()])
+        check_most(max_new_tokens)
+        settings, stops = Sampling(**sampling), StopText(stop).stops
+        jobs = [_Job(n, self.open(n), p, max_new_tokens, stops, settings) for n, p in wanted.items()]
+        pieces = self._run(jobs)
         if stream:
             return pieces
-        texts = self._blank.tokenizer is not None
-        found: dict[str, Any] = {name: "" if texts else [] for name in wanted}
-        for name, piece in pieces:
-            found[name] += piece
+        found: dict[str, Any] = {job.name: [] if job.session.tokenizer is None else "" for job in jobs}
+        with closing(pieces):
+            for name, piece in pieces:
+                found[name] += piece
         return found
 
-    def _run(self, jobs: list["_Job"]) -> Iterator[tuple[str, Any]]:
+    def _run(self, jobs: list["_Job"]) -> Generator[tuple[str, Any], None, None]:
         with ExitStack() as stack:
             for job in jobs:
                 stack.enter_context(job.session._exclusive())
+            for job in jobs:
+                check_continuable(job.session, job.prompt)
             waiting = list(reversed(jobs))
             active: list[_Job] = []
             with closing(_Groups(self._blank._reader)) as batch:
@@ -145,8 +161,6 @@ class _Job:
     def __init__(
         self, name: str, session: Session, prompt: Any, most: int, stops: Sequence[str], settings: Sampling
     ) -> None:
-        if most < 0:
-            raise UserError(f"max_new_tokens {most}: 0 or more")
         self.name, self.session, self.prompt, self.left = name, session, prompt, most
         self.sampler, self.stops = Sampler(settings), StopText(stops)
         self.decoder: StreamDecoder | None = None
@@ -154,7 +168,7 @@ class _Job:
         self.started = False
 
     def begin(self) -> None:
-        self.session._read_prompt(self.prompt)
+        read_prompt(self.session, self.prompt)
         self.ends = end_tokens(self.session._reader.root, self.session.tokenizer)
 
     def choose(self) -> Any:

@@ -72,7 +72,9 @@ class Sampler:
 
     def __call__(self, recent: Sequence[int], logits: Tensor) -> int:
         """The next token after the ids ``recent`` (what the repetition penalty looks at), from logits [V]."""
-        before: Any = torch.tensor([list(recent)])
+        if logits.isnan().any():
+            raise UserError("the model's prediction is not a number: the updates ran away. Try a decay, or less lr")
+        before: Any = torch.tensor([list(recent)], dtype=torch.int64)
         scores = self.processors(before, logits.float().cpu()[None])[0]
         if self.settings.temperature == 0:
             return int(scores.argmax())
@@ -80,19 +82,23 @@ class Sampler:
 
 
 class StopText:
-    """Passes text on up to the first of some stop strings; what may become one is held back."""
+    """Passes text on up to the stop string that is complete first; what may become one is held back.
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        if any(not stop for stop in stops):
+    Of several that end at the same character the longest counts, so it does not matter in which pieces the text comes.
+    """
+
+    def __init__(self, stops: str | Sequence[str]) -> None:
+        self.stops, self.held, self.found = (stops,) if isinstance(stops, str) else tuple(stops), "", False
+        if not all(self.stops):
             raise UserError("a stop string is empty")
-        self.stops, self.held, self.found = tuple(stops), "", False
 
     def push(self, text: str) -> str:
         """The text that is safe to show."""
         self.held += text
-        places = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        places = [(at + len(stop), at) for stop in self.stops if (at := self.held.find(stop)) >= 0]
         if places:
-            self.found, shown, self.held = True, self.held[: min(places)], ""
+            _, at = min(places)
+            self.found, shown, self.held = True, self.held[:at], ""
             return shown
         keep = max((self._overlap(stop) for stop in self.stops), default=0)
         shown, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]

@@ -1,12 +1,12 @@
 """Session: a stream that a model keeps learning from."""
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..config import InPlaceTTTConfig
@@ -15,56 +15,24 @@ from ..hf.attach import READING, runtime_of
 from ..hf.window import cache_bytes
 from .diagnostics import Timeline, harm, measure
 from .probe import Probe
+from .results import Score as Score
+from .results import Stats as Stats
 from .sampling import Sampler, Sampling, StopText
-from .stream import Reader, Stream
-from .text import StreamDecoder, StreamEncoder
+from .sources import Readable, texts, token_ids
+from .stream import Reader, Stream, losses_of
+from .text import StreamEncoder
+from .writing import check_most, tokens, write
+from .writing import end_tokens as end_tokens
 
 STREAM_DECAY = 0.01
 """Decay of a session whose model has none: the plain sum of updates grows without bound (docs/results.md)."""
-
-Readable = str | Path | IO[Any] | Iterable[str] | Sequence[int] | Tensor
-
-
-@dataclass(frozen=True)
-class Score:
-    """``losses`` [n]: -log p in nats of every token of a text that has something before it; ``tokens``: their ids."""
-
-    tokens: tuple[int, ...]
-    losses: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        """Nats per scored token; nan when there is none."""
-        return sum(self.losses) / len(self.losses) if self.losses else float("nan")
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Where a session stands. ``bytes_*`` are memory held; ``pending`` tokens wait for their chunk to fill up."""
-
-    tokens: int
-    written: int
-    held_characters: int
-    updates: int
-    pending: int
-    in_context: int
-    bytes_context: int
-    bytes_fast_weights: int
-    window: int
-    sinks: int
-    settings: dict[str, Any]
-    warning: str | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 class Snapshot:
     """A session's state at one moment, for ``restore``."""
 
-    def __init__(self, stream: Stream, encoder: StreamEncoder | None, timeline: Timeline) -> None:
-        self.stream, self.encoder, self.timeline = stream, encoder, timeline
+    def __init__(self, reader: Reader, stream: Stream, encoder: StreamEncoder | None, timeline: Timeline) -> None:
+        self.reader, self.stream, self.encoder, self.timeline = reader, stream, encoder, timeline
 
 
 class Session:
@@ -80,7 +48,7 @@ class Session:
     state: form of the fast weights: "dense" (S, [D, F] a layer), "auto" (the pairs of keys and targets while they are
         smaller than S), or a rank r (S is kept to its r leading directions, an approximation).
     probe_every: tokens between two looks at what the updates did (``timeline``, ``warning``); 0: never. Left out:
-        16,384, or 64 chunks if that is more.
+        16,384, or 64 chunks if that is more. A look needs 256 tokens that come at once.
 
     Text is the same text however it is cut: ``read("hel")``, ``read("lo")`` is ``read("hello")``. Characters whose
     token may still change are held until more text comes, or until something else than reading is asked for.
@@ -102,42 +70,46 @@ class Session:
         **settings: Any,
     ) -> None:
         config = _stream_config(runtime_of(model).config, settings)
-        if state not in ("dense", "auto") and not (isinstance(state, int) and state >= 1):
+        if state not in ("dense", "auto") and not (type(state) is int and state >= 1):
             raise UserError(f'state {state!r}: "dense", "auto" or a rank of at least 1')
+        if probe_every is not None and (not isinstance(probe_every, Integral) or probe_every < 0):
+            raise UserError(f"probe_every {probe_every}: a number of tokens, 0 for never")
         self.tokenizer = tokenizer
         self.origin: str | None = None
         """Name by which the command line finds the model again."""
         self._reader = Reader(model, config, window, sinks, state)
-        self._stream = self._reader.new()
-        self._encoder = None if tokenizer is None else StreamEncoder(tokenizer)
-        every = max(16384, 64 * config.chunk_size) if probe_every is None else probe_every
-        self._probe = Probe(self._reader, every)
-        self._timeline = Timeline(every)
+        self._probe = Probe(self._reader, max(16384, 64 * config.chunk_size) if probe_every is None else probe_every)
         self._busy = False
+        self._clear()
 
     # -- reading --------------------------------------------------------------------------------------------------
 
     def read(self, source: Readable, *, scored: bool = False, progress: Any = None) -> Score:
         """Reads a text, a ``Path``, an open file, an iterator of texts, or token ids; learns from every full chunk.
 
-        With ``scored`` the result holds the loss of every token read (of held characters: later), else it is empty.
-        ``progress(n)`` is called with the tokens of each piece. After an exception (Ctrl-C too) everything read so far
-        stays read and learned.
+        Ids [n] or [1, n] are read as they are, after held characters; where a stream begins, the tokenizer's prefix
+        (BOS) comes first, unless they begin with it. With ``scored`` the result holds the loss of every token read (of
+        held characters: later), else it is empty. ``progress(n)`` is called with the tokens of each piece.
+
+        Raises UserError for what is neither text nor token ids of this model, and where the context is full and cannot
+        move on. After an exception (Ctrl-C too) everything read so far stays read and learned.
         """
-        tokens: list[int] = []
+        fed: list[int] = []
         losses: list[float] = []
         with self._exclusive():
             for ids in self._ids(source):
                 for n, found in self._feed(ids, scored):
-                    tokens += ids[:n] if scored else []
-                    ids = ids[n:]
                     losses += found
                     if progress is not None:
                         progress(n)
-        return Score(tuple(tokens), tuple(losses))
+                fed += ids if scored else []
+        return Score(tuple(fed), tuple(losses))
 
     def score(self, source: Readable) -> Score:
-        """Loss of a text as the continuation of what was read, learning on the way; the session stays as it was."""
+        """Loss of a text as the continuation of what was read, learning on the way; the session stays as it was.
+
+        The text is tokenised on its own: what was read, held characters included, ends before it.
+        """
         with self.fork() as copy:
             copy._probe.every = 0
             copy._flush()
@@ -166,25 +138,30 @@ class Session:
         """
         if self.tokenizer is None:
             raise UserError("this session has no tokenizer, so it cannot write text: use generate_ids")
-        pieces = self._write(prompt, max_new_tokens, (stop,) if isinstance(stop, str) else stop, Sampling(**sampling))
-        return pieces if stream else "".join(pieces)
+        check_most(max_new_tokens)
+        pieces = write(self, prompt, max_new_tokens, StopText(stop), Sampler(Sampling(**sampling)))
+        if stream:
+            return pieces
+        with closing(pieces):
+            return "".join(pieces)
 
     def generate_ids(
         self, prompt: Sequence[int] | Tensor | str | None = None, *, max_new_tokens: int = 256, **sampling: Any
     ) -> list[int]:
-        """As ``generate``, in token ids."""
-        with closing(self._tokens(prompt, max_new_tokens, Sampler(Sampling(**sampling)))) as tokens:
-            return list(tokens)
+        """As ``generate``, in token ids, and without a tokenizer if the prompt is ids; no ``stop``, no ``stream``."""
+        check_most(max_new_tokens)
+        with closing(tokens(self, prompt, max_new_tokens, Sampler(Sampling(**sampling)))) as found:
+            return list(found)
 
-    def ask(self, question: str, **options: Any) -> str:
+    def ask(self, question: str, **options: Any) -> Any:
         """Answers from the fast weights alone: the context is dropped first. Options as for ``generate``.
 
         The session stays as it was, whatever is asked. What is not yet in the fast weights (the tokens ``pending`` in
         ``stats``) cannot be remembered.
         """
-        with self.fork() as copy:
-            copy.drop_context()
-            return copy.generate(question, **options)  # type: ignore[no-any-return]
+        copy = self.fork()  # not in a with statement: with stream=True it writes when this call is over
+        copy.drop_context()
+        return copy.generate(question, **options)
 
     # -- the stream as a thing ------------------------------------------------------------------------------------
 
@@ -201,11 +178,16 @@ class Session:
         """The present state, to come back to with ``restore``."""
         self._check_idle()
         encoder = None if self._encoder is None else self._encoder.fork()
-        return Snapshot(self._stream.copy(), encoder, self._timeline.copy())
+        return Snapshot(self._reader, self._stream.copy(), encoder, self._timeline.copy())
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Goes back to a snapshot of this session or of a fork of it."""
+        """Goes back to a snapshot of this session or of a fork of it.
+
+        Raises UserError for a snapshot of a session of another model, or with other settings.
+        """
         self._check_idle()
+        if not self._reader.reads_like(snapshot.reader):
+            raise UserError("this snapshot is of a session of another model, or with other settings")
         self._stream = snapshot.stream.copy()
         self._encoder = None if snapshot.encoder is None else snapshot.encoder.fork()
         self._timeline = snapshot.timeline.copy()
@@ -213,13 +195,13 @@ class Session:
     def reset(self) -> None:
         """Forgets everything: a new document begins."""
         self._check_idle()
-        self._stream = self._reader.new()
-        self._encoder = None if self.tokenizer is None else StreamEncoder(self.tokenizer)
-        self._timeline = Timeline(self._probe.every)
+        self._clear()
 
     def drop_context(self) -> None:
-        """Attention forgets all tokens; the fast weights keep what they learned."""
+        """Attention forgets all tokens; the fast weights keep what they learned. What is read next begins with BOS."""
         with self._exclusive():
+            if not self._reader.fits(self._stream, self._waiting()):
+                self._reader.drop_context(self._stream)  # full, and held characters could not be read
             self._flush()
             self._reader.drop_context(self._stream)
 
@@ -248,9 +230,12 @@ class Session:
 
     @property
     def next_logits(self) -> Tensor | None:
-        """[V]: prediction of the next token, with all text read so far (held characters too)."""
+        """Logits [V] of the next token in the model's dtype, a copy, with all text read so far (held characters too).
+
+        None where nothing is in context.
+        """
         if self._encoder is None or not self._encoder.held:
-            return self._stream.logits
+            return None if self._stream.logits is None else self._stream.logits.clone()
         with self.fork() as copy:
             copy._flush()
             return copy._stream.logits
@@ -271,14 +256,14 @@ class Session:
         return harm(self._timeline, self._settings())
 
     def diagnostics(self) -> list[Any]:
-        """``LayerDiagnostics`` of every adapting layer, now."""
+        """``LayerDiagnostics`` of every adapting layer, now; empty before the first token."""
         return measure(self._reader.model, self._stream.fast, config=self._reader.config)
 
     def stats(self) -> Stats:
         """Where the session stands."""
         stream = self._stream
         held = "" if self._encoder is None else self._encoder.held
-        waiting = len(self._encoder.fork().flush()) if self._encoder is not None and held else 0
+        waiting = self._waiting()
         fast = next(iter(stream.fast.values()), None)
         return Stats(
             tokens=stream.tokens + waiting,
@@ -299,23 +284,33 @@ class Session:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stream = self._reader.new()
+        self._clear()
+
+    def __copy__(self) -> "Session":
+        return self.fork()
 
     def _settings(self) -> dict[str, Any]:
         return {name: getattr(self._reader.config, name) for name in READING}
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
+    def _clear(self) -> None:
+        self._stream = self._reader.new()
+        self._encoder = None if self.tokenizer is None else StreamEncoder(self.tokenizer)
+        self._timeline = Timeline(self._probe.every)
+
     def _ids(self, source: Readable) -> Iterator[list[int]]:
         """Token ids of a source, settled piece by piece."""
-        if isinstance(source, Tensor) or (isinstance(source, Sequence) and not isinstance(source, str)):
-            ids = _token_ids(source)
-            if ids is not None:
-                yield self._begin() + ([] if self._encoder is None else self._encoder.flush()) + ids
-                return
+        if (ids := token_ids(source)) is not None:
+            self._reader.check(ids)
+            if ids:
+                held = [] if self._encoder is None else self._encoder.flush()
+                prefix = self._begin()
+                yield held + ids if not held and ids[: len(prefix)] == prefix else prefix + held + ids
+            return
         if self._encoder is None:
             raise UserError("this session has no tokenizer: read token ids, or make it with one")
-        for text in _texts(source):
+        for text in texts(source):
             ids = self._encoder.push(text)
             if ids:
                 yield self._begin() + ids
@@ -325,6 +320,12 @@ class Session:
         if self._stream.started or self._encoder is None:
             return []
         return list(self._encoder.prefix)
+
+    def _waiting(self) -> int:
+        """Tokens that the held characters would be."""
+        if self._encoder is None or not self._encoder.held:
+            return 0
+        return len(self._begin() + self._encoder.fork().flush())
 
     def _flush(self, scored: bool = False) -> Score:
         """Turns held characters into tokens: the text ends here."""
@@ -336,60 +337,18 @@ class Session:
 
     def _feed(self, ids: list[int], scored: bool) -> Iterator[tuple[int, list[float]]]:
         """Feeds ids with a probe where one is due; yields each piece's size and (if scored) losses."""
-        while ids:
-            self._stream.started = True
-            span = self._probe.before(self._stream, self._timeline, ids)
-            part, ids = ids[:span], ids[span:]
+        self._reader.check(ids)
+        at = 0
+        while at < len(ids):
+            end = at + self._probe.before(self._stream, self._timeline, ids, at)
             before = self._stream.logits
-            at = 0
-            for n, logits in self._reader.feed(self._stream, part, scored):
+            for n, logits in self._reader.feed(self._stream, ids[at:end], scored):
                 found: list[float] = []
                 if scored:
-                    found = _losses(before, logits, part[at : at + n])
+                    found = losses_of(before, logits, ids[at : at + n])
                     before = logits[-1]
                 at += n
                 yield n, found
-
-    def _write(self, prompt: Any, most: int, stop: Sequence[str], settings: Sampling) -> Iterator[str]:
-        sampler, stops = Sampler(settings), StopText(stop)
-        decoder: StreamDecoder | None = None
-        with closing(self._tokens(prompt, most, sampler)) as tokens:
-            for token in tokens:
-                decoder = decoder or StreamDecoder(self.tokenizer, self._stream.recent[-9:-1])
-                if text := stops.push(decoder.push(token)):
-                    yield text
-                if stops.found:
-                    return
-        if text := stops.push("" if decoder is None else decoder.flush()) + stops.flush():
-            yield text
-
-    def _tokens(self, prompt: Any, most: int, sampler: Sampler) -> Generator[int, None, None]:
-        """The new tokens, each read before it is given."""
-        if most < 0:
-            raise UserError(f"max_new_tokens {most}: 0 or more")
-        with self._exclusive():
-            self._read_prompt(prompt)
-            ends = end_tokens(self._reader.root, self.tokenizer)
-            for _ in range(most):
-                logits = self._stream.logits
-                assert logits is not None
-                token = sampler(self._stream.recent, logits)
-                if token in ends:
-                    return
-                for _piece in self._reader.feed(self._stream, [token]):
-                    self._stream.written += 1
-                yield token
-
-    def _read_prompt(self, prompt: Any) -> None:
-        for ids in () if prompt is None else self._ids(prompt):
-            for _ in self._feed(ids, False):
-                pass
-        self._flush()
-        if self._stream.logits is None and (ids := self._begin()):
-            for _ in self._feed(ids, False):
-                pass
-        if self._stream.logits is None:
-            raise UserError("nothing to continue: read something first, or give a prompt")
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -402,7 +361,9 @@ class Session:
 
     def _check_idle(self) -> None:
         if self._busy:
-            raise UserError("this session is writing: exhaust or close the iterator that generate(stream=True) gave")
+            raise UserError(
+                "this session is reading or writing: exhaust or close the iterator that generate(stream=True) gave"
+            )
 
 
 def _stream_config(own: InPlaceTTTConfig, settings: dict[str, Any]) -> InPlaceTTTConfig:
@@ -412,55 +373,3 @@ def _stream_config(own: InPlaceTTTConfig, settings: dict[str, Any]) -> InPlaceTT
     if "decay" not in given and not own.decay:
         given["decay"] = STREAM_DECAY
     return replace(own, **given)
-
-
-def _token_ids(source: Any) -> list[int] | None:
-    """A flat list of ids, or None when ``source`` holds texts."""
-    if isinstance(source, Tensor):
-        if source.is_floating_point() or source.dim() > 2 or (source.dim() == 2 and source.shape[0] != 1):
-            raise UserError(f"token ids must be integers in one row, got {tuple(source.shape)} {source.dtype}")
-        return [int(i) for i in source.flatten().tolist()]
-    if all(isinstance(i, int) for i in source):
-        return list(source)
-    return None
-
-
-def _texts(source: Any) -> Iterator[str]:
-    if isinstance(source, str):
-        yield source
-        return
-    if isinstance(source, Path):
-        with open(source, encoding="utf-8-sig") as file:
-            yield from _texts(file)
-        return
-    if hasattr(source, "read"):
-        while block := source.read(1 << 18):
-            yield _text(block)
-        return
-    for block in source:
-        yield _text(block)
-
-
-def _text(block: Any) -> str:
-    if not isinstance(block, str):
-        raise UserError(f"expected text, got {type(block).__name__}: open files in text mode")
-    return block
-
-
-def _losses(before: Tensor | None, logits: Tensor, ids: Sequence[int]) -> list[float]:
-    """-log p of ids [n], each by the logits of the token before it; the stream's first token has none."""
-    rows = logits[:-1] if before is None else torch.cat([before[None], logits[:-1]])
-    if not len(rows):
-        return []
-    wanted = torch.tensor(list(ids)[len(ids) - len(rows) :], device=rows.device)
-    found: list[float] = nn.functional.cross_entropy(rows.float(), wanted, reduction="none").tolist()
-    return found
-
-
-def end_tokens(root: Any, tokenizer: Any) -> set[int]:
-    """Ids that end a text."""
-    own = getattr(getattr(root, "generation_config", None), "eos_token_id", None)
-    ids = [own if own is not None else root.config.get_text_config().eos_token_id]
-    ids.append(getattr(tokenizer, "eos_token_id", None))
-    flat = [i for x in ids for i in (x if isinstance(x, list | tuple) else [x])]
-    return {int(i) for i in flat if i is not None}

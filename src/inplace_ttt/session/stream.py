@@ -8,6 +8,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..config import InPlaceTTTConfig
 from ..core import FastWeights
 from ..errors import UserError
-from ..hf.attach import runtime_of, unwrap
+from ..hf.attach import RUNTIME, runtime_of, unwrap, updates_off
 from ..hf.cache import FastCacheLayer, install
 from ..hf.relocate import Relocation
 from ..hf.window import clear, empty_cache, evict, native_window, sliding_windows
@@ -89,6 +90,8 @@ class Reader:
     def __init__(self, model: nn.Module, config: InPlaceTTTConfig, window: int | None, sinks: int, form: Any) -> None:
         self.model, self.root, self.runtime = model, unwrap(model), runtime_of(model)
         self.config, self.form = config, form
+        self.adapts = True
+        """Whether it reads with the fast weights; if not, they stay empty."""
         self.device: torch.device = self.root.get_input_embeddings().weight.device  # type: ignore[assignment]
         self.relocation = Relocation.of(model)
         self.own_window = native_window(model)
@@ -104,7 +107,7 @@ class Reader:
         return value if isinstance(value, int) and value > 0 else None
 
     def _check_window(self, window: int | None, sinks: int) -> int:
-        if sinks < 0 or (window is not None and window < 1):
+        if not _is_count(sinks, 0) or not (window is None or _is_count(window, 1)):
             raise UserError(f"window {window} and sinks {sinks}: at least 1 token and 0 sinks")
         own, longest = self.own_window, self.longest
         if own is not None:
@@ -114,10 +117,10 @@ class Reader:
                     "narrow: leave window out"
                 )
             return own
-        if window is None:
-            return max((longest or 4096) - sinks, 1)
-        if longest is not None and window + sinks > longest:
+        if longest is not None and (window or 1) + sinks > longest:
             raise UserError(f"window {window} + sinks {sinks} is beyond the {longest} positions that this model knows")
+        if window is None:
+            return (longest or 4096 + sinks) - sinks
         slides = max((w for w in sliding_windows(self.model) if w is not None), default=0)
         if window - window // 4 < slides:
             raise UserError(f"window {window} is too small: some layers of this model attend to {slides} tokens")
@@ -136,7 +139,20 @@ class Reader:
         mine, theirs = ((r.runtime, r.config, r.window, r.sinks, r.form) for r in (self, other))
         return mine == theirs
 
+    def check(self, ids: Sequence[int]) -> None:
+        """UserError for ids that the model does not know."""
+        if not ids:
+            return
+        weight: Any = self.root.get_input_embeddings().weight
+        known = weight.shape[0]
+        if wrong := [i for i in (min(ids), max(ids)) if not 0 <= i < known]:
+            raise UserError(f"token id {wrong[0]} is none of this model's, 0 to {known - 1}: is the tokenizer its own?")
+
     # -- housekeeping ---------------------------------------------------------------------------------------------
+
+    def fits(self, stream: Stream, n: int) -> bool:
+        """Whether ``n`` more tokens can be read without forgetting the context first."""
+        return self.relocation.supported or self.room(stream) >= n
 
     def room(self, stream: Stream) -> int:
         """Tokens that fit before the window must move on."""
@@ -193,25 +209,23 @@ class Reader:
         self, cache: Cache, ids: Tensor, positions: Tensor, mask: Tensor | None = None, *, scored: bool = False
     ) -> Tensor:
         """Logits [B, n, V] ([B, 1, V] unless ``scored``) of ids [B, n]."""
-        if not self.runtime.enabled:
+        if self.root.__dict__.get(RUNTIME) is not self.runtime:
+            raise UserError("the model's fast weights were taken out since this session began: begin a new one")
+        if self.adapts and not self.runtime.enabled:
             raise UserError(
                 "updates are switched off (updates_off), which a session needs: lr=0 takes their effect away"
             )
         moved = {} if mask is None else {"attention_mask": mask.to(self.device)}
-        was_training = self.model.training
-        self.model.train(False)
-        try:
-            with torch.no_grad(), self.runtime.reading(self.config, self.form):
-                out = self.model(
-                    input_ids=ids.to(self.device),
-                    position_ids=positions.to(self.device),
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=0 if scored else 1,
-                    **moved,
-                )
-        finally:
-            self.model.train(was_training)
+        how = self.runtime.reading(self.config, self.form) if self.adapts else updates_off(self.model)
+        with _evaluating(self.model), torch.no_grad(), how:
+            out = self.model(
+                input_ids=ids.to(self.device),
+                position_ids=positions.to(self.device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=0 if scored else 1,
+                **moved,
+            )
         logits: Tensor = out.logits
         return logits
 
@@ -224,8 +238,36 @@ class Reader:
         stream.position += n
         stream.tokens += n
         stream.cached += n
+        stream.started = True
         stream.logits = logits.detach().clone()
         stream.recent = [*stream.recent, *ids][-RECENT:]
+
+
+def losses_of(before: Tensor | None, logits_nV: Tensor, ids: Sequence[int]) -> list[float]:
+    """-log p in nats of ids [n], each by the logits of the token before it (``before`` [V] for the first, or none)."""
+    rows = logits_nV[:-1] if before is None else torch.cat([before[None], logits_nV[:-1]])
+    if not len(rows):
+        return []
+    wanted = torch.tensor(list(ids)[len(ids) - len(rows) :], device=rows.device)
+    found: list[float] = nn.functional.cross_entropy(rows.float(), wanted, reduction="none").tolist()
+    return found
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, no dropout; afterwards each module is in the mode in which it was."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

@@ -1,0 +1,42 @@
+"""What a session says about a text, and about itself."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Score:
+    """``tokens`` [n]: ids of a text, BOS included; ``losses``: -log p in nats of each.
+
+    A stream's very first token has nothing before it and no loss: then ``losses`` has one entry less.
+    """
+
+    tokens: tuple[int, ...]
+    losses: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Nats per scored token; nan when there is none."""
+        return sum(self.losses) / len(self.losses) if self.losses else float("nan")
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Where a session stands. ``bytes_*`` are memory held; ``pending`` tokens wait for their chunk to fill up."""
+
+    tokens: int
+    written: int
+    held_characters: int
+    updates: int
+    pending: int
+    in_context: int
+    bytes_context: int
+    bytes_fast_weights: int
+    window: int
+    sinks: int
+    settings: dict[str, Any]
+    warning: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
