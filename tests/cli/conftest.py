@@ -2,14 +2,13 @@
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny_models import NAMES, tiny, with_updates
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tiny_models import NAMES, byte_tokenizer, chat_tokenizer, tiny, with_updates
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
@@ -30,15 +29,7 @@ def words() -> str:
 
 @pytest.fixture(scope="session")
 def tokenizer(words: str) -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator([words], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    return byte_tokenizer(words)
 
 
 @pytest.fixture(scope="session")
@@ -59,13 +50,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory, words: str, tokenizer: PreT
 def cli() -> Callable[..., Result]:
     """Runs a command line in this process."""
 
-    def run(*arguments: object) -> Result:
-        result = CliRunner(env={"COLUMNS": "100", "NO_COLOR": "1"}).invoke(app, [str(a) for a in arguments])
+    def run(*arguments: object, input: str | bytes | None = None, columns: int = 100) -> Result:
+        runner = CliRunner(env={"COLUMNS": str(columns), "NO_COLOR": "1"})
+        result = runner.invoke(app, [str(a) for a in arguments], input=input)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         return result
 
     return run
+
+
+@pytest.fixture(scope="session")
+def chatty(tmp_path_factory: pytest.TempPathFactory, words: str) -> Path:
+    """An attached model whose tokenizer has a chat template; neither says that <|im_end|> ends a text."""
+    path = tmp_path_factory.mktemp("models") / "chatty"
+    ittt.save_pretrained(with_updates(tiny(sliding_window=None)), path, chat_tokenizer(words))
+    return path
+
+
+@pytest.fixture
+def says(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """Lets models say the given tokens, whatever they predict; returns the list of those not said yet."""
+
+    def script(*parts: Sequence[int]) -> list[int]:
+        left = [token for part in parts for token in part]
+        monkeypatch.setattr("inplace_ttt.session.sampling.Sampler.__call__", lambda *_: left.pop(0))
+        return left
+
+    return script
 
 
 @pytest.fixture

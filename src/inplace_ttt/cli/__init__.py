@@ -9,6 +9,7 @@ import typer
 
 from .chat import chat
 from .demo import demo
+from .eval import evaluate
 from .inspect import inspect
 from .read import read
 from .train import tokenizer, train
@@ -27,6 +28,7 @@ app.command()(demo)
 app.command()(read)
 app.command()(chat)
 app.command()(inspect)
+app.command(name="eval")(evaluate)
 app.command()(train)
 app.command()(tokenizer)
 

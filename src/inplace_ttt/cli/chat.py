@@ -66,8 +66,8 @@ class Chat:
     """The conversation. What the model writes goes to stdout as it comes, all else to stderr."""
 
     def __init__(self, session: Any, path: Path | None, template: Template | None, sampling: Any, log: Any) -> None:
-        self.session, self.path, self.template, self.sampling, self.log = session, path, template, sampling, log
-        self.saver, self.running = Saver(session, path), True
+        self.session, self.template, self.sampling, self.log = session, template, sampling, log
+        self.saver = Saver(session, path)
         self.messages: list[dict[str, str]] = []
         self.undo: list[tuple[Any, list[dict[str, str]]]] = []
 
@@ -77,15 +77,15 @@ class Chat:
     def run(self) -> None:
         """Until it is over; whatever ends it, the session is saved."""
         tokens = self.session.stats().tokens
-        where = f"kept in {self.path}" if self.path else "kept nowhere unless you /save FILE"
+        where = f"in {self.saver.path}" if self.saver.path else "nowhere unless you /save FILE"
         how = "answered" if self.template else "continued (no chat template)"
-        self.say(f"{f'{tokens:,} tokens so far' if tokens else 'A new session'}, {where}.")
+        self.say(f"{f'{tokens:,} tokens so far' if tokens else 'A new session'}, kept {where}.")
         self.say(f"What you type is {how}; /help lists the commands.")
         with suppress(AttributeError):
             sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
         with deferred_interrupt() as self.interrupt:
             try:
-                while self.running and (line := next_line(self.interrupt)) is not None:
+                while (line := next_line(self.interrupt)) is not None:
                     self.turn(line)
             finally:
                 self.interrupt.deaf = True
@@ -99,10 +99,6 @@ class Chat:
             self.saver.sometimes()
         except UserError as error:
             self.say(f"error: {' '.join(str(error).split())}")
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            self.say(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
         except KeyboardInterrupt:
             self.say("\nstopped; nothing has changed")
 
@@ -116,8 +112,6 @@ class Chat:
             raise UserError(f"say what: /{name} {WANTED[name]}")
         else:
             command(rest.strip())
-
-    # -- answers --------------------------------------------------------------------------------------------------
 
     def answer(self, words: str) -> None:
         """A turn, whole or not at all."""
@@ -158,8 +152,6 @@ class Chat:
             writing.close()
         typer.echo("")
         return "".join(pieces)
-
-    # -- commands -------------------------------------------------------------------------------------------------
 
     def on_ask(self, question: str) -> None:
         with self.session.fork() as copy:
@@ -222,33 +214,35 @@ class Chat:
     def on_fork(self, name: str) -> None:
         path = self.new_file(name) if name else None
         self.keep()
-        saver = Saver(self.session.fork(), path)
-        saver.now()
-        self.session, self.path, self.saver = saver.session, path, saver
-        self.say(f"now a copy, kept {f'in {path}' if path else 'nowhere: /save FILE keeps it'}")
+        self.move(self.session.fork(), path)
+        self.say(f"now a copy, kept {f'in {path}' if path else 'nowhere unless you /save FILE'}")
 
     def on_save(self, name: str) -> None:
-        path = self.new_file(name) if name else self.path
+        path = self.new_file(name) if name else self.saver.path
         if path is None:
             raise UserError("this session has no file yet: /save FILE")
-        saver = Saver(self.session, path)
-        saver.now()
-        self.path, self.saver = path, saver
+        self.move(self.session, path)
         self.say(f"saved: {path}")
 
     def new_file(self, name: str) -> Path:
         path = Path(name).expanduser()
         check_place(path)
-        if path.exists() and path != self.path:
+        if path.exists() and path != self.saver.path:
             raise UserError(f"{path} exists already: name a new file")
         return path
 
+    def move(self, session: Any, path: Path | None) -> None:
+        saver = Saver(session, path)
+        saver.now()
+        self.session, self.saver = session, saver
+
     def keep(self) -> None:
         """Saves what is not saved yet."""
-        if self.path is not None and (self.saver.changed or not self.path.exists()):
+        path = self.saver.path
+        if self.saver.changed or (path is not None and not path.exists()):
             self.saver.now()
-            self.say(f"saved: {self.path}")
+            self.say(f"saved: {path}" if path else "no file: this session is not kept")
 
     def on_quit(self, _: str) -> None:
         self.keep()
-        self.running = False
+        raise typer.Exit

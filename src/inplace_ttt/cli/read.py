@@ -18,7 +18,7 @@ from .sessions import ChunkSize, Decay, Device, Model, Sinks, State, Window, ope
 from .usage import INTERRUPTED
 
 FIRST, SMALLEST, LARGEST = 2048, 512, 1 << 15
-"""Bytes handed to the session at a time: so many that Ctrl-C is looked at about once a second."""
+"""Bytes handed to the session at a time: so many that Ctrl-C is looked at about twice a second."""
 
 
 def read(
@@ -46,7 +46,9 @@ def read(
     with deferred_interrupt() as interrupt:
         try:
             for source in sources:
-                typer.echo(read_one(opened, source, interrupt, saver, log))
+                line = read_one(opened, source, interrupt, saver, log)
+                if source.done or len(sources) > 1:
+                    typer.echo(line)
         except KeyboardInterrupt:
             stopped = True
         except UserError as error:  # a pipe that breaks off in the middle: what came before it counts
@@ -60,7 +62,7 @@ def read(
         raise KeyboardInterrupt if stopped else UserError("standard input is empty: nothing was read")
     typer.echo("\n".join(stats_lines(opened)))
     if stopped:
-        typer.echo(f"interrupted: what was read is kept in {session}", err=True)
+        typer.echo(f"interrupted after {source.done:,} bytes of {source.name}; that is kept in {session}", err=True)
         raise typer.Exit(INTERRUPTED)
     typer.echo(f"Session: {session}")
 
@@ -100,13 +102,16 @@ class Source:
 
     def pace(self, seconds: float) -> None:
         """Smaller or larger pieces from now on, as one took ``seconds``."""
-        if seconds < 0.5:
+        if seconds < 0.25:
             self.piece = min(2 * self.piece, LARGEST)
-        elif seconds > 1:
+        elif seconds > 0.8:
             self.piece = max(self.piece // 2, SMALLEST)
 
     def _open(self) -> AbstractContextManager[Any]:
-        return nullcontext(sys.stdin.buffer) if self.piped else open(self.path, "rb")
+        try:
+            return nullcontext(sys.stdin.buffer) if self.piped else open(self.path, "rb")
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror}") from None
 
     def _check(self) -> int:
         if not self.path.exists():
@@ -129,7 +134,8 @@ def read_one(session: Any, source: Source, interrupt: "Interrupt", saver: "Saver
     columns = (TextColumn("{task.fields[name]}", markup=False), BarColumn(), TextColumn(figures), TimeRemainingColumn())
     before, began = session.stats().tokens, time.monotonic()
     tokens, losses, count, source.piece = 0, 0.0, 0, FIRST
-    with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as progress:
+    quiet = not log.is_terminal or (source.piped and sys.stdin.isatty())
+    with Progress(*columns, console=log, transient=True, disable=quiet) as progress:
         task = progress.add_task("", total=source.size, name=source.name, tokens=0, rate=0.0, loss="?")
         for length, text in source.texts(interrupt.waiting):
             start = time.monotonic()
@@ -161,15 +167,16 @@ class Saver:
         self.last, self.wait = time.monotonic(), self.LEAST
 
     def now(self) -> None:
-        """UserError or OSError when it cannot be saved; the old file stays."""
+        """UserError when it cannot be saved; the old file stays."""
         from safetensors import SafetensorError
 
+        if self.path is None:
+            return
         began = time.monotonic()
-        if self.path is not None:
-            try:
-                self.session.save(self.path)
-            except SafetensorError as error:
-                raise UserError(f"cannot write {self.path}: {error}") from None
+        try:
+            self.session.save(self.path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot write {self.path}: {getattr(error, 'strerror', error)}") from None
         self.last, self.changed = time.monotonic(), False
         self.wait = max(self.LEAST, (self.last - began) / self.SHARE)
 

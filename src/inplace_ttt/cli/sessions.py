@@ -47,7 +47,7 @@ def open_session(
         return _begin(model or SHIPPED, device, options)
     if options:
         given = ", ".join(f"--{name.replace('_', '-')}" for name in options)
-        raise UserError(f"{path} exists, and {given} can only be set for a new session: leave it out, or name another")
+        raise UserError(f"{path} exists, and {given} is for a new session: leave that out, or name a new file")
     return _go_on(path, model, device)
 
 
@@ -76,7 +76,7 @@ def _go_on(path: Path, model: str | None, device: str | None) -> Any:
     except UserError as error:
         if "was written" not in str(error):
             raise
-        raise UserError(f"{error} (this was {name}; --model names another)") from None
+        raise UserError(f"{error} (the model is {name}; --model names another)") from None
     session.origin = _origin(name)
     return session
 

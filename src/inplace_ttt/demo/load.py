@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..errors import UserError
-from ..hf.checkpoint import BASE, SETTINGS, from_pretrained
+from ..hf.checkpoint import BASE, SETTINGS, from_pretrained, load_plain, require_hub_id
 from ..shipped import DEFAULT_MODEL
 
 
@@ -25,6 +25,19 @@ def load(model: str | Path, device: str | None = None) -> tuple[PreTrainedModel,
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"the tokenizer of {model} is not a fast one: it cannot tell which characters a token spans")
     return loaded, tokenizer
+
+
+def load_baseline(model: str | Path, device: str | None = None) -> PreTrainedModel:
+    """A model to compare with, plain or with fast weights; UserError when it cannot be loaded."""
+    place = _device(device)
+    dtype: Any = torch.float32 if place.type == "cpu" else "auto"
+    path = Path(model).expanduser()
+    if (path / SETTINGS).is_file():
+        return from_pretrained(path, dtype=dtype).to(place).eval()  # type: ignore[no-any-return]
+    if not path.is_dir():
+        require_hub_id(str(model))
+    plain: Any = load_plain(path if path.is_dir() else str(model), {"dtype": dtype})
+    return plain.to(place).eval()  # type: ignore[no-any-return]
 
 
 def load_tokenizer(model: str | Path, loaded: PreTrainedModel) -> Any:

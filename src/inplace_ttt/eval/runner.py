@@ -1,0 +1,121 @@
+"""Runs suites over variants of a model on the same inputs, unit by unit, and can be broken off and taken up again.
+
+The directory of a run holds ``plan.json`` (what is measured, so that a run is never continued as another one) and
+``records.jsonl``: one line per unit and variant, with all its records. A run that was killed leaves whole lines and
+perhaps a torn last one, which is passed over and measured again.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from ..errors import UserError
+from .suites import Record, Suite
+
+PLAN, RECORDS = "plan.json", "records.jsonl"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of reading: a model, and a context that sets it up (updates off, other settings, ...)."""
+
+    label: str
+    model: nn.Module
+    context: Callable[[], AbstractContextManager[Any]]
+    updates: bool = True
+    """Whether it adapts; suites that need that leave out the others."""
+
+
+def run(
+    suites: Sequence[Suite],
+    variants: Sequence[Variant],
+    directory: Path,
+    plan: dict[str, Any],
+    *,
+    fresh: bool = False,
+    console: Console | None = None,
+) -> list[Record]:
+    """Measures every unit of every suite with every variant; returns all records, those of earlier runs included.
+
+    ``plan`` (JSON-ready) describes the evaluation. UserError when ``directory`` holds another one, unless ``fresh``.
+    """
+    _prepare(directory, plan, fresh)
+    found, done = read_records(directory)
+    work = [
+        (suite, unit, variant)
+        for suite in suites
+        for unit in suite.units()
+        for variant in variants
+        if variant.updates or not getattr(suite, "needs_updates", False)
+        if (suite.name, unit.key, variant.label) not in done
+    ]
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f}%"),
+        TimeRemainingColumn(),
+    )
+    with (
+        open(directory / RECORDS, "a", encoding="utf-8") as file,
+        Progress(*columns, console=console or Console(stderr=True), transient=True) as progress,
+    ):
+        task = progress.add_task("", total=sum(unit.tokens for _, unit, _ in work))
+        for suite, unit, variant in work:
+            progress.update(task, description=f"{suite.name}, {variant.label}")
+            started = time.perf_counter()
+            was_training = variant.model.training
+            variant.model.train(False)
+            with variant.context():
+                rows = suite.measure(variant.model, unit)
+            variant.model.train(was_training)
+            key = {"suite": suite.name, "unit": unit.key, "variant": variant.label}
+            line = {**key, "seconds": round(time.perf_counter() - started, 3), "records": rows}
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            found += [{**key, **row} for row in rows]
+            progress.advance(task, unit.tokens)
+    return found
+
+
+def read_records(directory: Path) -> tuple[list[Record], set[tuple[str, str, str]]]:
+    """All records so far, and the (suite, unit, variant) they are of."""
+    records: list[Record] = []
+    done: set[tuple[str, str, str]] = set()
+    path = directory / RECORDS
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        key = {name: line[name] for name in ("suite", "unit", "variant")}
+        done.add((line["suite"], line["unit"], line["variant"]))
+        records += [{**key, **row} for row in line["records"]]
+    return records, done
+
+
+def _prepare(directory: Path, plan: dict[str, Any], fresh: bool) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file: name a directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(plan, indent=1, sort_keys=True) + "\n"
+    file = directory / PLAN
+    if file.exists() and not fresh and file.read_text(encoding="utf-8") != text:
+        raise UserError(f"{directory} holds another evaluation: choose another --out, or --fresh to throw it away")
+    if fresh or not file.exists():
+        (directory / RECORDS).unlink(missing_ok=True)
+    _end_with_newline(directory / RECORDS)
+    file.write_text(text, encoding="utf-8")
+
+
+def _end_with_newline(path: Path) -> None:
+    """What comes next must not join a line that was torn."""
+    if path.exists() and (data := path.read_bytes()) and not data.endswith(b"\n"):
+        path.write_bytes(data + b"\n")

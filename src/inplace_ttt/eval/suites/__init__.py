@@ -1,0 +1,32 @@
+"""What can be measured. A suite cuts its work into units that can be measured one by one, in any order."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+Record = dict[str, Any]
+"""One row of figures, JSON-ready. Every record of a unit has ``document``, the cluster that intervals resample over."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work: ``key`` names it for good (a run taken up again skips keys it has), ``tokens`` is its size."""
+
+    key: str
+    tokens: int
+
+
+class Suite(Protocol):
+    """One kind of measurement, over one and the same inputs for every model and setting."""
+
+    name: str
+
+    def units(self) -> Sequence[Unit]:
+        """All units, the same ones in every run."""
+        ...
+
+    def measure(self, model: nn.Module, unit: Unit) -> list[Record]:
+        """The figures of one unit, by the model as it is set at the moment (updates on or off, any settings)."""
+        ...

@@ -1,0 +1,150 @@
+"""Documents to measure on: text files, directories of them, and JSON lines, each document tokenised once."""
+
+import gzip
+import json
+import lzma
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from ...demo.text import read_text
+from ...errors import UserError
+
+TEXT_FILES = frozenset(
+    [
+        ".txt",
+        ".text",
+        ".md",
+        ".markdown",
+        ".rst",
+        ".tex",
+        ".org",
+        ".html",
+        ".xml",
+        ".csv",
+        ".py",
+        ".js",
+        ".ts",
+        ".c",
+        ".h",
+        ".cpp",
+        ".rs",
+        ".go",
+        ".java",
+    ]
+)
+"""What counts as a text file inside a directory. A file given by its own name may be called anything."""
+JSON_LINES = (".jsonl", ".jsonl.xz", ".jsonl.gz")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A tokenised text: ``ids`` int32 [n]. ``name`` is unique among the documents loaded together."""
+
+    name: str
+    domain: str
+    ids: np.ndarray
+
+
+def load_texts(
+    sources: Sequence[Path | str], tokenizer: Any, *, domain: str = "text", tokens: int | None = None
+) -> list[Document]:
+    """The documents of all sources, in order, of each its first ``tokens`` tokens (None: all).
+
+    A source is
+
+    * a UTF-8 text file: one document, named by its path, of domain ``domain``;
+    * a directory: its text files (``TEXT_FILES``) and JSON lines at any depth, in the order of their paths; empty and
+      hidden files are left out; a text's domain is the directory's name;
+    * a ``.jsonl``, ``.jsonl.xz`` or ``.jsonl.gz`` file: a document a line, ``{"text": ..., "id": ..., "domain": ...}``,
+      only ``text`` is needed.
+
+    Text that looks like special tokens is read as text, and none are added. Raises UserError for a source that is
+    missing, empty, binary, not UTF-8 or not such JSON, and for two documents of one name.
+    """
+    found: dict[str, Document] = {}
+    for source in sources:
+        for name, where, text in _texts(Path(source), domain):
+            if name in found:
+                raise UserError(f'{source}: a second document named {name!r}: give each document an "id" of its own')
+            found[name] = Document(name, where, tokenize(tokenizer, text)[:tokens])
+    if not found:
+        raise UserError("no documents: give at least one text file, directory or .jsonl file")
+    return list(found.values())
+
+
+def tokenize(tokenizer: Any, text: str) -> np.ndarray:
+    """Token ids int32 [n] of a text alone: nothing added, nothing in it special."""
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    return np.array(ids, np.int32)
+
+
+def _texts(source: Path, domain: str) -> Iterator[tuple[str, str, str]]:
+    """Name, domain and text of a source's documents."""
+    if not source.is_dir():
+        yield from _file(source, domain)
+        return
+    inside = [
+        path
+        for path in sorted(source.rglob("*"))
+        if (path.suffix.lower() in TEXT_FILES or path.name.endswith(JSON_LINES))
+        and not any(part.startswith(".") for part in path.relative_to(source).parts)
+        and path.is_file()
+        and path.stat().st_size
+    ]
+    if not inside:
+        raise UserError(f"{source}: no text files in this directory (of the kinds {' '.join(sorted(TEXT_FILES))})")
+    for path in inside:
+        yield from _file(path, source.resolve().name or domain)
+
+
+def _file(path: Path, domain: str) -> Iterator[tuple[str, str, str]]:
+    if path.name.endswith(JSON_LINES):
+        yield from _json_lines(path, domain)
+        return
+    size = path.stat().st_size if path.is_file() else 0
+    yield str(path), domain, read_text(path, size).text
+
+
+def _json_lines(path: Path, domain: str) -> Iterator[tuple[str, str, str]]:
+    number = 0
+    try:
+        with _open(path) as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _record(path, number, line, domain)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}, after line {number}: not UTF-8 text") from None
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}, after line {number}: cannot be read ({reason})") from None
+    if not number:
+        raise UserError(f"{path} is empty")
+
+
+def _open(path: Path) -> IO[str]:
+    if path.suffix == ".xz":
+        return lzma.open(path, "rt", encoding="utf-8-sig")
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig")
+    return open(path, encoding="utf-8-sig")
+
+
+def _record(path: Path, number: int, line: str, domain: str) -> tuple[str, str, str]:
+    where = f"{path}, line {number}"
+    if "\0" in line:
+        raise UserError(f"{where}: binary data (NUL bytes), not JSON lines")
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({getattr(error, 'msg', 'too deeply nested')})") from None
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise UserError(f'{where}: no "text" (each line must be an object with a string "text")')
+    if not record["text"].strip():
+        raise UserError(f'{where}: its "text" is empty')
+    return str(record.get("id", f"{path}:{number}")), str(record.get("domain", domain)), record["text"]

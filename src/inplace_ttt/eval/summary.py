@@ -1,0 +1,144 @@
+"""From records to what people read: means with intervals, differences to updates off, a verdict in words."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from .nll import Mean
+from .paired import Record, by_group, difference, estimate
+
+REFERENCE = "off"
+"""The variant that others are compared with, where it was measured."""
+
+
+def means(records: Sequence[Record], keys: Sequence[str], value: str, weight: str | None) -> list[dict[str, Any]]:
+    """A row per group and variant: the group, the mean, its interval, its difference to ``REFERENCE``."""
+    rows = []
+    for group, members in by_group(records, keys).items():
+        variants = by_group(members, ["variant"])
+        reference = variants.get((REFERENCE,))
+        for (label,), found in variants.items():
+            row = {**dict(zip(keys, group, strict=True)), "variant": label, **asdict(estimate(found, value, weight))}
+            row["documents"] = len({r["document"] for r in found})
+            if reference is not None and label != REFERENCE:
+                gap = difference(found, reference, value, weight)
+                row |= {"difference": gap.value, "difference_low": gap.low, "difference_high": gap.high}
+            rows.append(row)
+    return rows
+
+
+def tables(records: Sequence[Record]) -> dict[str, list[dict[str, Any]]]:
+    """All tables that the records allow, by name."""
+    nll = [r for r in records if r["suite"] == "nll"]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for kind, keys in (
+        ("document", ["domain"]),
+        ("position", ["domain", "start", "end"]),
+        ("class", ["domain", "class"]),
+        ("sliding", ["domain", "context"]),
+    ):
+        part = [r for r in nll if r["kind"] == kind]
+        if kind == "sliding":
+            part = _in_all_contexts(part)
+        if part:
+            found[f"nll by {kind}"] = means(part, keys, "loss_sum", "tokens")
+    needle = [r for r in records if r["suite"] == "needle"]
+    if needle:
+        found["needle"] = means(needle, ["kind"], "correct", None)
+        found["needle by length and depth"] = means(needle, ["kind", "length", "depth"], "correct", None)
+    memory = [r for r in records if r["suite"] == "read-then-ask"]
+    if memory:
+        found["read, then ask"] = means(memory, ["distance", "mentions", "condition"], "correct", None)
+    state = [r for r in records if r["suite"] == "diagnostics"]
+    if state:
+        found["fast weights"] = _state(state)
+        if correlations := _correlations(state, nll):
+            found["what goes with a gain"] = correlations
+    return found
+
+
+def _in_all_contexts(records: list[Record]) -> list[Record]:
+    """Only documents that have the longest context: else the curve would compare different texts."""
+    kept = []
+    for _, members in by_group(records, ["domain"]).items():
+        longest = max(r["context"] for r in members)
+        names = {r["document"] for r in members if r["context"] == longest}
+        kept += [r for r in members if r["document"] in names]
+    return kept
+
+
+def _state(records: list[Record]) -> list[dict[str, Any]]:
+    rows = []
+    names = ("relative_norm", "output_change", "effective_rank", "key_overlap", "update_norm")
+    for (variant, layer), members in by_group(records, ["variant", "layer"]).items():
+        row: dict[str, Any] = {"variant": variant, "layer": layer, "windows": len(members)}
+        for name in names:
+            values = [r[name] for r in members if r[name] is not None]
+            row[name] = float(np.mean(values)) if values else None
+        rows.append(row)
+    return rows
+
+
+def _correlations(state: list[Record], nll: list[Record]) -> list[dict[str, Any]]:
+    """Over windows: correlation of the gain (off - on) with each layer's overlap of keys and effective rank."""
+    losses = {
+        (r["variant"], r["unit"]): r["loss_sum"] / r["tokens"] for r in nll if r["kind"] == "document" and r["tokens"]
+    }
+    rows = []
+    for (layer,), members in by_group([r for r in state if r["variant"] == "on"], ["layer"]).items():
+        for name in ("key_overlap", "effective_rank", "output_change"):
+            points = [
+                (r[name], losses["off", r["unit"]] - losses["on", r["unit"]])
+                for r in members
+                if r[name] is not None and {("on", r["unit"]), ("off", r["unit"])} <= losses.keys()
+            ]
+            x, gain = np.array(points).T if len(points) >= 4 else (np.zeros(0), np.zeros(0))
+            if len(x) and x.std() > 0 and gain.std() > 0:
+                rows.append({"layer": layer, "figure": name, "windows": len(x), "r": float(np.corrcoef(x, gain)[0, 1])})
+    return rows
+
+
+def verdicts(found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Sentences: do the updates help, where, and if not, what to try."""
+    lines = []
+    for row in found.get("nll by document", []):
+        if row["variant"] == "on" and "difference" in row:
+            lines.append(_verdict(row["domain"], Mean(*(row[f"difference{x}"] for x in ("", "_low", "_high")))))
+    if any("hurt" in line for line in lines):
+        lines += _advice(found)
+    for row in found.get("needle", []):
+        if row["variant"] == "on" and "difference" in row:
+            gap = 100 * row["difference"]
+            interval = _interval(100 * row["difference_low"], 100 * row["difference_high"], "+.0f")
+            lines.append(
+                f"Needle, {row['kind']}: {row['value']:.0%} right with updates, {gap:+.0f} points ({interval})."
+            )
+    return lines
+
+
+def _verdict(domain: str, gap: Mean) -> str:
+    interval = _interval(gap.low, gap.high, "+.3f")
+    if gap.high < 0:
+        return f"{domain}: updates help, by {-gap.value:.3f} nats per token ({interval})."
+    if gap.low > 0:
+        return f"{domain}: updates hurt, by {gap.value:.3f} nats per token ({interval})."
+    return f"{domain}: no clear difference between updates on and off ({gap.value:+.3f} nats per token, {interval})."
+
+
+def _interval(low: float, high: float, form: str) -> str:
+    if np.isnan(low):
+        return "from one document, so without an interval"
+    return f"95% interval {low:{form}} to {high:{form}}"
+
+
+def _advice(found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """What to try: the best of the other variants, else the usual suspects."""
+    others = [r for r in found["nll by document"] if r["variant"] not in ("on", REFERENCE, "baseline")]
+    if others:
+        best = min(others, key=lambda r: r["value"])
+        return [
+            f"Of what was tried, {best['variant']} read {best['domain']} best ({best['value']:.3f} nats per token)."
+        ]
+    return ["Try --sweep decay=0.01,0.05 or lr=... with smaller values, and --layers to find the layer that does it."]
