@@ -13,6 +13,7 @@ from torch import nn
 
 import inplace_ttt as ittt
 from inplace_ttt.errors import UserError
+from inplace_ttt.eval.read_then_ask import words
 from inplace_ttt.eval.suites import Record, Unit
 from inplace_ttt.eval.suites.needle import KINDS, NeedleSuite
 from inplace_ttt.eval.suites.texts import Document
@@ -28,7 +29,7 @@ def documents(count: int = 2) -> list[Document]:
 def build(**changes: Any) -> NeedleSuite:
     values: dict[str, Any] = {"lengths": (90, 140), "depths": (0.0, 0.5, 1.0), "trials": 2, "template": TEMPLATE}
     values |= {"mentions": 2, "spacing": 3, "several": 2, "candidates": 5}
-    return NeedleSuite(tokenizer(), values.pop("documents", documents()), **(values | changes))
+    return NeedleSuite(tokenizer(), **({"documents": documents()} | values | changes))
 
 
 @cache
@@ -86,6 +87,16 @@ def test_facts_stand_where_the_depth_says() -> None:
             assert min(question.distance or 0 for question in needle.questions) <= 12
     half = found.needle(next(unit for unit in found.units() if unit.key == "single/140/0.5/0"))
     assert 55 < half.ids.index(half.questions[0].choices[0]) < 85
+
+
+def test_words_of_the_text_are_not_planted() -> None:
+    used = words(tokenizer())[:-40]
+    found = build(documents=[Document("all words", "books", np.array(used, np.int32))], lengths=(len(used),))
+    for unit in found.units():
+        needle = found.needle(unit)
+        for question in needle.questions:
+            assert not set(used) & set(question.choices)
+            assert question.ids[-2] not in used
 
 
 def test_haystack_without_facts_is_the_text() -> None:
@@ -177,7 +188,11 @@ def test_piece_changes_nothing(family: str) -> None:
 def test_seed_decides() -> None:
     assert [suite().needle(u) for u in suite().units()] == [build().needle(u) for u in build().units()]
     unit = suite().units()[0]
-    assert build(seed=1).needle(unit) != suite().needle(unit)
+    mine, other = suite().needle(unit), build(seed=1).needle(unit)
+    assert mine.ids != other.ids
+    short = [Document("short", "books", documents()[0].ids[:140])]  # leaves no choice of the stretch
+    same, different = (build(documents=short, seed=seed).needle(unit).questions[0] for seed in (0, 1))
+    assert same.choices != different.choices
     names = [suite().needle(u).document for trial in (0, 1) for u in some(suite(), trial)]
     assert set(names) == {"book 0", "book 1"}
 

@@ -15,12 +15,17 @@ from session.models import tokenizer
 
 import inplace_ttt as ittt
 from inplace_ttt.errors import UserError
-from inplace_ttt.eval.suites.nll import NllSuite, doubling, token_classes, window_losses
+from inplace_ttt.eval.suites.nll import CLASSES, NllSuite, doubling, token_classes, window_losses
 from inplace_ttt.eval.suites.texts import Document, load_texts
 
 
 def documents(*lengths: int) -> list[Document]:
     return [Document(f"d{i}", "random", tokens(1, n, i)[0].numpy().astype(np.int32)) for i, n in enumerate(lengths)]
+
+
+def repetitive() -> list[Document]:
+    """One document with tokens of all classes."""
+    return [Document("d0", "random", documents(45)[0].ids % 11)]
 
 
 def suite(found: list[Document] | None = None, **changes: Any) -> NllSuite:
@@ -56,7 +61,7 @@ def test_units_cover_windows_and_contexts() -> None:
 @pytest.mark.parametrize("updates", [True, False])
 def test_window_records_match_direct_losses(updates: bool) -> None:
     model = adapted("llama") if updates else plain("llama")
-    found, ids = suite(), documents(45)[0].ids[20:40]
+    found, ids = suite(repetitive()), repetitive()[0].ids[20:40]
     losses, rows = direct(model, ids), found.measure(model, found.units()[1])
     by = {(row["kind"], row.get("start", row.get("class"))): row for row in rows}
     assert {row["document"] for row in rows} == {"d0"}
@@ -65,6 +70,10 @@ def test_window_records_match_direct_losses(updates: bool) -> None:
     # The first token has no loss, so losses[t] is that of position t + 1.
     assert by["position", 0]["loss_sum"] == pytest.approx(losses[:7].sum(), rel=1e-6)
     assert by["position", 8]["loss_sum"] == pytest.approx(losses[7:].sum(), rel=1e-6)
+    classes = np.array([CLASSES[number] for number in token_classes(ids, 6)])
+    for label in set(classes[1:]):
+        expected = losses[classes[1:] == label].sum()
+        assert by["class", label]["loss_sum"] == pytest.approx(expected, rel=1e-6)
     for kind in ("position", "class"):
         assert sum(row["tokens"] for row in rows if row["kind"] == kind) == 19
         assert sum(row["loss_sum"] for row in rows if row["kind"] == kind) == pytest.approx(losses.sum(), rel=1e-6)

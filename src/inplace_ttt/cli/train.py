@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 
 def train(
@@ -18,6 +17,8 @@ def train(
     ] = False,
 ) -> None:
     """Train a model from a recipe: tokens, training, the saved model, its test losses, a plot and run.json."""
+    from rich.console import Console
+
     from inplace_ttt.train.recipe import load_recipe
     from inplace_ttt.train.run import run
 
@@ -36,6 +37,8 @@ def tokenizer(
     max_bytes: Annotated[int, typer.Option(help="How much of the text to look at.")] = 32_000_000,
 ) -> None:
     """Train a byte-level BPE tokenizer that AutoTokenizer loads."""
+    from rich.console import Console
+
     from inplace_ttt.train.packages import SplitRule, collect
     from inplace_ttt.train.sources import check_source, read_source
     from inplace_ttt.train.tokenizer import train_tokenizer
