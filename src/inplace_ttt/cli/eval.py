@@ -161,6 +161,9 @@ def _suites(
     found: list[Any] = []
     window = native_window(model) or 256
     nll = NllSuite(texts, length, windows, window=window) if {"nll", "diagnostics"} & set(wanted) else None
+    if nll is not None and windows and not any(unit.key.startswith("window/") for unit in nll.units()):
+        longest = max(len(text.ids) for text in texts)
+        raise UserError(f"no document has the {length:,} tokens of a window, the longest has {longest:,}: --length")
     if nll is not None and "nll" in wanted:
         found.append(nll)
     if "needle" in wanted:
