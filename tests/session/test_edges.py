@@ -24,7 +24,11 @@ def session(**options) -> Session:
 
 
 class TestSources:
-    @pytest.mark.parametrize("empty", ["", [], (), iter([]), torch.zeros(0, dtype=torch.int64)], ids=["text", "list", "tuple", "iterator", "tensor"])
+    @pytest.mark.parametrize(
+        "empty",
+        ["", [], (), iter([]), torch.zeros(0, dtype=torch.int64)],
+        ids=["text", "list", "tuple", "iterator", "tensor"],
+    )
     def test_nothing_read_is_nothing_done(self, empty):
         s = session()
         s.read("hel")
