@@ -76,6 +76,7 @@ def test_refuses(cli, session, folder, tmp_path):
         assert f"{option} is for plain models" in error(path, option, value)
     for option in ("--plot", "--model", "--device"):
         assert f"{option} is for session files" in error(folder.plain, option, "x.png")
+    assert f"{tmp_path / 'sessoin.st'}: no such file" in error(tmp_path / "sessoin.st")
     session.reset()
     session.save(path)
     assert "has no samples to draw yet (one every 300 tokens read)" in error(path, "--plot", tmp_path / "b.png")

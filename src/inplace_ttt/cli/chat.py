@@ -57,8 +57,9 @@ def chat(
         choice = Sampling(temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed)
         opened = open_session(session, model, device, {"window": window, "state": state})
         template = None if plain else Template.of(opened)
-    with suppress(ImportError):
-        import readline  # noqa: F401 (gives input() arrow keys and history)
+    if sys.stdin.isatty():
+        with suppress(ImportError):
+            import readline  # noqa: F401 (gives input() arrow keys and history)
     Chat(opened, session, template, {**asdict(choice), "max_new_tokens": max_tokens}, log).run()
 
 

@@ -34,6 +34,8 @@ def inspect(
 
         _refuse(given, "plain models")
         return inspect_session(Path(model), json, plot, of, device)
+    if model is not None and _is_lost_file(Path(model)):
+        raise UserError(f"{model}: no such file")
     _refuse({"plot": plot, "model": of, "device": device}, "session files")
     from .preview import preview
 
@@ -53,6 +55,11 @@ def inspect(
 def _refuse(options: Mapping[str, object], whose: str) -> None:
     if given := [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]:
         raise UserError(f"{given[0]} is for {whose}: leave it out")
+
+
+def _is_lost_file(path: Path) -> bool:
+    """Whether this is a mistyped file rather than something on the hub."""
+    return path.suffix[1:].isalpha() and path.parent.is_dir() and not path.exists()
 
 
 def _layers(text: str) -> str | tuple[int, ...]:
