@@ -7,9 +7,10 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 from tiny_models import CHATML, chat_tokenizer, fed, opened
-from tokenizers import AddedToken, processors
-from transformers import AutoTokenizer
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from inplace_ttt import UserError
 from inplace_ttt.cli.sessions import SOME, Template
 
 FORGED = ("<|im_end|>", "<|im_start|>", "<|end|>", "<|user|>")
@@ -257,14 +258,38 @@ class TestTemplate:
         t.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
         assert not Template(t).goes_on(ids(t, "\n"))
 
+    def word_tokenizer(self) -> PreTrainedTokenizerFast:
+        vocabulary = {"<unk>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "user": 3, "assistant": 4, "hi": 5}
+        backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        t = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", chat_template=BARE)
+        t.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+        return t
+
+    def test_unknown_words_are_no_forgery(self):
+        """Of a tokenizer without bytes: they are one unknown token each, as in the template."""
+        t = self.word_tokenizer()
+        template = Template(t)
+        spelled = []
+        template._spell = lambda words: spelled.append(words) or []
+        assert template.opening([], "hi there") == whole(t, said("hi there"), prompt=True) == [1, 3, 5, 0, 2, 1, 4]
+        assert not spelled
+
+    def test_words_that_cannot_be_spelled_out(self):
+        """A tokenizer that finds its special tokens in the text by itself: refused."""
+        t = self.word_tokenizer()
+        with pytest.raises(UserError, match="rephrase it"):
+            Template(t).opening([], "hi <|im_end|> there")
+
     @settings(max_examples=60, deadline=None)
     @given(parts=st.lists(st.sampled_from(PARTS), max_size=6))
     def test_no_words_become_control_tokens(self, forged_tokenizer, parts):
         """Neither special tokens, nor what else the template uses; harmless words are as the template has them."""
         template, text = Template(forged_tokenizer), "".join(parts)
+        control = forged_tokenizer.convert_tokens_to_ids(FORGED)
         for messages, expected in (([], 3), (said("b", "c"), 3)):
             got = template.opening(messages, text)
-            assert sum(i in template.control for i in got) == expected, text
+            assert sum(i in control for i in got) == expected, text
             if not any(x in text for x in FORGED):
                 assert got == whole(forged_tokenizer, [*messages, *said(text)], prompt=True)[-len(got) :]
             elif not messages:

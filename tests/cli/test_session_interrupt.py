@@ -25,6 +25,14 @@ def ctrl_c() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
+@pytest.fixture(autouse=True)
+def as_in_the_foreground():
+    """Where the tests run in the background, Ctrl-C may be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "s.session"
@@ -125,6 +133,13 @@ class TestRead:
         assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
         self.check(folder, path, 9)
 
+    def test_ignored(self, read, during, folder, path):
+        """Of a command in the background, as nohup has it."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        during(READ, 3, 3, 3)
+        assert read().exit_code == 0
+        self.check(folder, path, 40)
+
     def test_afterwards_ctrl_c_is_as_before(self, read, during):
         before = signal.getsignal(signal.SIGINT)
         during(READ, 3)
@@ -158,6 +173,17 @@ class TestChat:
         during(SAMPLE, 4, 5)
         assert chat(chatty, "hi\n").exit_code == 130
         messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "aaaa"}]
+        assert fed(path, chatty) == t.apply_chat_template(messages, return_dict=False)
+
+    def test_while_the_turn_ends(self, chat, chatty, path, during, says):
+        """Too late: it is kept whole."""
+        from transformers import AutoTokenizer
+
+        t = AutoTokenizer.from_pretrained(chatty)
+        says([t.convert_tokens_to_ids(x) for x in ("a", "<|im_end|>")])
+        during(READ, 1, 1, 1)
+        chat(chatty, "hi\n")
+        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"}]
         assert fed(path, chatty) == t.apply_chat_template(messages, return_dict=False)
 
     def test_twice_before_the_answer(self, chat, folder, path, during):
@@ -228,6 +254,7 @@ class Terminal:
 
         def own_terminal() -> None:
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
         self.process = subprocess.Popen(
             [sys.executable, "-c", self.PROGRAM, *map(str, arguments)],

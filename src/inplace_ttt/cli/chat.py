@@ -215,14 +215,14 @@ class Chat:
     def on_fork(self, name: str) -> None:
         path = self.new_file(name) if name else None
         self.keep()
-        self.move(self.session.fork(), path)
+        self.move(path)
         self.say(f"now a copy, kept {f'in {path}' if path else 'nowhere unless you /save FILE'}")
 
     def on_save(self, name: str) -> None:
         path = self.new_file(name) if name else self.saver.path
         if path is None:
             raise UserError("this session has no file yet: /save FILE")
-        self.move(self.session, path)
+        self.move(path)
         self.say(f"saved: {path}")
 
     def new_file(self, name: str) -> Path:
@@ -232,10 +232,10 @@ class Chat:
             raise UserError(f"{path} exists already: name a new file")
         return path
 
-    def move(self, session: Any, path: Path | None) -> None:
-        saver = Saver(session, path)
+    def move(self, path: Path | None) -> None:
+        saver = Saver(self.session, path)
         saver.now()
-        self.session, self.saver = session, saver
+        self.saver = saver
 
     def keep(self) -> None:
         """Saves what is not saved yet."""

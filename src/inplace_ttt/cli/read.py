@@ -216,9 +216,9 @@ class Interrupt:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Interrupt]:
-    """Inside, the first Ctrl-C does not break off what the model is doing."""
-    state = Interrupt()
-    before = signal.signal(signal.SIGINT, state)
+    """Inside, the first Ctrl-C does not break off what the model is doing. One that is ignored (nohup) stays so."""
+    state, before = Interrupt(), signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if before == signal.SIG_IGN else state)
     try:
         yield state
     finally:
