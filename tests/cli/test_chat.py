@@ -224,6 +224,15 @@ def test_mistakes_end_nothing(chat, word, text, folder, path, tmp_path):
     assert mine.read_text() == "dear to me"
 
 
+def test_file_that_may_not_be_read(chat, word, text, folder, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(import_module("inplace_ttt.cli.read"), "open", refuse, raising=False)
+    assert remarks(chat(f"/read {folder.text}", "the", flags=())) == [f"error: {folder.text}: Permission denied"]
+    assert text() == "the and"
+
+
 def test_too_short_to_score(chat):
     assert "that is too short" in remarks(chat("/score a"))[0]
 

@@ -272,7 +272,8 @@ class TestTemplate:
         template = Template(t)
         spelled = []
         template._spell = lambda words: spelled.append(words) or []
-        assert template.opening([], "hi there") == whole(t, said("hi there"), prompt=True) == [1, 3, 5, 0, 2, 1, 4]
+        for words, tokens in (("hi", [5]), ("hi there you", [5, 0, 0])):
+            assert template.opening([], words) == whole(t, said(words), prompt=True) == [1, 3, *tokens, 2, 1, 4]
         assert not spelled
 
     def test_words_that_cannot_be_spelled_out(self):

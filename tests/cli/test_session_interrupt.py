@@ -165,14 +165,16 @@ class TestChat:
         assert text == "the file" + result.stdout.removesuffix("\n")
         assert 1 <= opened(path, folder.model).stats().written <= 8
 
-    def test_ends_the_turn_as_the_template_has_it(self, chat, chatty, path, during, says):
+    @pytest.mark.parametrize(("presses", "answer"), [((4,), "aaaa"), ((4, 4), "aaa")])
+    def test_ends_the_turn_as_the_template_has_it(self, chat, chatty, path, during, says, presses, answer):
+        """After the present token, or at once; in any case the end of the turn is fed."""
         from transformers import AutoTokenizer
 
         t = AutoTokenizer.from_pretrained(chatty)
         says([t.convert_tokens_to_ids("a")] * 9)
-        during(SAMPLE, 4, 5)
+        during(SAMPLE, *presses)
         assert chat(chatty, "hi\n").exit_code == 130
-        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "aaaa"}]
+        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]
         assert fed(path, chatty) == t.apply_chat_template(messages, return_dict=False)
 
     def test_while_the_turn_ends(self, chat, chatty, path, during, says):
