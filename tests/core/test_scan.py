@@ -163,9 +163,10 @@ def test_operator_passes_opcheck(kind):
     documents = random_documents(2, 3 * C, kind, 1)
     table = ChunkTable.build(2, 3 * C, C, documents=documents, keep_state=True)
     v = target(u, kappa, P, table).detach().requires_grad_()
-    tensors_ = (z, v, weight, None, None, None, None, table.index, table.update, table.reset)
-    numbers = (0.5, 0.1, C, table.prefix, table.steps, table.updates, D, True)
-    torch.library.opcheck(torch.ops.inplace_ttt.scan.default, (*tensors_, *numbers))
+    tensors_ = (z, v, weight, None, None, None, None, table.index, table.update, table.reset, table.rest)
+    for backend, decay in (("torch", 0.1), ("segments", 0.1), ("segments", 0.0)):
+        numbers = (0.5, decay, C, table.prefix, table.steps, table.updates, backend, D, True)
+        torch.library.opcheck(torch.ops.inplace_ttt.scan.default, (*tensors_, *numbers))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -109,6 +109,8 @@ class ChunkTable:
     """bool [B, M]: the slot begins a document: S = 0 before it."""
     tail: Tensor | None = None
     """int64 [B, C] extended positions of the tokens pending after the call, -1 where none."""
+    rest: Tensor | None = None
+    """int64 [R]: new tokens b * T + t in no slot (S = 0 for them, and no update that matters)."""
     real: Tensor | None = None
     """bool [B, T] on the CPU: which new tokens are real; None: all."""
 
@@ -131,7 +133,7 @@ class ChunkTable:
         """The same table with its tensors on ``device``."""
         if self.index is None or self.index.device == device:
             return self
-        moved = {name: getattr(self, name) for name in ("index", "update", "reset", "tail")}
+        moved = {name: getattr(self, name) for name in ("index", "update", "reset", "tail", "rest")}
         return replace(self, **{name: value.to(device) for name, value in moved.items() if value is not None})
 
     @classmethod
@@ -240,6 +242,8 @@ def _irregular(documents: Tensor, C: int, before: tuple[int, ...], keep_state: b
     kept_update[rows_, place[matter]] = update[rows_, slots_]
     kept_reset[rows_, place[matter]] = slot_chunk[rows_, slots_] == 0
     updating = kept_update.any(0).nonzero()
+    alone = torch.ones(B, P + T, dtype=torch.bool)
+    alone[(kept_index >= 0).nonzero(as_tuple=True)[0], kept_index[kept_index >= 0]] = False
     return ChunkTable(
         chunk_size=C,
         rows=B,
@@ -254,5 +258,6 @@ def _irregular(documents: Tensor, C: int, before: tuple[int, ...], keep_state: b
         update=kept_update,
         reset=kept_reset,
         tail=tail,
+        rest=alone[:, P:].flatten().nonzero().flatten(),
         real=None if bool(real.all()) else real,
     )

@@ -1,7 +1,8 @@
 """The chunk scan: every token of chunk i is projected by ``W0 + lr * S_i``, S_i the sum of earlier chunks' updates.
 
 Differentiable through the whole prefix sum. Backward keeps z, v and W0 only and recomputes S, so memory does not grow
-with the number of chunks. One entry point; backends share its signature (``torch`` here).
+with the number of chunks. One entry point and one operator for torch.compile; the backend is a name: ``torch`` is the
+loop over chunks below, ``segments`` (kernels/) batches them and is chosen on CUDA.
 
 Shapes: B rows, T new tokens, P pending tokens, N = updates * C chunk tokens, F width of z, D output width.
 """
@@ -110,17 +111,26 @@ def scan_op(
     index: Tensor | None,
     update: Tensor | None,
     reset: Tensor | None,
+    rest: Tensor | None,
     lr: float,
     decay: float,
     chunk_size: int,
     prefix: int,
     steps: int,
     updates: int,
+    backend: str,
     width: int,
     keep_state: bool,
 ) -> Tensors:
     B, T, F = z.shape
     dtype = state_dtype(z.dtype)
+    S: Tensor | None
+    if backend == "segments":
+        from ..kernels.segments import forward
+
+        tensors = (z, v, weight, bias, state, past, index, update, reset, rest)
+        out, S = forward(*tensors, lr, decay, chunk_size, prefix, steps, updates, width)
+        return out, S if keep_state else z.new_zeros(0, dtype=dtype)
     layout = Layout(z, past, chunk_size, prefix, index, update, reset)
     out = z.new_zeros(B, T, width) if weight is None else torch.nn.functional.linear(z, weight, bias)
     S = sweep(layout, out, z, v, state, clip, lr, decay, steps, updates)
@@ -151,18 +161,26 @@ def scan_backward_op(
     index: Tensor | None,
     update: Tensor | None,
     reset: Tensor | None,
+    rest: Tensor | None,
     lr: float,
     decay: float,
     chunk_size: int,
     prefix: int,
     steps: int,
     updates: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of z, v, state and past (empty where the input was None).
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of z, v, state and past (empty where the input was None), and that of W0 where it is known already.
 
     ``dL/dz_t = (W0 + lr S_i)^T g_t + H_i^T v_t`` and ``dL/dv_t = H_i z_t``, where H_i = dL/dS_{i+1} is the reverse
     prefix sum ``H_{i-1} = keep * H_i + lr * sum_t g_t z_t^T``.
     """
+    if backend == "segments" and lr:
+        from ..kernels.segments import backward
+
+        tensors = (g, grad_state, z, v, weight, state, past, index, update, reset, rest)
+        found = backward(*tensors, lr, decay, chunk_size, prefix, steps, updates)
+        return tuple(z.new_zeros(0) if x is None else x for x in found)  # type: ignore[return-value]
     layout = Layout(z, past, chunk_size, prefix, index, update, reset)
     dtype = state_dtype(z.dtype)
     dz = z.new_zeros(z.shape) if weight is None else (g @ weight.to(g.dtype)).to(z.dtype)
@@ -188,13 +206,17 @@ def scan_backward_op(
 
     dstate = z.new_zeros(0) if state is None else torch.zeros_like(state) if H is None else H.to(state.dtype)
     empty = z.new_zeros(0)
-    return dz, empty if dv is None else dv, dstate, empty.clone() if dpast is None else dpast
+    dv, dpast = empty if dv is None else dv, empty.clone() if dpast is None else dpast
+    return dz, dv, dstate, dpast, z.new_zeros(0)
 
 
 @scan_backward_op.register_fake
 def _(g: Tensor, grad_state: Tensor | None, z: Tensor, v: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     _weight, state, past = rest[:3]
-    return tuple(z.new_empty(0) if x is None else x.new_empty(x.shape) for x in (z, v, state, past))
+    lr, decay, backend = rest[8], rest[9], rest[-1]
+    known = backend == "segments" and lr and not decay and rest[4] is None and grad_state is None
+    total = z.new_empty(*(g.shape[2], z.shape[2]) if known else (0,), dtype=state_dtype(z.dtype) if known else z.dtype)
+    return (*(z.new_empty(0) if x is None else x.new_empty(x.shape) for x in (z, v, state, past)), total)
 
 
 def _through_clip(H: Tensor, dW: Tensor, clip: Tensor) -> Tensor:
@@ -206,28 +228,26 @@ def _through_clip(H: Tensor, dW: Tensor, clip: Tensor) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    z, v, weight, bias, state, past, clip, index, update, reset, lr, decay, chunk_size, prefix, steps, updates = inputs[
-        :16
-    ]
+    z, v, weight, bias, state, past, clip, index, update, reset, rest = inputs[:11]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(z, v, weight, state, past, clip, index, update, reset)
-    ctx.numbers = (lr, decay, chunk_size, prefix, steps, updates)
+    ctx.save_for_backward(z, v, weight, state, past, clip, index, update, reset, rest)
+    ctx.numbers = inputs[11:18]  # lr, decay, chunk_size, prefix, steps, updates, backend
     ctx.has_bias = bias is not None
 
 
 def _backward(ctx, g, grad_state):  # type: ignore[no-untyped-def]
-    z, v, weight, state, past, clip, index, update, reset = ctx.saved_tensors
+    z, v, weight, state, past, clip, index, update, reset, rest = ctx.saved_tensors
     if grad_state is not None and grad_state.numel() == 0:
         grad_state = None
     if g is None:
         width = grad_state.shape[1]
         g = z.new_zeros(*z.shape[:2], width)
-    dz, dv, dstate, dpast = scan_backward_op(
-        g, grad_state, z, v, weight, state, past, clip, index, update, reset, *ctx.numbers
+    dz, dv, dstate, dpast, total = scan_backward_op(
+        g, grad_state, z, v, weight, state, past, clip, index, update, reset, rest, *ctx.numbers
     )
     dweight = dbias = None
     if weight is not None and ctx.needs_input_grad[2]:
-        dweight = (g.flatten(0, 1).mT @ z.flatten(0, 1)).to(weight.dtype)
+        dweight = total.to(weight.dtype) if total.numel() else (g.flatten(0, 1).mT @ z.flatten(0, 1)).to(weight.dtype)
     if ctx.has_bias and ctx.needs_input_grad[3]:
         dbias = g.flatten(0, 1).sum(0)
     return (
@@ -237,14 +257,19 @@ def _backward(ctx, g, grad_state):  # type: ignore[no-untyped-def]
         dbias,
         None if state is None else dstate,
         None if past is None else dpast,
-        *(None,) * 12,
+        *(None,) * 14,
     )
 
 
 scan_op.register_autograd(_backward, setup_context=_setup_context)
 
-BACKENDS: dict[str, Callable[..., Tensors]] = {"torch": scan_op}
-"""Implementations of the scan by name, all with the operator's signature."""
+BACKENDS = ("torch", "segments")
+"""Ways to compute the scan: a loop over chunks, or segments of chunks in batched products (kernels/segments.py)."""
+
+
+def choose_backend(z: Tensor, clip: Tensor | None) -> str:
+    """``segments`` on CUDA, where chunks are not clipped one by one; ``torch`` elsewhere."""
+    return "segments" if z.is_cuda and clip is None else "torch"
 
 
 def scan(
@@ -271,17 +296,19 @@ def scan(
     lr: inner learning rate. decay, in [0, 1): S shrinks by ``1 - decay`` at every update.
     clip: 0-d tensor, the largest Frobenius norm of one chunk's update.
     state_BDF: S before the call (None: zero). past_BPF: z of the pending tokens, when ``table.prefix`` > 0.
-    backend: a name in ``BACKENDS``.
+    backend: a name in ``BACKENDS``, or "auto": ``segments`` on CUDA unless chunks are clipped, else ``torch``.
 
     The second result is S after the call when ``table.keep_state``: [B, D, F] in float32 (float64 for float64 inputs),
     or None for zero. All tensors but clip get gradients; double backward is not supported. Work per token: D * F
     multiply-adds for the slow product and 2 * D * F for the fast ones, whatever the length. docs/method.md.
 
-    Raises ValueError on an unknown backend or missing pending tokens.
+    Raises ValueError on an unknown backend or missing pending tokens, and where the backend cannot clip.
     """
-    run = BACKENDS.get("torch" if backend == "auto" else backend)
-    if run is None:
+    backend = choose_backend(z_BTF, clip) if backend == "auto" else backend
+    if backend not in BACKENDS:
         raise ValueError(f"unknown scan backend {backend!r}: choose auto or one of {', '.join(BACKENDS)}")
+    if backend == "segments" and clip is not None:
+        raise ValueError("the segments backend does not clip: choose torch or auto")
     if table.prefix and table.updates and past_BPF is None:
         raise ValueError(f"{table.prefix} pending tokens are missing: pass them as past")
     sizes = [x.shape[d] for x, d in ((weight_DF, 0), (state_BDF, 1), (v_BND, -1)) if x is not None]
@@ -289,7 +316,7 @@ def scan(
     if D is None:
         raise ValueError("the output width is unknown: pass weight, state, targets or width")
     keep = table.keep_state and table.changes_state
-    out, state = run(
+    out, state = scan_op(
         z_BTF,
         None if v_BND is None else v_BND.to(z_BTF.dtype),
         weight_DF,
@@ -300,12 +327,14 @@ def scan(
         table.index,
         table.update,
         table.reset,
+        table.rest,
         lr,
         decay,
         table.chunk_size,
         table.prefix,
         table.steps,
         table.updates,
+        backend,
         D,
         keep,
     )

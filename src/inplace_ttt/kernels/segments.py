@@ -1,0 +1,316 @@
+"""The scan in segments of chunks: batched products, and one ``walk`` that makes the weight each chunk sees.
+
+The arithmetic of a chunk is two matrix products; what makes a loop over chunks slow is the state's memory traffic and
+the launches. Here a *segment* is as many chunk slots as ``SEGMENT_BYTES`` hold folded weights ``W0 + lr * S_m`` for,
+in z's precision: ``walk`` goes through its slots with S in registers and writes those weights, then one batched product
+applies them. Memory does not grow with the length.
+
+Shapes: B rows, T new tokens, P pending ones, F width of z, D output width; n slots of c tokens in a segment.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core.scan import state_dtype
+from .walk import walk
+
+SEGMENT_BYTES = 400 * 2**20
+"""Most bytes of folded weights at a time (at least one chunk's)."""
+
+
+class Segment(NamedTuple):
+    """Slots ``first`` .. ``last - 1``. Regular calls: their new tokens are ``start`` .. ``stop - 1`` of every row."""
+
+    first: int
+    last: int
+    start: int
+    stop: int
+
+
+class Slots:
+    """A call's chunk slots, cut into segments, and access to their tokens."""
+
+    def __init__(
+        self,
+        z_BTF: Tensor,
+        past_BPF: Tensor | None,
+        chunk_size: int,
+        prefix: int,
+        index_BMC: Tensor | None,
+        steps: int,
+        updates: int,
+        most: int,
+    ) -> None:
+        self.z, self.past, self.C, self.P = z_BTF, past_BPF, chunk_size, prefix
+        self.B, self.T = z_BTF.shape[:2]
+        self.index, self.steps, self.updates, self.most = index_BMC, steps, updates, most
+        if index_BMC is not None:
+            rows = torch.arange(self.B, device=z_BTF.device)[:, None, None] * self.T
+            new = index_BMC >= prefix
+            self.flat = torch.where(new, index_BMC - prefix + rows, self.B * self.T)  # last: a row nobody reads
+            self.old = (index_BMC >= 0) & ~new
+
+    def segments(self) -> list[Segment]:
+        """In order. Where slots have few tokens (after pending ones, or at the end) they are segments of their own."""
+        most = self.most
+        if self.index is not None:
+            return [Segment(m, min(m + most, self.steps), 0, 0) for m in range(0, self.steps, most)]
+        first, last = (1 if self.P else 0), min((self.P + self.T) // self.C, self.steps)
+        cuts = [0] if self.P else []
+        cuts += [*range(first, last, most), last] if last > first else [first]
+        cuts += [self.steps] if cuts[-1] < self.steps else []
+        bounds = [min(max(m * self.C - self.P, 0), self.T) for m in cuts]
+        return [Segment(*cuts[i : i + 2], *bounds[i : i + 2]) for i in range(len(cuts) - 1)]
+
+    def updating(self, s: Segment) -> int:
+        """How many slots of the segment, the first ones, may change S."""
+        return max(min(s.last, self.updates) - s.first, 0)
+
+    def empty(self, width: int) -> Tensor:
+        """[B * T (+ 1), width] for results of all new tokens; see ``view``."""
+        return self.z.new_empty(self.B * self.T + (self.index is not None), width)
+
+    def view(self, x: Tensor) -> Tensor:
+        """[B, T, width] of what ``empty`` made."""
+        return x[: self.B * self.T].view(self.B, self.T, x.shape[-1])
+
+    def applied(self, x_BTW: Tensor, s: Segment) -> Tensor:
+        """Rows of ``x`` at the segment's new tokens, [B, n, c, W]; zero where a slot has none."""
+        if self.index is None:
+            return x_BTW[:, s.start : s.stop].unflatten(1, (s.last - s.first, -1))
+        flat = self.flat[:, s.first : s.last]
+        there = (flat < self.B * self.T)[..., None]
+        return torch.where(there, x_BTW.reshape(-1, x_BTW.shape[-1])[flat.clamp(max=self.B * self.T - 1)], 0)
+
+    def absorbed(self, s: Segment) -> Tensor:
+        """z of the updating slots' tokens, pending ones included, [B, n, C, F]; zero where there is none."""
+        n = self.updating(s)
+        if self.index is None:
+            if s.first == 0 and self.past is not None:
+                return torch.cat([self.past.to(self.z.dtype), self.z[:, s.start : s.stop]], 1)[:, None]
+            return self.z[:, s.start : s.start + n * self.C].unflatten(1, (n, self.C))
+        s = s._replace(last=s.first + n)
+        z = self.applied(self.z, s)
+        if self.past is None:
+            return z
+        where = self.index[:, s.first : s.last].clamp(0, self.P - 1).flatten(1)[..., None]
+        past = self.past.gather(1, where.expand(-1, -1, z.shape[-1])).view_as(z).to(z.dtype)
+        return torch.where(self.old[:, s.first : s.last, :, None], past, z)
+
+    def put(self, out: Tensor, s: Segment, x_BncK: Tensor, w_BnKN: Tensor, bias_N: Tensor | None = None) -> None:
+        """``out`` at the segment's new tokens becomes ``x @ w (+ bias)``."""
+        if self.index is None:
+            product(x_BncK, w_BnKN, self.applied(self.view(out), s), bias_N)
+        else:
+            y = x_BncK.new_empty(*x_BncK.shape[:3], w_BnKN.shape[-1])
+            product(x_BncK, w_BnKN, y, bias_N)
+            out.index_copy_(0, self.flat[:, s.first : s.last].flatten(), y.flatten(0, 2))
+
+    def add(self, out: Tensor, s: Segment, x_BncK: Tensor, w_BnKN: Tensor) -> None:
+        """Adds ``x @ w`` to ``out`` at the segment's new tokens, in one rounding."""
+        if self.index is None:
+            product(x_BncK, w_BnKN, self.applied(self.view(out), s), add=True)
+        else:
+            flat = self.flat[:, s.first : s.last]
+            y = out[flat]
+            product(x_BncK, w_BnKN, y, add=True)
+            out.index_copy_(0, flat.flatten(), y.flatten(0, 2))
+
+
+def product(
+    x_BncK: Tensor, w_BnKN: Tensor, out_BncN: Tensor, bias_N: Tensor | None = None, *, add: bool = False
+) -> None:
+    """``out (+)= x @ w (+ bias)`` in place, as one batched product where the strides allow."""
+    flat = [_flat(x) for x in (x_BncK, w_BnKN, out_BncN)]
+    if any(x is None for x in flat):
+        for row in zip(x_BncK, w_BnKN, out_BncN, strict=True):
+            _product(*row, bias_N, add)
+    else:
+        _product(*flat, bias_N, add)  # type: ignore[arg-type]
+
+
+def _product(x: Tensor, w: Tensor, out: Tensor, bias: Tensor | None, add: bool) -> None:
+    if add:
+        out.baddbmm_(x, w)
+    elif bias is not None:
+        torch.baddbmm(bias, x, w, out=out)
+    else:
+        torch.bmm(x, w, out=out)
+
+
+def _flat(x_BnXY: Tensor) -> Tensor | None:
+    """[B * n, X, Y] as a view, None where there is none."""
+    B, n = x_BnXY.shape[:2]
+    if B == 1 or n == 1:
+        return x_BnXY.squeeze(0) if B == 1 else x_BnXY.squeeze(1)
+    return x_BnXY.flatten(0, 1) if x_BnXY.stride(0) == n * x_BnXY.stride(1) else None
+
+
+def _slots(z: Tensor, past: Tensor | None, rest: Sequence[int | Tensor | None], width: int) -> Slots:
+    chunk_size, prefix, index, steps, updates = rest
+    weight = z.shape[0] * width * z.shape[2] * z.element_size()
+    return Slots(z, past, chunk_size, prefix, index, steps, updates, max(SEGMENT_BYTES // weight, 1))  # type: ignore[arg-type]
+
+
+def _start(z: Tensor, state: Tensor | None, width: int) -> Tensor:
+    if state is None:
+        return z.new_zeros(z.shape[0], width, z.shape[2], dtype=state_dtype(z.dtype))
+    return state.to(state_dtype(z.dtype), copy=True).contiguous()
+
+
+def _flags(x_BM: Tensor | None, s: Segment) -> Tensor | None:
+    return None if x_BM is None else x_BM[:, s.first : s.last]
+
+
+def folded(
+    slots: Slots,
+    S: Tensor,
+    v: Tensor | None,
+    weight: Tensor | None,
+    update: Tensor | None,
+    reset: Tensor | None,
+    lr: float,
+    decay: float,
+    *,
+    last_too: bool = True,
+) -> Iterator[tuple[Segment, Tensor]]:
+    """Segment by segment the weights ``W0 + lr * S_m`` [B, n, D, F] its slots see; S [B, D, F] moves on in place.
+
+    The weights are valid until the next segment is asked for.
+    """
+    B, D, F = S.shape
+    buffer = None
+    for s in slots.segments():
+        n, u = s.last - s.first, slots.updating(s)
+        if buffer is None or buffer.shape[1] < n:
+            buffer = slots.z.new_empty(B, n, D, F)
+        folds = buffer[:, :n]
+        pairs = None
+        if u and v is not None:
+            pairs = v[:, s.first * slots.C : (s.first + u) * slots.C].unflatten(1, (u, slots.C)), slots.absorbed(s)
+        walk(S, folds, pairs, weight, _flags(update, s), _flags(reset, s), lr, 1.0 - decay, u if pairs else 0)
+        yield s, folds
+
+
+def forward(
+    z: Tensor,
+    v: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    state: Tensor | None,
+    past: Tensor | None,
+    index: Tensor | None,
+    update: Tensor | None,
+    reset: Tensor | None,
+    rest: Tensor | None,
+    lr: float,
+    decay: float,
+    chunk_size: int,
+    prefix: int,
+    steps: int,
+    updates: int,
+    width: int,
+) -> tuple[Tensor, Tensor]:
+    """Outputs [B, T, D] and S [B, D, F] after the call. ``rest``: tokens in no slot, which see W0 alone."""
+    slots = _slots(z, past, (chunk_size, prefix, index, steps, updates), width)
+    S, out = _start(z, state, width), slots.empty(width)
+    if rest is not None and len(rest):
+        x = z.reshape(-1, z.shape[2])[rest]
+        out[rest] = 0 if weight is None else torch.nn.functional.linear(x, weight, bias)
+    for s, folds in folded(slots, S, v, weight, update, reset, lr, decay):
+        slots.put(out, s, slots.applied(z, s), folds.mT, bias)
+    return slots.view(out), S
+
+
+def backward(
+    g: Tensor,
+    grad_state: Tensor | None,
+    z: Tensor,
+    v: Tensor | None,
+    weight: Tensor | None,
+    state: Tensor | None,
+    past: Tensor | None,
+    index: Tensor | None,
+    update: Tensor | None,
+    reset: Tensor | None,
+    rest: Tensor | None,
+    lr: float,
+    decay: float,
+    chunk_size: int,
+    prefix: int,
+    steps: int,
+    updates: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of z, v, state, past and, where it costs nothing extra, W0 (in the state's precision).
+
+    Two walks: back through the slots for H_m = dL/dS_{m+1}, which gives dv and v's part of dz, then forward for the
+    weights, which give the rest of dz. The first one's total is the sum of all ``g_t z_t^T``, the gradient of W0, when
+    no decay, reset or later gradient enters it.
+    """
+    B, T, F = z.shape
+    D = g.shape[2]
+    slots = _slots(z, past, (chunk_size, prefix, index, steps, updates), D)
+    dz = slots.empty(F)
+    if rest is not None and len(rest):
+        dz[rest] = 0 if weight is None else g.reshape(-1, D)[rest] @ weight
+    dv = None if v is None else v.new_zeros(v.shape)
+    dpast = None if past is None else past.new_zeros(past.shape)
+
+    # H is held over lr, so that products need no factor.
+    H = _start(z, None if grad_state is None else grad_state / lr, D)
+    buffer = None
+    for s in reversed(slots.segments()):
+        n, u = s.last - s.first, slots.updating(s)
+        if buffer is None or buffer.shape[1] < n:
+            buffer = z.new_empty(B, n, D, F)
+        folds = buffer[:, :n]
+        pairs = slots.applied(g, s), slots.applied(z, s)
+        walk(H, folds, pairs, None, _flags(update, s), _flags(reset, s), lr, 1.0 - decay, u, reverse=True)
+        if u and v is not None and dv is not None:
+            span = slice(s.first * chunk_size, (s.first + u) * chunk_size)
+            product(slots.absorbed(s), folds[:, :u].mT, dv[:, span].unflatten(1, (u, chunk_size)))
+            _through_targets(slots, dz, dpast, s, v[:, span].unflatten(1, (u, chunk_size)), folds[:, :u])
+        _no_targets(slots, dz, s, u if v is not None else 0)
+    del buffer
+
+    for s, folds in folded(slots, _start(z, state, D), v, weight, update, reset, lr, decay):
+        slots.add(dz, s, slots.applied(g, s), folds)
+
+    total = H.sum(0) if index is None and not decay and grad_state is None else None
+    dstate = None if state is None else H.mul_(lr).to(state.dtype)
+    return slots.view(dz), dv, dstate, dpast, total
+
+
+def _through_targets(
+    slots: Slots, dz: Tensor, dpast: Tensor | None, s: Segment, v_BnCD: Tensor, H_BnDF: Tensor
+) -> None:
+    """dz of the updating slots becomes ``H^T v``; that of pending tokens goes to ``dpast``."""
+    part = s._replace(last=s.first + v_BnCD.shape[1])
+    if slots.index is None:
+        head = slots.P if s.first == 0 and dpast is not None else 0
+        part = part._replace(stop=s.start + v_BnCD.shape[1] * slots.C - head)
+        slots.put(dz, part, v_BnCD[:, :, head:], H_BnDF)
+        if head and dpast is not None:
+            dpast[:, :head] = torch.bmm(v_BnCD[:, 0, :head], H_BnDF[:, 0]).to(dpast.dtype)
+        return
+    slots.put(dz, part, v_BnCD, H_BnDF)
+    if dpast is not None:
+        old = slots.old[:, part.first : part.last]
+        where = slots.index[:, part.first : part.last].clamp(0, slots.P - 1).flatten(1)[..., None]
+        value = torch.where(old[..., None], v_BnCD @ H_BnDF, 0).flatten(1, 2).to(dpast.dtype)
+        dpast.scatter_add_(1, where.expand(-1, -1, value.shape[-1]), value)
+
+
+def _no_targets(slots: Slots, dz: Tensor, s: Segment, updating: int) -> None:
+    """dz of the slots that do not update begins at zero."""
+    if s.first + updating == s.last:
+        return
+    if slots.index is None:
+        slots.view(dz)[
+            :, min(s.start + max(updating * slots.C - (slots.P if s.first == 0 else 0), 0), s.stop) : s.stop
+        ] = 0
+    else:
+        dz[slots.flat[:, s.first + updating : s.last].flatten()] = 0

@@ -1,0 +1,78 @@
+"""Through the slots of one segment with the state at hand: what each slot sees is written down, its update joins.
+
+Forward, slot m: reset (S = 0); write ``W0 + lr * S``; ``S <- keep * S + sum_t x_t z_t^T`` where it updates.
+Reverse, slot m: write ``lr * S`` where the slot updates, else 0; ``S <- keep * S`` where it updates; add
+``sum_t x_t z_t^T``; reset. That is the recurrence of H = dL/dS (core.scan) with x = g, held over lr.
+
+Shapes: B rows, n slots of c tokens, D and F the widths of x and z.
+"""
+
+import torch
+from torch import Tensor
+
+from ..core.scan import outer
+from . import has_triton
+
+Pairs = tuple[Tensor, Tensor]
+
+
+def walk(
+    S_BDF: Tensor,
+    folds_BnDF: Tensor,
+    pairs: Pairs | None,
+    weight_DF: Tensor | None,
+    update_Bn: Tensor | None,
+    reset_Bn: Tensor | None,
+    lr: float,
+    keep: float,
+    updates: int,
+    *,
+    reverse: bool = False,
+) -> None:
+    """S moves on through all slots and ``folds`` is written, both in place.
+
+    pairs: x [B, n', c, D] and z [B, n', c, F] of the first n' slots (forward: those that may update; reverse: all).
+    updates: slots below it may update; ``update`` says which rows do there, None: all.
+    """
+    args = (S_BDF, folds_BnDF, pairs, weight_DF, update_Bn, reset_Bn, lr, keep, updates)
+    if folds_BnDF.is_cuda and folds_BnDF.dtype in (torch.bfloat16, torch.float16) and has_triton():
+        from .triton_walk import walk as fused
+
+        fused(*args, reverse=reverse)
+    else:
+        plain(*args, reverse=reverse)
+
+
+def plain(
+    S: Tensor,
+    folds: Tensor,
+    pairs: Pairs | None,
+    weight: Tensor | None,
+    update: Tensor | None,
+    reset: Tensor | None,
+    lr: float,
+    keep: float,
+    updates: int,
+    *,
+    reverse: bool = False,
+) -> None:
+    """``walk`` in PyTorch, slot by slot; exact in any precision."""
+    n = folds.shape[1]
+    for m in reversed(range(n)) if reverse else range(n):
+        acts = None if update is None else update[:, m, None, None]
+        fresh = None if reset is None else reset[:, m, None, None]
+        if fresh is not None and not reverse:
+            S.masked_fill_(fresh, 0)
+        value = S * lr
+        if reverse:
+            value = value * (m < updates) if acts is None or m >= updates else value.masked_fill_(~acts, 0)
+        elif weight is not None:
+            value += weight
+        folds[:, m] = value
+        if m < updates and keep != 1.0:
+            S *= keep if acts is None else 1.0 - (1.0 - keep) * acts.to(S.dtype)
+        if pairs is not None and (reverse or m < updates):
+            dS = outer(pairs[0][:, m], pairs[1][:, m])
+            S += dS if acts is None or reverse else dS.masked_fill_(~acts, 0)
+        if fresh is not None and reverse:
+            S.masked_fill_(fresh, 0)
