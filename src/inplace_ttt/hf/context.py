@@ -22,6 +22,8 @@ from ..core.target import SHIFTS
 from .cache import FastCacheLayer, fast_layers, mark_stale
 from .linear import FastWeight
 from .masks import real_tokens
+from .parallel_attention import SLICES, RowSlices
+from .parallel_projection import project_slice
 
 CONTEXT = "inplace_ttt_context"
 
@@ -33,6 +35,8 @@ class CallContext:
         self.table, self.slots, self.enabled, self.lr = table, slots, enabled, lr
         self.grad = torch.is_grad_enabled()
         self.embeddings: Tensor | None = None
+        self.slices: RowSlices | None = None
+        """How the rows are cut over ranks (context parallelism)."""
         self.outer: CallContext | None = None
         self._moved: dict[torch.device, ChunkTable] = {}
 
@@ -117,6 +121,10 @@ class Runtime:
             if cache is not None:
                 mark_stale(cache)
             return CallContext(ChunkTable.build(rows, tokens, self.config.chunk_size), {}, False, self.lr), None
+        if given.get(SLICES) is not None:
+            context = CallContext(ChunkTable.build(rows, tokens, self.config.chunk_size), {}, True, self.lr)
+            context.slices = given[SLICES]
+            return context, None
         running = self.model_config.num_hidden_layers  # early-exit drafting lowers it for a while
         indices = [site.index for site in self.sites if site.index < running and site.index not in self.silent]
         C, decay = self.config.chunk_size, self.config.decay
@@ -206,6 +214,8 @@ class LayerSite:
             )
         if not context.enabled or self.index in self.runtime.silent:
             return plain(z)
+        if context.slices is not None:
+            return project_slice(self, module, z, plain, context.slices)
         slot = context.slots.get(self.index)
         state = None if slot is None else slot.fast
         table = context.table_on(z.device)
