@@ -61,6 +61,8 @@ class Runtime:
         self.current: CallContext | None = None
         self.handles: list[Any] = []
         self.parameters = list(inspect.signature(model.base_model.forward).parameters)
+        self.cache_name = "cache" if "cache" in self.parameters else "past_key_values"
+        """transformers' name for the cache: the first from 5.24 on, in most families."""
 
     @contextmanager
     def reading(self, config: InPlaceTTTConfig, form: Any = "dense") -> Iterator[None]:
@@ -76,8 +78,10 @@ class Runtime:
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = dict(zip(self.parameters, args, strict=False)) | kwargs
-        if "cache" in given or "write_index" in given:
+        if not isinstance(given.get("cache"), Cache | None) or "write_index" in given:
             self.no_continuous_batching()
+        if given.get("cache") is not None:
+            given["past_key_values"] = given["cache"]
         if getattr(module, "_is_replica", False):
             raise NotImplementedError(
                 "torch.nn.DataParallel runs one model in several threads, which fast weights cannot follow: start one "
@@ -89,9 +93,9 @@ class Runtime:
             context.embeddings = given["inputs_embeds"]
         kwargs = {**kwargs, CONTEXT: context}
         if cache is not None and given.get("past_key_values") is None:
-            if len(args) > self.parameters.index("past_key_values"):
-                raise ValueError("pass past_key_values by keyword")
-            kwargs["past_key_values"] = cache
+            if len(args) > self.parameters.index(self.cache_name):
+                raise ValueError(f"pass {self.cache_name} by keyword")
+            kwargs[self.cache_name] = cache
         return args, kwargs
 
     def after_embedding(self, module: nn.Module, args: Any, output: Tensor) -> None:
