@@ -9,15 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "contract"))
 
-from families import VOCAB, C, adapted, tokens  # noqa: E402
+from families import VOCAB, C, adapted, tokens
 
-import inplace_ttt as ittt  # noqa: E402
-from inplace_ttt.hf.parallel import disable_context_parallel, enable_context_parallel  # noqa: E402
-from inplace_ttt.hf.sharding import shard_layers, whole  # noqa: E402
+import inplace_ttt as ittt
+from inplace_ttt.hf.parallel import disable_context_parallel, enable_context_parallel
+from inplace_ttt.hf.sharding import load_sharded, make_meshes, save_sharded, shard_layers, whole
 
 T = 16 * C
 
@@ -58,8 +57,13 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def step(model: Any, inputs: dict[str, Any], off: bool = False) -> Tensor:
-    """The loss in float64 (transformers takes it in float32, and must agree that far), and its gradients."""
+    """The loss in float64, and the gradients of this one call."""
     model.zero_grad()
+    return micro_batch(model, inputs, off)
+
+
+def micro_batch(model: Any, inputs: dict[str, Any], off: bool = False) -> Tensor:
+    """Adds the gradients of a loss taken in float64 (transformers takes it in float32, and must agree that far)."""
     with ittt.updates_off(model) if off else nullcontext():
         out = model(**inputs, use_cache=False)
     shifted = inputs.get("shift_labels")
@@ -109,15 +113,11 @@ def context(names: list[str]) -> dict[str, Any]:
             off = model(**inputs, use_cache=False).loss
         found[name] = {
             "loss": float((loss / dist.get_world_size() - alone).abs()),
-            "gradients": difference_of(model, expected),
+            "gradients": difference(model, expected),
             "after": float((again - alone).abs()),
             "updates": float((off - alone).abs()),
         }
     return found
-
-
-def difference_of(model: Any, expected: dict[str, Tensor]) -> float:
-    return difference(model, expected)
 
 
 def refusals() -> dict[str, str]:
@@ -163,7 +163,129 @@ def _recurrent() -> Any:
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
-def everything(names: list[str], sharded: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {"context": context(names), "refusals": refusals()}
-    _ = sharded, init_device_mesh, shard_layers
+def rows_of(inputs: dict[str, Tensor], reader: int, readers: int) -> dict[str, Tensor]:
+    return {name: x.chunk(readers)[reader] for name, x in inputs.items()}
+
+
+def part(inputs: dict[str, Tensor], meshes: Any, parallel: Any) -> dict[str, Any]:
+    """What this rank reads of a batch of whole rows, with the loss's normaliser for gradients that are means."""
+    mine = rows_of(inputs, meshes.reader, meshes.readers)
+    count = (inputs["labels"][:, 1:] != -100).sum() / dist.get_world_size()
+    mine = parallel.cut(mine) if parallel else mine
+    return {**mine, "num_items_in_batch": count}
+
+
+def mean(loss: Tensor) -> Tensor:
+    dist.all_reduce(loss)
+    return loss / dist.get_world_size()
+
+
+LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
+    2: {"shard": {"shard": 2}, "context": {"context": 2}, "data": {"data": 2}},
+    4: {"shard-context": {"shard": 2, "context": 2}, "data-context": {"data": 2, "context": 2}},
+}
+
+
+def layouts(folder: str) -> dict[str, Any]:
+    """Every layout: two optimizer steps of two micro-batches against one process, whole saves, sharded checkpoints."""
+    found: dict[str, Any] = {}
+    case = {"settings": {"decay": 0.1}, "checkpointing": True}
+    batches = [batch(([13, 3, 20, 28], [T // 2, T // 2])), batch()]
+    alone = build(case)
+    optimizer = torch.optim.AdamW(alone.parameters(), lr=1e-2)
+    losses, expected = [], []
+    for _ in range(2):
+        total = train_step(alone, optimizer, batches, lambda inputs: inputs)
+        losses.append(total)
+        expected.append({name: whole(p).clone() for name, p in alone.named_parameters()})
+    for name, sizes in LAYOUTS[dist.get_world_size()].items():
+        meshes = make_meshes("cpu", **sizes)
+        model = build(case)
+        shard_layers(model, meshes.parameters)
+        parallel = enable_context_parallel(model, meshes.slices) if meshes.context > 1 else None
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        worst: dict[str, Any] = {"loss": [], "parameters": []}
+        for step_ in range(2):
+            loss = train_step(model, optimizer, batches, lambda inputs, m=meshes, p=parallel: part(inputs, m, p))
+            worst["loss"].append(float((mean(loss) - losses[step_]).abs()))
+            worst["parameters"].append(parameter_difference(model, expected[step_]))
+            if step_ == 0:
+                save_sharded(f"{folder}/{name}", model, optimizer)
+        worst["sharded"] = sum(hasattr(p, "full_tensor") for p in model.parameters()) / len(list(model.parameters()))
+        ittt.save_pretrained(model, f"{folder}/{name}-whole")
+        saved = ittt.from_pretrained(f"{folder}/{name}-whole", dtype=torch.float64)
+        worst["saved"] = parameter_difference(saved, {n: whole(p) for n, p in model.named_parameters()})
+        found[name] = worst
+    return found
+
+
+def resume(folder: str, names: list[str]) -> dict[str, float]:
+    """Each checkpoint of one step, continued for a second one on this world's first layout."""
+    batches = [batch(([13, 3, 20, 28], [T // 2, T // 2])), batch()]
+    found = {}
+    case = {"settings": {"decay": 0.1}, "checkpointing": True}
+    alone = build(case)
+    optimizer = torch.optim.AdamW(alone.parameters(), lr=1e-2)
+    for _ in range(2):
+        train_step(alone, optimizer, batches, lambda inputs: inputs)
+    expected = {name: whole(p) for name, p in alone.named_parameters()}
+    sizes = next(iter(LAYOUTS[dist.get_world_size()].values()))
+    for name in names:
+        meshes = make_meshes("cpu", **sizes)
+        model = build(case)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        shard_layers(model, meshes.parameters)
+        parallel = enable_context_parallel(model, meshes.slices) if meshes.context > 1 else None
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        load_sharded(f"{folder}/{name}", model, optimizer)
+        train_step(model, optimizer, batches, lambda inputs, m=meshes, p=parallel: part(inputs, m, p))
+        found[name] = parameter_difference(model, expected)
+    return found
+
+
+def train_step(model: Any, optimizer: Any, batches: list[dict[str, Tensor]], prepare: Any) -> Tensor:
+    """One optimizer step over several micro-batches; the sum of their losses."""
+    optimizer.zero_grad()
+    total = torch.zeros((), dtype=torch.float64)
+    for inputs in batches:
+        total += micro_batch(model, prepare(inputs))
+    optimizer.step()
+    return total
+
+
+def parameter_difference(model: Any, expected: dict[str, Tensor]) -> float:
+    got = {name: whole(p) for name, p in model.named_parameters()}
+    assert set(got) == set(expected)
+    return max(float((got[n] - p).abs().max()) for n, p in expected.items())
+
+
+def bf16() -> dict[str, float]:
+    """FSDP2's mixed precision against one process whose parameters are rounded to bfloat16."""
+    inputs = batch()
+    model = adapted("llama", torch.float32).train()
+    alone = copy.deepcopy(model)
+    for parameter in alone.parameters():
+        parameter.data = parameter.data.bfloat16()
+    expected_loss = alone(**inputs, use_cache=False).loss
+    expected_loss.backward()
+    meshes = make_meshes("cpu", shard=2)
+    shard_layers(model, meshes.parameters, precision=torch.bfloat16)
+    loss = model(**part(inputs, meshes, None), use_cache=False).loss
+    loss.backward()
+    expected = {n: p.grad.float() for n, p in alone.named_parameters()}
+    got = {n: whole(p.grad) for n, p in model.named_parameters()}
+    dtypes = {p.grad.dtype for p in model.parameters()} | {p.dtype for p in model.parameters()}
+    assert dtypes == {torch.float32}
+    worst = max(float((got[n] - g).norm() / g.norm()) for n, g in expected.items())
+    return {"loss": float((mean(loss.detach()) - expected_loss).abs()), "gradients": worst}
+
+
+def everything(names: list[str], folder: str, others: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if dist.get_world_size() == 2:
+        found |= {"context": context(names), "refusals": refusals(), "bf16": bf16()}
+    found["layouts"] = layouts(folder)
+    found["resume"] = resume(folder, others)
     return found

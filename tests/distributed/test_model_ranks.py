@@ -3,21 +3,33 @@
 from typing import Any
 
 import pytest
-from model_ranks import CASES
+from model_ranks import CASES, LAYOUTS
 from spawn import run_ranks
 
 _found: dict[int, Any] = {}
 
 
-def _results(ranks: int = 2) -> Any:
-    if ranks not in _found:
-        _found[ranks] = run_ranks("model_ranks", "everything", ranks, list(CASES), True)
-    return _found[ranks]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture
+def results(folder: str) -> Any:
+    """Of the two-process world, then of the four-process one, which also goes on from the first one's checkpoints."""
+
+    def get(ranks: int) -> Any:
+        for count, others in ((2, ["shard"]), (4, ["shard", "context", "data"])):
+            if count <= ranks and count not in _found:
+                _found[count] = run_ranks("model_ranks", "everything", count, list(CASES), folder, others)
+        return _found[ranks]
+
+    return get
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_context_parallel_equals_one_process(name: str) -> None:
-    for result in _results():
+def test_context_parallel_equals_one_process(name: str, results: Any) -> None:
+    for result in results(2):
         found = result["context"][name]
         assert found["loss"] < 1e-10
         assert found["gradients"] < 1e-6  # families with norms in float32 differ by its rounding
@@ -26,8 +38,8 @@ def test_context_parallel_equals_one_process(name: str) -> None:
             assert found["updates"] > 1e-4, "the updates of this case do nothing"
 
 
-def test_what_context_parallelism_cannot_do_is_refused_on_every_rank() -> None:
-    for result in _results():
+def test_what_context_parallelism_cannot_do_is_refused_on_every_rank(results: Any) -> None:
+    for result in results(2):
         messages = result["refusals"]
         assert "leave the cache out" in messages["cache"]
         assert "position_ids" in messages["positions"]
@@ -39,3 +51,31 @@ def test_what_context_parallelism_cannot_do_is_refused_on_every_rank() -> None:
         assert "multiple of" in messages["chunk"]
         assert "already" in messages["twice"]
         assert "linear_attention" in messages["recurrent"]
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(n, layout) for n, named in LAYOUTS.items() for layout in named])
+def test_layouts_train_like_one_process(ranks: int, layout: str, results: Any) -> None:
+    """Two AdamW steps of two micro-batches (packed rows, activation checkpointing), and the whole save."""
+    for result in results(ranks):
+        found = result["layouts"][layout]
+        assert found["sharded"] == 1.0
+        assert max(found["loss"]) < 1e-8
+        assert max(found["parameters"]) < 1e-6  # AdamW divides by small gradients
+        assert found["saved"] == 0.0
+
+
+@pytest.mark.parametrize("checkpoint", ["shard", "context", "data"])
+def test_checkpoints_of_two_processes_go_on_with_four(checkpoint: str, results: Any) -> None:
+    for result in results(4):
+        assert result["resume"][checkpoint] < 1e-6
+
+
+def test_checkpoints_go_on_with_the_same_processes(results: Any) -> None:
+    for result in results(2):
+        assert result["resume"]["shard"] < 1e-6
+
+
+def test_mixed_precision(results: Any) -> None:
+    for result in results(2):
+        assert result["bf16"]["loss"] < 2e-2
+        assert result["bf16"]["gradients"] < 5e-2

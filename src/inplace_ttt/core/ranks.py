@@ -1,8 +1,8 @@
 """The scan over a row that is cut into slices on several ranks (section 4 of the method: context parallelism).
 
 A row of T tokens is cut into P *pieces* of equal length. Contiguous slices: piece r lies on rank r. Head-tail slices:
-two pieces a rank, r and P - 1 - r, so that causal attention costs every rank the same. A piece is read like a row of its
-own with an initial state: the updates of the pieces before it, in document order,
+two pieces a rank, r and P - 1 - r, so that causal attention costs every rank the same. A piece is read like a row of
+its own with an initial state: the updates of the pieces before it, in document order,
 
     state[p + 1] = carry[p] * state[p] + total[p],   state[0] = 0,
 
@@ -100,7 +100,9 @@ class SliceTable:
     def scanned(self) -> ChunkTable:
         """The table for the scan itself: nobody inside a regular piece sees the update of its last chunk."""
         table = self.table
-        return table if table.index is not None else replace(table, updates=max(table.tokens - 1, 0) // table.chunk_size)
+        return (
+            table if table.index is not None else replace(table, updates=max(table.tokens - 1, 0) // table.chunk_size)
+        )
 
     @classmethod
     def build(
@@ -113,8 +115,8 @@ class SliceTable:
         C, P, k = chunk_size, slices.pieces, slices.own
         if tokens % P:
             raise ValueError(
-                f"rows of {tokens:,} tokens cannot be cut into {P} equal pieces ({slices.ranks} ranks, {k} each): use a "
-                f"multiple of {P * C:,} (pieces x chunk_size)"
+                f"rows of {tokens:,} tokens cannot be cut into {P} equal pieces ({slices.ranks} ranks, {k} each): "
+                f"use a multiple of {P * C:,} (pieces x chunk_size)"
             )
         length = tokens // P
         if documents is None:
@@ -130,8 +132,8 @@ class SliceTable:
         total = P * length
         if length % C and total > C:
             raise ValueError(
-                f"a slice boundary lies inside a chunk: rows of {total:,} tokens on {slices.ranks} ranks make pieces of "
-                f"{length:,}, no multiple of chunk_size {C:,}. Use rows of a multiple of {P * C:,} tokens"
+                f"a slice boundary lies inside a chunk: rows of {total:,} tokens on {slices.ranks} ranks make pieces "
+                f"of {length:,}, no multiple of chunk_size {C:,}. Use rows of a multiple of {P * C:,} tokens"
             )
         updates = length // C if total > C else 0
         table = ChunkTable(
@@ -173,7 +175,9 @@ class SliceTable:
         inside = [(piece == p).any(-1) for p in range(P)]  # [B, M] each
         M = max((int(has.sum(1).max()) for has in inside), default=0) if index.shape[1] else 0
         parts = [cls._piece(whole, piece, has, p, length, M) for p, has in enumerate(inside)]
-        updates = max((int(update.any(0).nonzero().max()) + 1 for _, update, _ in parts if bool(update.any())), default=0)
+        updates = max(
+            (int(update.any(0).nonzero().max()) + 1 for _, update, _ in parts if bool(update.any())), default=0
+        )
 
         weights = torch.zeros(P, B, updates, dtype=torch.float64)
         carry = torch.ones(P, B, dtype=torch.float64)
@@ -276,7 +280,7 @@ def piece_totals(z_RNF: Tensor, v_RND: Tensor, table: SliceTable, clip: Tensor |
     C, weights, v = table.table.chunk_size, table.weights, v_RND.to(z_RNF.dtype)
     if weights is not None and clip is None and table.binary:
         v, weights = v * weights.to(v.dtype).repeat_interleave(C, 1)[..., None], None
-    total: Tensor = _PieceTotals.apply(z_RNF, v, weights, C, clip)
+    total: Tensor = _PieceTotals.apply(z_RNF, v, weights, C, clip)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -323,12 +327,12 @@ def _spans(z: Tensor, weights_RU: Tensor | None, C: int) -> list[tuple[slice, Te
 
 def exclusive_scan(totals_RDF: Tensor, table: SliceTable, group: Group) -> Tensor:
     """The state each of this rank's pieces starts from, [R, D, F]; differentiable. All ranks of ``group`` call it."""
-    states: Tensor = _ExclusiveScan.apply(totals_RDF, table, group)
+    states: Tensor = _ExclusiveScan.apply(totals_RDF, table, group)  # type: ignore[no-untyped-call]
     return states
 
 
 class _ExclusiveScan(torch.autograd.Function):
-    """Backward is the same scan from the last piece to the first: ``dtotal[p] = sum_{q > p} (carries between) dstate[q]``."""
+    """Backward is the same scan, from the last piece to the first."""
 
     @staticmethod
     def forward(ctx: Any, totals: Tensor, table: SliceTable, group: Group) -> Tensor:
@@ -345,7 +349,7 @@ def _scan(x_RDF: Tensor, table: SliceTable, group: Group, reverse: bool) -> Tens
     R, D, F = x_RDF.shape
     sizes = [F // slices.ranks + (j < F % slices.ranks) for j in range(slices.ranks)]
     mine = sizes[slices.rank]
-    sent = torch.cat([part.reshape(-1) for part in x_RDF.split(sizes, 2)])
+    sent = torch.cat([part.reshape(-1) for part in torch.split(x_RDF, sizes, 2)])
     here = exchange(sent, [R * D * f for f in sizes], [R * D * mine] * slices.ranks, group)
     parts = here.view(slices.ranks, R // k, k, D, mine)
     running = parts.new_zeros(R // k, D, mine)
@@ -355,7 +359,7 @@ def _scan(x_RDF: Tensor, table: SliceTable, group: Group, reverse: bool) -> Tens
         parts[rank, :, j] = running
         running = own.add_(running * table.carry[p].to(running.dtype)[:, None, None])
     back = exchange(here, [R * D * mine] * slices.ranks, [R * D * f for f in sizes], group)
-    pieces = back.split([R * D * f for f in sizes])
+    pieces = torch.split(back, [R * D * f for f in sizes])
     return torch.cat([piece.view(R, D, f) for piece, f in zip(pieces, sizes, strict=True)], 2)
 
 

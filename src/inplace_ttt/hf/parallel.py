@@ -5,7 +5,7 @@
 
 A pre-hook on the base model finds out, once per call and alike on all ranks, which documents the whole row has, and
 hands the answer on as one keyword argument. Attention (``parallel_attention.py``) and the adapting projections take it
-from there; it travels with the call's own arguments, so a recomputation under activation checkpointing sees the same one.
+from there; it travels with the call's own arguments, so a recomputation under activation checkpointing sees it too.
 """
 
 import inspect
@@ -34,23 +34,24 @@ class ContextParallel:
         self.model, self.group = model, group
         self.slices = Slices(dist.get_world_size(group), dist.get_rank(group), head_tail)
         self.parameters = list(inspect.signature(model.base_model.forward).parameters)
-        self.attention: str | None = model.config._attn_implementation
+        self.attention: str = model.config._attn_implementation
         self.calls: list[RowSlices] = []
         self.handles = [
             model.base_model.register_forward_pre_hook(self.before_model, with_kwargs=True, prepend=True),
             model.base_model.register_forward_hook(self.after_model, always_call=True),
         ]
 
-    def cut(self, batch: dict[str, Any], *, replicas: int = 1) -> dict[str, Any]:
+    def cut(self, batch: dict[str, Any]) -> dict[str, Any]:
         """This rank's part of a batch of whole rows, ready for ``model(**part, use_cache=False)``.
 
         ``batch``: input_ids [B, T] and, optionally, labels [B, T], position_ids [B, T] or [1, T], seq_idx [B, T]; the
         same on all ranks of the group. Labels are shifted before the cut (the next token may lie on another rank).
 
-        The part's loss is ``ranks * replicas * (sum over its own labels) / (labels of the whole batch)``: its mean over
-        the group's ranks is the loss of the whole batch, so gradients averaged over them (FSDP2, DDP) are right.
-        ``replicas`` is for a loop that gives ``num_items_in_batch`` itself: leave it at 1. Raises UserError for rows that
-        cannot be cut and for inputs without a rule here.
+        The part's loss is ``ranks * (sum over its own labels) / (labels of the whole batch)``: its mean over the
+        group's ranks is the loss of the whole batch, so gradients averaged over them (FSDP2, DDP) are right. With
+        other rows on other processes or several batches a step, put (labels of all of them) / (processes that
+        gradients are averaged over) in ``num_items_in_batch``. Raises UserError for rows that cannot be cut and for
+        inputs without a rule here.
         """
         known = {"input_ids", "labels", "position_ids", "seq_idx", "attention_mask", "shift_labels"}
         if unknown := sorted(set(batch) - known):
@@ -79,7 +80,7 @@ class ContextParallel:
         part: dict[str, Any] = {name: self.slices.cut(x).contiguous() for name, x in whole.items()}
         if count is not None:
             part["labels"] = part["shift_labels"]  # transformers computes a loss only where labels are given
-            part["num_items_in_batch"] = count / (self.slices.ranks * replicas)
+            part["num_items_in_batch"] = count / self.slices.ranks
         return part
 
     # -- hook -----------------------------------------------------------------------------------------------------
@@ -101,8 +102,8 @@ class ContextParallel:
         call = self.calls.pop() if self.calls else None
         if output is not None and call is not None and call.attended < self.model.config.num_hidden_layers:
             raise RuntimeError(
-                f"{self.model.config.num_hidden_layers} layers, but attention saw other ranks' keys in {call.attended}: "
-                "this family's attention cannot be used with context parallelism"
+                f"{self.model.config.num_hidden_layers} layers, but attention saw other ranks' keys in "
+                f"{call.attended}: this family's attention cannot be used with context parallelism"
             )
 
     def row_slices(self, given: dict[str, Any]) -> RowSlices:
@@ -152,7 +153,7 @@ class ContextParallel:
 
 
 def enable_context_parallel(model: nn.Module, group: Group = None, *, head_tail: bool = True) -> ContextParallel:
-    """From now on, calls of ``model`` read slices of rows, one slice on each rank of ``group``; see ``ContextParallel``.
+    """From now on, calls of ``model`` read slices of rows, one on each rank of ``group``; see ``ContextParallel``.
 
     ``group``: a process group, or a one-dimensional ``DeviceMesh``; None: all processes. ``head_tail``: two pieces a
     rank, from both ends of the row, so that causal attention costs every rank the same; False: contiguous slices.

@@ -2,7 +2,7 @@
 
 Three ways to compute it, the first that works on the device: ``varlen`` (PyTorch's flash attention for documents laid
 end to end: reads causal offsets, windows and document bounds directly), ``offset`` (scaled_dot_product_attention with a
-causal bias aligned at the end; undivided rows without a window), ``mask`` (a dense mask of one piece at a time; anywhere).
+causal bias aligned at the end; undivided rows without a window), ``mask`` (a dense mask, a piece at a time; anywhere).
 
 Shapes: B rows, H heads, t tokens of a piece, T of a whole row, d the head's width.
 """
@@ -135,7 +135,7 @@ def gather_attention(
     if torch.is_autocast_enabled(device.type):  # rotary embeddings come back in float32
         dtype = torch.get_autocast_dtype(device.type)
     query, pair = query.to(dtype), torch.stack([key.to(dtype), value.to(dtype)])
-    gathered: Any = _Gather.apply(pair, call.group)
+    gathered: Any = _Gather.apply(pair, call.group)  # type: ignore[no-untyped-call]
     keys, values = slices.join(list(gathered), 3)
     if groups > 1:
         keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
@@ -181,7 +181,15 @@ def attend(
 
 
 def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, q_bounds: Tensor, k_bounds: Tensor, most_q: int, most_k: int, scale: float, window: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_bounds: Tensor,
+    k_bounds: Tensor,
+    most_q: int,
+    most_k: int,
+    scale: float,
+    window: Any,
 ) -> Tensor:
     """q [t, H, d], k and v [n, H, d]: documents end to end, causal from their ends."""
     from torch.nn.attention.varlen import varlen_attn
@@ -226,5 +234,6 @@ def _agrees(way: str, device: torch.device, dtype: torch.dtype, heads: int, widt
 
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         return all(
-            torch.allclose(a.float(), b.float(), atol=0.05, rtol=0.05) for a, b in zip(run(way), run("mask"), strict=True)
+            torch.allclose(a.float(), b.float(), atol=0.05, rtol=0.05)
+            for a, b in zip(run(way), run("mask"), strict=True)
         )

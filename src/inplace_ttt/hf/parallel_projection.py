@@ -10,7 +10,7 @@ from .parallel_attention import RowSlices
 
 
 def project_slice(site: Any, module: Any, z_BTF: Tensor, plain: Callable[[Tensor], Tensor], call: RowSlices) -> Tensor:
-    """The output for this rank's slice [B, T / ranks, F]: its pieces are rows of their own, with a state to start from."""
+    """The output for this rank's slice [B, T / ranks, F]: its pieces are rows of their own, with a first state."""
     table = call.table_on(z_BTF.device)
     R, length = table.table.rows, table.table.tokens
     z, u = site._compute_dtype(z_BTF), site._source(site.context)

@@ -4,10 +4,19 @@ The parameters that ``attach`` adds lie in the MLP, so they are sharded and gath
 communicates is FSDP2's own: nothing of the fast weights (they are activations).
 """
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from ..errors import UserError
@@ -28,8 +37,6 @@ def shard_layers(
     ``torch.bfloat16``); parameters, gradients' reduction and optimizer stay in the parameters' own dtype; None: that
     too. Gradients are means over the mesh's ranks. Call ``attach`` before, the optimizer after.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
     root = unwrap(model)
     layers = layers_of(root)
     settings: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshard_after_forward}
@@ -77,3 +84,79 @@ def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
             known[key] = whole(tensor)
         state[name] = known[key]
     return state
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """Where this process stands among ``data x shard x context`` processes, the last varying fastest."""
+
+    data: int
+    shard: int
+    context: int
+    parameters: Any
+    """``DeviceMesh`` for ``shard_layers``: over shard and context together, replicated ``data`` times."""
+    slices: Any
+    """``DeviceMesh`` for ``enable_context_parallel``."""
+
+    @property
+    def readers(self) -> int:
+        """Groups of processes that read different rows."""
+        return self.data * self.shard
+
+    @property
+    def reader(self) -> int:
+        """Which of them this process belongs to."""
+        return int(dist.get_rank() // self.context)
+
+
+def make_meshes(device: str, *, data: int = 1, shard: int = 1, context: int = 1) -> Meshes:
+    """Meshes of the started processes. Raises UserError unless there are ``data * shard * context`` of them.
+
+    Context-parallel ranks share the sharded parameters as well (their gradients must be averaged all the same).
+    """
+    count = dist.get_world_size()
+    if data * shard * context != count:
+        raise UserError(
+            f"data {data} x shard {shard} x context {context} needs {data * shard * context} processes, "
+            f"{count} were started"
+        )
+    both = init_device_mesh(device, (data, shard * context), mesh_dim_names=("replicate", "shard"))
+    slices = init_device_mesh(device, (data * shard, context), mesh_dim_names=("reader", "context"))
+    return Meshes(data, shard, context, both["shard"] if data == 1 else both, slices["context"])
+
+
+# -- checkpoints on the way: each rank writes its own part, any number of ranks can go on ------------------------------
+
+
+def save_sharded(directory: str | Path, model: nn.Module, optimizer: Any = None) -> None:
+    """Writes model and optimizer with torch.distributed.checkpoint; all ranks call it."""
+    model_state, optimizer_state = get_state_dict(model, () if optimizer is None else optimizer)
+    state: dict[str, Any] = {"model": model_state}
+    if optimizer is not None:
+        state["optimizer"] = optimizer_state
+    save(state, checkpoint_id=directory)
+
+
+def load_sharded(directory: str | Path, model: nn.Module, optimizer: Any = None) -> None:
+    """Reads what ``save_sharded`` wrote into a model (and optimizer) of any layout; all ranks call it.
+
+    Raises UserError when there is no checkpoint, or one of another model.
+    """
+    if not (Path(directory) / ".metadata").is_file():
+        raise UserError(f"no complete checkpoint in {directory}")
+    model_state, optimizer_state = get_state_dict(model, () if optimizer is None else optimizer)
+    state: dict[str, Any] = {"model": model_state}
+    if optimizer is not None:
+        state["optimizer"] = optimizer_state
+    try:
+        load(state, checkpoint_id=directory)
+    except (RuntimeError, KeyError, CheckpointException) as error:
+        raise UserError(
+            f"{directory} is not a checkpoint of this model: {' '.join(str(error).split())[:300]}"
+        ) from None
+    set_state_dict(
+        model,
+        () if optimizer is None else optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state.get("optimizer", {}),
+    )
