@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import distribute_tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -29,6 +30,7 @@ from ..errors import UserError
 from .attach import attach, detach, is_attached, plain_config, runtime_of, unwrap, unwrap_to_save
 from .release import is_release, load_release
 from .sharding import is_sharded, whole, whole_state
+from .tensor_parallel import is_split
 
 SETTINGS, TENSORS, BASE = "inplace_ttt.json", "inplace_ttt.safetensors", "base"
 SAMPLES = 16
@@ -173,7 +175,10 @@ def load_added(model: nn.Module, tensors: dict[str, Tensor], source: str) -> Non
             )
     with torch.no_grad():
         for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
+            parameter: Any = parameters[name]
+            if is_split(parameter):
+                tensor = distribute_tensor(tensor.to(parameter.dtype), parameter.device_mesh, parameter.placements)
+            parameter.copy_(tensor)
 
 
 def load_plain(path: Path | str, kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -19,13 +19,16 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..config import InPlaceTTTConfig
 from ..core import ChunkTable, FastWeights, document_ids, scan, target
 from ..core.target import SHIFTS
+from ..errors import UserError
 from .cache import FastCacheLayer, fast_layers, mark_stale
 from .linear import FastWeight
 from .masks import real_tokens
 from .parallel_attention import SLICES, RowSlices
 from .parallel_projection import project_slice
+from .tensor_parallel import is_split, local_input, replicated, summand
 
 CONTEXT = "inplace_ttt_context"
+CLIP_SPLIT = "clip needs the norm of whole updates, which tensor parallelism splits: leave it out (decay works)"
 
 
 class CallContext:
@@ -225,11 +228,14 @@ class LayerSite:
         table = context.table_on(z.device)
         if state is None and not table.updates:
             return plain(z)
-        if hasattr(z, "to_local"):
-            raise NotImplementedError("tensor parallel projections are not supported: load the model without tp_plan")
+        whole = z if is_split(z) else None
+        if whole is not None:
+            z = local_input(whole)
         z, u = self._compute_dtype(z), self._source(context)
         past_z, past_u = (None, None) if state is None else state.past(table)
         v = self._targets(u, past_u, table)
+        if whole is not None and v is not None:
+            v = replicated(v, whole)
         clip = self._clip(module)
         own = table if state is None else state.begin(table, z, v)
         keywords: dict[str, Any] = {
@@ -240,7 +246,10 @@ class LayerSite:
             "past_BPF": past_z,
         }
         if not own.updates and keywords["state_BDF"] is None:
-            out, S = plain(z), None
+            out, S = plain(z if whole is None else whole), None
+        elif whole is not None:
+            fast, S = scan(z, v, None, own, **keywords)
+            out = plain(whole) + summand(fast, whole)
         elif getattr(module, "fuses", False):
             bias = None if module.bias is None else module.bias.to(z.dtype)
             out, S = scan(z, v, module.weight.to(z.dtype), own, bias_D=bias, **keywords)
@@ -250,7 +259,8 @@ class LayerSite:
         if slot is not None and state is not None:
             old = state.recall(table, z)
             if old is not None:
-                out = (out + context.lr * old).to(out.dtype)
+                old = context.lr * old
+                out = (out + (old if whole is None else summand(old, whole))).to(out.dtype)
             slot.clip = clip
             state.absorb(table, z, u, v, S, clip)
         return out
@@ -286,6 +296,8 @@ class LayerSite:
         config = self.runtime.config
         if config.clip is None:
             return None
+        if getattr(module, "split", False):
+            raise UserError(CLIP_SPLIT)
         weight: Tensor = module.weight  # type: ignore[assignment]
         if not config.clip_relative:
             return torch.tensor(config.clip, device=weight.device)

@@ -6,11 +6,14 @@ from typing import Any
 from torch import Tensor
 
 from ..core.ranks import scan_slice
+from ..errors import UserError
 from .parallel_attention import RowSlices
 
 
 def project_slice(site: Any, module: Any, z_BTF: Tensor, plain: Callable[[Tensor], Tensor], call: RowSlices) -> Tensor:
     """The output for this rank's slice [B, T / ranks, F]: its pieces are rows of their own, with a first state."""
+    if getattr(module, "split", False):
+        raise UserError("context parallelism together with tensor parallelism is not supported")
     table = call.table_on(z_BTF.device)
     R, length = table.table.rows, table.table.tokens
     z, u = site._compute_dtype(z_BTF), site._source(site.context)
