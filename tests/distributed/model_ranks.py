@@ -135,6 +135,7 @@ def refusals() -> dict[str, str]:
         "unknown": lambda: parallel.cut({**batch(), "cu_seq_lens_q": torch.tensor([0, T])}),
         "chunk": lambda: model(**parallel.cut({n: x[:, : parallel.slices.pieces * (C + 1)] for n, x in short.items()})),
         "twice": lambda: enable_context_parallel(model),
+        "torch": lambda: enable_context_parallel(build({}), attention="torch"),
         "recurrent": lambda: enable_context_parallel(_recurrent()),
     }
     messages = {}
@@ -261,7 +262,7 @@ def parameter_difference(model: Any, expected: dict[str, Tensor]) -> float:
     return max(float((got[n] - p).abs().max()) for n, p in expected.items())
 
 
-def bf16() -> dict[str, float]:
+def bf16() -> dict[str, dict[str, float]]:
     """FSDP2's mixed precision against one process whose parameters are rounded to bfloat16."""
     inputs = batch()
     model = adapted("llama", torch.float32).train()
@@ -270,16 +271,20 @@ def bf16() -> dict[str, float]:
         parameter.data = parameter.data.bfloat16()
     expected_loss = alone(**inputs, use_cache=False).loss
     expected_loss.backward()
-    meshes = make_meshes("cpu", shard=2)
-    shard_layers(model, meshes.parameters, precision=torch.bfloat16)
-    loss = model(**part(inputs, meshes, None), use_cache=False).loss
-    loss.backward()
     expected = {n: p.grad.float() for n, p in alone.named_parameters()}
-    got = {n: whole(p.grad) for n, p in model.named_parameters()}
-    dtypes = {p.grad.dtype for p in model.parameters()} | {p.dtype for p in model.parameters()}
-    assert dtypes == {torch.float32}
-    worst = max(float((got[n] - g).norm() / g.norm()) for n, g in expected.items())
-    return {"loss": float((mean(loss.detach()) - expected_loss).abs()), "gradients": worst}
+    found = {}
+    for layout in ("shard", "context"):
+        meshes, each = make_meshes("cpu", **{layout: 2}), copy.deepcopy(model)
+        shard_layers(each, meshes.parameters, precision=torch.bfloat16)
+        parallel = enable_context_parallel(each, meshes.slices) if layout == "context" else None
+        loss = each(**part(inputs, meshes, parallel), use_cache=False).loss
+        loss.backward()
+        got = {n: whole(p.grad) for n, p in each.named_parameters()}
+        dtypes = {p.grad.dtype for p in each.parameters()} | {p.dtype for p in each.parameters()}
+        assert dtypes == {torch.float32}
+        worst = max(float((got[n] - g).norm() / g.norm()) for n, g in expected.items())
+        found[layout] = {"loss": float((mean(loss.detach()) - expected_loss).abs()), "gradients": worst}
+    return found
 
 
 def everything(names: list[str], folder: str, others: list[str]) -> dict[str, Any]:

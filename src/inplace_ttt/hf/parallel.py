@@ -1,7 +1,8 @@
 """Context parallelism: each rank of a group reads its slice of every row (docs/parallel.md).
 
     context = enable_context_parallel(model, group)
-    loss = model(**context.cut(batch), use_cache=False).loss      # inputs of whole rows, alike on all ranks
+    with context.step():
+        model(**context.cut(batch), use_cache=False).loss.backward()      # a batch of whole rows, alike on all ranks
 
 A pre-hook on the base model finds out, once per call and alike on all ranks, which documents the whole row has, and
 hands the answer on as one keyword argument. Attention (``parallel_attention.py``) and the adapting projections take it
@@ -9,6 +10,8 @@ from there; it travels with the call's own arguments, so a recomputation under a
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +23,7 @@ from ..core import document_ids
 from ..core.ranks import Group, Slices, SliceTable
 from ..errors import UserError
 from .attach import is_attached, runtime_of, unwrap
-from .parallel_attention import GATHER, SLICES, RowSlices, register
+from .parallel_attention import GATHER, SLICES, RowSlices, register, working_ways
 
 IGNORED = -100
 STATE = "_inplace_ttt_context_parallel"
@@ -30,12 +33,13 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 class ContextParallel:
     """How a model's rows are cut over the ranks of ``group``; made by ``enable_context_parallel``."""
 
-    def __init__(self, model: PreTrainedModel, group: Group, head_tail: bool) -> None:
-        self.model, self.group = model, group
+    def __init__(self, model: PreTrainedModel, group: Group, head_tail: bool, mesh: Any = None) -> None:
+        self.model, self.group, self.mesh = model, group, mesh
         self.slices = Slices(dist.get_world_size(group), dist.get_rank(group), head_tail)
         self.parameters = list(inspect.signature(model.base_model.forward).parameters)
         self.attention: str = model.config._attn_implementation
         self.calls: list[RowSlices] = []
+        self.inside = False
         self.handles = [
             model.base_model.register_forward_pre_hook(self.before_model, with_kwargs=True, prepend=True),
             model.base_model.register_forward_hook(self.after_model, always_call=True),
@@ -83,6 +87,23 @@ class ContextParallel:
             part["num_items_in_batch"] = count / self.slices.ranks
         return part
 
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around forward and backward of one or more calls. Needed for ``attention="torch"``, harmless otherwise."""
+        if self.mesh is None:
+            yield
+            return
+        from torch.distributed.tensor.experimental import context_parallel
+
+        # It wants something to cut; calls get their parts from ``cut``, in the same order.
+        unused = torch.zeros(2 * self.slices.pieces, device=self.mesh.device_type)
+        with context_parallel(self.mesh, buffers=[unused], buffer_seq_dims=[0], no_restore_buffers={unused}):
+            self.inside = True
+            try:
+                yield
+            finally:
+                self.inside = False
+
     # -- hook -----------------------------------------------------------------------------------------------------
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -95,6 +116,12 @@ class ContextParallel:
         if given.get("cu_seq_lens_q") is not None:
             raise UserError("context parallelism reads documents from position_ids or seq_idx, not from cu_seq_lens_q")
         call = self.row_slices(given)
+        if self.mesh is not None:
+            if call.documents is not None:
+                raise UserError('attention="torch" knows no documents or padding: use attention="gather"')
+            if not self.inside:
+                raise UserError('attention="torch" works inside "with context.step():" only, backward included')
+            call.native = True
         self.calls.append(call)
         return args, {**kwargs, "use_cache": False, "attention_mask": None, SLICES: call}
 
@@ -135,11 +162,15 @@ class ContextParallel:
                     f"ContextParallel.cut(batch) ({order} slices on {self.slices.ranks} ranks), or pass seq_idx"
                 )
         call = RowSlices(self.slices, self.group, rows, total, documents)
+        config = self.model.config
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        call.ways = working_ways(source.device.type, heads, width)
         if is_attached(self.model):
-            config = runtime_of(self.model).config
+            ttt = runtime_of(self.model).config
             try:
                 call.table = SliceTable.build(
-                    self.slices, rows, total, config.chunk_size, documents=documents, decay=config.decay
+                    self.slices, rows, total, ttt.chunk_size, documents=documents, decay=ttt.decay
                 )
             except ValueError as error:
                 raise UserError(str(error)) from None
@@ -152,13 +183,16 @@ class ContextParallel:
         return self.slices.join(parts.chunk(self.slices.ranks))
 
 
-def enable_context_parallel(model: nn.Module, group: Group = None, *, head_tail: bool = True) -> ContextParallel:
+def enable_context_parallel(
+    model: nn.Module, group: Group = None, *, head_tail: bool = True, attention: str = "gather"
+) -> ContextParallel:
     """From now on, calls of ``model`` read slices of rows, one on each rank of ``group``; see ``ContextParallel``.
 
     ``group``: a process group, or a one-dimensional ``DeviceMesh``; None: all processes. ``head_tail``: two pieces a
     rank, from both ends of the row, so that causal attention costs every rank the same; False: contiguous slices.
-    Attention becomes a registered function that gathers keys and values (sliding windows and packed documents
-    included). Before or after ``attach`` and ``fully_shard``.
+    ``attention``: "gather" gathers keys and values (sliding windows and packed documents included); "torch" is
+    PyTorch's own context-parallel attention (CUDA, head-tail, undivided rows without a window; ``group`` a mesh).
+    Before or after ``attach`` and ``fully_shard``.
 
     Raises UserError for attention that has no rule here (recurrent layers, capped logits), and when it is on already.
     """
@@ -175,10 +209,15 @@ def enable_context_parallel(model: nn.Module, group: Group = None, *, head_tail:
             raise UserError(f"context parallelism has no rule for {name} of {root.config.model_type} models")
     if getattr(root.config, "_attn_implementation", None) is None:
         raise UserError(f"{type(root).__name__} does not let its attention be chosen: no context parallelism")
-    if hasattr(group, "get_group"):
-        group = group.get_group()
+    mesh, group = (group, group.get_group()) if hasattr(group, "get_group") else (None, group)
+    if attention not in ("gather", "torch"):
+        raise UserError(f'attention must be "gather" or "torch", got {attention!r}')
+    if attention == "torch":
+        windows = "sliding_attention" in kinds or (len(kinds) == 1 and getattr(root.config, "sliding_window", None))
+        if mesh is None or mesh.device_type != "cuda" or not head_tail or windows:
+            raise UserError('attention="torch" needs a DeviceMesh of CUDA devices, head-tail slices and no window')
     register()
-    context = ContextParallel(root, group, head_tail)
+    context = ContextParallel(root, group, head_tail, mesh if attention == "torch" else None)
     root.set_attn_implementation(GATHER)
     root.__dict__[STATE] = context
     return context

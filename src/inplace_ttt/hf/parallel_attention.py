@@ -8,7 +8,6 @@ Shapes: B rows, H heads, t tokens of a piece, T of a whole row, d the head's wid
 """
 
 import logging
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -26,21 +25,20 @@ SLICES = "inplace_ttt_slices"
 logger = logging.getLogger(__name__)
 
 
-@dataclass(eq=False)
 class RowSlices:
-    """One call: how its rows are cut, what documents they have, and the chunk table that follows from it."""
+    """One call: how its rows are cut, what documents they have, and the chunk table that follows from it.
 
-    slices: Slices
-    group: Group
-    rows: int
-    tokens: int
-    """T: tokens of a whole row."""
-    documents: Tensor | None
-    """int64 [B, T] on the CPU, -1 for padding; None: one document a row."""
-    table: SliceTable | None = None
-    attended: int = 0
-    """Attention layers that have run."""
-    _moved: dict[Any, Any] = field(default_factory=dict)
+    ``tokens``: T, of a whole row. ``documents``: int64 [B, T] on the CPU, -1 for padding; None: one document a row.
+    A plain class: FSDP2's mixed precision copies and casts dataclasses among a layer's arguments.
+    """
+
+    def __init__(self, slices: Slices, group: Group, rows: int, tokens: int, documents: Tensor | None) -> None:
+        self.slices, self.group, self.rows, self.tokens, self.documents = slices, group, rows, tokens, documents
+        self.table: SliceTable | None = None
+        self.native = False  # attention is PyTorch's own for slices
+        self.ways: dict[tuple[torch.dtype, bool], str] = {}  # by dtype and "undivided rows, no window"
+        self.attended = 0  # attention layers that have run
+        self._moved: dict[Any, Any] = {}
 
     def table_on(self, device: torch.device) -> SliceTable:
         """The chunk table on a device, moved once."""
@@ -130,23 +128,33 @@ def gather_attention(
         if isinstance(given, Tensor) or given:
             raise NotImplementedError(f"attention over slices has no {name}")
     call.attended += 1
-    slices, heads, groups = call.slices, query.shape[1], query.shape[1] // key.shape[1]
+    slices, groups = call.slices, query.shape[1] // key.shape[1]
     device, dtype = query.device, value.dtype
     if torch.is_autocast_enabled(device.type):  # rotary embeddings come back in float32
         dtype = torch.get_autocast_dtype(device.type)
     query, pair = query.to(dtype), torch.stack([key.to(dtype), value.to(dtype)])
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if call.native:
+        keys, values = (x.repeat_interleave(groups, 1) for x in pair)
+        out = scaled_dot_product(query.contiguous(), keys, values, scale)
+        return out.transpose(1, 2), None
     gathered: Any = _Gather.apply(pair, call.group)  # type: ignore[no-untyped-call]
     keys, values = slices.join(list(gathered), 3)
     if groups > 1:
         keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    way = best_way(device.type, dtype, heads, query.shape[-1], sliding_window is None and call.documents is None)
+    way = call.ways.get((dtype, sliding_window is None and call.documents is None), "mask")
     own = slices.of(slices.rank)
     outs = [
         attend(call, piece, q, keys, values, scale, sliding_window, way)
         for piece, q in zip(own, query.chunk(len(own), 2), strict=True)
     ]
     return torch.cat(outs, 1), None
+
+
+def scaled_dot_product(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Causal attention through the name that torch's ``context_parallel`` replaces while it is on."""
+    out: Tensor = nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale)
+    return out
 
 
 def attend(
@@ -201,10 +209,19 @@ def _varlen(
 
 
 @lru_cache(maxsize=64)
+def working_ways(device: str, heads: int, width: int) -> dict[tuple[torch.dtype, bool], str]:
+    """The way to go by dtype and simplicity; empty where only the dense mask works.
+
+    Tried out, so not to be called inside a layer: activation checkpointing would take the trial for its own.
+    """
+    if device != "cuda":
+        return {}
+    half = (torch.bfloat16, torch.float16)
+    return {(d, simple): best_way(device, d, heads, width, simple) for d in half for simple in (True, False)}
+
+
 def best_way(device: str, dtype: torch.dtype, heads: int, width: int, simple: bool) -> str:
     """The first way that agrees with the dense mask here, forward and backward, on a small row of documents."""
-    if device != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return "mask"
     for way in ("varlen", "offset"):
         if way == "varlen" or simple:
             try:
