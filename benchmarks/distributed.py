@@ -4,9 +4,9 @@
     python benchmarks/distributed.py --runs one-long cp-long  # some of them
     python benchmarks/distributed.py --cpu                    # a tiny model on gloo: does the script work?
 
-A model of Qwen3-0.6B's shape with random weights, bf16 with float32 master weights, activation checkpointing, AdamW. Two
-workloads: ``rows`` (short rows, data parallel by FSDP2) and ``long`` (one row of 65,536 tokens, context parallel). Each run
-is a group of processes of its own with a time limit; a table line is printed after each, the records go to
+A model of Qwen3-0.6B's shape with random weights, bf16 with float32 master weights, activation checkpointing, AdamW.
+Two workloads: ``rows`` (short rows, data parallel by FSDP2) and ``long`` (one row of 65,536 tokens, context parallel).
+Each run is a group of processes of its own with a time limit; a table line is printed after each, the records go to
 ``benchmarks/results/distributed/``. One GPU runs the same code on a mesh of one process.
 """
 
@@ -84,7 +84,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def chunked_loss(model: Any, vocabulary_chunk: int = 8192) -> None:
-    """The loss from hidden states, some tokens at a time: logits of 65,536 x 151,936 would not fit beside their gradient."""
+    """The loss from hidden states, some tokens at a time: 65,536 x 151,936 logits would not fit with their gradient."""
 
     def part(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return nn.functional.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")

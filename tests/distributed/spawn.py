@@ -105,11 +105,14 @@ def _rank(folder: Path, work: Any, rank: int) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    own = getattr(work, "starts_itself", False)
+    if not own:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     arguments = torch.load(folder / "arguments.pt", weights_only=False)
     torch.save(work(*arguments), folder / f"result{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    if not own:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "contract"))
 

@@ -94,7 +94,7 @@ def save_pretrained(
         path.mkdir(parents=True, exist_ok=True)
         if not adapter_only:
             with plain_config(root):
-                _save_base(root, path / BASE, {k: v for k, v in state.items() if not is_added(k)}, sharded, kwargs)
+                save_base(root, path / BASE, {k: v for k, v in state.items() if not is_added(k)}, sharded, kwargs)
         save_file(added, path / TENSORS, metadata={"format": "pt"})
         (path / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
@@ -103,7 +103,7 @@ def save_pretrained(
         dist.barrier()
 
 
-def _save_base(
+def save_base(
     root: PreTrainedModel, path: Path, state: dict[str, Tensor], sharded: bool, kwargs: dict[str, Any]
 ) -> None:
     """transformers' own files of the base model; of a sharded one through a model without weights that is not."""

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
@@ -128,9 +128,13 @@ def make_meshes(device: str, *, data: int = 1, shard: int = 1, context: int = 1)
 # -- checkpoints on the way: each rank writes its own part, any number of ranks can go on ------------------------------
 
 
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+"""By parameter, so that another layout may put them into other groups."""
+
+
 def save_sharded(directory: str | Path, model: nn.Module, optimizer: Any = None) -> None:
     """Writes model and optimizer with torch.distributed.checkpoint; all ranks call it."""
-    model_state, optimizer_state = get_state_dict(model, () if optimizer is None else optimizer)
+    model_state, optimizer_state = get_state_dict(model, () if optimizer is None else optimizer, options=FLAT)
     state: dict[str, Any] = {"model": model_state}
     if optimizer is not None:
         state["optimizer"] = optimizer_state
@@ -144,19 +148,19 @@ def load_sharded(directory: str | Path, model: nn.Module, optimizer: Any = None)
     """
     if not (Path(directory) / ".metadata").is_file():
         raise UserError(f"no complete checkpoint in {directory}")
-    model_state, optimizer_state = get_state_dict(model, () if optimizer is None else optimizer)
+    model_state, optimizer_state = get_state_dict(model, () if optimizer is None else optimizer, options=FLAT)
     state: dict[str, Any] = {"model": model_state}
     if optimizer is not None:
         state["optimizer"] = optimizer_state
     try:
         load(state, checkpoint_id=directory)
     except (RuntimeError, KeyError, CheckpointException) as error:
-        raise UserError(
-            f"{directory} is not a checkpoint of this model: {' '.join(str(error).split())[:300]}"
-        ) from None
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{directory} is not a checkpoint of this model: {reason}") from None
     set_state_dict(
         model,
         () if optimizer is None else optimizer,
         model_state_dict=state["model"],
         optim_state_dict=state.get("optimizer", {}),
+        options=FLAT,
     )
