@@ -26,7 +26,7 @@ def everything(folder: str, families: list[str]) -> dict[str, Any]:
 
 
 def one(folder: str, family: str) -> dict[str, Any]:
-    target = "hidden_states" if family == "qwen3" else "input_embed"
+    target = "hidden_states" if family == "starcoder2" else "input_embed"
     settings = SETTINGS | {"target": target}
     alone = adapted(family, changes=CHANGES, **settings)
     base, attached = folder.format("base"), folder.format("attached")

@@ -1,28 +1,23 @@
 """Whole models on slices and shards equal one process: loss and every gradient, in float64."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from model_ranks import CASES, LAYOUTS
 from spawn import run_ranks
 
-_found: dict[int, Any] = {}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("checkpoints"))
-
 
 @pytest.fixture
-def results(folder: str) -> Any:
+def results(once: Any) -> Any:
     """Of the two-process world, then of the four-process one, which also goes on from the first one's checkpoints."""
 
     def get(ranks: int) -> Any:
-        for count, others in ((2, ["shard"]), (4, ["shard", "context", "data"])):
-            if count <= ranks and count not in _found:
-                _found[count] = run_ranks("model_ranks", "everything", count, list(CASES), folder, others)
-        return _found[ranks]
+        def both(folder: Path) -> Any:
+            others = {2: ["shard"], 4: ["shard", "context"]}
+            return {n: run_ranks("model_ranks", "everything", n, list(CASES), str(folder), others[n]) for n in others}
+
+        return once("model", both)[ranks]
 
     return get
 
@@ -65,7 +60,7 @@ def test_layouts_train_like_one_process(ranks: int, layout: str, results: Any) -
         assert found["saved"] == 0.0
 
 
-@pytest.mark.parametrize("checkpoint", ["shard", "context", "data"])
+@pytest.mark.parametrize("checkpoint", ["shard", "context"])
 def test_checkpoints_of_two_processes_go_on_with_four(checkpoint: str, results: Any) -> None:
     for result in results(4):
         assert result["resume"][checkpoint] < 1e-6

@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 from spawn import run_ranks
 
-FAMILIES = ["llama", "qwen3", "starcoder2"]
+FAMILIES = ["llama", "starcoder2"]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return run_ranks("tensor_ranks", "everything", 2, str(tmp_path_factory.mktemp("tensor")), FAMILIES)
+@pytest.fixture
+def results(once: Any) -> Any:
+    return once("tensor", lambda folder: run_ranks("tensor_ranks", "everything", 2, str(folder), FAMILIES))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
