@@ -135,6 +135,7 @@ def refusals() -> dict[str, str]:
         "unknown": lambda: parallel.cut({**batch(), "cu_seq_lens_q": torch.tensor([0, T])}),
         "chunk": lambda: model(**parallel.cut({n: x[:, : parallel.slices.pieces * (C + 1)] for n, x in short.items()})),
         "twice": lambda: enable_context_parallel(model),
+        "torch's own": lambda: _inside_torch(build({})),
         "torch": lambda: enable_context_parallel(build({}), attention="torch"),
         "recurrent": lambda: enable_context_parallel(_recurrent()),
     }
@@ -146,6 +147,16 @@ def refusals() -> dict[str, str]:
         except ittt.UserError as error:
             messages[name] = str(error)
     return messages
+
+
+def _inside_torch(model: Any) -> None:
+    """A call in PyTorch's own context, without ours."""
+    from torch.distributed.tensor.experimental import context_parallel
+
+    ids = tokens(1, T)
+    mesh = make_meshes("cpu", context=2).slices
+    with context_parallel(mesh, buffers=[ids], buffer_seq_dims=[1]):
+        model(ids, use_cache=False)
 
 
 def _recurrent() -> Any:
@@ -287,10 +298,22 @@ def bf16() -> dict[str, dict[str, float]]:
     return found
 
 
+def replicas() -> dict[str, float]:
+    """DistributedDataParallel, one row a process."""
+    inputs = batch()
+    alone = build({})
+    ittt.set_lr(alone, 0.05)
+    loss = step(alone, inputs)
+    model = nn.parallel.DistributedDataParallel(build({}))
+    ittt.set_lr(model, 0.05)
+    own = step(model, part(inputs, make_meshes("cpu", data=2), None))
+    return {"loss": float((mean(own) - loss).abs()), "gradients": difference(model.module, gradients(alone))}
+
+
 def everything(names: list[str], folder: str, others: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if dist.get_world_size() == 2:
-        found |= {"context": context(names), "refusals": refusals(), "bf16": bf16()}
+        found |= {"context": context(names), "refusals": refusals(), "bf16": bf16(), "replicas": replicas()}
     found["layouts"] = layouts(folder)
     found["resume"] = resume(folder, others)
     return found

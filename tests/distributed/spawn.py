@@ -24,7 +24,9 @@ def free_port() -> int:
         return port
 
 
-def run_ranks(module: str, function: str, ranks: int, *arguments: Any, timeout: float = TIMEOUT) -> list[Any]:
+def run_ranks(
+    module: str, function: str, ranks: int, *arguments: Any, timeout: float = TIMEOUT, backend: str = "gloo"
+) -> list[Any]:
     """``function(*arguments)`` of tests/distributed/``module``.py on each rank; what each of them returned.
 
     Raises AssertionError with the output of the ranks that failed, or after ``timeout`` seconds; no process is left.
@@ -37,8 +39,10 @@ def run_ranks(module: str, function: str, ranks: int, *arguments: Any, timeout: 
             "WORLD_SIZE": str(ranks),
             "LOCAL_WORLD_SIZE": str(ranks),
             "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
+            "BACKEND": backend,
         }
+        if backend == "gloo":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         command = [sys.executable, __file__, folder, module, function, str(ranks)]
         process = subprocess.Popen(
             command,
@@ -107,7 +111,9 @@ def _rank(folder: Path, work: Any, rank: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     own = getattr(work, "starts_itself", False)
     if not own:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        if os.environ["BACKEND"] == "nccl":
+            torch.cuda.set_device(rank)
+        dist.init_process_group(os.environ["BACKEND"], timeout=timedelta(seconds=60))
     arguments = torch.load(folder / "arguments.pt", weights_only=False)
     torch.save(work(*arguments), folder / f"result{rank}.pt")
     if not own:

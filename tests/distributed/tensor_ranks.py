@@ -71,6 +71,7 @@ def one(folder: str, family: str) -> dict[str, Any]:
     again = ittt.from_pretrained(folder.format("again"), dtype=torch.float64)
     saved = dict(alone.named_parameters())
     found["saved"] = max(float((p - saved[n]).abs().max()) for n, p in again.named_parameters())
+    found["session"] = _message(lambda: ittt.Session(model, None))
     found["clip"] = _message(lambda: ittt.configure(model, clip=1.0) or model(ids, use_cache=False))
     ittt.configure(model, clip=None)
     ittt.detach(model)

@@ -46,6 +46,7 @@ def test_what_context_parallelism_cannot_do_is_refused_on_every_rank(results: An
         assert "multiple of" in messages["chunk"]
         assert "already" in messages["twice"]
         assert "CUDA" in messages["torch"]
+        assert "would start anew on each" in messages["torch's own"]
         assert "linear_attention" in messages["recurrent"]
 
 
@@ -69,6 +70,12 @@ def test_checkpoints_of_two_processes_go_on_with_four(checkpoint: str, results: 
 def test_checkpoints_go_on_with_the_same_processes(results: Any) -> None:
     for result in results(2):
         assert result["resume"]["shard"] < 1e-6
+
+
+def test_distributed_data_parallel(results: Any) -> None:
+    for result in results(2):
+        assert result["replicas"]["loss"] < 1e-10
+        assert result["replicas"]["gradients"] < 1e-8
 
 
 def test_mixed_precision(results: Any) -> None:

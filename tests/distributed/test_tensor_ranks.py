@@ -37,7 +37,8 @@ def test_each_process_holds_its_share_of_the_state(family: str, results: Any) ->
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_clipping_is_refused(family: str, results: Any) -> None:
+def test_clipping_and_sessions_are_refused(family: str, results: Any) -> None:
     for result in results:
+        assert "without tensor parallelism" in result[family]["session"]
         assert "tensor parallelism" in result[family]["clip"]
         assert "tensor parallelism" in result[family]["clip at attach"]

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from ..config import InPlaceTTTConfig
@@ -23,8 +24,10 @@ READING = ("chunk_size", "lr", "decay", "clip", "clip_relative")
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside ``model`` (itself, or what peft or torch.compile wrapped)."""
+    """The transformers model inside ``model`` (itself, or what peft, torch.compile or DDP wrapped)."""
     inner: Any = getattr(model, "_orig_mod", model)
+    if isinstance(inner, DistributedDataParallel):
+        inner = inner.module
     if not isinstance(inner, PreTrainedModel) and hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
     if not isinstance(inner, PreTrainedModel):

@@ -23,7 +23,7 @@ from ..errors import UserError
 from .cache import FastCacheLayer, fast_layers, mark_stale
 from .linear import FastWeight
 from .masks import real_tokens
-from .parallel_attention import SLICES, RowSlices
+from .parallel_attention import SLICES, RowSlices, torch_cuts_rows
 from .parallel_projection import project_slice
 from .tensor_parallel import is_split, local_input, replicated, summand
 
@@ -132,6 +132,11 @@ class Runtime:
             context = CallContext(ChunkTable.build(rows, tokens, self.config.chunk_size), {}, True, self.lr)
             context.slices = given[SLICES]
             return context, None
+        if torch_cuts_rows():
+            raise UserError(
+                "this row is cut over processes, and the fast weights would start anew on each: call "
+                'inplace_ttt.hf.parallel.enable_context_parallel(model, mesh, attention="torch") first'
+            )
         running = self.model_config.num_hidden_layers  # early-exit drafting lowers it for a while
         indices = [site.index for site in self.sites if site.index < running and site.index not in self.silent]
         C, decay = self.config.chunk_size, self.config.decay

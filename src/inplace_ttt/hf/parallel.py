@@ -23,7 +23,7 @@ from ..core import document_ids
 from ..core.ranks import Group, Slices, SliceTable
 from ..errors import UserError
 from .attach import is_attached, runtime_of, unwrap
-from .parallel_attention import GATHER, SLICES, RowSlices, register, working_ways
+from .parallel_attention import GATHER, SLICES, RowSlices, register, torch_cuts_rows, working_ways
 
 IGNORED = -100
 STATE = "_inplace_ttt_context_parallel"
@@ -39,7 +39,6 @@ class ContextParallel:
         self.parameters = list(inspect.signature(model.base_model.forward).parameters)
         self.attention: str = model.config._attn_implementation
         self.calls: list[RowSlices] = []
-        self.inside = False
         self.handles = [
             model.base_model.register_forward_pre_hook(self.before_model, with_kwargs=True, prepend=True),
             model.base_model.register_forward_hook(self.after_model, always_call=True),
@@ -98,11 +97,7 @@ class ContextParallel:
         # It wants something to cut; calls get their parts from ``cut``, in the same order.
         unused = torch.zeros(2 * self.slices.pieces, device=self.mesh.device_type)
         with context_parallel(self.mesh, buffers=[unused], buffer_seq_dims=[0], no_restore_buffers={unused}):
-            self.inside = True
-            try:
-                yield
-            finally:
-                self.inside = False
+            yield
 
     # -- hook -----------------------------------------------------------------------------------------------------
 
@@ -119,7 +114,7 @@ class ContextParallel:
         if self.mesh is not None:
             if call.documents is not None:
                 raise UserError('attention="torch" knows no documents or padding: use attention="gather"')
-            if not self.inside:
+            if not torch_cuts_rows():
                 raise UserError('attention="torch" works inside "with context.step():" only, backward included')
             call.native = True
         self.calls.append(call)
@@ -191,7 +186,8 @@ def enable_context_parallel(
     ``group``: a process group, or a one-dimensional ``DeviceMesh``; None: all processes. ``head_tail``: two pieces a
     rank, from both ends of the row, so that causal attention costs every rank the same; False: contiguous slices.
     ``attention``: "gather" gathers keys and values (sliding windows and packed documents included); "torch" is
-    PyTorch's own context-parallel attention (CUDA, head-tail, undivided rows without a window; ``group`` a mesh).
+    PyTorch's own context-parallel attention (CUDA, head-tail, undivided rows without a window; ``group`` a mesh): then
+    whatever cuts the rows as PyTorch does, accelerate for example, may do so in place of ``cut`` and ``step``.
     Before or after ``attach`` and ``fully_shard``.
 
     Raises UserError for attention that has no rule here (recurrent layers, capped logits), and when it is on already.

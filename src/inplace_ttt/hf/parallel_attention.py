@@ -76,6 +76,12 @@ class RowSlices:
         return found
 
 
+def torch_cuts_rows() -> bool:
+    """Whether PyTorch's ``context_parallel`` (accelerate's too) is on: it replaces scaled_dot_product_attention."""
+    module = getattr(nn.functional.scaled_dot_product_attention, "__module__", None) or ""
+    return module.startswith("torch.distributed.tensor.experimental")
+
+
 def register() -> None:
     """Makes ``GATHER`` known to transformers as an attention implementation."""
     AttentionInterface.register(GATHER, gather_attention)
