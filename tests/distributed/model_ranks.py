@@ -193,26 +193,32 @@ def mean(loss: Tensor) -> Tensor:
 
 
 LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
-    2: {"shard": {"shard": 2}, "context": {"context": 2}, "data": {"data": 2}},
+    2: {"shard": {"shard": 2}, "context": {"context": 2}},
     4: {"shard-context": {"shard": 2, "context": 2}, "data-context": {"data": 2, "context": 2}},
 }
 
 
-def layouts(folder: str) -> dict[str, Any]:
-    """Every layout: two optimizer steps of two micro-batches against one process, whole saves, sharded checkpoints."""
-    found: dict[str, Any] = {}
-    case = {"settings": {"decay": 0.1}, "checkpointing": True}
+TRAINED: dict[str, Any] = {"settings": {"decay": 0.1}, "checkpointing": True}
+
+
+def train_alone() -> tuple[list[Tensor], list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Two optimizer steps of two micro-batches in one process: losses and parameters after each, and the batches."""
     batches = [batch(([13, 3, 20, 28], [T // 2, T // 2])), batch()]
-    alone = build(case)
+    alone = build(TRAINED)
     optimizer = torch.optim.AdamW(alone.parameters(), lr=1e-2)
     losses, expected = [], []
     for _ in range(2):
-        total = train_step(alone, optimizer, batches, lambda inputs: inputs)
-        losses.append(total)
+        losses.append(train_step(alone, optimizer, batches, lambda inputs: inputs))
         expected.append({name: whole(p).clone() for name, p in alone.named_parameters()})
+    return losses, expected, batches
+
+
+def layouts(folder: str, losses: list[Tensor], expected: list[dict[str, Tensor]], batches: Any) -> dict[str, Any]:
+    """Every layout: the same two steps, whole saves, sharded checkpoints."""
+    found: dict[str, Any] = {}
     for name, sizes in LAYOUTS[dist.get_world_size()].items():
         meshes = make_meshes("cpu", **sizes)
-        model = build(case)
+        model = build(TRAINED)
         shard_layers(model, meshes.parameters)
         parallel = enable_context_parallel(model, meshes.slices) if meshes.context > 1 else None
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -231,20 +237,13 @@ def layouts(folder: str) -> dict[str, Any]:
     return found
 
 
-def resume(folder: str, names: list[str]) -> dict[str, float]:
+def resume(folder: str, names: list[str], expected: dict[str, Tensor], batches: Any) -> dict[str, float]:
     """Each checkpoint of one step, continued for a second one on this world's first layout."""
-    batches = [batch(([13, 3, 20, 28], [T // 2, T // 2])), batch()]
     found = {}
-    case = {"settings": {"decay": 0.1}, "checkpointing": True}
-    alone = build(case)
-    optimizer = torch.optim.AdamW(alone.parameters(), lr=1e-2)
-    for _ in range(2):
-        train_step(alone, optimizer, batches, lambda inputs: inputs)
-    expected = {name: whole(p) for name, p in alone.named_parameters()}
     sizes = next(iter(LAYOUTS[dist.get_world_size()].values()))
     for name in names:
         meshes = make_meshes("cpu", **sizes)
-        model = build(case)
+        model = build(TRAINED)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
@@ -314,6 +313,7 @@ def everything(names: list[str], folder: str, others: list[str]) -> dict[str, An
     found: dict[str, Any] = {}
     if dist.get_world_size() == 2:
         found |= {"context": context(names), "refusals": refusals(), "bf16": bf16(), "replicas": replicas()}
-    found["layouts"] = layouts(folder)
-    found["resume"] = resume(folder, others)
+    losses, expected, batches = train_alone()
+    found["layouts"] = layouts(folder, losses, expected, batches)
+    found["resume"] = resume(folder, others, expected[1], batches)
     return found
