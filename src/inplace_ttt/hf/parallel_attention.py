@@ -78,6 +78,8 @@ class RowSlices:
 
 def torch_cuts_rows() -> bool:
     """Whether PyTorch's ``context_parallel`` (accelerate's too) is on: it replaces scaled_dot_product_attention."""
+    if nn.functional.scaled_dot_product_attention is scaled_dot_product_attention:  # what torch.compile can trace
+        return False
     module = getattr(nn.functional.scaled_dot_product_attention, "__module__", None) or ""
     return module.startswith("torch.distributed.tensor.experimental")
 
