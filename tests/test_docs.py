@@ -6,7 +6,7 @@ import pytest
 from locations import ROOT
 
 SOURCE = ROOT / "src" / "inplace_ttt"
-METHOD = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+METHOD = "".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("method.md", "parallel.md"))
 QUOTED = re.findall(r"\| `([^`]+)` \| `((?:core|hf)/\w+\.py)` \|", METHOD)
 
 
@@ -17,4 +17,4 @@ def test_method_quotes_lines():
 @pytest.mark.parametrize(("line", "file"), QUOTED)
 def test_quoted_line_is_in_its_file(line, file):
     code = (SOURCE / file).read_text(encoding="utf-8")
-    assert line in code, f"docs/method.md quotes a line that {file} no longer has"
+    assert line in code, f"docs/method.md or parallel.md quotes a line that {file} no longer has"

@@ -200,5 +200,5 @@ def test_accelerate_is_asked_for_plainly(values: dict[str, Any], monkeypatch: py
 
 def test_torchrun_is_refused(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="one process on one device"):
+    with pytest.raises(UserError, match="does not say how they share the run"):
         train(values)

@@ -7,13 +7,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from ..config import InPlaceTTTConfig
 from ..errors import UserError
-from .context import LayerSite, Runtime
+from .context import CLIP_SPLIT, LayerSite, Runtime
 from .families import Place, attention_of, decoder_layers, family_of, place
 from .linear import FastWeight, TargetConv, TargetProjection, check_replaceable, make_fast, make_slow, output_size
+from .tensor_parallel import is_split
 
 Model = TypeVar("Model", bound=nn.Module)
 RUNTIME = "_inplace_ttt"
@@ -22,8 +24,10 @@ READING = ("chunk_size", "lr", "decay", "clip", "clip_relative")
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside ``model`` (itself, or what peft or torch.compile wrapped)."""
+    """The transformers model inside ``model`` (itself, or what peft, torch.compile or DDP wrapped)."""
     inner: Any = getattr(model, "_orig_mod", model)
+    if isinstance(inner, DistributedDataParallel):
+        inner = inner.module
     if not isinstance(inner, PreTrainedModel) and hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
     if not isinstance(inner, PreTrainedModel):
@@ -90,6 +94,8 @@ def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
     widths = [output_size(getattr(*h)) for h in holders]
     for holder in holders:
         check_replaceable(getattr(*holder))
+        if config.clip is not None and is_split(getattr(*holder).weight):
+            raise UserError(CLIP_SPLIT)
     fasts = [make_fast(getattr(*h), site) for h, site in zip(holders, sites, strict=True)]
 
     std = config.init_std if config.init_std is not None else getattr(root.config, "initializer_range", 0.02)
@@ -154,6 +160,9 @@ def _add_parameters(
         mlp.ttt_conv = TargetConv(width, config.conv_kernel, **factory)
     if config.projection:
         mlp.ttt_proj = TargetProjection(width, std if config.objective == "learned" else 0.0, **factory)
+        if is_split(weight):  # the processes' random numbers differ
+            group = weight.device_mesh.get_group()  # type: ignore[attr-defined]
+            torch.distributed.broadcast(mlp.ttt_proj.weight.data, group=group, group_src=0)
 
 
 # -- settings of an attached model ------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ A saved directory holds
   knows nothing of fast weights must not load the directory as the plain model.
 """
 
+import copy
 import json
 import logging
 import warnings
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import distribute_tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -25,6 +29,8 @@ from ..config import InPlaceTTTConfig
 from ..errors import UserError
 from .attach import attach, detach, is_attached, plain_config, runtime_of, unwrap, unwrap_to_save
 from .release import is_release, load_release
+from .sharding import is_sharded, whole, whole_state
+from .tensor_parallel import is_split
 
 SETTINGS, TENSORS, BASE = "inplace_ttt.json", "inplace_ttt.safetensors", "base"
 SAMPLES = 16
@@ -44,14 +50,14 @@ def adapter_state(model: nn.Module, projections: bool = False) -> dict[str, Tens
             projection = site.projection()
             for name, parameter in projection.named_parameters(recurse=False):
                 tensors[f"{names[id(projection)].replace('.base_layer', '')}.{name}"] = parameter
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return {name: whole(tensor).contiguous() for name, tensor in tensors.items()}
 
 
 def fingerprint(model: nn.Module) -> dict[str, list[float]]:
     """A few entries of each adapting projection's slow weight: tells one base model from another, in any precision."""
     samples = {}
     for site in runtime_of(model).sites:
-        weight = site.projection().weight.detach()
+        weight = whole(site.projection().weight)
         if weight.is_floating_point() and weight.device.type != "meta":
             flat = weight.flatten()
             samples[str(site.index)] = flat[:: max(flat.numel() // SAMPLES, 1)][:SAMPLES].float().cpu().tolist()
@@ -71,25 +77,49 @@ def save_pretrained(
 
     ``adapter_only`` leaves the base model out (load it with ``from_pretrained(directory, model=base)``);
     ``projections`` then adds the adapting projections, for runs that trained them. Further keywords go to transformers'
-    ``save_pretrained``. Raises UserError when nothing is attached.
+    ``save_pretrained``. A sharded model (FSDP2, tensor parallelism) is saved whole: all ranks call this, one writes.
+    Raises UserError when nothing is attached.
     """
     root, runtime = unwrap(model) if adapter_only else unwrap_to_save(model), runtime_of(model)
-    path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
+    path, sharded = Path(directory), is_sharded(root)
     settings = {
         "inplace_ttt": runtime.config.to_dict(),
         "kind": "adapter" if adapter_only else "model",
         "base": {"model_type": root.config.model_type, "name": root.config._name_or_path if adapter_only else ""},
         "fingerprint": {} if projections else fingerprint(model),
     }
-    if not adapter_only:
-        state = {k: v for k, v in root.state_dict().items() if not is_added(k)}
-        with plain_config(root):
-            root.save_pretrained(path / BASE, state_dict=state, **kwargs)
-    save_file(adapter_state(model, adapter_only and projections), path / TENSORS, metadata={"format": "pt"})
-    (path / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(path)
+    added = adapter_state(model, adapter_only and projections)
+    state = {} if adapter_only else whole_state(root) if sharded else root.state_dict()
+    if not sharded or dist.get_rank() == 0:
+        path.mkdir(parents=True, exist_ok=True)
+        if not adapter_only:
+            with plain_config(root):
+                save_base(root, path / BASE, {k: v for k, v in state.items() if not is_added(k)}, sharded, kwargs)
+        save_file(added, path / TENSORS, metadata={"format": "pt"})
+        (path / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(path)
+    if sharded:
+        dist.barrier()
+
+
+def save_base(
+    root: PreTrainedModel, path: Path, state: dict[str, Tensor], sharded: bool, kwargs: dict[str, Any]
+) -> None:
+    """transformers' own files of the base model; of a sharded one through a model without weights that is not."""
+    if not sharded:
+        root.save_pretrained(path, state_dict=state, **kwargs)
+        return
+    config = copy.deepcopy(root.config)
+    config.dtype = next(x.dtype for x in state.values() if x.is_floating_point())
+    config._attn_implementation = "eager"
+    if getattr(config, "distributed_config", None) is not None:
+        config.distributed_config = None
+    plain: Any = next(cls for cls in type(root).__mro__ if not issubclass(cls, FSDPModule))
+    with torch.device("meta"):
+        bare = plain(config)
+    bare.generation_config = root.generation_config
+    bare.save_pretrained(path, state_dict=state, **kwargs)
 
 
 def from_pretrained(directory: str | Path, model: nn.Module | None = None, **kwargs: Any) -> Any:
@@ -145,7 +175,10 @@ def load_added(model: nn.Module, tensors: dict[str, Tensor], source: str) -> Non
             )
     with torch.no_grad():
         for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
+            parameter: Any = parameters[name]
+            if is_split(parameter):
+                tensor = distribute_tensor(tensor.to(parameter.dtype), parameter.device_mesh, parameter.placements)
+            parameter.copy_(tensor)
 
 
 def load_plain(path: Path | str, kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -19,11 +19,16 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..config import InPlaceTTTConfig
 from ..core import ChunkTable, FastWeights, document_ids, scan, target
 from ..core.target import SHIFTS
+from ..errors import UserError
 from .cache import FastCacheLayer, fast_layers, mark_stale
 from .linear import FastWeight
 from .masks import real_tokens
+from .parallel_attention import SLICES, RowSlices, torch_cuts_rows
+from .parallel_projection import project_slice
+from .tensor_parallel import is_split, local_input, replicated, summand
 
 CONTEXT = "inplace_ttt_context"
+CLIP_SPLIT = "clip needs the norm of whole updates, which tensor parallelism splits: leave it out (decay works)"
 
 
 class CallContext:
@@ -33,6 +38,8 @@ class CallContext:
         self.table, self.slots, self.enabled, self.lr = table, slots, enabled, lr
         self.grad = torch.is_grad_enabled()
         self.embeddings: Tensor | None = None
+        self.slices: RowSlices | None = None
+        """How the rows are cut over ranks (context parallelism)."""
         self.outer: CallContext | None = None
         self._moved: dict[torch.device, ChunkTable] = {}
 
@@ -57,6 +64,8 @@ class Runtime:
         self.current: CallContext | None = None
         self.handles: list[Any] = []
         self.parameters = list(inspect.signature(model.base_model.forward).parameters)
+        self.cache_name = "cache" if "cache" in self.parameters else "past_key_values"
+        """transformers' name for the cache: the first from 5.24 on, in most families."""
 
     @contextmanager
     def reading(self, config: InPlaceTTTConfig, form: Any = "dense") -> Iterator[None]:
@@ -72,8 +81,10 @@ class Runtime:
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = dict(zip(self.parameters, args, strict=False)) | kwargs
-        if "cache" in given or "write_index" in given:
+        if type(given.get("cache")).__name__ == "PagedAttentionCache" or "write_index" in given:
             self.no_continuous_batching()
+        if given.get("cache") is not None:
+            given["past_key_values"] = given["cache"]
         if getattr(module, "_is_replica", False):
             raise NotImplementedError(
                 "torch.nn.DataParallel runs one model in several threads, which fast weights cannot follow: start one "
@@ -85,9 +96,9 @@ class Runtime:
             context.embeddings = given["inputs_embeds"]
         kwargs = {**kwargs, CONTEXT: context}
         if cache is not None and given.get("past_key_values") is None:
-            if len(args) > self.parameters.index("past_key_values"):
-                raise ValueError("pass past_key_values by keyword")
-            kwargs["past_key_values"] = cache
+            if len(args) > self.parameters.index(self.cache_name):
+                raise ValueError(f"pass {self.cache_name} by keyword")
+            kwargs[self.cache_name] = cache
         return args, kwargs
 
     def after_embedding(self, module: nn.Module, args: Any, output: Tensor) -> None:
@@ -117,6 +128,15 @@ class Runtime:
             if cache is not None:
                 mark_stale(cache)
             return CallContext(ChunkTable.build(rows, tokens, self.config.chunk_size), {}, False, self.lr), None
+        if given.get(SLICES) is not None:
+            context = CallContext(ChunkTable.build(rows, tokens, self.config.chunk_size), {}, True, self.lr)
+            context.slices = given[SLICES]
+            return context, None
+        if torch_cuts_rows():
+            raise UserError(
+                "this row is cut over processes, and the fast weights would start anew on each: call "
+                'inplace_ttt.hf.parallel.enable_context_parallel(model, mesh, attention="torch") first'
+            )
         running = self.model_config.num_hidden_layers  # early-exit drafting lowers it for a while
         indices = [site.index for site in self.sites if site.index < running and site.index not in self.silent]
         C, decay = self.config.chunk_size, self.config.decay
@@ -206,16 +226,21 @@ class LayerSite:
             )
         if not context.enabled or self.index in self.runtime.silent:
             return plain(z)
+        if context.slices is not None:
+            return project_slice(self, module, z, plain, context.slices)
         slot = context.slots.get(self.index)
         state = None if slot is None else slot.fast
         table = context.table_on(z.device)
         if state is None and not table.updates:
             return plain(z)
-        if hasattr(z, "to_local"):
-            raise NotImplementedError("tensor parallel projections are not supported: load the model without tp_plan")
+        whole = z if is_split(z) else None
+        if whole is not None:
+            z = local_input(whole)
         z, u = self._compute_dtype(z), self._source(context)
         past_z, past_u = (None, None) if state is None else state.past(table)
         v = self._targets(u, past_u, table)
+        if whole is not None and v is not None:
+            v = replicated(v, whole)
         clip = self._clip(module)
         own = table if state is None else state.begin(table, z, v)
         keywords: dict[str, Any] = {
@@ -226,7 +251,10 @@ class LayerSite:
             "past_BPF": past_z,
         }
         if not own.updates and keywords["state_BDF"] is None:
-            out, S = plain(z), None
+            out, S = plain(z if whole is None else whole), None
+        elif whole is not None:
+            fast, S = scan(z, v, None, own, **keywords)
+            out = plain(whole) + summand(fast, whole)
         elif getattr(module, "fuses", False):
             bias = None if module.bias is None else module.bias.to(z.dtype)
             out, S = scan(z, v, module.weight.to(z.dtype), own, bias_D=bias, **keywords)
@@ -236,7 +264,8 @@ class LayerSite:
         if slot is not None and state is not None:
             old = state.recall(table, z)
             if old is not None:
-                out = (out + context.lr * old).to(out.dtype)
+                old = context.lr * old
+                out = (out + (old if whole is None else summand(old, whole))).to(out.dtype)
             slot.clip = clip
             state.absorb(table, z, u, v, S, clip)
         return out
@@ -272,6 +301,8 @@ class LayerSite:
         config = self.runtime.config
         if config.clip is None:
             return None
+        if getattr(module, "split", False):
+            raise UserError(CLIP_SPLIT)
         weight: Tensor = module.weight  # type: ignore[assignment]
         if not config.clip_relative:
             return torch.tensor(config.clip, device=weight.device)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
+from .tensor_parallel import split_forward
 
 
 class Site(Protocol):
@@ -20,6 +21,8 @@ class FastWeight:
     """Mixin: a last projection whose weight adapts while the model reads. Its slow weight stays where it was."""
 
     slow_class: type[nn.Module]
+    split = False
+    """Whether tensor parallelism gives this process a share of F only."""
     fuses = False
     """Whether the slow product may be taken together with the fast one (a plain dense ``nn.Linear``)."""
 
@@ -65,19 +68,25 @@ def make_fast(slow: nn.Module, site: Site) -> nn.Module:
 
     Raises UserError where the weight is offloaded or something else replaced the module's forward.
     """
-    hook = _take_device_hook(slow)
+    hook, split = _take_device_hook(slow), split_forward(slow)
     fast = _rebuild(type(slow))
-    fast.__dict__.update(slow.__dict__)
+    fast.__dict__.update({k: v for k, v in slow.__dict__.items() if split is None or k != "forward"})
     fast.__dict__["site"] = site
+    if split is not None:
+        fast.__dict__["split"] = True
+        split[0].install_forward(fast, split[1])
     return _give_device_hook(fast, hook)
 
 
 def make_slow(fast: nn.Module) -> nn.Module:
     """The plain module back, with the same parameters, buffers and hooks."""
-    hook = _take_device_hook(fast)
+    hook, split = _take_device_hook(fast), split_forward(fast)
     slow_class: type[nn.Module] = fast.slow_class  # type: ignore[assignment]
     slow = slow_class.__new__(slow_class)
-    slow.__dict__.update({k: v for k, v in fast.__dict__.items() if k != "site"})
+    left = {"site"} if split is None else {"site", "split", "forward"}
+    slow.__dict__.update({k: v for k, v in fast.__dict__.items() if k not in left})
+    if split is not None:
+        split[0].install_forward(slow, split[1])
     return _give_device_hook(slow, hook)
 
 
@@ -85,9 +94,11 @@ def check_replaceable(module: nn.Module) -> None:
     """UserError when the module's forward is not its class's own and cannot be moved to another module."""
     hook = module.__dict__.get("_hf_hook")
     if "forward" in module.__dict__ and (hook is None or getattr(hook, "offload", True)):
+        if split_forward(module) is not None:
+            return
         raise UserError(
-            f"the forward of a {type(module).__name__} was replaced (offloaded weights or tensor parallelism): load "
-            "the model whole onto one or more devices, without offloading and without tp_plan"
+            f"the forward of a {type(module).__name__} was replaced (offloaded weights?): load the model whole onto "
+            "one or more devices, without offloading"
         )
 
 

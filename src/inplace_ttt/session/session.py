@@ -70,6 +70,8 @@ class Session:
         **settings: Any,
     ) -> None:
         config = _stream_config(runtime_of(model).config, settings)
+        if any(site.projection().split for site in runtime_of(model).sites):
+            raise UserError("a session keeps whole fast weights: load its model without tensor parallelism")
         if state not in ("dense", "auto") and not (type(state) is int and state >= 1):
             raise UserError(f'state {state!r}: "dense", "auto" or a rank of at least 1')
         if probe_every is not None and (not isinstance(probe_every, Integral) or probe_every < 0):

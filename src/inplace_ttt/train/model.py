@@ -20,7 +20,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, attention: s
     """
     torch.manual_seed(recipe.seed)
     if recipe.model.base is not None:
-        model = _load_base(recipe.model.base, attention)
+        model = _load_base(recipe.model.base, attention, 1 if recipe.parallel is None else recipe.parallel.tensor)
         embeddings: Any = model.get_input_embeddings()
         known = embeddings.weight.shape[0]
         if len(tokenizer) > known:
@@ -39,9 +39,14 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, attention: s
     return model
 
 
-def _load_base(base: str, attention: str) -> PreTrainedModel:
+def _load_base(base: str, attention: str, tensor: int) -> PreTrainedModel:
+    settings: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention}
+    if tensor > 1:
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        settings["distributed_config"] = DistributedConfig(tp_size=tensor, tp_plan="auto")
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_pretrained(base, **settings)
     except (OSError, ValueError) as error:
         raise UserError(f"model.base: cannot load {base}: {str(error).splitlines()[0]}") from None
     assert isinstance(model, PreTrainedModel)

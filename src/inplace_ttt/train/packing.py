@@ -82,11 +82,11 @@ Row = tuple[Piece, ...]
 
 
 def plan_rows(
-    offsets: np.ndarray, sequence_length: int, seed: int, epoch: int, group: int = 1
+    offsets: np.ndarray, sequence_length: int, seed: int, epoch: int, group: int = 1, align: int = 1
 ) -> tuple[list[Row], int]:
     """Rows of one epoch in training order, and how many of their tokens are padding.
 
-    Depends on (offsets, sequence_length, seed, epoch, group) only. Rows of one piece and rows of several are shuffled
+    Depends on these arguments only. Rows of one piece and rows of several are shuffled
     apart and dealt in groups of ``group`` rows: a batch of undivided rows needs no document masks, which is faster.
     """
     generator = np.random.default_rng([seed, epoch])
@@ -99,27 +99,28 @@ def plan_rows(
         whole += [(Piece(body + i * sequence_length, sequence_length),) for i in range(rows)]
         tail = body + rows * sequence_length
         leftovers += [Piece(at, length) for at, length in ((start, head), (tail, end - tail)) if length > 1]
-    packed = _best_fit(leftovers, sequence_length)
+    packed = _best_fit(leftovers, sequence_length, align)
     padding = sum(sequence_length - sum(piece.length for piece in row) for row in packed)
     undivided = whole + [row for row in packed if len(row) == 1 and row[0].length == sequence_length]
     divided = [row for row in packed if len(row) > 1 or row[0].length < sequence_length]
     return _deal(undivided, divided, group, generator), padding
 
 
-def _best_fit(pieces: Sequence[Piece], capacity: int) -> list[Row]:
-    """Longest piece first, each into the row that it fills best."""
+def _best_fit(pieces: Sequence[Piece], capacity: int, align: int) -> list[Row]:
+    """Longest piece first, each into the row that it fills best; it takes a multiple of ``align`` tokens there."""
     rows: list[list[Piece]] = []
     free: list[tuple[int, int]] = []  # (room, row), sorted
     for piece in sorted(pieces, key=lambda piece: (-piece.length, piece.start)):
-        at = bisect.bisect_left(free, (piece.length, -1))
+        taken = -(-piece.length // align) * align
+        at = bisect.bisect_left(free, (taken, -1))
         if at == len(free):
             rows.append([])
             room, row = capacity, len(rows) - 1
         else:
             room, row = free.pop(at)
         rows[row].append(piece)
-        if room > piece.length:
-            bisect.insort(free, (room - piece.length, row))
+        if room > taken:
+            bisect.insort(free, (room - taken, row))
     return [tuple(row) for row in rows]
 
 
@@ -133,10 +134,10 @@ def _deal(undivided: list[Row], divided: list[Row], group: int, generator: np.ra
     return dealt + mixed  # the odd ones last, so that no earlier batch is shifted
 
 
-def row_tensors(store: TokenStore, row: Row, sequence_length: int, pad_id: int) -> dict[str, Tensor]:
+def row_tensors(store: TokenStore, row: Row, sequence_length: int, pad_id: int, align: int = 1) -> dict[str, Tensor]:
     """``input_ids``, ``position_ids``, ``labels`` of a row, int64 [sequence_length] each.
 
-    Padding is a last document of its own, without labels.
+    Documents begin at multiples of ``align``. Padding is a document of its own, without labels.
     """
     ids = np.full(sequence_length, pad_id, np.int64)
     positions = np.zeros(sequence_length, np.int64)
@@ -147,7 +148,8 @@ def row_tensors(store: TokenStore, row: Row, sequence_length: int, pad_id: int) 
         ids[at:end] = store.tokens[piece.start : piece.start + piece.length]
         positions[at:end] = np.arange(piece.length)
         labels[at + 1 : end] = ids[at + 1 : end]
-        at = end
+        at = -(-end // align) * align
+        positions[end:at] = np.arange(at - end)
     positions[at:] = np.arange(sequence_length - at)
     return {
         "input_ids": torch.from_numpy(ids),
@@ -159,19 +161,28 @@ def row_tensors(store: TokenStore, row: Row, sequence_length: int, pad_id: int) 
 class PackedRows(Dataset[dict[str, Tensor]]):
     """``rows`` packed rows, epoch after epoch: item n is the same whatever was asked for before (so runs resume).
 
-    ``pad_id`` fills the rows that are not full. ``group`` is the batch size, see `plan_rows`; the up to ``group - 1``
-    rows that an epoch has over are left out, so that every epoch starts a batch.
+    ``pad_id`` fills the rows that are not full. Documents begin at multiples of ``align``. ``group`` is the batch size,
+    see `plan_rows`; the up to ``group - 1`` rows that an epoch has over are left out, so that every epoch starts a
+    batch.
     """
 
     def __init__(
-        self, store: TokenStore, sequence_length: int, rows: int, *, seed: int, pad_id: int, group: int = 1
+        self,
+        store: TokenStore,
+        sequence_length: int,
+        rows: int,
+        *,
+        seed: int,
+        pad_id: int,
+        group: int = 1,
+        align: int = 1,
     ) -> None:
-        self.store, self.sequence_length, self.pad_id = store, sequence_length, pad_id
+        self.store, self.sequence_length, self.pad_id, self.align = store, sequence_length, pad_id, align
         self.plan: list[Row] = []
         self.epochs = 0
         padding = 0
         while len(self.plan) < rows:
-            planned, padded = plan_rows(store.offsets, sequence_length, seed, self.epochs, group)
+            planned, padded = plan_rows(store.offsets, sequence_length, seed, self.epochs, group, align)
             if not planned:
                 raise UserError("there is no text to train on: every document is empty")
             self.plan += planned[: len(planned) // group * group] or planned
@@ -184,10 +195,12 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         return len(self.plan)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return row_tensors(self.store, self.plan[index], self.sequence_length, self.pad_id)
+        return row_tensors(self.store, self.plan[index], self.sequence_length, self.pad_id, self.align)
 
 
-def first_rows(store: TokenStore, sequence_length: int, rows: int, pad_id: int) -> list[dict[str, Tensor]]:
+def first_rows(
+    store: TokenStore, sequence_length: int, rows: int, pad_id: int, align: int = 1
+) -> list[dict[str, Tensor]]:
     """Up to ``rows`` rows for validation: the beginning of each document first, then its next piece, and so on.
 
     Only the last row of a document that is shorter than a row is padded; the rest of a longer one is left out.
@@ -200,5 +213,5 @@ def first_rows(store: TokenStore, sequence_length: int, rows: int, pad_id: int) 
                 return chosen
             if left >= sequence_length or (turn == 0 and left > 1):
                 piece = Piece(start + turn * sequence_length, min(left, sequence_length))
-                chosen.append(row_tensors(store, (piece,), sequence_length, pad_id))
+                chosen.append(row_tensors(store, (piece,), sequence_length, pad_id, align))
     return chosen

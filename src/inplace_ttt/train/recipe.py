@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from inplace_ttt.train.packages import SplitRule
+from inplace_ttt.train.parallel_spec import ParallelSpec
 from inplace_ttt.train.recipe_checks import check
 from inplace_ttt.train.schema import RecipeError, build, expand_variables, load_yaml
 
@@ -112,7 +113,11 @@ class EvaluationSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run. ``ttt`` holds the fields of `InPlaceTTTConfig`; left out or null: the plain model."""
+    """One training run. ``ttt`` holds the fields of `InPlaceTTTConfig`; left out or null: the plain model.
+
+    ``align_documents``: documents packed in a row begin at multiples of ``ttt.chunk_size``. ``parallel``: several
+    processes (and checkpoints that any number of them can go on from).
+    """
 
     name: str
     output: str
@@ -129,12 +134,20 @@ class Recipe:
     precision: Literal["bf16", "fp32"] = "fp32"
     attn_implementation: Literal["auto", "varlen", "flex_attention", "sdpa", "eager"] = "auto"
     compile: bool = False
+    align_documents: bool = False
+    parallel: ParallelSpec | None = None
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0
     save_every: int = 0
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     raw: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    @property
+    def alignment(self) -> int:
+        """Documents begin at multiples of this many tokens in a row."""
+        config = self.ttt_config() if self.align_documents else None
+        return 1 if config is None else config.chunk_size
 
     @property
     def evaluation_length(self) -> int:

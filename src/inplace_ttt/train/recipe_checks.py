@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inplace_ttt.errors import UserError
+from inplace_ttt.train.parallel_spec import check_parallel
 from inplace_ttt.train.schema import RecipeError
 from inplace_ttt.train.sources import SPLITS, check_source, split_source
 
@@ -20,6 +21,13 @@ def check(recipe: "Recipe") -> None:
     _check_model(recipe)
     _check_data(recipe)
     _check_ttt(recipe)
+    _check_alignment(recipe)
+    check_parallel(recipe)
+
+
+def _check_alignment(recipe: "Recipe") -> None:
+    if recipe.align_documents and (recipe.ttt is None or recipe.sequence_length % recipe.alignment):
+        raise RecipeError("align_documents: needs ttt, and a sequence_length that is a multiple of ttt.chunk_size")
 
 
 def _check_numbers(recipe: "Recipe") -> None:

@@ -4,10 +4,12 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -26,8 +28,11 @@ from inplace_ttt.train.recipe import Recipe
 from inplace_ttt.train.report import loss_curve, plot_losses, run_record, write_json
 from inplace_ttt.train.trainer import InnerLrWarmup, PackedTrainer, quiet
 
+if TYPE_CHECKING:
+    from inplace_ttt.train.parallel import Place
+
 # What may differ between a run and its continuation.
-_FREE_ON_RESUME = ("name", "output", "log_every", "eval_every", "save_every", "evaluation")
+_FREE_ON_RESUME = ("name", "output", "log_every", "eval_every", "save_every", "evaluation", "parallel")
 
 
 def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, console: Console | None = None) -> Path:
@@ -45,19 +50,31 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
     transformers_logging.set_verbosity(logging.ERROR)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if not prepare_only:
-        _check_machine()
+        _check_machine(recipe)
     output = Path(recipe.output)
     checkpoints = output / "checkpoints"
     last = None if prepare_only else _start_from(recipe, checkpoints, resume)
+    place = None
+    if recipe.parallel is not None and not prepare_only:
+        from inplace_ttt.train.parallel import start
+
+        place = start(recipe.parallel)
+    main = place is None or place.main
+    if place is not None and not main:
+        console.quiet = True
+        place.wait()  # the first process makes the tokens
     prepared = prepare(recipe, say)
     if prepare_only:
         return prepared.directory
+    if place is not None and main:
+        place.wait()
 
     started = datetime.now(UTC)
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "recipe.json", recipe.raw)
-    (output / "packages.json").write_bytes((prepared.directory / "packages.json").read_bytes())
-    trainer, rows = _trainer(recipe, prepared, checkpoints)
+    if main:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "recipe.json", recipe.raw)
+        (output / "packages.json").write_bytes((prepared.directory / "packages.json").read_bytes())
+    trainer, rows = _trainer(recipe, prepared, checkpoints, place)
     quiet(trainer, console)
     model = trainer.model
     assert isinstance(model, PreTrainedModel)
@@ -68,12 +85,25 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
     )
     trainer.train(resume_from_checkpoint=last)
     curve = loss_curve(trainer.state.log_history)
-    plot_losses(curve, output / "loss.png", recipe.name)
+    if main:
+        plot_losses(curve, output / "loss.png", recipe.name)
 
     # The Trainer leaves autocast around forward; the saved copy is what people load, so that copy is evaluated.
     model.config.use_cache = True
     attached, parameters, device = is_attached(model), count_parameters(model), trainer.args.device
-    save_model(model, prepared.tokenizer, output / "model", torch.bfloat16)
+    if place is None:
+        save_model(model, prepared.tokenizer, output / "model", torch.bfloat16)
+    else:
+        from inplace_ttt.train.parallel import save_whole
+
+        save_whole(model, output / "whole")
+        place.end()
+        if not main:
+            return output
+        whole = load_saved(output / "whole", attached)
+        save_model(whole, prepared.tokenizer, output / "model", torch.bfloat16)
+        shutil.rmtree(output / "whole")
+        del whole
     say(f"saved {output / 'model'} ({_size(output / 'model') / 1e6:.1f} MB)")
     del trainer, model
     results = _evaluate(recipe, prepared, output / "model", attached, device, console)
@@ -97,13 +127,17 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
     return output
 
 
-def _check_machine() -> None:
+def _check_machine(recipe: Recipe) -> None:
     if importlib.util.find_spec("accelerate") is None:
         raise UserError("training needs accelerate: pip install 'inplace-ttt[train]'")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("training runs in one process on one device: start it without torchrun or accelerate launch")
-    if torch.cuda.device_count() > 1:
-        raise UserError("training uses one GPU: choose it with CUDA_VISIBLE_DEVICES=0")
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and recipe.parallel is None:
+        raise UserError(
+            f"{started} processes were started, and the recipe does not say how they share the run: add "
+            f"parallel.shard={started} (or data, context, tensor)"
+        )
+    if torch.cuda.device_count() > 1 and started == 1:
+        raise UserError("one process uses one GPU: choose it with CUDA_VISIBLE_DEVICES=0, or use torchrun and parallel")
 
 
 def _start_from(recipe: Recipe, checkpoints: Path, resume: bool) -> str | None:
@@ -124,23 +158,32 @@ def _start_from(recipe: Recipe, checkpoints: Path, resume: bool) -> str | None:
     return last
 
 
-def _trainer(recipe: Recipe, prepared: Prepared, checkpoints: Path) -> tuple[PackedTrainer, PackedRows]:
+def _trainer(
+    recipe: Recipe, prepared: Prepared, checkpoints: Path, place: "Place | None" = None
+) -> tuple[PackedTrainer, PackedRows]:
     tokenizer, length = prepared.tokenizer, recipe.sequence_length
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     assert isinstance(pad, int)
-    arguments = _arguments(recipe, checkpoints)
+    arguments = _arguments(recipe, checkpoints, place)
     torch.set_float32_matmul_precision("high")
     model = build_model(
         recipe, tokenizer, choose_attention(recipe.attn_implementation, arguments.device, recipe.compile)
     )
     store = TokenStore.join(list(prepared.stores("train").values()))
     count = recipe.steps * recipe.batch_size * recipe.gradient_accumulation
-    rows = PackedRows(store, length, count, seed=recipe.seed, pad_id=pad, group=recipe.batch_size)
+    align = recipe.alignment
+    rows = PackedRows(store, length, count, seed=recipe.seed, pad_id=pad, group=recipe.batch_size, align=align)
     validation = {
-        domain: first_rows(store, length, recipe.evaluation.rows, pad)
+        domain: first_rows(store, length, recipe.evaluation.rows, pad, align)
         for domain, store in prepared.stores("validation").items()
     }
-    trainer = PackedTrainer(
+    kind: Any = PackedTrainer
+    if place is not None:
+        from inplace_ttt.train.parallel import ParallelTrainer
+
+        model = place.distribute(model, torch.bfloat16 if recipe.precision == "bf16" else None)
+        kind = partial(ParallelTrainer, place=place, rows_per_batch=recipe.batch_size)
+    trainer: PackedTrainer = kind(
         model=model,
         args=arguments,
         train_dataset=rows,
@@ -154,7 +197,7 @@ def _trainer(recipe: Recipe, prepared: Prepared, checkpoints: Path) -> tuple[Pac
     return trainer, rows
 
 
-def _arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
+def _arguments(recipe: Recipe, checkpoints: Path, place: "Place | None" = None) -> TrainingArguments:
     optimizer, cuda = recipe.optimizer, torch.cuda.is_available()
     schedule: dict[str, Any] = {"lr_scheduler_type": optimizer.schedule}
     if optimizer.schedule == "constant":
@@ -164,10 +207,15 @@ def _arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
             "lr_scheduler_type": "cosine_with_min_lr",
             "lr_scheduler_kwargs": {"min_lr_rate": optimizer.min_lr_ratio},
         }
-    return TrainingArguments(
+    kind, share = TrainingArguments, 1
+    if place is not None and not place.alone:
+        from inplace_ttt.train.parallel import PlacedArguments
+
+        kind, share = PlacedArguments, place.readers
+    return kind(
         output_dir=str(checkpoints),
         max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
+        per_device_train_batch_size=recipe.batch_size // share,
         per_device_eval_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation,
         learning_rate=optimizer.lr,
@@ -177,7 +225,8 @@ def _arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
         adam_beta2=optimizer.beta2,
         max_grad_norm=optimizer.max_grad_norm,
         optim="adamw_torch_fused" if cuda else "adamw_torch",
-        bf16=recipe.precision == "bf16",
+        bf16=recipe.precision == "bf16" and (place is None or place.alone),  # else sharding's own
+        average_tokens_across_devices=False,
         torch_compile=recipe.compile,
         logging_steps=recipe.log_every,
         logging_nan_inf_filter=False,  # it would wait for the device in every step; the log's own check stops the run

@@ -123,9 +123,14 @@ class PackedTrainer(Trainer):
             for batch in loader:
                 count = int((batch["labels"][:, 1:] != IGNORED).sum())
                 batch = {name: value.to(self.args.device) for name, value in batch.items()}
-                total += model(**batch, use_cache=False).loss.double() * count
+                total += self.batch_loss(model, batch).double() * count
                 tokens += count
         return float(total) / max(tokens, 1)
+
+    def batch_loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Mean loss of a validation batch."""
+        loss: Tensor = model(**batch, use_cache=False).loss
+        return loss
 
 
 class InnerLrWarmup(TrainerCallback):

@@ -1,0 +1,370 @@
+"""The scan over a row that is cut into slices on several ranks (section 4 of the method: context parallelism).
+
+A row of T tokens is cut into P *pieces* of equal length. Contiguous slices: piece r lies on rank r. Head-tail slices:
+two pieces a rank, r and P - 1 - r, so that causal attention costs every rank the same. A piece is read like a row of
+its own with an initial state: the updates of the pieces before it, in document order,
+
+    state[p + 1] = carry[p] * state[p] + total[p],   state[0] = 0,
+
+where ``total[p]`` [D, F] is what piece p's own chunks leave and ``carry[p]`` what it leaves of what came in (its decay;
+0 when a document begins inside). ``exclusive_scan`` computes it: every rank gets a share of F of all totals, goes over
+the pieces, and sends the states back. A rank sends 2 * D * F numbers per piece and row, however many ranks there are.
+
+Everything that depends on documents is planned from the whole row, alike on all ranks: they issue the same collectives
+in the same order, and raise the same errors.
+
+Shapes: B rows, k pieces on this rank, R = B * k (piece rows, ``b * k + j``), P pieces, M chunk slots of a piece,
+U updating ones, C chunk size, D, F as elsewhere.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .chunks import ChunkTable
+from .scan import _through_clip, clip_factor, outer, scan, state_dtype
+from .target import chunked
+
+Group = Any
+
+
+@dataclass(frozen=True)
+class Slices:
+    """How a row is cut: which pieces lie on which rank."""
+
+    ranks: int
+    rank: int
+    head_tail: bool = True
+
+    @property
+    def own(self) -> int:
+        """k: pieces on a rank."""
+        return 2 if self.head_tail and self.ranks > 1 else 1
+
+    @property
+    def pieces(self) -> int:
+        """P."""
+        return self.own * self.ranks
+
+    def of(self, rank: int) -> tuple[int, ...]:
+        """The pieces of a rank, in document order."""
+        return (rank,) if self.own == 1 else (rank, self.pieces - 1 - rank)
+
+    def where(self) -> list[tuple[int, int]]:
+        """(rank, j) of piece p: it is the j-th piece of that rank."""
+        places = {p: (rank, j) for rank in range(self.ranks) for j, p in enumerate(self.of(rank))}
+        return [places[p] for p in range(self.pieces)]
+
+    def cut(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's part of a whole row. Raises ValueError when the length is no multiple of the pieces."""
+        if x.shape[dim] % self.pieces:
+            raise ValueError(f"{x.shape[dim]} tokens cannot be cut into {self.pieces} equal pieces")
+        parts = x.chunk(self.pieces, dim)
+        return torch.cat([parts[p] for p in self.of(self.rank)], dim)
+
+    def join(self, parts: Sequence[Tensor], dim: int = 1) -> Tensor:
+        """The whole row from every rank's part, in the order of the ranks."""
+        pieces = [part.chunk(self.own, dim) for part in parts]
+        return torch.cat([pieces[rank][j] for rank, j in self.where()], dim)
+
+
+@dataclass(frozen=True, eq=False)
+class SliceTable:
+    """The chunks of this rank's pieces, and how states pass from piece to piece."""
+
+    slices: Slices
+    rows: int
+    table: ChunkTable
+    """Of R = B * k piece rows; the same number of slots on all ranks."""
+    weights: Tensor | None
+    """float64 [R, U]: what is left of each slot's update at the end of its piece; None: all of it, everywhere."""
+    binary: bool
+    """Whether the weights are 0 and 1 only."""
+    carry: Tensor
+    """float64 [P, B]."""
+    continues: bool
+    """Whether any piece reads with a state from before it."""
+
+    def to(self, device: torch.device) -> "SliceTable":
+        """The same table with its tensors on ``device``."""
+        if self.carry.device == device:
+            return self
+        weights = None if self.weights is None else self.weights.to(device)
+        return replace(self, table=self.table.to(device), weights=weights, carry=self.carry.to(device))
+
+    @property
+    def scanned(self) -> ChunkTable:
+        """The table for the scan itself: nobody inside a regular piece sees the update of its last chunk."""
+        table = self.table
+        return (
+            table if table.index is not None else replace(table, updates=max(table.tokens - 1, 0) // table.chunk_size)
+        )
+
+    @classmethod
+    def build(
+        cls, slices: Slices, rows: int, tokens: int, chunk_size: int, *, documents: Tensor | None, decay: float
+    ) -> "SliceTable":
+        """Table of ``rows`` whole rows of ``tokens``; ``documents`` [B, T] as ``core.document_ids`` gives them.
+
+        Raises ValueError, with the fix, when a slice boundary lies inside a chunk that updates.
+        """
+        C, P, k = chunk_size, slices.pieces, slices.own
+        if tokens % P:
+            raise ValueError(
+                f"rows of {tokens:,} tokens cannot be cut into {P} equal pieces ({slices.ranks} ranks, {k} each): "
+                f"use a multiple of {P * C:,} (pieces x chunk_size)"
+            )
+        length = tokens // P
+        if documents is None:
+            return cls._regular(slices, rows, length, C, decay)
+        whole = ChunkTable.build(rows, tokens, C, documents=documents)
+        if whole.index is None:  # one document everywhere after all
+            return cls._regular(slices, rows, length, C, decay)
+        return cls._irregular(slices, whole, length, decay)
+
+    @classmethod
+    def _regular(cls, slices: Slices, rows: int, length: int, C: int, decay: float) -> "SliceTable":
+        P, R = slices.pieces, rows * slices.own
+        total = P * length
+        if length % C and total > C:
+            raise ValueError(
+                f"a slice boundary lies inside a chunk: rows of {total:,} tokens on {slices.ranks} ranks make pieces "
+                f"of {length:,}, no multiple of chunk_size {C:,}. Use rows of a multiple of {P * C:,} tokens"
+            )
+        updates = length // C if total > C else 0
+        table = ChunkTable(
+            chunk_size=C,
+            rows=R,
+            tokens=length,
+            prefix=0,
+            steps=-(-length // C),
+            updates=updates,
+            keep_state=False,
+            seen=(length,) * R,
+            restarted=(False,) * R,
+        )
+        weights = None
+        if decay and updates:
+            weights = (1 - decay) ** torch.arange(updates - 1, -1, -1, dtype=torch.float64).expand(R, updates)
+        carry = torch.full((P, rows), (1 - decay) ** updates, dtype=torch.float64)
+        return cls(slices, rows, table, weights, weights is None, carry, updates > 0 and P > 1)
+
+    @classmethod
+    def _irregular(cls, slices: Slices, whole: ChunkTable, length: int, decay: float) -> "SliceTable":
+        assert whole.index is not None
+        assert whole.update is not None
+        assert whole.reset is not None
+        P, B, C = slices.pieces, whole.rows, whole.chunk_size
+        index, valid = whole.index, whole.index >= 0
+        piece = torch.where(valid, index // length, -1)
+        first = torch.where(valid, piece, P).amin(-1) if index.numel() else piece.new_zeros(index.shape[:2])
+        last = piece.amax(-1) if index.numel() else first
+        cut = whole.update & (first != last)
+        if bool(cut.any()):
+            b, m = cut.nonzero()[0].tolist()
+            start, boundary = int(index[b, m, 0]), int(last[b, m]) * length
+            raise ValueError(
+                f"a slice boundary (token {boundary:,} of row {b}) lies inside a chunk of a document (tokens {start:,} "
+                f"to {start + C - 1:,}): begin documents that cross a multiple of {length:,} tokens at a multiple of "
+                f"chunk_size {C:,} (pad the ones before), or use rows with fewer, longer documents"
+            )
+        inside = [(piece == p).any(-1) for p in range(P)]  # [B, M] each
+        M = max((int(has.sum(1).max()) for has in inside), default=0) if index.shape[1] else 0
+        parts = [cls._piece(whole, piece, has, p, length, M) for p, has in enumerate(inside)]
+        updates = max(
+            (int(update.any(0).nonzero().max()) + 1 for _, update, _ in parts if bool(update.any())), default=0
+        )
+
+        weights = torch.zeros(P, B, updates, dtype=torch.float64)
+        carry = torch.ones(P, B, dtype=torch.float64)
+        for p, (_, update, reset) in enumerate(parts):
+            left = torch.ones(B, dtype=torch.float64)  # of a state after slot m, at the end of the piece
+            for m in reversed(range(M)):
+                if m < updates:
+                    weights[p, :, m] = left * update[:, m]
+                left = left * (1 - decay * update[:, m].double()) * ~reset[:, m]
+            carry[p] = left
+        enters = [bool(((idx[:, 0] >= 0).any(-1) & ~reset[:, 0]).any()) if M else False for idx, _, reset in parts]
+
+        own = slices.of(slices.rank)
+
+        def stack(tensors: Sequence[Tensor]) -> Tensor:
+            return torch.stack([tensors[p] for p in own], 1).flatten(0, 1)
+
+        R = B * slices.own
+        table = ChunkTable(
+            chunk_size=C,
+            rows=R,
+            tokens=length,
+            prefix=0,
+            steps=M,
+            updates=updates,
+            keep_state=False,
+            seen=(0,) * R,
+            restarted=(False,) * R,
+            index=stack([part[0] for part in parts]),
+            update=stack([part[1] for part in parts]),
+            reset=stack([part[2] for part in parts]),
+        )
+        return cls(slices, B, table, stack(list(weights)), not decay, carry, updates > 0 and any(enters[1:]))
+
+    @staticmethod
+    def _piece(
+        whole: ChunkTable, piece: Tensor, has: Tensor, p: int, length: int, M: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """index [B, M, C], update and reset [B, M] of piece p's slots, moved to the front."""
+        assert whole.index is not None
+        assert whole.update is not None
+        assert whole.reset is not None
+        B, C = whole.rows, whole.chunk_size
+        index = torch.full((B, M, C), -1)
+        update, reset = torch.zeros(B, M, dtype=torch.bool), torch.zeros(B, M, dtype=torch.bool)
+        rows, slots = has.nonzero(as_tuple=True)
+        place = (has.long().cumsum(1) - 1)[rows, slots]
+        mine = piece[rows, slots] == p
+        index[rows, place] = torch.where(mine, whole.index[rows, slots] - p * length, -1)
+        update[rows, place] = whole.update[rows, slots]
+        begins = whole.index[rows, slots, 0] >= p * length  # a chunk's first token lies here, not in the piece before
+        reset[rows, place] = whole.reset[rows, slots] & begins
+        return index, update, reset
+
+
+def scan_slice(
+    z_RNF: Tensor,
+    v_RND: Tensor | None,
+    weight_DF: Tensor | None,
+    table: SliceTable,
+    group: Group,
+    *,
+    lr: float,
+    bias_D: Tensor | None = None,
+    decay: float = 0.0,
+    clip: Tensor | None = None,
+    width: int | None = None,
+) -> Tensor:
+    """``core.scan`` for this rank's pieces of the rows: outputs [R, T / P, D], as if the rows were whole.
+
+    z_RNF: inputs of the projection, piece by piece. v_RND: ``core.target`` of ``table.table``; None when no chunk
+    updates. Others as ``core.scan``. All ranks of ``group`` call it together, and its backward; what is communicated is
+    ``exclusive_scan``'s, and nothing where no document passes from one piece to another.
+    """
+    scanned, state = table.scanned, None
+    if v_RND is not None and table.continues:
+        totals = piece_totals(chunked(z_RNF, None, table.table), v_RND, table, clip)
+        state = exclusive_scan(totals, table, group)
+    seen = None if v_RND is None or not scanned.updates else v_RND[:, : scanned.updates * scanned.chunk_size]
+    out, _ = scan(
+        z_RNF,
+        seen,
+        weight_DF,
+        scanned,
+        lr=lr,
+        bias_D=bias_D,
+        decay=decay,
+        clip=clip,
+        state_BDF=state,
+        width=width if v_RND is None else v_RND.shape[-1],
+    )
+    return out
+
+
+def piece_totals(z_RNF: Tensor, v_RND: Tensor, table: SliceTable, clip: Tensor | None = None) -> Tensor:
+    """What each piece's own chunks leave at its end, [R, D, F] in the state's precision. N = U * C chunk tokens.
+
+    ``z`` and ``v``: the chunks' inputs and targets, as ``core.target``'s ``chunked`` and ``target`` give them.
+    """
+    C, weights, v = table.table.chunk_size, table.weights, v_RND.to(z_RNF.dtype)
+    if weights is not None and clip is None and table.binary:
+        v, weights = v * weights.to(v.dtype).repeat_interleave(C, 1)[..., None], None
+    total: Tensor = _PieceTotals.apply(z_RNF, v, weights, C, clip)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _PieceTotals(torch.autograd.Function):
+    """``sum_m weight_m * clipped(sum_t v_t z_t^T)``; a single product where nothing is weighted or clipped."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, v: Tensor, weights: Tensor | None, C: int, clip: Tensor | None) -> Tensor:
+        ctx.save_for_backward(z, v, weights, clip)
+        ctx.C = C
+        with torch.autocast(z.device.type, enabled=False):
+            if clip is None and weights is None:
+                return outer(v, z)
+            total = z.new_zeros(z.shape[0], v.shape[2], z.shape[2], dtype=state_dtype(z.dtype))
+            for span, weight in _spans(z, weights, C):
+                dW = outer(v[:, span], z[:, span])
+                total += dW * (weight if clip is None else weight * clip_factor(dW, clip))
+            return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        z, v, weights, clip = ctx.saved_tensors
+        (H,) = grads
+        with torch.autocast(z.device.type, enabled=False):
+            if clip is None and weights is None:
+                H = H.to(z.dtype)
+                return torch.bmm(v, H), torch.bmm(z, H.mT), None, None, None
+            dz, dv = torch.empty_like(z), torch.empty_like(v)
+            for span, weight in _spans(z, weights, ctx.C):
+                H_m = H * weight
+                if clip is not None:
+                    H_m = _through_clip(H_m, outer(v[:, span], z[:, span]), clip)
+                H_m = H_m.to(z.dtype)
+                dz[:, span], dv[:, span] = torch.bmm(v[:, span], H_m), torch.bmm(z[:, span], H_m.mT)
+        return dz, dv, None, None, None
+
+
+def _spans(z: Tensor, weights_RU: Tensor | None, C: int) -> list[tuple[slice, Tensor]]:
+    """Each updating slot's tokens and its weight [R, 1, 1]."""
+    dtype, count = state_dtype(z.dtype), z.shape[1] // C
+    weights = z.new_ones(z.shape[0], count, dtype=dtype) if weights_RU is None else weights_RU.to(dtype)
+    return [(slice(m * C, (m + 1) * C), weights[:, m, None, None]) for m in range(count)]
+
+
+def exclusive_scan(totals_RDF: Tensor, table: SliceTable, group: Group) -> Tensor:
+    """The state each of this rank's pieces starts from, [R, D, F]; differentiable. All ranks of ``group`` call it."""
+    states: Tensor = _ExclusiveScan.apply(totals_RDF, table, group)  # type: ignore[no-untyped-call]
+    return states
+
+
+class _ExclusiveScan(torch.autograd.Function):
+    """Backward is the same scan, from the last piece to the first."""
+
+    @staticmethod
+    def forward(ctx: Any, totals: Tensor, table: SliceTable, group: Group) -> Tensor:
+        ctx.table, ctx.group = table, group
+        return _scan(totals, table, group, reverse=False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _scan(grads[0], ctx.table, ctx.group, reverse=True), None, None
+
+
+def _scan(x_RDF: Tensor, table: SliceTable, group: Group, reverse: bool) -> Tensor:
+    slices, k = table.slices, table.slices.own
+    R, D, F = x_RDF.shape
+    sizes = [F // slices.ranks + (j < F % slices.ranks) for j in range(slices.ranks)]
+    mine = sizes[slices.rank]
+    sent = torch.cat([part.reshape(-1) for part in torch.split(x_RDF, sizes, 2)])
+    here = exchange(sent, [R * D * f for f in sizes], [R * D * mine] * slices.ranks, group)
+    parts = here.view(slices.ranks, R // k, k, D, mine)
+    running = parts.new_zeros(R // k, D, mine)
+    order = list(enumerate(slices.where()))
+    for p, (rank, j) in reversed(order) if reverse else order:
+        own = parts[rank, :, j].clone()
+        parts[rank, :, j] = running
+        running = own.add_(running * table.carry[p].to(running.dtype)[:, None, None])
+    back = exchange(here, [R * D * mine] * slices.ranks, [R * D * f for f in sizes], group)
+    pieces = torch.split(back, [R * D * f for f in sizes])
+    return torch.cat([piece.view(R, D, f) for piece, f in zip(pieces, sizes, strict=True)], 2)
+
+
+def exchange(x: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
+    """All-to-all of a flat tensor: ``sent[j]`` numbers to rank j, ``received[j]`` from it."""
+    out = x.new_empty(sum(received))
+    dist.all_to_all_single(out, x, received, sent, group=group)
+    return out

@@ -1,0 +1,264 @@
+"""Attention of a slice of a row: its own queries against the whole row's keys and values, gathered from all ranks.
+
+Three ways to compute it, the first that works on the device: ``varlen`` (PyTorch's flash attention for documents laid
+end to end: reads causal offsets, windows and document bounds directly), ``offset`` (scaled_dot_product_attention with a
+causal bias aligned at the end; undivided rows without a window), ``mask`` (a dense mask, a piece at a time; anywhere).
+
+Shapes: B rows, H heads, t tokens of a piece, T of a whole row, d the head's width.
+"""
+
+import logging
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ..core.ranks import Group, Slices, SliceTable
+
+GATHER = "inplace_ttt_gather"
+SLICES = "inplace_ttt_slices"
+logger = logging.getLogger(__name__)
+
+
+class RowSlices:
+    """One call: how its rows are cut, what documents they have, and the chunk table that follows from it.
+
+    ``tokens``: T, of a whole row. ``documents``: int64 [B, T] on the CPU, -1 for padding; None: one document a row.
+    A plain class: FSDP2's mixed precision copies and casts dataclasses among a layer's arguments.
+    """
+
+    def __init__(self, slices: Slices, group: Group, rows: int, tokens: int, documents: Tensor | None) -> None:
+        self.slices, self.group, self.rows, self.tokens, self.documents = slices, group, rows, tokens, documents
+        self.table: SliceTable | None = None
+        self.native = False  # attention is PyTorch's own for slices
+        self.ways: dict[tuple[torch.dtype, bool], str] = {}  # by dtype and "undivided rows, no window"
+        self.attended = 0  # attention layers that have run
+        self._moved: dict[Any, Any] = {}
+
+    def table_on(self, device: torch.device) -> SliceTable:
+        """The chunk table on a device, moved once."""
+        assert self.table is not None
+        if device not in self._moved:
+            self._moved[device] = self.table.to(device)
+        table: SliceTable = self._moved[device]
+        return table
+
+    def documents_on(self, device: torch.device) -> Tensor | None:
+        """The documents on a device, moved once."""
+        if self.documents is not None and ("documents", device) not in self._moved:
+            self._moved["documents", device] = self.documents.to(device)
+        return None if self.documents is None else self._moved["documents", device]
+
+    def bounds(self, row: int, piece: int, device: torch.device) -> tuple[int, Tensor, Tensor]:
+        """For varlen attention of a piece: where its first document begins in the row, and the cumulative lengths of
+        its documents' queries (in the piece) and keys (from that token on), int32."""
+        key = ("bounds", row, piece, device)
+        if key not in self._moved:
+            length = self.tokens // self.slices.pieces
+            begin, end = piece * length, (piece + 1) * length
+            if self.documents is None:
+                first, starts = 0, [begin]
+            else:
+                ids = self.documents[row, :end]
+                steps = (ids[1:] != ids[:-1]).nonzero().flatten() + 1
+                before = steps[steps <= begin]
+                first = int(before[-1]) if len(before) else 0
+                starts = [begin, *steps[steps > begin].tolist()]
+            queries = torch.tensor([s - begin for s in starts] + [length], dtype=torch.int32, device=device)
+            keys = torch.tensor([0] + [s - first for s in starts[1:]] + [end - first], dtype=torch.int32, device=device)
+            self._moved[key] = first, queries, keys
+        found: tuple[int, Tensor, Tensor] = self._moved[key]
+        return found
+
+
+def torch_cuts_rows() -> bool:
+    """Whether PyTorch's ``context_parallel`` (accelerate's too) is on: it replaces scaled_dot_product_attention."""
+    if nn.functional.scaled_dot_product_attention is scaled_dot_product_attention:  # what torch.compile can trace
+        return False
+    module = getattr(nn.functional.scaled_dot_product_attention, "__module__", None) or ""
+    return module.startswith("torch.distributed.tensor.experimental")
+
+
+def register() -> None:
+    """Makes ``GATHER`` known to transformers as an attention implementation."""
+    AttentionInterface.register(GATHER, gather_attention)
+    AttentionMaskInterface.register(GATHER, no_mask)
+
+
+def no_mask(*args: Any, **kwargs: Any) -> None:
+    """Positions of a slice jump, so a mask made from them would be wrong; ``gather_attention`` knows the row."""
+    return
+
+
+class _Gather(torch.autograd.Function):
+    """x [...] of every rank, [ranks, ...]; backward sums what all ranks say about this rank's x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        out = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+        return out.view(-1, *x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (g,) = grads
+        out = g.new_empty(g.shape[1:])
+        dist.reduce_scatter_tensor(out, g.flatten(0, 1).contiguous(), group=ctx.group)
+        return out, None
+
+
+def gather_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """query [B, H, k * t, d] of this rank's k pieces, key and value [B, H or fewer, k * t, d] -> [B, k * t, H, d].
+
+    Causal, inside documents, over the whole row. Raises NotImplementedError for dropout, capped logits, attention
+    sinks, and outside a context-parallel call.
+    """
+    call: RowSlices | None = rest.get(SLICES)
+    if call is None:
+        raise NotImplementedError("this attention needs a context-parallel call: call the whole model")
+    for name, given in (("dropout", dropout), *((n, rest.get(n)) for n in ("softcap", "s_aux", "position_bias"))):
+        if isinstance(given, Tensor) or given:
+            raise NotImplementedError(f"attention over slices has no {name}")
+    call.attended += 1
+    slices, groups = call.slices, query.shape[1] // key.shape[1]
+    device, dtype = query.device, value.dtype
+    if torch.is_autocast_enabled(device.type):  # rotary embeddings come back in float32
+        dtype = torch.get_autocast_dtype(device.type)
+    query, pair = query.to(dtype), torch.stack([key.to(dtype), value.to(dtype)])
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if call.native:
+        keys, values = (x.repeat_interleave(groups, 1) for x in pair)
+        out = scaled_dot_product(query.contiguous(), keys, values, scale)
+        return out.transpose(1, 2), None
+    gathered: Any = _Gather.apply(pair, call.group)  # type: ignore[no-untyped-call]
+    keys, values = slices.join(list(gathered), 3)
+    if groups > 1:
+        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+    way = call.ways.get((dtype, sliding_window is None and call.documents is None), "mask")
+    own = slices.of(slices.rank)
+    outs = [
+        attend(call, piece, q, keys, values, scale, sliding_window, way)
+        for piece, q in zip(own, query.chunk(len(own), 2), strict=True)
+    ]
+    return torch.cat(outs, 1), None
+
+
+def scaled_dot_product(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Causal attention through the name that torch's ``context_parallel`` replaces while it is on."""
+    out: Tensor = nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale)
+    return out
+
+
+def attend(
+    call: RowSlices, piece: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None, way: str
+) -> Tensor:
+    """query [B, H, t, d] of one piece against keys and values [B, H, T, d] of the row -> [B, t, H, d]."""
+    B, _, t, _ = query.shape
+    end = (piece + 1) * t
+    if way == "varlen":
+        rows = []
+        for b in range(B):
+            first, q_bounds, k_bounds = call.bounds(b, piece, query.device)
+            q, k, v = (x.transpose(0, 1) for x in (query[b], keys[b, :, first:end], values[b, :, first:end]))
+            rows.append(_varlen(q, k, v, q_bounds, k_bounds, t, end - first, scale, window))
+        return torch.stack(rows)
+    if way == "offset":
+        bias: Any = causal_lower_right(t, end)
+        k, v = keys[:, :, :end].contiguous(), values[:, :, :end].contiguous()
+        if piece == 0:
+            out = scaled_dot_product_attention(query.contiguous(), k, v, is_causal=True, scale=scale)
+        else:
+            out = scaled_dot_product_attention(query.contiguous(), k, v, attn_mask=bias, scale=scale)
+        return out.transpose(1, 2)
+    back = torch.arange(end - t, end, device=query.device)[:, None] - torch.arange(end, device=query.device)[None]
+    mask = back >= 0 if window is None else (back >= 0) & (back < window)
+    documents = call.documents_on(query.device)
+    if documents is not None:
+        same = documents[:, end - t : end, None] == documents[:, None, :end]
+        mask = (mask & same)[:, None]
+    out = scaled_dot_product_attention(query, keys[:, :, :end], values[:, :, :end], attn_mask=mask, scale=scale)
+    return out.transpose(1, 2)
+
+
+def _varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_bounds: Tensor,
+    k_bounds: Tensor,
+    most_q: int,
+    most_k: int,
+    scale: float,
+    window: Any,
+) -> Tensor:
+    """q [t, H, d], k and v [n, H, d]: documents end to end, causal from their ends."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    left = -1 if window is None else window - 1
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out: Any = varlen_attn(q, k, v, q_bounds, k_bounds, most_q, most_k, scale=scale, window_size=(left, 0))
+    return out  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=64)
+def working_ways(device: str, heads: int, width: int) -> dict[tuple[torch.dtype, bool], str]:
+    """The way to go by dtype and simplicity; empty where only the dense mask works.
+
+    Tried out, so not to be called inside a layer: activation checkpointing would take the trial for its own.
+    """
+    if device != "cuda":
+        return {}
+    half = (torch.bfloat16, torch.float16)
+    return {(d, simple): best_way(device, d, heads, width, simple) for d in half for simple in (True, False)}
+
+
+def best_way(device: str, dtype: torch.dtype, heads: int, width: int, simple: bool) -> str:
+    """The first way that agrees with the dense mask here, forward and backward, on a small row of documents."""
+    for way in ("varlen", "offset"):
+        if way == "varlen" or simple:
+            try:
+                if _agrees(way, torch.device(device), dtype, heads, width, simple):
+                    return way
+            except (RuntimeError, NotImplementedError, ImportError, TypeError) as error:
+                logger.warning("attention over slices: %s does not work here (%s)", way, error)
+    logger.warning("attention over slices: no fast kernel works here; a dense mask is used (slow, much memory)")
+    return "mask"
+
+
+def _agrees(way: str, device: torch.device, dtype: torch.dtype, heads: int, width: int, simple: bool) -> bool:
+    T, pieces = 256, 4
+    documents = None if simple else (torch.arange(T) >= 100).long()[None]
+    window = None if simple else 48
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn(1, heads, T, width, generator=generator, device=device, dtype=dtype).requires_grad_()
+        for _ in range(3)
+    )
+
+    def run(way: str) -> list[Tensor]:
+        call = RowSlices(Slices(2, 0), None, 1, T, documents)
+        parts = [attend(call, p, q.chunk(pieces, 2)[p], k, v, width**-0.5, window, way) for p in range(pieces)]
+        out = torch.cat(parts, 1)
+        return [out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))]
+
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        return all(
+            torch.allclose(a.float(), b.float(), atol=0.05, rtol=0.05)
+            for a, b in zip(run(way), run("mask"), strict=True)
+        )

@@ -1,0 +1,166 @@
+"""FSDP2 for an attached (or plain) transformers model: PyTorch's ``fully_shard``, one unit a decoder layer.
+
+The parameters that ``attach`` adds lie in the MLP, so they are sharded and gathered with their layer. What a call
+communicates is FSDP2's own: nothing of the fast weights (they are activations).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import PreTrainedModel
+
+from ..errors import UserError
+from .attach import is_attached, runtime_of, unwrap
+from .families import FAMILIES, decoder_layers, family_of
+
+
+def shard_layers(
+    model: PreTrainedModel,
+    mesh: Any,
+    *,
+    precision: torch.dtype | None = None,
+    reshard_after_forward: bool = True,
+) -> PreTrainedModel:
+    """Shards ``model`` in place over ``mesh`` and returns it: every decoder layer, then the rest.
+
+    mesh: a ``DeviceMesh`` of one dimension, or of two (replicas, shards). precision: what layers compute in (say
+    ``torch.bfloat16``); parameters, gradients' reduction and optimizer stay in the parameters' own dtype; None: that
+    too. Gradients are means over the mesh's ranks. Call ``attach`` before, the optimizer after.
+    """
+    root = unwrap(model)
+    layers = layers_of(root)
+    settings: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshard_after_forward}
+    if precision is not None:
+        kept = next(p.dtype for p in root.parameters() if p.is_floating_point())
+        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=kept)
+    for layer in layers:
+        fully_shard(layer, **settings)
+    fully_shard(root, **settings)
+    return root
+
+
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder layers. Raises UserError for a model that does not say which they are."""
+    if is_attached(model):
+        return list(decoder_layers(model, family_of(model, runtime_of(model).config)))
+    if model.config.model_type in FAMILIES:
+        return list(decoder_layers(model, FAMILIES[model.config.model_type]))
+    names = set(getattr(model, "_no_split_modules", None) or [])
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    if not found:
+        raise UserError(f"cannot tell the decoder layers of {type(model).__name__}: shard it yourself (fully_shard)")
+    return found
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether any parameter is distributed (FSDP2, tensor parallelism)."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a distributed tensor on the CPU (all its ranks call this), any other tensor on the CPU."""
+    full = getattr(tensor.detach(), "full_tensor", None)
+    return (tensor.detach() if full is None else full()).cpu()
+
+
+def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The whole state dict on the CPU, tied parameters once under all their names. All ranks call it together."""
+    known: dict[Any, torch.Tensor] = {}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        local = getattr(tensor, "_local_tensor", tensor)
+        key = (local.data_ptr(), tuple(tensor.shape)) if local.numel() else name
+        if key not in known:
+            known[key] = whole(tensor)
+        state[name] = known[key]
+    return state
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """Where this process stands among ``data x shard x context`` processes, the last varying fastest."""
+
+    data: int
+    shard: int
+    context: int
+    parameters: Any
+    """``DeviceMesh`` for ``shard_layers``: over shard and context together, replicated ``data`` times."""
+    slices: Any
+    """``DeviceMesh`` for ``enable_context_parallel``."""
+
+    @property
+    def readers(self) -> int:
+        """Groups of processes that read different rows."""
+        return self.data * self.shard
+
+    @property
+    def reader(self) -> int:
+        """Which of them this process belongs to."""
+        return int(dist.get_rank() // self.context)
+
+
+def make_meshes(device: str, *, data: int = 1, shard: int = 1, context: int = 1) -> Meshes:
+    """Meshes of the started processes. Raises UserError unless there are ``data * shard * context`` of them.
+
+    Context-parallel ranks share the sharded parameters as well (their gradients must be averaged all the same).
+    """
+    count = dist.get_world_size()
+    if data * shard * context != count:
+        raise UserError(
+            f"data {data} x shard {shard} x context {context} needs {data * shard * context} processes, "
+            f"{count} were started"
+        )
+    both = init_device_mesh(device, (data, shard * context), mesh_dim_names=("replicate", "shard"))
+    slices = init_device_mesh(device, (data * shard, context), mesh_dim_names=("reader", "context"))
+    return Meshes(data, shard, context, both["shard"] if data == 1 else both, slices["context"])
+
+
+# -- checkpoints on the way: each rank writes its own part, any number of ranks can go on ------------------------------
+
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+"""By parameter, so that another layout may put them into other groups."""
+
+
+def save_sharded(directory: str | Path, model: nn.Module, optimizer: Any = None) -> None:
+    """Writes model and optimizer with torch.distributed.checkpoint; all ranks call it."""
+    model_state, optimizer_state = get_state_dict(model, () if optimizer is None else optimizer, options=FLAT)
+    state: dict[str, Any] = {"model": model_state}
+    if optimizer is not None:
+        state["optimizer"] = optimizer_state
+    save(state, checkpoint_id=directory)
+
+
+def load_sharded(directory: str | Path, model: nn.Module, optimizer: Any = None) -> None:
+    """Reads what ``save_sharded`` wrote into a model (and optimizer) of any layout; all ranks call it.
+
+    Raises UserError when there is no checkpoint, or one of another model.
+    """
+    if not (Path(directory) / ".metadata").is_file():
+        raise UserError(f"no complete checkpoint in {directory}")
+    model_state, optimizer_state = get_state_dict(model, () if optimizer is None else optimizer, options=FLAT)
+    state: dict[str, Any] = {"model": model_state}
+    if optimizer is not None:
+        state["optimizer"] = optimizer_state
+    try:
+        load(state, checkpoint_id=directory)
+    except (RuntimeError, KeyError, CheckpointException) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{directory} is not a checkpoint of this model: {reason}") from None
+    set_state_dict(
+        model,
+        () if optimizer is None else optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state.get("optimizer", {}),
+        options=FLAT,
+    )

@@ -1,0 +1,253 @@
+"""A recipe's run on several processes (docs/parallel.md): Hugging Face's Trainer around PyTorch's FSDP2 and our slices.
+
+The model is sharded before the Trainer sees it and marked as prepared, so accelerate leaves it as it is: the same code
+runs on GPUs (NCCL) and on CPUs (gloo), where accelerate refuses FSDP2 and context parallelism. Whatever the layout, a
+step reads the same rows: a recipe's ``batch_size`` is that of all processes together.
+"""
+
+import os
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedModel, TrainingArguments
+
+from inplace_ttt.errors import UserError
+from inplace_ttt.hf.parallel import ContextParallel, enable_context_parallel
+from inplace_ttt.hf.sharding import Meshes, load_sharded, make_meshes, save_sharded, shard_layers
+from inplace_ttt.train.packing import IGNORED, PackedRows
+from inplace_ttt.train.parallel_spec import ParallelSpec
+from inplace_ttt.train.trainer import PackedTrainer
+
+SHARDED, SCHEDULER = "sharded", "scheduler.pt"
+
+
+class Place:
+    """This process among those of a run."""
+
+    def __init__(self, spec: ParallelSpec, device: str) -> None:
+        self.spec, self.device = spec, device
+        self.alone = spec.processes == 1
+        self.main = self.alone or dist.get_rank() == 0
+        """Whether this is the process that writes and prints."""
+        self.meshes: Meshes | None = None
+        if not self.alone and spec.tensor == 1:
+            self.meshes = make_meshes(device, data=spec.data, shard=spec.shard, context=spec.context)
+        self.context: ContextParallel | None = None
+
+    @property
+    def readers(self) -> int:
+        return 1 if self.meshes is None else self.meshes.readers
+
+    @property
+    def reader(self) -> int:
+        return 0 if self.meshes is None else self.meshes.reader
+
+    @property
+    def averaged(self) -> int:
+        """Processes that gradients and logged losses are averaged over."""
+        return 1 if self.meshes is None else dist.get_world_size()
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if not self.alone:
+            dist.barrier()
+
+    def distribute(self, model: PreTrainedModel, precision: torch.dtype | None) -> PreTrainedModel:
+        """Shards a built model and cuts its rows, as the settings say."""
+        if self.spec.activation_checkpointing:
+            enable: Any = model.gradient_checkpointing_enable
+            enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.meshes is not None:
+            shard_layers(model, self.meshes.parameters, precision=precision)
+            if self.meshes.context > 1:
+                self.context = enable_context_parallel(
+                    model,
+                    self.meshes.slices,
+                    head_tail=self.spec.slices == "head_tail",
+                    attention=self.spec.attention,
+                )
+        model.__dict__["_is_accelerate_prepared"] = not self.alone
+        model.__dict__["_is_distributed_loading_by_transformers"] = False  # checkpoints are written here
+        return model
+
+    def end(self) -> None:
+        """Ends the communication: each process goes on by itself."""
+        if not self.alone:
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def start(spec: ParallelSpec) -> Place:
+    """Joins the run's other processes. Raises UserError when torchrun started another number of them."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != spec.processes:
+        raise UserError(
+            f"the recipe's parallel settings need {spec.processes} processes, {started} were started: "
+            f"torchrun --nproc_per_node {spec.processes} -m inplace_ttt train RECIPE"
+        )
+    cuda = torch.cuda.is_available()
+    if started > 1:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if cuda and local >= torch.cuda.device_count():
+            raise UserError(f"process {local} of this machine has no GPU: it has {torch.cuda.device_count()}")
+        if cuda:
+            torch.cuda.set_device(local)
+        # Others wait while the first process makes the tokens.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1))
+    return Place(spec, "cuda" if cuda else "cpu")
+
+
+class PlacedArguments(TrainingArguments):
+    """Arguments of a Trainer whose model is where it belongs already."""
+
+    @property
+    def place_model_on_device(self) -> bool | None:
+        return False
+
+
+class ParallelTrainer(PackedTrainer):
+    """``PackedTrainer`` on several processes: each reads its rows or slices, checkpoints are written by all of them."""
+
+    def __init__(self, *, place: Place, rows_per_batch: int, **arguments: Any) -> None:
+        self.place, self.rows_per_batch = place, rows_per_batch
+        super().__init__(**arguments)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Without a parallelism configuration for a split model: accelerate has none on CPUs, and need not know."""
+        model: Any = self.model
+        size = getattr(model, "_tp_size", None)
+        if size is not None:
+            model._tp_size = None
+        try:
+            super().create_accelerator_and_postprocess()
+        finally:
+            if size is not None:
+                model._tp_size = size
+
+    # -- rows -----------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """This process's rows of every batch, in the order of one process."""
+        assert isinstance(self.train_dataset, PackedRows)
+        own = self.rows_per_batch // self.place.readers
+        first = self.place.reader * own
+        batches = len(self.train_dataset) // self.rows_per_batch
+        indices = [b * self.rows_per_batch + first + i for b in range(batches) for i in range(own)]
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            Subset(self.train_dataset, indices),
+            batch_size=own,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=workers > 0,
+        )
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+        """Labels of a whole step over all processes, divided by the processes that gradients are averaged over."""
+        count = sum(((b["labels"][:, 1:] != IGNORED).sum() for b in batch_samples), torch.zeros((), dtype=torch.int64))
+        count = count.to(device)
+        if self.place.meshes is not None:
+            dist.all_reduce(count)
+            count = count / self.place.meshes.context  # slices of a row counted it once each
+        return count / self.place.averaged
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with nullcontext() if self.place.context is None else self.place.context.step():
+            return super().training_step(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The sum of this process's losses over ``num_items_in_batch``: its mean over the processes is the step's."""
+        given = self._cut(inputs)
+        if num_items_in_batch is not None:
+            given["num_items_in_batch"] = num_items_in_batch
+        outputs = model(**given, use_cache=False)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _cut(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return dict(inputs) if self.place.context is None else self.place.context.cut(inputs)
+
+    def batch_loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Of a validation batch; all processes read the same one."""
+        context = self.place.context
+        with nullcontext() if context is None else context.step():
+            loss: Tensor = model(**self._cut(batch), use_cache=False).loss
+        if context is not None:
+            dist.all_reduce(loss, group=context.group)
+            loss = loss / context.slices.ranks
+        return loss
+
+    # -- optimizer and checkpoints --------------------------------------------------------------------------------
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Parameters of one kind of tensor in each group: fused and foreach steps cannot mix them."""
+        for module in self.model.modules():  # type: ignore[union-attr]
+            if isinstance(module, FSDPModule):
+                module.reshard()  # after a forward the outermost one holds whole parameters
+        optimizer = super().create_optimizer(*args, **kwargs)
+        split = []
+        for group in optimizer.param_groups:
+            kinds: dict[Any, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                kinds.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+            split += [{**group, "params": parameters} for parameters in kinds.values()]
+        optimizer.param_groups[:] = split
+        return optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A checkpoint on the way: nothing here, ``_save_optimizer_and_scheduler`` writes all."""
+        assert output_dir is not None
+        if self.place.main:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+        self.place.wait()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        assert isinstance(self.model, nn.Module)
+        assert self.lr_scheduler is not None
+        save_sharded(Path(output_dir) / SHARDED, self.model, self._bare_optimizer())
+        if self.place.main:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """With the optimizer, once that is there."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        assert isinstance(self.model, nn.Module)
+        assert self.lr_scheduler is not None
+        load_sharded(Path(checkpoint) / SHARDED, self.model, self._bare_optimizer())
+        state = torch.load(Path(checkpoint) / SCHEDULER, weights_only=True)
+        groups = len(self._bare_optimizer().param_groups)  # all with one lr; another layout may have had fewer
+        state = {k: v[:1] * groups if isinstance(v, list) else v for k, v in state.items()}
+        self.lr_scheduler.load_state_dict(state)
+
+    def _bare_optimizer(self) -> Any:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+
+def save_whole(model: PreTrainedModel, directory: Path) -> None:
+    """The whole model in the format of one process, in the parameters' dtype; all processes call it, one writes."""
+    from inplace_ttt import is_attached, save_pretrained
+    from inplace_ttt.hf.checkpoint import save_base
+    from inplace_ttt.hf.sharding import is_sharded, whole_state
+
+    if is_attached(model):
+        save_pretrained(model, directory)
+        return
+    sharded = is_sharded(model)
+    state = whole_state(model) if sharded else dict(model.state_dict())
+    if not sharded or dist.get_rank() == 0:
+        save_base(model, directory, state, sharded, {})

@@ -1,0 +1,43 @@
+"""What the processes of test_recipe_ranks.py do: recipes' runs, as torchrun would start them."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from inplace_ttt.errors import UserError
+from inplace_ttt.train.recipe import make_recipe
+from inplace_ttt.train.run import run
+
+
+def runs(several: list[tuple[dict[str, Any], bool, int]]) -> list[Any]:
+    """(recipe, resume, port) in turn: the losses of the log by step, or the message that refused it."""
+    found: list[Any] = []
+    for values, resume, port in several:
+        os.environ["MASTER_PORT"] = str(port)
+        try:
+            output = run(make_recipe(values), resume=resume, console=Console(quiet=True))
+        except UserError as error:
+            found.append(str(error))
+            continue
+        if os.environ.get("RANK", "0") == "0":
+            found.append(json.loads((output / "run.json").read_text())["curve"])
+        else:
+            found.append(None)
+    return found
+
+
+runs.starts_itself = True  # type: ignore[attr-defined]
+
+
+def interrupted(output: Path, step: int, copy: Path) -> Path:
+    """A copy of a finished run as it was after ``step``."""
+    shutil.copytree(output, copy)
+    for checkpoint in (copy / "checkpoints").iterdir():
+        if int(checkpoint.name.rpartition("-")[2]) > step:
+            shutil.rmtree(checkpoint)
+    (copy / "run.json").unlink()
+    return copy

@@ -1,0 +1,169 @@
+"""Recipes on several processes: every layout logs one process's losses, and goes on from any other's checkpoint."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from recipe_ranks import interrupted, runs
+from safetensors.torch import load_file
+from spawn import free_port, run_ranks
+
+from inplace_ttt.errors import UserError
+from inplace_ttt.train.recipe import make_recipe
+
+C = 16
+
+
+def _text(seed: int) -> str:
+    generator = random.Random(seed)
+    words = ["".join(generator.choice("abcde") for _ in range(3)) for _ in range(30)]
+    return " ".join(generator.choice(words) for _ in range(generator.randint(40, 900)))
+
+
+@pytest.fixture
+def folder(run_root: Path) -> Path:
+    return run_root / "recipes"
+
+
+def recipe(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "output": str(folder / name),
+        "model": {
+            "config": {
+                "model_type": "mistral",
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "sliding_window": 24,
+                "tie_word_embeddings": True,
+            }
+        },
+        "ttt": {"layers": "0::1", "chunk_size": C, "lr": 1000.0, "init_std": 0.3},
+        "tokenizer": {"train": {"vocab_size": 300}},
+        "data": {
+            "train": {"text": f"jsonl:{folder / 'train.jsonl'}"},
+            "validation": {"text": f"jsonl:{folder / 'held.jsonl'}"},
+            "cache": str(folder / "tokens"),
+        },
+        "optimizer": {"lr": 5e-3, "warmup_steps": 2},
+        "sequence_length": 128,
+        "steps": 6,
+        "batch_size": 2,
+        "gradient_accumulation": 2,
+        "align_documents": True,
+        "log_every": 1,
+        "eval_every": 3,
+        "save_every": 3,
+        "evaluation": {"rows": 2},
+        "parallel": {"activation_checkpointing": True},
+    } | changes
+
+
+def losses(curve: list[dict[str, float]], key: str = "loss") -> dict[int, float]:
+    return {int(entry["step"]): entry[key] for entry in curve if key in entry}
+
+
+@pytest.fixture
+def results(once: Any) -> Any:
+    return once("recipes", train_all)
+
+
+def train_all(folder: Path) -> dict[str, Any]:
+    """Runs of one process, of two (by layout), and what the two go on with."""
+    lines = [json.dumps({"id": str(seed), "text": _text(seed)}) for seed in range(24)]
+    (folder / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "held.jsonl").write_text(lines[0], encoding="utf-8")
+    alone = recipe(folder, "alone")
+    found: dict[str, Any] = {"alone": runs([(alone, False, 0)])[0]}
+    layouts = {"shard": {"shard": 2}, "context": {"context": 2}}
+    several = [(recipe(folder, name, parallel=sizes), False, free_port()) for name, sizes in layouts.items()]
+    bf16 = recipe(folder, "bf16", parallel={"shard": 2}, precision="bf16")
+    resumed = interrupted(folder / "alone", 3, folder / "resumed")
+    go_on = recipe(folder, "resumed", parallel={"context": 2})
+    wrong = recipe(folder, "wrong", parallel={"context": 4})
+    base = {"model": {"base": str(folder / "alone/model/base")}, "tokenizer": {"path": str(folder / "alone/model")}}
+    found["from base"] = runs([(recipe(folder, "from base", **base), False, 0)])[0]
+    half = interrupted(folder / "from base", 3, folder / "tensor")
+    tensor = recipe(folder, "tensor", parallel={"tensor": 2}, **base)
+    assert half.is_dir()
+    several += [(bf16, False, free_port()), (go_on, True, free_port())]
+    several += [(tensor, True, free_port()), (wrong, False, free_port())]
+    names = [*layouts, "bf16", "resumed", "tensor", "wrong"]
+    assert resumed.is_dir()
+    two = run_ranks("recipe_ranks", "runs", 2, several)
+    found |= dict(zip(names, two[0], strict=True))
+    found["wrong on the other"] = two[1][-1]
+    interrupted(folder / "context", 3, folder / "back")
+    found["back"] = runs([(recipe(folder, "back"), True, 0)])[0]
+    return found
+
+
+@pytest.mark.parametrize("name", ["shard", "context", "resumed", "back", "tensor"])
+def test_logs_the_losses_of_one_process(name: str, results: dict[str, Any]) -> None:
+    expected, got = results["from base" if name == "tensor" else "alone"], results[name]
+    assert not isinstance(got, str), got
+    for key, tolerance in (("loss", 2e-5), ("grad_norm", 2e-4), ("eval_text", 2e-5), ("eval_text_off", 2e-5)):
+        assert losses(got, key).keys() == losses(expected, key).keys()
+        for step, value in losses(expected, key).items():
+            assert losses(got, key)[step] == pytest.approx(value, abs=tolerance), (key, step)
+    assert losses(expected)[6] < losses(expected)[1] - 0.05
+    assert abs(losses(expected, "eval_text")[6] - losses(expected, "eval_text_off")[6]) > 1e-3, "updates do nothing"
+
+
+def test_mixed_precision_learns_alike(results: dict[str, Any]) -> None:
+    assert losses(results["bf16"])[6] == pytest.approx(losses(results["alone"])[6], abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["shard", "context", "resumed", "bf16", "tensor"])
+def test_leaves_the_whole_model(name: str, folder: Path, results: dict[str, Any]) -> None:
+    def weights(run: str) -> dict[str, torch.Tensor]:
+        files = sorted((folder / run / "model").rglob("*.safetensors"))
+        return {f"{file.name}/{key}": tensor for file in files for key, tensor in load_file(file).items()}
+
+    expected, got = weights("from base" if name == "tensor" else "alone"), weights(name)
+    assert got.keys() == expected.keys()
+    assert all(tensor.dtype == torch.bfloat16 for tensor in got.values())
+    tolerance = 0.03 if name == "bf16" else 2e-3
+    assert all((got[k].float() - x.float()).abs().max() < tolerance for k, x in expected.items())
+    assert not (folder / name / "whole").exists()
+    assert sorted(path.name for path in (folder / name / "checkpoints").iterdir()) == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_another_number_of_processes_is_refused(results: dict[str, Any]) -> None:
+    for message in (results["wrong"], results["wrong on the other"]):
+        assert "need 4 processes, 2 were started" in message
+        assert "--nproc_per_node 4" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parallel": {"shard": 3}}, "batch_size"),
+        ({"parallel": {"shard": 0}}, "parallel.shard"),
+        ({"parallel": {"shards": 2}}, "did you mean shard"),
+        ({"parallel": {"context": 3}}, "multiple of 96"),
+        ({"parallel": {"context": 2, "slices": "contiguous"}, "sequence_length": 144}, "multiple of 32"),
+        ({"parallel": {"context": 2}, "align_documents": False}, "align_documents"),
+        ({"parallel": {"context": 2}, "attn_implementation": "sdpa"}, "attn_implementation"),
+        ({"parallel": {"context": 2, "attention": "torch"}}, "gather"),
+        ({"parallel": {"shard": 2}, "compile": True}, "compile"),
+        ({"parallel": {"tensor": 2}}, "model.base"),
+        ({"parallel": {"tensor": 2, "shard": 2}}, "together"),
+        ({"align_documents": True, "sequence_length": 120}, "align_documents"),
+    ],
+)
+def test_impossible_settings_are_refused_before_anything_loads(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "train.jsonl").touch()
+    (tmp_path / "held.jsonl").touch()
+    with pytest.raises(UserError, match=message):
+        make_recipe(recipe(tmp_path, "impossible", **changes))
+    assert not (tmp_path / "impossible").exists()
