@@ -60,12 +60,24 @@ def target(
         return None
     B, _, D = u_BTD.shape
     C, U = table.chunk_size, table.updates
-    u = chunked(u_BTD, past_BPD, table).reshape(B * U, C, D)
+    u = chunked(u_BTD, past_BPD, table)
     if kappa_DK is None:
         kappa_DK, lookahead = u.new_ones(D, 1), shift
-    if u.dtype in (torch.bfloat16, torch.float16):
-        u, kappa_DK = u.float(), kappa_DK.float()
-    c = convolve(u, kappa_DK, lookahead)
-    if proj_DD is not None:
-        c = c.to(proj_DD.dtype) @ proj_DD
-    return c.view(B, U * C, D)
+    if fused_convolution(u, kappa_DK):
+        from ..kernels.convolution import convolve as fused
+
+        c = fused(u, kappa_DK, C, lookahead, torch.float32 if proj_DD is None else proj_DD.dtype)
+    else:
+        if u.dtype in (torch.bfloat16, torch.float16):
+            u, kappa_DK = u.float(), kappa_DK.float()
+        c = convolve(u.reshape(B * U, C, D), kappa_DK, lookahead).view(B, U * C, D)
+    return c if proj_DD is None else c.to(proj_DD.dtype) @ proj_DD
+
+
+def fused_convolution(u: Tensor, kappa: Tensor) -> bool:
+    """Whether the convolution runs as one Triton kernel: on CUDA, below float64."""
+    if not u.is_cuda or u.dtype == torch.float64 or kappa.dtype == torch.float64:
+        return False
+    from ..kernels import has_triton
+
+    return has_triton()

@@ -4,8 +4,8 @@ Every program owns a tile of S [BM, BN] of one row and goes through all tokens o
 token it writes the tile of that slot's weight. Memory traffic per slot is one weight in half precision written, and x
 and z read as in any matrix product. The order of all sums is fixed, so results are the same from run to run.
 
-Tiles of x and z come by Hopper's copy engine (tensor descriptors) where their strides are multiples of 16 bytes, else
-by masked loads.
+Tiles come and go by Hopper's copy engine (tensor descriptors) where strides are multiples of 16 bytes, so that writing a
+weight overlaps with the next slot's products; else by masked loads and stores.
 """
 
 from functools import cache
@@ -25,11 +25,13 @@ def _tile(
 ):  # fmt: skip
     """x[b, m, first : first + BK, w : w + BW], zero from ``tokens`` and ``width`` on."""
     if BULK:
-        return x.load([b, m, first, w]).reshape(BK, BW)
-    token, column = first + tl.arange(0, BK), w + tl.arange(0, BW)
-    at = x + b.to(tl.int64) * x_row + m.to(tl.int64) * x_slot
-    at = at + token.to(tl.int64)[:, None] * x_token + column[None, :]
-    return tl.load(at, mask=(token < tokens)[:, None] & (column < width)[None, :], other=0.0)
+        tile = x.load([b, m, first, w]).reshape(BK, BW)
+    else:
+        token, column = first + tl.arange(0, BK), w + tl.arange(0, BW)
+        at = x + b.to(tl.int64) * x_row + tl.cast(m, tl.int64) * x_slot
+        at = at + token.to(tl.int64)[:, None] * x_token + column[None, :]
+        tile = tl.load(at, mask=(token < tokens)[:, None] & (column < width)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit
@@ -48,7 +50,6 @@ def _walk_kernel(
     offsets = d.to(tl.int64)[:, None] * F + f[None, :]
     weight_size = tl.cast(D, tl.int64) * F
     S += b.to(tl.int64) * weight_size
-    folds += b.to(tl.int64) * fold_row
 
     acc = tl.load(S + offsets, mask=mask, other=0.0)
     for j in range(0, n):
@@ -59,10 +60,16 @@ def _walk_kernel(
         if HAS_RESET and not REVERSE:
             acc = tl.where(tl.load(reset + b * reset_row + m) != 0, 0.0, acc)
         value = acc * (tl.where(acts, lr, 0.0) if REVERSE else lr)
-        if HAS_W:
-            at = weight + d.to(tl.int64)[:, None] * w_out + f[None, :]
-            value += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(folds + tl.cast(m, tl.int64) * weight_size + offsets, value.to(folds.dtype.element_ty), mask=mask)
+        if BULK:
+            if HAS_W:
+                value += weight.load([d0, f0]).to(tl.float32)
+            folds.store([b, m, d0, f0], value.to(folds.dtype).reshape(1, 1, BM, BN))
+        else:
+            if HAS_W:
+                at = weight + d.to(tl.int64)[:, None] * w_out + f[None, :]
+                value += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            at = folds + b.to(tl.int64) * fold_row + tl.cast(m, tl.int64) * weight_size + offsets
+            tl.store(at, value.to(folds.dtype.element_ty), mask=mask)
         if DECAYS:
             acc = acc * tl.where(acts, keep, 1.0)
         tokens = c
@@ -97,9 +104,7 @@ def tiles(rows: int, D: int, F: int, multiprocessors: int) -> dict[str, int]:
 
 def _aligned(*tensors: Tensor) -> bool:
     """What tensor descriptors ask for."""
-    return all(
-        x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1]) for x in tensors
-    )
+    return all(x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1]) for x in tensors)
 
 
 def walk(
@@ -128,19 +133,22 @@ def walk(
     weight = folds[0, 0] if weight is None else weight if weight.stride(1) == 1 else weight.contiguous()
     c = x.shape[2]
     config = config or tiles(B, D, F, _multiprocessors(S.device))
-    bulk = _has_copy_engine(S.device) and pairs is not None and _aligned(x, z) if bulk is None else bulk
+    if bulk is None:
+        bulk = _has_copy_engine(S.device) and pairs is not None and _aligned(x, z, folds, weight)
     flags = [folds[:, :, 0, 0] if y is None else y.to(torch.int8) for y in (update, reset)]
     strides = (*x.stride()[:3], *z.stride()[:3])
-    sources: tuple[Any, Any] = (x, z)
+    tensors: tuple[Any, ...] = (folds, x, z, weight)
     if bulk:
-        sources = tuple(
-            TensorDescriptor(y, list(y.shape), list(y.stride()), [1, 1, config["BK"], width])
-            for y, width in ((x, config["BM"]), (z, config["BN"]))
+        BM, BN, BK = (config[name] for name in ("BM", "BN", "BK"))
+        blocks = ([1, 1, BM, BN], [1, 1, BK, BM], [1, 1, BK, BN], [BM, BN])
+        tensors = tuple(
+            TensorDescriptor(y, list(y.shape), list(y.stride()), block)
+            for y, block in zip(tensors, blocks, strict=True)
         )
     grid = (triton.cdiv(D, config["BM"]) * triton.cdiv(F, config["BN"]), B)
     with torch.cuda.device_of(S):
         _walk_kernel[grid](
-            S, folds, *sources, weight, *flags,
+            S, *tensors, *flags,
             lr, keep, n, 0 if pairs is None else n if reverse else updates, updates, c, D, F,
             folds.stride(0), *strides, weight.stride(0), flags[0].stride(0), flags[1].stride(0),
             HAS_W=has_w, HAS_UPDATE=update is not None, HAS_RESET=reset is not None, DECAYS=keep != 1.0,
