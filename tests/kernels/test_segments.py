@@ -24,7 +24,7 @@ def documents(kind, B, T, seed):
 
 
 def both(table, *, lr=0.7, decay=0.0, state=False, weight=True, bias=False, past=False, later=False, seed=0):
-    """Outputs and gradients by both backends; the gradients are those of one random sum of everything that comes out."""
+    """Outputs and gradients by both backends; gradients are those of a random sum of all that comes out."""
     torch.manual_seed(seed)
     make = lambda *shape: torch.randn(*shape, dtype=torch.float64, requires_grad=True)  # noqa: E731
     B, T = table.rows, table.tokens

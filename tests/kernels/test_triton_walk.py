@@ -12,7 +12,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if not has_triton() or (DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"):
     pytest.skip("needs Triton and a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from inplace_ttt.kernels.triton_walk import walk
+from inplace_ttt.kernels.triton_walk import walk  # noqa: E402
 
 TILES = {"BM": 32, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 2}
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .bench import bench
 from .chat import chat
 from .demo import demo
 from .eval import evaluate
@@ -31,6 +32,7 @@ app.command()(inspect)
 app.command(name="eval")(evaluate)
 app.command()(train)
 app.command()(tokenizer)
+app.command()(bench)
 
 
 @app.callback()

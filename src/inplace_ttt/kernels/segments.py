@@ -129,7 +129,8 @@ def product(
         for row in zip(x_BncK, w_BnKN, out_BncN, strict=True):
             _product(*row, bias_N, add)
     else:
-        _product(*flat, bias_N, add)  # type: ignore[arg-type]
+        x, w, out = flat
+        _product(x, w, out, bias_N, add)  # type: ignore[arg-type]
 
 
 def _product(x: Tensor, w: Tensor, out: Tensor, bias: Tensor | None, add: bool) -> None:
@@ -250,8 +251,7 @@ def backward(
     weights, which give the rest of dz. The first one's total is the sum of all ``g_t z_t^T``, the gradient of W0, when
     no decay, reset or later gradient enters it.
     """
-    B, T, F = z.shape
-    D = g.shape[2]
+    B, F, D = z.shape[0], z.shape[2], g.shape[2]
     slots = _slots(z, past, (chunk_size, prefix, index, steps, updates), D)
     dz = slots.empty(F)
     if rest is not None and len(rest):

@@ -4,8 +4,8 @@ Every program owns a tile of S [BM, BN] of one row and goes through all tokens o
 token it writes the tile of that slot's weight. Memory traffic per slot is one weight in half precision written, and x
 and z read as in any matrix product. The order of all sums is fixed, so results are the same from run to run.
 
-Tiles come and go by Hopper's copy engine (tensor descriptors) where strides are multiples of 16 bytes, so that writing a
-weight overlaps with the next slot's products; else by masked loads and stores.
+Tiles come and go by Hopper's copy engine (tensor descriptors) where strides are multiples of 16 bytes, so that writing
+a weight overlaps with the next slot's products; else by masked loads and stores.
 """
 
 from functools import cache

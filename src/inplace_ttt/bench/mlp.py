@@ -1,0 +1,178 @@
+"""One gated MLP block: forward, and forward + backward, with peak memory.
+
+Shapes: T tokens, D hidden, F intermediate, C chunk, M chunks.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+from ..core import ChunkTable, scan, target
+from ..core.target import convolve
+from ..errors import UserError
+from .timing import interleaved, peak_bytes, rates
+
+LR, LOOKAHEAD, KERNEL = 0.1, 2, 5
+WORSE = 1.5
+"""How much larger than a plain linear layer's our rounding error may be."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The block and what it reads."""
+
+    hidden: int
+    intermediate: int
+    tokens: int
+
+
+class Block:
+    """Weights of one block, its input, and the sources of its targets; all need gradients."""
+
+    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
+        def make(*size: int, scale: float) -> Tensor:
+            return (scale * torch.randn(*size, device=device)).to(dtype).requires_grad_()
+
+        torch.manual_seed(0)
+        D, F = shape.hidden, shape.intermediate
+        self.x, self.u = make(1, shape.tokens, D, scale=1.0), make(1, shape.tokens, D, scale=0.02)
+        self.gate, self.up, self.down = make(F, D, scale=0.02), make(F, D, scale=0.02), make(D, F, scale=0.02)
+        self.kappa, self.proj = make(D, KERNEL, scale=0.05), make(D, D, scale=0.02)
+        self.slow = [self.x, self.gate, self.up, self.down]
+
+    def z(self) -> Tensor:
+        return silu(linear(self.x, self.gate)) * linear(self.x, self.up)
+
+    def plain(self) -> Tensor:
+        return linear(self.z(), self.down)
+
+    def ours(self, C: int) -> Tensor:
+        z = self.z()
+        table = ChunkTable.build(1, z.shape[1], C)
+        v = target(self.u, self.kappa, self.proj, table, lookahead=LOOKAHEAD)
+        return scan(z, v, self.down, table, lr=LR)[0]
+
+    def materialised(self, C: int) -> Tensor:
+        """One weight per chunk in z's precision, by a cumulative sum: what the authors' release does."""
+        z = self.z()
+        M = z.shape[1] // C
+        u = self.u.view(M, C, -1)
+        v = convolve(u.float(), self.kappa.float(), LOOKAHEAD).to(z.dtype) @ self.proj
+        z_MCF = z.view(M, C, -1)
+        steps = torch.cat([self.down[None], LR * torch.bmm(v[:-1].mT, z_MCF[:-1])])
+        return torch.bmm(z_MCF, steps.cumsum(0).mT).view(1, z.shape[1], -1)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a.double() - b).norm() / b.norm()).item()
+
+
+def check(shape: Shape, C: int, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Our errors against float64, values and every gradient, over those of a plain linear layer on the same data.
+
+    The scan alone and the target alone, each as one layer. UserError where one is above ``WORSE`` (or not a number).
+    """
+    D, F, T = shape.hidden, shape.intermediate, min(shape.tokens, 4 * C + C // 2)
+    torch.manual_seed(1)
+    half = {
+        "z": torch.randn(1, T, F), "weight": 0.02 * torch.randn(D, F), "u": 0.02 * torch.randn(1, T, D),
+        "kappa": 0.05 * torch.randn(D, KERNEL), "proj": 0.02 * torch.randn(D, D), "g": torch.randn(1, T, D),
+    }  # fmt: skip
+    half = {name: x.to(device, dtype) for name, x in half.items()}
+    table = ChunkTable.build(1, T, C)
+    with torch.no_grad():
+        half["v"] = target(half["u"], half["kappa"], half["proj"], table)  # type: ignore[assignment]
+        half["v"] *= 10  # so that the fast weights are as large as they get in a trained model
+    exact = {name: x.double() for name, x in half.items()}
+
+    def layers(x: dict[str, Tensor]) -> Iterator[tuple[str, Callable[..., Any], list[str], Tensor]]:
+        backend = "torch" if x is exact else "auto"
+        yield "plain", lambda z, weight: linear(z, weight), ["z", "weight"], x["g"]
+        yield (
+            "scan",
+            lambda z, v, weight: scan(z, v, weight, table, lr=LR, backend=backend)[0],
+            ["z", "v", "weight"],
+            x["g"],
+        )
+        yield (
+            "target",
+            lambda u, kappa, proj: target(u, kappa, proj, table, lookahead=LOOKAHEAD),
+            ["u", "kappa", "proj"],
+            x["v"],
+        )
+
+    errors = {}
+    for (name, run, inputs, g), (_, again, _, g64) in zip(layers(half), layers(exact), strict=True):
+        used, used64 = ([x[i].detach().requires_grad_() for i in inputs] for x in (half, exact))
+        out, out64 = run(*used), again(*used64)
+        pairs = zip(torch.autograd.grad(out, used, g), torch.autograd.grad(out64, used64, g64), strict=True)
+        errors[f"{name}: output"] = relative(out.detach(), out64.detach())
+        errors |= {f"{name}: gradient of {i}": relative(a, b) for i, (a, b) in zip(inputs, pairs, strict=True)}
+    base = max(error for name, error in errors.items() if name.startswith("plain"))
+    floor = 1e-6 if dtype == torch.float32 else 0.0  # there sums of different order differ more than roundings
+    ratios = {k: e / max(base, floor) for k, e in errors.items() if not k.startswith("plain")}
+    wrong = [f"{name} {ratio:.2f}" for name, ratio in ratios.items() if not ratio <= WORSE]
+    if wrong:
+        raise UserError(f"no speed of wrong results: errors over a plain layer's above {WORSE}: {', '.join(wrong)}")
+    return ratios
+
+
+def limit(shape: Shape, backward: bool) -> float:
+    """Matrix products of the block with TTT over those without: what arithmetic alone would cost."""
+    proj = shape.hidden / shape.intermediate
+    return (13 + 3 * proj) / 9 if backward else (4 + proj) / 3
+
+
+def measure(
+    shape: Shape,
+    chunks: list[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    rounds: int,
+    log: Callable[[str], None],
+) -> dict[str, Any]:
+    """Everything about the block, JSON-ready; seconds are medians of interleaved runs."""
+    found: dict[str, Any] = {"shape": vars(shape), "dtype": str(dtype), "errors": {}, "results": []}
+    for C in chunks:
+        found["errors"][str(C)] = check(shape, C, device, dtype)
+        log(f"C {C}: largest error {max(found['errors'][str(C)].values()):.2f} times a plain layer's")
+    found["rates"] = rates(device, dtype, shape.tokens, shape.intermediate, shape.hidden)
+    block = Block(shape, device, dtype)
+    g = torch.randn_like(block.x)
+
+    def step(forward: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(forward(), inputs, g)
+
+    for C in chunks:
+        fast = [*block.slow, block.kappa, block.proj, block.u]
+        for backward in (False, True):
+            runs: dict[str, Callable[[], Any]] = {
+                "no TTT": step(block.plain, block.slow) if backward else block.plain,
+                "ours": step(lambda C=C: block.ours(C), fast) if backward else lambda C=C: block.ours(C),  # type: ignore[misc]
+                "materialised": step(lambda C=C: block.materialised(C), fast)  # type: ignore[misc]
+                if backward
+                else lambda C=C: block.materialised(C),  # type: ignore[misc]
+            }
+            with torch.set_grad_enabled(backward):
+                times = interleaved(runs, device, rounds=rounds)
+                peaks = {name: peak_bytes(run, device) for name, run in runs.items()}
+            found["results"].append(
+                {
+                    "chunk_size": C,
+                    "pass": "forward + backward" if backward else "forward",
+                    "seconds": times,
+                    "peak_bytes": peaks,
+                    "limit": limit(shape, backward),
+                    "over_no_ttt": {name: t / times["no TTT"] for name, t in times.items()},
+                }
+            )
+            row = found["results"][-1]["over_no_ttt"]
+            log(
+                f"C {C}, {found['results'][-1]['pass']}: ours {row['ours']:.3f}, materialised {row['materialised']:.3f}"
+            )
+    return found

@@ -1,0 +1,70 @@
+"""A whole model reads a long prompt: time and memory with fast weights over without."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from ..config import InPlaceTTTConfig
+from ..hf.attach import attach, updates_off
+from .timing import interleaved, peak_bytes
+
+SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512},
+    "0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+             "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
+    "4b": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
+}  # fmt: skip
+"""Qwen3's, by name."""
+
+
+def build(shape: str, layers: str, C: int, window: int | None, device: torch.device, dtype: torch.dtype) -> Any:
+    """A model of random weights with fast weights whose updates are not zero."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"max_position_embeddings": 2**20, "tie_word_embeddings": True, **SHAPES[shape]}
+    if window is not None:
+        options |= {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            model = Qwen3ForCausalLM(Qwen3Config(**options)).eval()
+    finally:
+        torch.set_default_dtype(before)
+    attach(model, InPlaceTTTConfig(layers=layers, chunk_size=C))
+    for name, parameter in model.named_parameters():
+        if "ttt_conv" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def measure(
+    shape: str, lengths: list[int], C: int, device: torch.device, dtype: torch.dtype,
+    *, layers: str = "0::6", window: int | None = None, rounds: int = 3, log: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Prefill of one row at each length with a cache; JSON-ready, seconds are medians of interleaved runs."""
+    model = build(shape, layers, C, window, device, dtype)
+    found: dict[str, Any] = {"shape": shape, "layers": layers, "chunk_size": C, "window": window, "results": []}
+    for T in lengths:
+        ids = torch.randint(0, SHAPES[shape]["vocab_size"], (1, T), device=device)
+
+        def on(ids: torch.Tensor = ids) -> Any:
+            return model(ids, use_cache=True, logits_to_keep=1)
+
+        def off(ids: torch.Tensor = ids) -> Any:
+            with updates_off(model):
+                return model(ids, use_cache=True, logits_to_keep=1)
+
+        with torch.no_grad():
+            runs = {"no TTT": off, "ours": on}
+            times = interleaved(runs, device, rounds=rounds, warmup=1)
+            peaks = {name: peak_bytes(run, device) for name, run in runs.items()}
+        over = times["ours"] / times["no TTT"]
+        found["results"].append({"tokens": T, "seconds": times, "peak_bytes": peaks, "over_no_ttt": over})
+        extra = None if peaks["ours"] is None or peaks["no TTT"] is None else peaks["ours"] - peaks["no TTT"]
+        more = "" if extra is None else f", {extra / 2**30:+.2f} GiB at the peak"
+        log(f"{T:,} tokens: no TTT {times['no TTT']:.3f} s, ours {100 * (over - 1):+.1f}%{more}")
+    return found
