@@ -198,7 +198,8 @@ def test_generation_is_not_compiled_behind_our_back():
     model = adapted("llama")
     settings = GenerationConfig(compile_config=CompileConfig(backend="eager"))
     settings.compile_config._compile_all_devices = True
-    given = {"past_key_values": StaticCache(config=model.config, max_cache_len=8)}
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    given = {"past_key_values": cache, "cache": cache}  # transformers' older name and its newer one
     assert model._valid_auto_compile_criteria(given, settings) is False
     ittt.detach(model)
     assert model._valid_auto_compile_criteria(given, settings) is True

@@ -151,7 +151,8 @@ def measure(
         found["errors"][str(C)] = check(shape, C, device, dtype)
         worst = [f"{max(ratios.values()):.2f}" for ratios in found["errors"][str(C)].values()]
         log(
-            f"C {C}: largest error over a plain layer's {' and '.join(worst)}, fast part {' and '.join(map(str, SHARES))}"
+            f"C {C}: largest error over a plain layer's {' and '.join(worst)}, "
+            f"the fast part {' and '.join(map(str, SHARES))} of the slow one"
         )
     found["rates"] = rates(device, dtype, shape.tokens, shape.intermediate, shape.hidden)
     block = Block(shape, device, dtype)

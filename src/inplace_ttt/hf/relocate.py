@@ -170,10 +170,15 @@ def _rotation(attention: Any, near: _Reading, far: _Reading, offset: int) -> Rot
     if torch.equal(moved, keys):
         return None
     apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    unknown = f"the keys of layer {i} depend on position, but not by a rotation known here"
     if i not in near.angles or apply is None:
-        raise _NotRelocatableError(f"the keys of layer {i} depend on position, but not by a rotation known here")
+        raise _NotRelocatableError(unknown)
     angles = near.angles[i]
-    if not angles.fixed(TOKENS, keys.device):
+    try:
+        fixed = angles.fixed(TOKENS, keys.device)
+    except IndexError:  # a table of so many positions
+        raise _NotRelocatableError(unknown) from None
+    if not fixed:
         raise _NotRelocatableError("its rotary frequencies change with the length of the text")
     # Most of the turn undone, too: it is small beside keys with large biases.
     limit = min(0.02 if keys.dtype in HALF else 1e-4, _error(moved, keys) / 2)
