@@ -9,6 +9,7 @@ import typer
 
 from .bench import bench
 from .chat import chat
+from .convert import convert
 from .demo import demo
 from .eval import evaluate
 from .inspect import inspect
@@ -32,6 +33,7 @@ app.command()(inspect)
 app.command(name="eval")(evaluate)
 app.command()(train)
 app.command()(tokenizer)
+app.command()(convert)
 app.command()(bench)
 
 
