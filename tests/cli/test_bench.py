@@ -1,0 +1,65 @@
+"""inplace-ttt bench, at sizes that a CPU does in seconds."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from inplace_ttt.bench import mlp
+from inplace_ttt.cli import app
+from inplace_ttt.errors import UserError
+
+
+def bench(*arguments):
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+def test_mlp_writes_a_record(tmp_path):
+    out = tmp_path / "x" / "mlp.json"
+    result = bench("mlp", "--tokens", "128", "--chunks", "32,64", "--rounds", "1", "--device", "cpu", "--out", str(out))
+    assert result.exit_code == 0, result.exception
+    record = json.loads(out.read_text())
+    assert json.loads(result.stdout.splitlines()[-1]) == record
+    assert [(row["chunk_size"], row["pass"]) for row in record["results"]] == [
+        (C, name) for C in (32, 64) for name in ("forward", "forward + backward")
+    ]
+    assert {"commit", "hardware", "versions", "date"} <= set(record)
+    for row in record["results"]:
+        assert row["over_no_ttt"]["ours"] == row["seconds"]["ours"] / row["seconds"]["no TTT"]
+
+
+def test_prefill():
+    result = bench("prefill", "--tokens", "96,128", "--chunks", "32", "--rounds", "1", "--device", "cpu")
+    assert result.exit_code == 0, result.exception
+    assert [row["tokens"] for row in json.loads(result.stdout.splitlines()[-1])["results"]] == [96, 128]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("mlp", "--tokens", "100", "--chunks", "64"), "--tokens 100: take a multiple"),
+        (("mlp", "--shape", "7b"), "--shape 7b: choose one of tiny"),
+        (("prefill", "--chunks", "8,16"), "prefill takes one chunk size"),
+        (("mlp", "--tokens", "many"), "--tokens many: write whole numbers"),
+    ],
+)
+def test_mistakes(arguments, says):
+    result = bench(*arguments, "--device", "cpu")
+    assert result.exit_code == 2
+    assert says in " ".join(result.output.split())
+
+
+def test_the_materialised_formula_is_the_same_function():
+    block = mlp.Block(mlp.Shape(16, 48, 64), torch.device("cpu"), torch.float64)
+    torch.testing.assert_close(block.ours(16), block.materialised(16))
+    assert (block.ours(16) - block.plain()).norm() > 1e-6 * block.plain().norm()
+
+
+def test_no_speed_of_wrong_results(monkeypatch):
+    real = mlp.scan
+    monkeypatch.setattr(
+        mlp, "scan", lambda z, *a, **k: (real(z, *a, **k)[0] * (1 + 1e-3 * (z.dtype != torch.float64)), None)
+    )
+    with pytest.raises(UserError, match="no speed of wrong results"):
+        mlp.check(mlp.Shape(16, 48, 64), 16, torch.device("cpu"), torch.float32)
