@@ -1,5 +1,6 @@
 """A recipe from beginning to end: tokens, model, training, the saved model, its evaluation, the record."""
 
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -12,19 +13,19 @@ from typing import Any
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
-from inplace_ttt import is_attached
+from inplace_ttt import configure, fast_settings, is_attached
 from inplace_ttt.errors import UserError
 from inplace_ttt.eval.nll import DomainResult, Text, evaluate_documents
 from inplace_ttt.train.attention import choose_attention
+from inplace_ttt.train.inner_lr import fitting_lr
 from inplace_ttt.train.model import build_model, count_parameters, load_saved, save_model
 from inplace_ttt.train.packing import PackedRows, TokenStore, first_rows
 from inplace_ttt.train.prepare import Prepared, prepare
 from inplace_ttt.train.recipe import Recipe
 from inplace_ttt.train.report import loss_curve, plot_losses, run_record, write_json
-from inplace_ttt.train.trainer import InnerLrWarmup, PackedTrainer, quiet
+from inplace_ttt.train.trainer import COMPLETE, InnerLrWarmup, MarkComplete, PackedTrainer, quiet
 
 # What may differ between a run and its continuation.
 _FREE_ON_RESUME = ("name", "output", "log_every", "eval_every", "save_every", "evaluation")
@@ -48,16 +49,22 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
         _check_machine()
     output = Path(recipe.output)
     checkpoints = output / "checkpoints"
-    last = None if prepare_only else _start_from(recipe, checkpoints, resume)
-    prepared = prepare(recipe, say)
     if prepare_only:
-        return prepared.directory
+        return prepare(recipe, say).directory
+    arguments = _arguments(recipe, checkpoints)  # joins the process group
+    if arguments.process_index:
+        console.quiet = True
+    last = _start_from(recipe, checkpoints, resume)
+    with arguments.main_process_first(desc="tokens"):
+        prepared = prepare(recipe, say)
 
     started = datetime.now(UTC)
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "recipe.json", recipe.raw)
-    (output / "packages.json").write_bytes((prepared.directory / "packages.json").read_bytes())
-    trainer, rows = _trainer(recipe, prepared, checkpoints)
+    with arguments.main_process_first(desc="the run's directory"):  # after all ranks have looked into it
+        if arguments.process_index == 0:
+            write_json(output / "recipe.json", recipe.raw)
+            (output / "packages.json").write_bytes((prepared.directory / "packages.json").read_bytes())
+    trainer, rows = _trainer(recipe, prepared, checkpoints, arguments)
     quiet(trainer, console)
     model = trainer.model
     assert isinstance(model, PreTrainedModel)
@@ -66,13 +73,19 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
         f"{model.config._attn_implementation}; {len(rows):,} rows of {recipe.sequence_length:,} tokens, "
         f"{rows.epochs} epochs, {rows.padding:.1%} padding"
     )
-    trainer.train(resume_from_checkpoint=last)
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    except torch.OutOfMemoryError:
+        raise UserError(out_of_memory(recipe)) from None
+    if not trainer.is_world_process_zero():
+        return output
     curve = loss_curve(trainer.state.log_history)
     plot_losses(curve, output / "loss.png", recipe.name)
 
     # The Trainer leaves autocast around forward; the saved copy is what people load, so that copy is evaluated.
     model.config.use_cache = True
     attached, parameters, device = is_attached(model), count_parameters(model), trainer.args.device
+    trained = count_parameters(model, trainable=True)
     save_model(model, prepared.tokenizer, output / "model", torch.bfloat16)
     say(f"saved {output / 'model'} ({_size(output / 'model') / 1e6:.1f} MB)")
     del trainer, model
@@ -83,7 +96,8 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
         curve,
         started,
         parameters=parameters,
-        tokens_seen=recipe.steps * _tokens_per_step(recipe),
+        trained_parameters=trained,
+        tokens_seen=recipe.steps * _tokens_per_step(recipe, arguments.world_size),
         epochs=rows.epochs,
         padding=rows.padding,
         data=prepared.summary,
@@ -100,21 +114,36 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
 def _check_machine() -> None:
     if importlib.util.find_spec("accelerate") is None:
         raise UserError("training needs accelerate: pip install 'inplace-ttt[train]'")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("training runs in one process on one device: start it without torchrun or accelerate launch")
-    if torch.cuda.device_count() > 1:
-        raise UserError("training uses one GPU: choose it with CUDA_VISIBLE_DEVICES=0")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and torch.cuda.device_count() > 1:
+        raise UserError(
+            "several GPUs and one process: start one for each (torchrun --nproc-per-node ... -m inplace_ttt train ...), "
+            "or choose one GPU with CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+def out_of_memory(recipe: Recipe) -> str:
+    """What to change, in one line."""
+    advice = []
+    if not recipe.activation_checkpointing:
+        advice.append("activation_checkpointing: true")
+    if recipe.batch_size > 1:
+        advice.append(f"batch_size below {recipe.batch_size} (raise gradient_accumulation as much)")
+    if recipe.precision != "bf16":
+        advice.append("precision: bf16")
+    advice.append(f"sequence_length below {recipe.sequence_length}")
+    if recipe.ttt is not None and recipe.trainable == "all":
+        advice.append("trainable: adapter")
+    return f"the device is out of memory: set {', or '.join(advice)}"
 
 
 def _start_from(recipe: Recipe, checkpoints: Path, resume: bool) -> str | None:
     """The checkpoint to go on from, None for a fresh start. Raises UserError rather than overwrite or mix runs."""
-    find: Any = get_last_checkpoint
-    last: str | None = find(str(checkpoints)) if checkpoints.is_dir() else None
+    last = last_complete(checkpoints)
     if not resume:
         if last is not None or (checkpoints.parent / "run.json").exists():
             raise UserError(f"{checkpoints.parent} holds a run already: add --resume, or choose another output=...")
         return None
-    if last is None:
+    if last is None and not (checkpoints.parent / "recipe.json").exists():
         raise UserError(f"nothing to resume: there is no checkpoint in {checkpoints} (save_every sets how often)")
     before = json.loads((checkpoints.parent / "recipe.json").read_text(encoding="utf-8"))
     now = json.loads(json.dumps(recipe.raw, default=str))
@@ -124,17 +153,25 @@ def _start_from(recipe: Recipe, checkpoints: Path, resume: bool) -> str | None:
     return last
 
 
-def _trainer(recipe: Recipe, prepared: Prepared, checkpoints: Path) -> tuple[PackedTrainer, PackedRows]:
+def last_complete(checkpoints: Path) -> str | None:
+    """The newest checkpoint that was written to its end: one that a killed process left half-written has no mark."""
+    marked = [path.parent for path in checkpoints.glob(f"checkpoint-*/{COMPLETE}")]
+    return str(max(marked, key=lambda path: int(path.name.rpartition("-")[2]))) if marked else None
+
+
+def _trainer(
+    recipe: Recipe, prepared: Prepared, checkpoints: Path, arguments: TrainingArguments | None = None
+) -> tuple[PackedTrainer, PackedRows]:
     tokenizer, length = prepared.tokenizer, recipe.sequence_length
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     assert isinstance(pad, int)
-    arguments = _arguments(recipe, checkpoints)
+    arguments = arguments or _arguments(recipe, checkpoints)
     torch.set_float32_matmul_precision("high")
     model = build_model(
         recipe, tokenizer, choose_attention(recipe.attn_implementation, arguments.device, recipe.compile)
     )
     store = TokenStore.join(list(prepared.stores("train").values()))
-    count = recipe.steps * recipe.batch_size * recipe.gradient_accumulation
+    count = recipe.steps * recipe.batch_size * recipe.gradient_accumulation * arguments.world_size
     rows = PackedRows(store, length, count, seed=recipe.seed, pad_id=pad, group=recipe.batch_size)
     validation = {
         domain: first_rows(store, length, recipe.evaluation.rows, pad)
@@ -145,12 +182,16 @@ def _trainer(recipe: Recipe, prepared: Prepared, checkpoints: Path) -> tuple[Pac
         args=arguments,
         train_dataset=rows,
         validation=validation if recipe.eval_every else None,
-        tokens_per_step=_tokens_per_step(recipe),
+        tokens_per_step=_tokens_per_step(recipe, arguments.world_size),
         decay_embeddings=recipe.optimizer.decay_embeddings,
     )
-    config = recipe.ttt_config()
-    if config is not None and recipe.ttt_lr_warmup_steps:
-        trainer.add_callback(InnerLrWarmup(model, config.lr, recipe.ttt_lr_warmup_steps))
+    trainer.add_callback(MarkComplete())
+    if is_attached(model):
+        first = {name: value[None] for name, value in rows[0].items()}
+        if recipe.ttt_relative_update is not None:
+            configure(model, lr=fitting_lr(model, first, recipe.ttt_relative_update))
+        if recipe.ttt_lr_warmup_steps:
+            trainer.add_callback(InnerLrWarmup(model, fast_settings(model)["lr"], recipe.ttt_lr_warmup_steps))
     return trainer, rows
 
 
@@ -193,9 +234,19 @@ def _arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
         remove_unused_columns=False,
         label_names=["labels"],
         disable_tqdm=True,
-        report_to="none",
+        report_to=list(recipe.report_to) or "none",
+        **_checkpointing(recipe),
         **schedule,
     )
+
+
+def _checkpointing(recipe: Recipe) -> dict[str, Any]:
+    """Under the name that this version of transformers gives it."""
+    if not recipe.activation_checkpointing:
+        return {}
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def _evaluate(
@@ -236,8 +287,8 @@ def _headline(results: Mapping[str, DomainResult]) -> dict[str, dict[str, float]
     }
 
 
-def _tokens_per_step(recipe: Recipe) -> int:
-    return recipe.batch_size * recipe.gradient_accumulation * recipe.sequence_length
+def _tokens_per_step(recipe: Recipe, processes: int) -> int:
+    return processes * recipe.batch_size * recipe.gradient_accumulation * recipe.sequence_length
 
 
 def _size(directory: Path) -> int:
