@@ -46,7 +46,9 @@ def inputs(T: int) -> tuple[list[Tensor], Tensor]:
 def whole(T: int, docs: Tensor | None, decay: float, clip: float | None) -> list[Tensor]:
     """Outputs and the gradients of z, u, W0, kappa, P by the reference."""
     (z, u, weight, kappa, proj), g = inputs(T)
-    out, _ = reference(z, u, weight, kappa, proj, lr=LR, chunk_size=C, documents_BT=docs, decay=decay, clip=clip)
+    out, _ = reference(
+        z, u, weight, kappa, proj, lr=LR, chunk_size=C, documents_BT=docs, decay=decay, clip=clip
+    )
     grads = torch.autograd.grad((out * g).sum(), (z, u, weight, kappa, proj))
     return [out.detach(), *grads]
 

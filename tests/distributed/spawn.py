@@ -41,12 +41,7 @@ def run_ranks(module: str, function: str, ranks: int, *arguments: Any, timeout: 
         }
         command = [sys.executable, __file__, folder, module, function, str(ranks)]
         process = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )
         try:
             output, late = process.communicate(timeout=timeout)[0], False

@@ -155,16 +155,15 @@ def test_two_processes_equal_one(values: dict[str, Any], tmp_path: Path) -> None
 
 def test_accumulated_steps_equal_one_large_batch(values: dict[str, Any], tmp_path: Path) -> None:
     """With packed rows, whose numbers of predicted tokens differ."""
-    losses = []
+    losses, order = [], None
     for batch, accumulated in ((4, 1), (1, 4)):
         changes = {"batch_size": batch, "gradient_accumulation": accumulated, "steps": 3, "ttt": TTT}
         recipe = make_recipe(values | changes | {"sequence_length": 1000})
         trainer, rows = _trainer(recipe, prepare(recipe), tmp_path / str(batch))
-        if batch == 1:
-            rows.plan = order
-        order = rows.plan
+        rows.plan = order = order or rows.plan
         trainer.train()
         losses.append([(e["loss"], e["grad_norm"]) for e in trainer.state.log_history if "loss" in e])
+    assert order is not None
     assert any(len(row) > 1 for row in order), "some rows hold several documents"
     for a, b in zip(*losses, strict=True):
         assert a == pytest.approx(b, rel=1e-4)

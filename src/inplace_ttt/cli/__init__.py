@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .chat import chat
+from .convert import convert
 from .demo import demo
 from .eval import evaluate
 from .inspect import inspect
@@ -31,6 +32,7 @@ app.command()(inspect)
 app.command(name="eval")(evaluate)
 app.command()(train)
 app.command()(tokenizer)
+app.command()(convert)
 
 
 @app.callback()

@@ -100,9 +100,7 @@ class SliceTable:
     def scanned(self) -> ChunkTable:
         """The table for the scan itself: nobody inside a regular piece sees the update of its last chunk."""
         table = self.table
-        return (
-            table if table.index is not None else replace(table, updates=max(table.tokens - 1, 0) // table.chunk_size)
-        )
+        return table if table.index is not None else replace(table, updates=max(table.tokens - 1, 0) // table.chunk_size)
 
     @classmethod
     def build(
@@ -175,9 +173,7 @@ class SliceTable:
         inside = [(piece == p).any(-1) for p in range(P)]  # [B, M] each
         M = max((int(has.sum(1).max()) for has in inside), default=0) if index.shape[1] else 0
         parts = [cls._piece(whole, piece, has, p, length, M) for p, has in enumerate(inside)]
-        updates = max(
-            (int(update.any(0).nonzero().max()) + 1 for _, update, _ in parts if bool(update.any())), default=0
-        )
+        updates = max((int(update.any(0).nonzero().max()) + 1 for _, update, _ in parts if bool(update.any())), default=0)
 
         weights = torch.zeros(P, B, updates, dtype=torch.float64)
         carry = torch.ones(P, B, dtype=torch.float64)

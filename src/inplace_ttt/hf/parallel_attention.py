@@ -181,15 +181,7 @@ def attend(
 
 
 def _varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_bounds: Tensor,
-    k_bounds: Tensor,
-    most_q: int,
-    most_k: int,
-    scale: float,
-    window: Any,
+    q: Tensor, k: Tensor, v: Tensor, q_bounds: Tensor, k_bounds: Tensor, most_q: int, most_k: int, scale: float, window: Any
 ) -> Tensor:
     """q [t, H, d], k and v [n, H, d]: documents end to end, causal from their ends."""
     from torch.nn.attention.varlen import varlen_attn
@@ -234,6 +226,5 @@ def _agrees(way: str, device: torch.device, dtype: torch.dtype, heads: int, widt
 
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         return all(
-            torch.allclose(a.float(), b.float(), atol=0.05, rtol=0.05)
-            for a, b in zip(run(way), run("mask"), strict=True)
+            torch.allclose(a.float(), b.float(), atol=0.05, rtol=0.05) for a, b in zip(run(way), run("mask"), strict=True)
         )

@@ -46,7 +46,7 @@ def update_sizes(model: nn.Module, row: Mapping[str, Tensor], *, probe: bool = F
                 lookahead=runtime.config.lookahead,
             )
             assert v is not None
-            C, weight = table.chunk_size, float(torch.linalg.vector_norm(module.weight.float()))  # type: ignore[operator]
+            C, weight = table.chunk_size, float(torch.linalg.vector_norm(module.weight.float()))
             keys = chunked(z.float(), None, table)
             complete = [True] * table.updates if table.update is None else table.update[0, : table.updates].tolist()
             for i, whole in enumerate(complete):

@@ -47,6 +47,16 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, attention: s
     return model
 
 
+def prepare_trainable(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Fast weights on a model that has none yet, and what the recipe freezes."""
+    from inplace_ttt import attach
+
+    config = recipe.ttt_config()
+    if config is not None:
+        attach(model, config)
+    _freeze(model, recipe.trainable)
+
+
 def _continue_with(model: PreTrainedModel, config: InPlaceTTTConfig, given: Mapping[str, Any]) -> None:
     """Goes on with a base's own fast weights; only how it reads may differ, where the recipe says so."""
     from inplace_ttt import configure

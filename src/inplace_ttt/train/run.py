@@ -116,7 +116,7 @@ def _check_machine() -> None:
         raise UserError("training needs accelerate: pip install 'inplace-ttt[train]'")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and torch.cuda.device_count() > 1:
         raise UserError(
-            "several GPUs and one process: start one for each (torchrun --nproc-per-node ... -m inplace_ttt train ...), "
+            "several GPUs and one process: start one each (torchrun --nproc-per-node ... -m inplace_ttt train ...), "
             "or choose one GPU with CUDA_VISIBLE_DEVICES=0"
         )
 

@@ -1,0 +1,36 @@
+"""``inplace-ttt convert``."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Format(StrEnum):
+    """What `convert` writes."""
+
+    model = "model"
+    adapter = "adapter"
+    release = "release"
+    sharded = "sharded"
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="Directory of a model, an adapter, or a sharded checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write; must not exist yet.")],
+    to: Annotated[Format, typer.Option(help="model (whole), adapter, release (the authors' format), sharded.")],
+    base: Annotated[str | None, typer.Option(help="The base model, where the source is an adapter.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A saved model of the same shape, where the source is sharded and says no shape."),
+    ] = None,
+    projections: Annotated[
+        bool, typer.Option("--projections", help="With --to adapter: the adapting projections too.")
+    ] = False,
+) -> None:
+    """Convert between whole models, adapters, the authors' format and sharded checkpoints (torch.distributed)."""
+    from inplace_ttt.hf.convert import convert as run
+
+    run(source, out, to.value, base=base, config=config, projections=projections)
+    typer.echo(f"done: {out}")

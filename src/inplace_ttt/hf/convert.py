@@ -1,0 +1,105 @@
+"""Between formats: whole models, adapters, the authors' release format, and sharded checkpoints.
+
+A sharded checkpoint is a directory of torch.distributed.checkpoint (it holds ``.metadata``), as the Trainer and accelerate
+write under FSDP (``pytorch_model_fsdp_0``). It holds tensors only: the shape comes from another saved model.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ..config import InPlaceTTTConfig
+from ..errors import UserError
+from .attach import attach, is_attached, unwrap
+from .checkpoint import BASE, SETTINGS, from_pretrained, load_plain, save_pretrained
+from .release import save_release
+
+
+def convert(
+    source: Path, out: Path, to: str, *, base: str | None = None, config: Path | None = None, projections: bool = False
+) -> None:
+    """Reads any format that ``source`` is in and writes ``to``: "model", "adapter", "release" or "sharded".
+
+    Raises UserError, having written nothing, for what cannot be read or expressed.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already: choose another directory")
+    shards = sharded_directory(source)
+    if shards is not None:
+        model = _from_shards(shards, config)
+    else:
+        model = from_pretrained(source, model=None if base is None else load_plain(base, {}))
+    if to == "model":
+        save_pretrained(model, out)
+    elif to == "adapter":
+        if base is None and not unwrap(model).config._name_or_path:
+            model.config._name_or_path = ""
+        save_pretrained(model, out, adapter_only=True, projections=projections)
+    elif to == "release":
+        save_release(model, out)
+    else:
+        _to_shards(model, out)
+
+
+def sharded_directory(source: Path) -> Path | None:
+    """The directory of shards: ``source`` itself, or one inside it."""
+    found = [source, *sorted(source.glob("pytorch_model_fsdp_*"))]
+    return next((path for path in found if (path / ".metadata").is_file()), None)
+
+
+def _to_shards(model: Any, out: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    out.mkdir(parents=True)
+    dcp.save({"model": unwrap(model).state_dict()}, checkpoint_id=str(out), no_dist=True)
+    unwrap(model).config.save_pretrained(out)
+
+
+def _from_shards(shards: Path, config: Path | None) -> Any:
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    model = _empty(shards, config)
+    state: dict[str, Any] = {}
+    _load_state_dict(
+        state, storage_reader=FileSystemReader(str(shards)), planner=_EmptyStateDictLoadPlanner(), no_dist=True
+    )
+    tensors: dict[str, Tensor] = state.get("model", state)
+    own = unwrap(model).state_dict()
+    missing, extra = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    if missing or extra:
+        raise UserError(f"{shards} is of another model: lacks {missing[:3]}, has {extra[:3]} too many")
+    for name, tensor in tensors.items():
+        if own[name].shape != tensor.shape:
+            raise UserError(f"{shards}: {name} has shape {tuple(tensor.shape)}, the model {tuple(own[name].shape)}")
+    unwrap(model).load_state_dict(tensors)
+    return model
+
+
+def _empty(shards: Path, config: Path | None) -> Any:
+    """A model of the checkpoint's shape, in the shards' company or named by ``config``."""
+    places = [config] if config is not None else [shards, shards.parent]
+    for place in places:
+        if (place / SETTINGS).is_file():
+            settings = json.loads((place / SETTINGS).read_text(encoding="utf-8"))["inplace_ttt"]
+            found = AutoConfig.from_pretrained(place / BASE)
+        elif (place / "config.json").is_file():
+            found = AutoConfig.from_pretrained(place)
+            settings = getattr(found, "inplace_ttt", None)
+            if settings is not None:
+                del found.inplace_ttt
+        else:
+            continue
+        if settings is None:
+            raise UserError(f"{place} is a plain model without fast weights: name one that has them with --config")
+        make: Any = AutoModelForCausalLM.from_config
+        model = make(found, dtype=torch.float32)
+        attach(model, InPlaceTTTConfig.from_dict(settings))
+        assert is_attached(model)
+        return model
+    raise UserError(f"{shards} holds tensors only: name a saved model of the same shape with --config")
