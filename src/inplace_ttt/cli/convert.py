@@ -23,7 +23,7 @@ def convert(
     base: Annotated[str | None, typer.Option(help="The base model, where the source is an adapter.")] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="A saved model of the same shape, where the source is sharded and says no shape."),
+        typer.Option(help="A saved model of the same shape, for a sharded source."),
     ] = None,
     projections: Annotated[
         bool, typer.Option("--projections", help="With --to adapter: the adapting projections too.")

@@ -1,6 +1,6 @@
 """Between formats: whole models, adapters, the authors' release format, and sharded checkpoints.
 
-A sharded checkpoint is a directory of torch.distributed.checkpoint (it holds ``.metadata``), as the Trainer and accelerate
+A sharded checkpoint is a directory of torch.distributed.checkpoint (with ``.metadata``), as the Trainer and accelerate
 write under FSDP (``pytorch_model_fsdp_0``). It holds tensors only: the shape comes from another saved model.
 """
 
@@ -36,8 +36,6 @@ def convert(
     if to == "model":
         save_pretrained(model, out)
     elif to == "adapter":
-        if base is None and not unwrap(model).config._name_or_path:
-            model.config._name_or_path = ""
         save_pretrained(model, out, adapter_only=True, projections=projections)
     elif to == "release":
         save_release(model, out)
@@ -52,23 +50,22 @@ def sharded_directory(source: Path) -> Path | None:
 
 
 def _to_shards(model: Any, out: Path) -> None:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     out.mkdir(parents=True)
-    dcp.save({"model": unwrap(model).state_dict()}, checkpoint_id=str(out), no_dist=True)
+    save({"model": unwrap(model).state_dict()}, checkpoint_id=str(out), no_dist=True)
     unwrap(model).config.save_pretrained(out)
 
 
 def _from_shards(shards: Path, config: Path | None) -> Any:
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
     model = _empty(shards, config)
     state: dict[str, Any] = {}
-    _load_state_dict(
-        state, storage_reader=FileSystemReader(str(shards)), planner=_EmptyStateDictLoadPlanner(), no_dist=True
-    )
+    everything: Any = _EmptyStateDictLoadPlanner
+    _load_state_dict(state, storage_reader=FileSystemReader(str(shards)), planner=everything(), no_dist=True)
     tensors: dict[str, Tensor] = state.get("model", state)
     own = unwrap(model).state_dict()
     missing, extra = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
