@@ -58,8 +58,8 @@ def _to_shards(model: Any, out: Path) -> None:
 
 
 def _from_shards(shards: Path, config: Path | None) -> Any:
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
     model = _empty(shards, config)
