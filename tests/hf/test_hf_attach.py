@@ -230,9 +230,10 @@ def test_continuous_batching_is_refused():
         model.generate_batch(inputs=[[3, 4, 5], [6, 7]], generation_config=settings)
     with pytest.raises(NotImplementedError, match=say):
         model.init_continuous_batching(settings)
-    for name in ("cache", "write_index"):
+    paged = type("PagedAttentionCache", (), {})()
+    for given in ({"cache": paged}, {"write_index": object()}):
         with pytest.raises(NotImplementedError, match=say):
-            model(IDS, **{name: object()})
+            model(IDS, **given)
     assert runtime_of(model).current is None
 
 
