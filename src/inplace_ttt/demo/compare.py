@@ -12,6 +12,7 @@ from torch import nn
 
 from ..eval.nll import Bucket, loss_by_position, token_losses
 from ..hf.attach import inspect, runtime_of, unwrap, updates_off
+from ..hf.cache import cache_of
 from ..hf.context import fast_weights
 
 PIECE = 1024
@@ -104,7 +105,7 @@ class _Reading:
     cache: Any = None
 
     def watch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self.cache = output.past_key_values
+        self.cache = cache_of(output)
         if self.advance is not None:
             self.advance(self.label, output.last_hidden_state.shape[1])
 

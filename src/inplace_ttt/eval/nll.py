@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from inplace_ttt.errors import UserError
+from inplace_ttt.hf.cache import cache_name, cache_of
 
 RESAMPLES = 2000
 _SCORED_AT_ONCE = 1 << 26  # logits turned to float32 at a time
@@ -37,8 +38,8 @@ def token_losses(model: nn.Module, input_ids: Tensor, piece: int | None = None) 
     losses, cache = [], None
     for start in range(0, T - 1, piece):
         end = min(start + piece, T - 1)
-        out = model(input_ids=input_ids[:, start:end], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(input_ids=input_ids[:, start:end], use_cache=True, **{cache_name(model): cache})
+        cache = cache_of(out)
         losses.append(_score(out.logits, input_ids[:, start + 1 : end + 1]))
     return torch.cat(losses, 1)
 

@@ -1,14 +1,30 @@
 """Fast weights inside the Hugging Face cache: whatever happens to a layer's keys happens to its fast weights."""
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import cache_utils
 from transformers.cache_utils import Cache
 
 from ..core import FastWeights
+
+
+def cache_name(module: nn.Module) -> str:
+    """The argument that a model's forward takes its cache by: ``cache`` from transformers 5.24 on, in most families."""
+    whole: Any = getattr(module, "_orig_mod", module)
+    if hasattr(whole, "get_base_model"):
+        whole = whole.get_base_model()
+    return "cache" if "cache" in inspect.signature(whole.forward).parameters else "past_key_values"
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in a model's output, under either name."""
+    found = getattr(output, "cache", None)
+    return output.past_key_values if found is None else found
 
 
 class FastCacheLayer:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .attach import is_attached, unwrap, updates_off
+from .cache import cache_name
 from .families import ATTENTION_NAMES
 from .rotary import Angles, Rotation, Turns
 from .window import empty_cache, plain_layers
@@ -126,7 +127,7 @@ def _read(root: PreTrainedModel, attentions: dict[int, nn.Module], offset: int, 
             hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(after).remove)
         positions = offset + torch.arange(TOKENS, device=ids.device)[None]
-        root.base_model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        root.base_model(input_ids=ids, position_ids=positions, use_cache=True, **{cache_name(root.base_model): cache})
     for i, layer in enumerate(plain_layers(cache)):
         if layer.keys is not None:
             reading.keys[i], reading.values[i] = layer.keys, layer.values

@@ -19,7 +19,7 @@ from ..config import InPlaceTTTConfig
 from ..core import FastWeights
 from ..errors import UserError
 from ..hf.attach import RUNTIME, runtime_of, unwrap, updates_off
-from ..hf.cache import FastCacheLayer, install
+from ..hf.cache import FastCacheLayer, cache_name, install
 from ..hf.relocate import Relocation
 from ..hf.window import clear, empty_cache, evict, native_window, sliding_windows
 
@@ -221,9 +221,9 @@ class Reader:
             out = self.model(
                 input_ids=ids.to(self.device),
                 position_ids=positions.to(self.device),
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=0 if scored else 1,
+                **{cache_name(self.model): cache},
                 **moved,
             )
         logits: Tensor = out.logits

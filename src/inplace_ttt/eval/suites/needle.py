@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache
 
 from ...errors import UserError
 from ...hf.attach import unwrap
+from ...hf.cache import cache_name
 from ..read_then_ask import words
 from . import Record, Unit
 from .nll import PIECE, doubling, evaluating, input_device
@@ -216,7 +217,8 @@ def _feed(model: nn.Module, cache: DynamicCache, ids: Sequence[int], piece: int)
     rows = torch.tensor([list(ids)], device=input_device(unwrap(model)))
     for start in range(0, len(ids), piece):
         part = rows[:, start : start + piece]
-        logits: Tensor = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        how: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1, cache_name(model): cache}
+        logits: Tensor = model(input_ids=part, **how).logits
     return logits[0, -1].cpu().double()
 
 

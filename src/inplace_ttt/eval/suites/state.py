@@ -8,6 +8,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ...hf.attach import unwrap
+from ...hf.cache import cache_name
 from ...hf.context import fast_weights
 from ...session.diagnostics import measure
 from . import Record, Unit
@@ -37,6 +38,6 @@ class StateSuite:
         with evaluating(model):
             for at in range(0, rows.shape[1], self.nll.piece):
                 part = rows[:, at : at + self.nll.piece]
-                model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                model(input_ids=part, use_cache=True, logits_to_keep=1, **{cache_name(root): cache})
         layers = measure(model, fast_weights(cache))
         return [{"document": document.name, "domain": document.domain, **asdict(layer)} for layer in layers]
