@@ -28,12 +28,13 @@ def tensors(B, n, c, D, F, dtype, given=None):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16] if DEVICE == "cuda" else [torch.float16])
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("flags", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "flags"), [(m, f) for m in ("forward", "reverse") for f in (False, True)] + [("unwind", False)]
+)
 @pytest.mark.parametrize(("B", "n", "c", "D", "F"), [(1, 3, 64, 64, 96), (2, 4, 40, 48, 72), (1, 1, 7, 32, 33)])
-def test_equals_the_plain_walk(dtype, reverse, flags, B, n, c, D, F):
+def test_equals_the_plain_walk(dtype, mode, flags, B, n, c, D, F):
     torch.manual_seed(0)
-    updates = n if not reverse else max(n - 1, 0)
+    updates = n if mode == "forward" else max(n - 1, 0)
     x, z, S, W = tensors(B, n, c, D, F, dtype)
     update = torch.rand(B, n, device=DEVICE) < 0.6 if flags else None
     reset = torch.rand(B, n, device=DEVICE) < 0.3 if flags else None
@@ -41,7 +42,7 @@ def test_equals_the_plain_walk(dtype, reverse, flags, B, n, c, D, F):
     found = []
     for run, more in ((plain, {}), (walk, TILES)):
         state, folds = S.clone(), torch.full((B, n, D, F), torch.nan, dtype=dtype, device=DEVICE)
-        run(state, folds, (x, z), W, update, reset, 0.3, keep, updates, reverse=reverse, **more)
+        run(state, folds, (x, z), W, update, reset, 0.3, keep, updates, mode=mode, **more)
         found.append((state, folds))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(found[1][1].float(), found[0][1].float(), rtol=8e-3, atol=8e-3)

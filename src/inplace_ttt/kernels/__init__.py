@@ -5,14 +5,11 @@
 ``convolution``: the target's convolution in one kernel, forward and backward (Triton).
 """
 
-from functools import cache
+from importlib.util import find_spec
+
+_TRITON = find_spec("triton") is not None
 
 
-@cache
 def has_triton() -> bool:
-    """Whether Triton can be imported (it comes with PyTorch's CUDA builds)."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    """Whether Triton is there (it comes with PyTorch's CUDA builds)."""
+    return _TRITON

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.scan import state_dtype
+from ..core.scan import outer, state_dtype
 from .walk import walk
 
 SEGMENT_BYTES = 400 * 2**20
@@ -150,9 +150,10 @@ def _flat(x_BnXY: Tensor) -> Tensor | None:
     return x_BnXY.flatten(0, 1) if x_BnXY.stride(0) == n * x_BnXY.stride(1) else None
 
 
-def _slots(z: Tensor, past: Tensor | None, rest: Sequence[int | Tensor | None], width: int) -> Slots:
+def _slots(z: Tensor, past: Tensor | None, rest: Sequence[int | Tensor | None], width: int, weights: int = 1) -> Slots:
+    """``weights``: how many matrices of W0's size a slot needs."""
     chunk_size, prefix, index, steps, updates = rest
-    weight = z.shape[0] * width * z.shape[2] * z.element_size()
+    weight = weights * z.shape[0] * width * z.shape[2] * z.element_size()
     return Slots(z, past, chunk_size, prefix, index, steps, updates, max(SEGMENT_BYTES // weight, 1))  # type: ignore[arg-type]
 
 
@@ -248,9 +249,12 @@ def backward(
     """Gradients of z, v, state, past and, where it costs nothing extra, W0 (in the state's precision).
 
     Two walks: back through the slots for H_m = dL/dS_{m+1}, which gives dv and v's part of dz, then forward for the
-    weights, which give the rest of dz. The first one's total is the sum of all ``g_t z_t^T``, the gradient of W0, when
-    no decay, reset or later gradient enters it.
+    weights, which give the rest of dz (rounded in between: ``_backward_at_once`` does
+    better where S can be unwound).
     """
+    if index is None and not decay:
+        numbers = (chunk_size, prefix, steps, updates)
+        return _backward_at_once(g, grad_state, z, v, weight, state, past, lr, *numbers)
     B, F, D = z.shape[0], z.shape[2], g.shape[2]
     slots = _slots(z, past, (chunk_size, prefix, index, steps, updates), D)
     dz = slots.empty(F)
@@ -268,7 +272,7 @@ def backward(
             buffer = z.new_empty(B, n, D, F)
         folds = buffer[:, :n]
         pairs = slots.applied(g, s), slots.applied(z, s)
-        walk(H, folds, pairs, None, _flags(update, s), _flags(reset, s), lr, 1.0 - decay, u, reverse=True)
+        walk(H, folds, pairs, None, _flags(update, s), _flags(reset, s), lr, 1.0 - decay, u, mode="reverse")
         if u and v is not None and dv is not None:
             span = slice(s.first * chunk_size, (s.first + u) * chunk_size)
             product(slots.absorbed(s), folds[:, :u].mT, dv[:, span].unflatten(1, (u, chunk_size)))
@@ -279,9 +283,69 @@ def backward(
     for s, folds in folded(slots, _start(z, state, D), v, weight, update, reset, lr, decay):
         slots.add(dz, s, slots.applied(g, s), folds)
 
-    total = H.sum(0) if index is None and not decay and grad_state is None else None
+    dstate = None if state is None else H.mul_(lr).to(state.dtype)
+    return slots.view(dz), dv, dstate, dpast, None
+
+
+def _backward_at_once(
+    g: Tensor,
+    grad_state: Tensor | None,
+    z: Tensor,
+    v: Tensor | None,
+    weight: Tensor | None,
+    state: Tensor | None,
+    past: Tensor | None,
+    lr: float,
+    chunk_size: int,
+    prefix: int,
+    steps: int,
+    updates: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """``backward`` of a regular call without decay: S is unwound from its end while H is built, so both are at hand.
+
+    ``dz = [g | v] @ [W_m; H_m]`` is one product with one rounding. S at the end costs one more product.
+    """
+    D, F, C = g.shape[2], z.shape[2], chunk_size
+    slots = _slots(z, past, (chunk_size, prefix, None, steps, updates), D, weights=2)
+    dz = slots.empty(F)
+    dv = None if v is None else torch.empty_like(v)
+    dpast = None if past is None else past.new_zeros(past.shape)
+    H = _start(z, None if grad_state is None else grad_state / lr, D)
+    N = _start(z, state, D).neg_()  # -S
+    for first, part in _updating_tokens(slots) if v is not None else ():
+        N -= outer(v[:, first : first + part.shape[1]], part)  # type: ignore[index]
+    buffer = None
+    for s in reversed(slots.segments()):
+        n, u = s.last - s.first, slots.updating(s) if v is not None else 0
+        if buffer is None or buffer.shape[1] < n:
+            buffer = z.new_empty(slots.B, n, 2, D, F)
+        both = buffer[:, :n]
+        applied = slots.applied(g, s)
+        walk(H, both[:, :, 1], (applied, slots.applied(z, s)), None, None, None, lr, 1.0, u, mode="reverse")
+        pairs, own = None, applied.new_zeros(applied.shape)
+        if u and v is not None and dv is not None:
+            span, head = slice(s.first * C, (s.first + u) * C), slots.P if s.first == 0 else 0
+            pairs = v[:, span].unflatten(1, (u, C)), slots.absorbed(s)
+            product(pairs[1], both[:, :u, 1].mT, dv[:, span].unflatten(1, (u, C)))
+            own[:, :u] = pairs[0][:, :, head:]
+            if head and dpast is not None:
+                dpast[:, :head] = torch.bmm(pairs[0][:, 0, :head], both[:, 0, 1]).to(dpast.dtype)
+        walk(N, both[:, :, 0], pairs, weight, None, None, lr, 1.0, u, mode="unwind")
+        slots.put(dz, s, torch.cat([applied, own], -1), both.flatten(2, 3))
+    total = H.sum(0) if grad_state is None else None
     dstate = None if state is None else H.mul_(lr).to(state.dtype)
     return slots.view(dz), dv, dstate, dpast, total
+
+
+def _updating_tokens(slots: Slots) -> Iterator[tuple[int, Tensor]]:
+    """z of all tokens whose chunk updates, in at most two parts, each with the place of its first token among them."""
+    end = slots.updates * slots.C - slots.P
+    if slots.updates and slots.P and slots.past is not None:
+        head = slots.C - slots.P
+        yield 0, torch.cat([slots.past.to(slots.z.dtype), slots.z[:, :head]], 1)
+        yield slots.C, slots.z[:, head:end]
+    elif slots.updates:
+        yield 0, slots.z[:, :end]
 
 
 def _through_targets(

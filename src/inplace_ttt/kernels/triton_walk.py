@@ -35,12 +35,35 @@ def _tile(
 
 
 @triton.jit
+def _write(
+    folds, weight, acc, scale, b, m, d0, f0, D, F, fold_row, fold_slot, w_out,
+    HAS_W: tl.constexpr, BULK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The tile of slot m's weight: ``weight + scale * acc``."""
+    value = acc * scale
+    if BULK:
+        if HAS_W:
+            value += weight.load([d0, f0]).to(tl.float32)
+        folds.store([b, m, d0, f0], value.to(folds.dtype).reshape(1, 1, BM, BN))
+    else:
+        d, f = d0 + tl.arange(0, BM), f0 + tl.arange(0, BN)
+        mask = (d < D)[:, None] & (f < F)[None, :]
+        if HAS_W:
+            at = weight + d.to(tl.int64)[:, None] * w_out + f[None, :]
+            value += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        at = folds + b.to(tl.int64) * fold_row + tl.cast(m, tl.int64) * fold_slot
+        at = at + d.to(tl.int64)[:, None] * F + f[None, :]
+        tl.store(at, value.to(folds.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _walk_kernel(
     S, folds, x, z, weight, update, reset,
     lr, keep, n, products, updates, c, D, F,
-    fold_row, x_row, x_slot, x_token, z_row, z_slot, z_token, w_out, update_row, reset_row,
+    fold_row, fold_slot, x_row, x_slot, x_token, z_row, z_slot, z_token, w_out, update_row, reset_row,
     HAS_W: tl.constexpr, HAS_UPDATE: tl.constexpr, HAS_RESET: tl.constexpr, DECAYS: tl.constexpr,
-    REVERSE: tl.constexpr, BULK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    REVERSE: tl.constexpr, UNWIND: tl.constexpr, BULK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     tiles_d = tl.cdiv(D, BM)
     tile, b = tl.program_id(0), tl.program_id(1)
@@ -48,37 +71,30 @@ def _walk_kernel(
     d, f = d0 + tl.arange(0, BM), f0 + tl.arange(0, BN)
     mask = (d < D)[:, None] & (f < F)[None, :]
     offsets = d.to(tl.int64)[:, None] * F + f[None, :]
-    weight_size = tl.cast(D, tl.int64) * F
-    S += b.to(tl.int64) * weight_size
+    S += b.to(tl.int64) * D * F
 
     acc = tl.load(S + offsets, mask=mask, other=0.0)
     for j in range(0, n):
-        m = n - 1 - j if REVERSE else j
+        m = n - 1 - j if REVERSE or UNWIND else j
         acts = m < updates
         if HAS_UPDATE:
             acts = acts & (tl.load(update + b * update_row + m) != 0)
         if HAS_RESET and not REVERSE:
             acc = tl.where(tl.load(reset + b * reset_row + m) != 0, 0.0, acc)
-        value = acc * (tl.where(acts, lr, 0.0) if REVERSE else lr)
-        if BULK:
-            if HAS_W:
-                value += weight.load([d0, f0]).to(tl.float32)
-            folds.store([b, m, d0, f0], value.to(folds.dtype).reshape(1, 1, BM, BN))
-        else:
-            if HAS_W:
-                at = weight + d.to(tl.int64)[:, None] * w_out + f[None, :]
-                value += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-            at = folds + b.to(tl.int64) * fold_row + tl.cast(m, tl.int64) * weight_size + offsets
-            tl.store(at, value.to(folds.dtype.element_ty), mask=mask)
+        if not UNWIND:
+            scale = tl.where(acts, lr, 0.0) if REVERSE else lr
+            _write(folds, weight, acc, scale, b, m, d0, f0, D, F, fold_row, fold_slot, w_out, HAS_W, BULK, BM, BN)
         if DECAYS:
             acc = acc * tl.where(acts, keep, 1.0)
         tokens = c
         if not REVERSE:
-            tokens = tl.where(acts & (j < products), c, 0)
+            tokens = tl.where(acts & (m < products), c, 0)
         for first in range(0, tokens, BK):
             x_tile = _tile(x, b, m, first, d0, c, D, x_row, x_slot, x_token, BULK, BK, BM)
             z_tile = _tile(z, b, m, first, f0, c, F, z_row, z_slot, z_token, BULK, BK, BN)
             acc = tl.dot(tl.trans(x_tile), z_tile, acc)
+        if UNWIND:
+            _write(folds, weight, acc, -lr, b, m, d0, f0, D, F, fold_row, fold_slot, w_out, HAS_W, BULK, BM, BN)
         if HAS_RESET and REVERSE:
             acc = tl.where(tl.load(reset + b * reset_row + m) != 0, 0.0, acc)
     tl.store(S + offsets, acc, mask=mask)
@@ -118,7 +134,7 @@ def walk(
     keep: float,
     updates: int,
     *,
-    reverse: bool = False,
+    mode: str = "forward",
     bulk: bool | None = None,
     **config: Any,
 ) -> None:
@@ -129,6 +145,7 @@ def walk(
     B, n, D, F = folds.shape
     x, z = (folds[:, :1, :1, :1], folds[:, :1, :1]) if pairs is None else pairs
     x, z = (y if y.stride(-1) == 1 else y.contiguous() for y in (x, z))
+    reverse = mode == "reverse"
     has_w = weight is not None and not reverse
     weight = folds[0, 0] if weight is None else weight if weight.stride(1) == 1 else weight.contiguous()
     c = x.shape[2]
@@ -150,7 +167,7 @@ def walk(
         _walk_kernel[grid](
             S, *tensors, *flags,
             lr, keep, n, 0 if pairs is None else n if reverse else updates, updates, c, D, F,
-            folds.stride(0), *strides, weight.stride(0), flags[0].stride(0), flags[1].stride(0),
+            *folds.stride()[:2], *strides, weight.stride(0), flags[0].stride(0), flags[1].stride(0),
             HAS_W=has_w, HAS_UPDATE=update is not None, HAS_RESET=reset is not None, DECAYS=keep != 1.0,
-            REVERSE=reverse, BULK=bulk, **config,
+            REVERSE=reverse, UNWIND=mode == "unwind", BULK=bulk, **config,
         )  # fmt: skip

@@ -1,8 +1,10 @@
 """Through the slots of one segment with the state at hand: what each slot sees is written down, its update joins.
 
 Forward, slot m: reset (S = 0); write ``W0 + lr * S``; ``S <- keep * S + sum_t x_t z_t^T`` where it updates.
-Reverse, slot m: write ``lr * S`` where the slot updates, else 0; ``S <- keep * S`` where it updates; add
+Reverse (H), slot m: write ``lr * S`` where the slot updates, else 0; ``S <- keep * S`` where it updates; add
 ``sum_t x_t z_t^T``; reset. That is the recurrence of H = dL/dS (core.scan) with x = g, held over lr.
+Unwind, slot m, last one first: ``S <- S - sum_t x_t z_t^T`` where it updated; write ``W0 + lr * S``. S is held negated,
+so that the products add to it. Without decay and resets this is forward, backwards.
 
 Shapes: B rows, n slots of c tokens, D and F the widths of x and z.
 """
@@ -27,20 +29,21 @@ def walk(
     keep: float,
     updates: int,
     *,
-    reverse: bool = False,
+    mode: str = "forward",
 ) -> None:
     """S moves on through all slots and ``folds`` is written, both in place.
 
-    pairs: x [B, n', c, D] and z [B, n', c, F] of the first n' slots (forward: those that may update; reverse: all).
+    mode: "forward", "reverse" or "unwind".
+    pairs: x [B, n', c, D] and z [B, n', c, F] of the first n' slots (reverse: all; else those that may update).
     updates: slots below it may update; ``update`` says which rows do there, None: all.
     """
     args = (S_BDF, folds_BnDF, pairs, weight_DF, update_Bn, reset_Bn, lr, keep, updates)
     if folds_BnDF.is_cuda and folds_BnDF.dtype in (torch.bfloat16, torch.float16) and has_triton():
         from .triton_walk import walk as fused
 
-        fused(*args, reverse=reverse)
+        fused(*args, mode=mode)
     else:
-        plain(*args, reverse=reverse)
+        plain(*args, mode=mode)
 
 
 def plain(
@@ -54,10 +57,17 @@ def plain(
     keep: float,
     updates: int,
     *,
-    reverse: bool = False,
+    mode: str = "forward",
 ) -> None:
     """``walk`` in PyTorch, slot by slot; exact in any precision."""
     n = folds.shape[1]
+    if mode == "unwind":
+        for m in reversed(range(n)):
+            if pairs is not None and m < updates:
+                S += outer(pairs[0][:, m], pairs[1][:, m])
+            folds[:, m] = -lr * S if weight is None else weight - lr * S
+        return
+    reverse = mode == "reverse"
     for m in reversed(range(n)) if reverse else range(n):
         acts = None if update is None else update[:, m, None, None]
         fresh = None if reset is None else reset[:, m, None, None]
