@@ -122,6 +122,7 @@ def scan_op(
     width: int,
     keep_state: bool,
 ) -> Tensors:
+    """Outputs and, where it is kept, S after the last update."""
     B, T, F = z.shape
     dtype = state_dtype(z.dtype)
     S: Tensor | None
@@ -162,6 +163,7 @@ def scan_backward_op(
     update: Tensor | None,
     reset: Tensor | None,
     rest: Tensor | None,
+    last: Tensor | None,
     lr: float,
     decay: float,
     chunk_size: int,
@@ -172,13 +174,15 @@ def scan_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of z, v, state and past (empty where the input was None), and that of W0 where it is known already.
 
+    ``last``: S after the last update, if forward kept it (the torch backend has no use for it).
+
     ``dL/dz_t = (W0 + lr S_i)^T g_t + H_i^T v_t`` and ``dL/dv_t = H_i z_t``, where H_i = dL/dS_{i+1} is the reverse
     prefix sum ``H_{i-1} = keep * H_i + lr * sum_t g_t z_t^T``.
     """
     if backend == "segments" and lr:
         from ..kernels.segments import backward
 
-        tensors = (g, grad_state, z, v, weight, state, past, index, update, reset, rest)
+        tensors = (g, grad_state, z, v, weight, state, past, index, update, reset, rest, last)
         found = backward(*tensors, lr, decay, chunk_size, prefix, steps, updates)
         return tuple(z.new_zeros(0) if x is None else x for x in found)  # type: ignore[return-value]
     layout = Layout(z, past, chunk_size, prefix, index, update, reset)
@@ -213,7 +217,7 @@ def scan_backward_op(
 @scan_backward_op.register_fake
 def _(g: Tensor, grad_state: Tensor | None, z: Tensor, v: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     _weight, state, past = rest[:3]
-    lr, decay, backend = rest[8], rest[9], rest[-1]
+    lr, decay, backend = rest[9], rest[10], rest[-1]
     known = backend == "segments" and lr and not decay and rest[4] is None and grad_state is None
     total = z.new_empty(*(g.shape[2], z.shape[2]) if known else (0,), dtype=state_dtype(z.dtype) if known else z.dtype)
     return (*(z.new_empty(0) if x is None else x.new_empty(x.shape) for x in (z, v, state, past)), total)
@@ -230,20 +234,21 @@ def _through_clip(H: Tensor, dW: Tensor, clip: Tensor) -> Tensor:
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     z, v, weight, bias, state, past, clip, index, update, reset, rest = inputs[:11]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(z, v, weight, state, past, clip, index, update, reset, rest)
+    last = output[1] if output[1].numel() else None
+    ctx.save_for_backward(z, v, weight, state, past, clip, index, update, reset, rest, last)
     ctx.numbers = inputs[11:18]  # lr, decay, chunk_size, prefix, steps, updates, backend
     ctx.has_bias = bias is not None
 
 
 def _backward(ctx, g, grad_state):  # type: ignore[no-untyped-def]
-    z, v, weight, state, past, clip, index, update, reset, rest = ctx.saved_tensors
+    z, v, weight, state, past, clip, index, update, reset, rest, last = ctx.saved_tensors
     if grad_state is not None and grad_state.numel() == 0:
         grad_state = None
     if g is None:
         width = grad_state.shape[1]
         g = z.new_zeros(*z.shape[:2], width)
     dz, dv, dstate, dpast, total = scan_backward_op(
-        g, grad_state, z, v, weight, state, past, clip, index, update, reset, rest, *ctx.numbers
+        g, grad_state, z, v, weight, state, past, clip, index, update, reset, rest, last, *ctx.numbers
     )
     dweight = dbias = None
     if weight is not None and ctx.needs_input_grad[2]:
@@ -316,6 +321,9 @@ def scan(
     if D is None:
         raise ValueError("the output width is unknown: pass weight, state, targets or width")
     keep = table.keep_state and table.changes_state
+    inputs = (z_BTF, v_BND, weight_DF, bias_D, state_BDF, past_BPF)
+    unwound = backend == "segments" and table.index is None and not decay and table.updates > 0
+    unwound = unwound and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     out, state = scan_op(
         z_BTF,
         None if v_BND is None else v_BND.to(z_BTF.dtype),
@@ -336,6 +344,6 @@ def scan(
         table.updates,
         backend,
         D,
-        keep,
+        keep or unwound,
     )
     return out, state if keep else state_BDF if table.keep_state else None

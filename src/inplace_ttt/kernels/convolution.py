@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCK_T, BLOCK_D, SPAN = 32, 128, 2048
+BLOCK_T, BLOCK_D, SPAN = 32, 128, 512
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.scan import outer, state_dtype
+from ..core.scan import state_dtype
 from .walk import walk
 
 SEGMENT_BYTES = 400 * 2**20
@@ -239,6 +239,7 @@ def backward(
     update: Tensor | None,
     reset: Tensor | None,
     rest: Tensor | None,
+    last: Tensor | None,
     lr: float,
     decay: float,
     chunk_size: int,
@@ -252,9 +253,9 @@ def backward(
     weights, which give the rest of dz (rounded in between: ``_backward_at_once`` does
     better where S can be unwound).
     """
-    if index is None and not decay:
+    if index is None and not decay and (last is not None or not updates):
         numbers = (chunk_size, prefix, steps, updates)
-        return _backward_at_once(g, grad_state, z, v, weight, state, past, lr, *numbers)
+        return _backward_at_once(g, grad_state, z, v, weight, state, past, last, lr, *numbers)
     B, F, D = z.shape[0], z.shape[2], g.shape[2]
     slots = _slots(z, past, (chunk_size, prefix, index, steps, updates), D)
     dz = slots.empty(F)
@@ -295,15 +296,16 @@ def _backward_at_once(
     weight: Tensor | None,
     state: Tensor | None,
     past: Tensor | None,
+    last: Tensor | None,
     lr: float,
     chunk_size: int,
     prefix: int,
     steps: int,
     updates: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """``backward`` of a regular call without decay: S is unwound from its end while H is built, so both are at hand.
+    """``backward`` of a regular call without decay: S is unwound from ``last`` while H is built, so both are at hand.
 
-    ``dz = [g | v] @ [W_m; H_m]`` is one product with one rounding. S at the end costs one more product.
+    ``dz = [g | v] @ [W_m; H_m]`` is one product with one rounding.
     """
     D, F, C = g.shape[2], z.shape[2], chunk_size
     slots = _slots(z, past, (chunk_size, prefix, None, steps, updates), D, weights=2)
@@ -311,9 +313,7 @@ def _backward_at_once(
     dv = None if v is None else torch.empty_like(v)
     dpast = None if past is None else past.new_zeros(past.shape)
     H = _start(z, None if grad_state is None else grad_state / lr, D)
-    N = _start(z, state, D).neg_()  # -S
-    for first, part in _updating_tokens(slots) if v is not None else ():
-        N -= outer(v[:, first : first + part.shape[1]], part)  # type: ignore[index]
+    N = _start(z, state if last is None else last, D).neg_()  # -S
     buffer = None
     for s in reversed(slots.segments()):
         n, u = s.last - s.first, slots.updating(s) if v is not None else 0
@@ -322,30 +322,21 @@ def _backward_at_once(
         both = buffer[:, :n]
         applied = slots.applied(g, s)
         walk(H, both[:, :, 1], (applied, slots.applied(z, s)), None, None, None, lr, 1.0, u, mode="reverse")
-        pairs, own = None, applied.new_zeros(applied.shape)
+        pairs, left = None, applied.new_empty(*applied.shape[:3], 2 * D)  # [g | v]
+        left[..., :D] = applied
+        left[:, u:, :, D:] = 0
         if u and v is not None and dv is not None:
             span, head = slice(s.first * C, (s.first + u) * C), slots.P if s.first == 0 else 0
             pairs = v[:, span].unflatten(1, (u, C)), slots.absorbed(s)
             product(pairs[1], both[:, :u, 1].mT, dv[:, span].unflatten(1, (u, C)))
-            own[:, :u] = pairs[0][:, :, head:]
+            left[:, :u, :, D:] = pairs[0][:, :, head:]
             if head and dpast is not None:
                 dpast[:, :head] = torch.bmm(pairs[0][:, 0, :head], both[:, 0, 1]).to(dpast.dtype)
         walk(N, both[:, :, 0], pairs, weight, None, None, lr, 1.0, u, mode="unwind")
-        slots.put(dz, s, torch.cat([applied, own], -1), both.flatten(2, 3))
+        slots.put(dz, s, left, both.flatten(2, 3))
     total = H.sum(0) if grad_state is None else None
     dstate = None if state is None else H.mul_(lr).to(state.dtype)
     return slots.view(dz), dv, dstate, dpast, total
-
-
-def _updating_tokens(slots: Slots) -> Iterator[tuple[int, Tensor]]:
-    """z of all tokens whose chunk updates, in at most two parts, each with the place of its first token among them."""
-    end = slots.updates * slots.C - slots.P
-    if slots.updates and slots.P and slots.past is not None:
-        head = slots.C - slots.P
-        yield 0, torch.cat([slots.past.to(slots.z.dtype), slots.z[:, :head]], 1)
-        yield slots.C, slots.z[:, head:end]
-    elif slots.updates:
-        yield 0, slots.z[:, :end]
 
 
 def _through_targets(
