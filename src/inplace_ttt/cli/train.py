@@ -15,6 +15,9 @@ def train(
     prepare_only: Annotated[
         bool, typer.Option("--prepare-only", help="Make the tokenizer and the tokens, then stop.")
     ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print memory and time of the run, then stop.")] = False,
+    tflops: Annotated[float, typer.Option(help="With --plan: the device's TFLOP/s (989: an H100 in bf16).")] = 989,
+    mfu: Annotated[float, typer.Option(help="With --plan: the share of them that is reached.")] = 0.35,
 ) -> None:
     """Train a model from a recipe: tokens, training, the saved model, its test losses, a plot and run.json."""
     from rich.console import Console
@@ -24,6 +27,12 @@ def train(
 
     console = Console()
     checked = load_recipe(recipe, overrides or [])
+    if plan:
+        from inplace_ttt.train.plan import plan as planned
+
+        for line in planned(checked).lines(tflops, mfu):
+            console.print(line, highlight=False)
+        return
     where = run(checked, resume=resume, prepare_only=prepare_only, console=console)
     console.print(f"done: {where}", highlight=False)
 

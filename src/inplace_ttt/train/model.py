@@ -1,5 +1,7 @@
 """The model of a recipe: built or loaded, given fast weights, saved."""
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from inplace_ttt import is_attached
+from inplace_ttt.config import InPlaceTTTConfig
 from inplace_ttt.errors import UserError
 from inplace_ttt.train.recipe import Recipe
 
@@ -20,7 +23,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, attention: s
     """
     torch.manual_seed(recipe.seed)
     if recipe.model.base is not None:
-        model = _load_base(recipe.model.base, attention, 1 if recipe.parallel is None else recipe.parallel.tensor)
+        model = _load_base(recipe, attention)
         embeddings: Any = model.get_input_embeddings()
         known = embeddings.weight.shape[0]
         if len(tokenizer) > known:
@@ -32,22 +35,80 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, attention: s
         model = _from_scratch(recipe, tokenizer, attention)
     model.config.use_cache = True
     config = recipe.ttt_config()
-    if config is not None:
+    if config is not None and not is_attached(model):
         from inplace_ttt import attach
 
         attach(model, config)
+    elif config is not None:
+        _continue_with(model, config, recipe.ttt or {})
+    elif is_attached(model):
+        raise UserError(f"model.base: {recipe.model.base} has fast weights: repeat its settings under ttt")
+    _freeze(model, recipe.trainable)
     return model
 
 
-def _load_base(base: str, attention: str, tensor: int) -> PreTrainedModel:
-    settings: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention}
+def prepare_trainable(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Fast weights on a model that has none yet, and what the recipe freezes."""
+    from inplace_ttt import attach
+
+    config = recipe.ttt_config()
+    if config is not None:
+        attach(model, config)
+    _freeze(model, recipe.trainable)
+
+
+def _continue_with(model: PreTrainedModel, config: InPlaceTTTConfig, given: Mapping[str, Any]) -> None:
+    """Goes on with a base's own fast weights; only how it reads may differ, where the recipe says so."""
+    from inplace_ttt import configure
+    from inplace_ttt.hf.attach import READING, runtime_of
+
+    have, count = runtime_of(model).config, model.config.num_hidden_layers
+    for field in dataclasses.fields(config):
+        if field.name in READING or field.name == "init_std":
+            continue
+        a, b = getattr(have, field.name), getattr(config, field.name)
+        if field.name == "layers":
+            a, b = have.layer_indices(count), config.layer_indices(count)
+        if a != b:
+            raise UserError(f"ttt.{field.name}: the base has {a}, the recipe {b}: they must agree")
+    configure(model, **{name: getattr(config, name) for name in READING if name in given})
+
+
+def _freeze(model: PreTrainedModel, trainable: str) -> None:
+    if trainable == "all":
+        return
+    from inplace_ttt.hf.attach import runtime_of
+    from inplace_ttt.hf.checkpoint import is_added
+
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_added(name))
+    if trainable == "adapter_and_projections":
+        for site in runtime_of(model).sites:
+            site.projection().requires_grad_(True)
+
+
+def _load_base(recipe: Recipe, attention: str) -> PreTrainedModel:
+    base = recipe.model.base
+    assert base is not None
+    keywords = {"dtype": torch.float32, "attn_implementation": attention, **recipe.model.settings}
+    attached = (Path(base) / "inplace_ttt.json").is_file()
+    tensor = 1 if recipe.parallel is None else recipe.parallel.tensor
     if tensor > 1:
+        if attached:
+            raise UserError(f"parallel.tensor: {base} has fast weights, which cannot be split while it is loaded")
         from transformers.distributed.configuration_utils import DistributedConfig
 
-        settings["distributed_config"] = DistributedConfig(tp_size=tensor, tp_plan="auto")
+        keywords["distributed_config"] = DistributedConfig(tp_size=tensor, tp_plan="auto")
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, **settings)
-    except (OSError, ValueError) as error:
+        if attached:
+            from inplace_ttt import from_pretrained
+
+            model: Any = from_pretrained(base, **keywords)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(base, **keywords)
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"model.base: cannot load {base}: {str(error).splitlines()[0]}") from None
     assert isinstance(model, PreTrainedModel)
     return model
@@ -99,6 +160,6 @@ def load_saved(directory: Path, attached: bool) -> PreTrainedModel:
     return model.float().eval()  # type: ignore[no-any-return]
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Trainable numbers, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+def count_parameters(model: nn.Module, trainable: bool = False) -> int:
+    """All numbers, or the trainable ones; tied ones once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)

@@ -61,6 +61,10 @@ def _check_tensor(recipe: "Recipe", spec: ParallelSpec) -> None:
         raise RecipeError("parallel.tensor: only for model.base (transformers splits a model while it loads it)")
     if recipe.precision == "bf16":
         raise RecipeError("parallel.tensor: needs precision: fp32 (it has no mixed precision)")
+    if recipe.trainable != "all" or recipe.ttt_relative_update is not None:
+        raise RecipeError(
+            "parallel.tensor: trains all weights with a given ttt.lr: no trainable, no ttt_relative_update"
+        )
     config = recipe.ttt_config()
     if config is not None and config.clip is not None:
         raise RecipeError("parallel.tensor: ttt.clip needs the norm of whole updates, leave it out (decay works)")

@@ -22,10 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Either ``base`` (a directory or hub id) or ``config`` (``model_type`` and its settings, trained from scratch)."""
+    """Either ``base`` (a directory or hub id) or ``config`` (``model_type`` and its settings, trained from scratch).
+
+    ``settings`` replace fields of the base's configuration, such as ``rope_parameters`` for YaRN.
+    """
 
     base: str | None = None
     config: dict[str, Any] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,9 @@ class Recipe:
 
     ``align_documents``: documents packed in a row begin at multiples of ``ttt.chunk_size``. ``parallel``: several
     processes (and checkpoints that any number of them can go on from).
+    ``ttt_relative_update`` chooses the inner learning rate from measured sizes (see `inplace_ttt.train.inner_lr`).
+    ``trainable``: everything, or the base frozen and only the convolution and projection of the targets trained
+    ("adapter"), optionally with the adapting projections. ``report_to``: tensorboard, wandb.
     """
 
     name: str
@@ -129,6 +136,10 @@ class Recipe:
     tokenizer: TokenizerSpec = field(default_factory=TokenizerSpec)
     ttt: dict[str, Any] | None = None
     ttt_lr_warmup_steps: int = 0
+    ttt_relative_update: float | None = None
+    trainable: Literal["all", "adapter", "adapter_and_projections"] = "all"
+    activation_checkpointing: bool = False
+    report_to: tuple[str, ...] = ()
     batch_size: int = 1
     gradient_accumulation: int = 1
     precision: Literal["bf16", "fp32"] = "fp32"

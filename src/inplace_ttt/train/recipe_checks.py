@@ -1,6 +1,7 @@
 """The checks of a recipe that go beyond types: ranges, missing files, settings that exclude each other."""
 
 import difflib
+import importlib.util
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -85,6 +86,15 @@ def _check_model(recipe: "Recipe") -> None:
     for name, place in (("model.base", model.base), ("tokenizer.path", tokenizer.path)):
         if place is not None and re.match(r"[./~]", place) and not Path(place).is_dir():
             raise RecipeError(f"{name}: there is no directory {place}")
+    if model.base is not None and model.base.count("/") > 1 and not Path(model.base).is_dir():
+        raise RecipeError(f"model.base: there is no directory {model.base}")
+    if model.settings and model.base is None:
+        raise RecipeError("model.settings: only a base has settings to replace, write them in model.config")
+    for name in recipe.report_to:
+        if name not in ("tensorboard", "wandb"):
+            raise RecipeError(f"report_to: {name!r} is none of tensorboard, wandb")
+        if importlib.util.find_spec(name) is None:
+            raise RecipeError(f"report_to: {name} is not installed: pip install {name}")
     if model.config is not None:
         _check_config(model.config)
 
@@ -139,7 +149,18 @@ def _check_ttt(recipe: "Recipe") -> None:
     if recipe.ttt is None:
         if recipe.ttt_lr_warmup_steps:
             raise RecipeError("ttt_lr_warmup_steps: there is no ttt whose lr could warm up")
+        if recipe.ttt_relative_update is not None:
+            raise RecipeError("ttt_relative_update: there is no ttt whose lr could be chosen")
+        if recipe.trainable != "all":
+            raise RecipeError(f"trainable: {recipe.trainable} needs ttt, there is no adapter without it")
         return
+    if recipe.ttt_relative_update is not None:
+        if not 0 < recipe.ttt_relative_update < 1:
+            raise RecipeError(f"ttt_relative_update: {recipe.ttt_relative_update} must lie between 0 and 1, try 0.003")
+        if "lr" in recipe.ttt:
+            raise RecipeError("ttt_relative_update: chooses the inner learning rate, leave ttt.lr out")
+    if recipe.trainable != "all" and recipe.model.base is None:
+        raise RecipeError(f"trainable: {recipe.trainable} freezes the base, which must not be random: give model.base")
     try:
         config = recipe.ttt_config()
         if config is not None and recipe.model.config is not None:

@@ -1,5 +1,6 @@
 """A recipe from beginning to end: tokens, model, training, the saved model, its evaluation, the record."""
 
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -14,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
-from inplace_ttt import is_attached
+from inplace_ttt import configure, fast_settings, is_attached
 from inplace_ttt.errors import UserError
 from inplace_ttt.eval.nll import DomainResult, Text, evaluate_documents
 from inplace_ttt.train.attention import choose_attention
+from inplace_ttt.train.inner_lr import fitting_lr
 from inplace_ttt.train.model import build_model, count_parameters, load_saved, save_model
 from inplace_ttt.train.packing import PackedRows, TokenStore, first_rows
 from inplace_ttt.train.prepare import Prepared, prepare
 from inplace_ttt.train.recipe import Recipe
 from inplace_ttt.train.report import loss_curve, plot_losses, run_record, write_json
-from inplace_ttt.train.trainer import InnerLrWarmup, PackedTrainer, quiet
+from inplace_ttt.train.trainer import COMPLETE, InnerLrWarmup, MarkComplete, PackedTrainer, quiet
 
 if TYPE_CHECKING:
     from inplace_ttt.train.parallel import Place
@@ -83,7 +84,10 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
         f"{model.config._attn_implementation}; {len(rows):,} rows of {recipe.sequence_length:,} tokens, "
         f"{rows.epochs} epochs, {rows.padding:.1%} padding"
     )
-    trainer.train(resume_from_checkpoint=last)
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    except torch.OutOfMemoryError:
+        raise UserError(out_of_memory(recipe)) from None
     curve = loss_curve(trainer.state.log_history)
     if main:
         plot_losses(curve, output / "loss.png", recipe.name)
@@ -91,6 +95,7 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
     # The Trainer leaves autocast around forward; the saved copy is what people load, so that copy is evaluated.
     model.config.use_cache = True
     attached, parameters, device = is_attached(model), count_parameters(model), trainer.args.device
+    trained = count_parameters(model, trainable=True)
     if place is None:
         save_model(model, prepared.tokenizer, output / "model", torch.bfloat16)
     else:
@@ -113,6 +118,7 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
         curve,
         started,
         parameters=parameters,
+        trained_parameters=trained,
         tokens_seen=recipe.steps * _tokens_per_step(recipe),
         epochs=rows.epochs,
         padding=rows.padding,
@@ -140,15 +146,29 @@ def _check_machine(recipe: Recipe) -> None:
         raise UserError("one process uses one GPU: choose it with CUDA_VISIBLE_DEVICES=0, or use torchrun and parallel")
 
 
+def out_of_memory(recipe: Recipe) -> str:
+    """What to change, in one line."""
+    advice = []
+    if not recipe.activation_checkpointing:
+        advice.append("activation_checkpointing: true")
+    if recipe.batch_size > 1:
+        advice.append(f"batch_size below {recipe.batch_size} (raise gradient_accumulation as much)")
+    if recipe.precision != "bf16":
+        advice.append("precision: bf16")
+    advice.append(f"sequence_length below {recipe.sequence_length}")
+    if recipe.ttt is not None and recipe.trainable == "all":
+        advice.append("trainable: adapter")
+    return f"the device is out of memory: set {', or '.join(advice)}"
+
+
 def _start_from(recipe: Recipe, checkpoints: Path, resume: bool) -> str | None:
     """The checkpoint to go on from, None for a fresh start. Raises UserError rather than overwrite or mix runs."""
-    find: Any = get_last_checkpoint
-    last: str | None = find(str(checkpoints)) if checkpoints.is_dir() else None
+    last = last_complete(checkpoints)
     if not resume:
         if last is not None or (checkpoints.parent / "run.json").exists():
             raise UserError(f"{checkpoints.parent} holds a run already: add --resume, or choose another output=...")
         return None
-    if last is None:
+    if last is None and not (checkpoints.parent / "recipe.json").exists():
         raise UserError(f"nothing to resume: there is no checkpoint in {checkpoints} (save_every sets how often)")
     before = json.loads((checkpoints.parent / "recipe.json").read_text(encoding="utf-8"))
     now = json.loads(json.dumps(recipe.raw, default=str))
@@ -156,6 +176,12 @@ def _start_from(recipe: Recipe, checkpoints: Path, resume: bool) -> str | None:
     if changed:
         raise UserError(f"cannot resume: {', '.join(sorted(changed))} changed since the run in {checkpoints.parent}")
     return last
+
+
+def last_complete(checkpoints: Path) -> str | None:
+    """The newest checkpoint that was written to its end: one that a killed process left half-written has no mark."""
+    marked = [path.parent for path in checkpoints.glob(f"checkpoint-*/{COMPLETE}")]
+    return str(max(marked, key=lambda path: int(path.name.rpartition("-")[2]))) if marked else None
 
 
 def _trainer(
@@ -177,11 +203,18 @@ def _trainer(
         domain: first_rows(store, length, recipe.evaluation.rows, pad, align)
         for domain, store in prepared.stores("validation").items()
     }
+    if recipe.ttt_relative_update is not None:
+        first = {name: value[None] for name, value in rows[0].items()}
+        configure(model, lr=fitting_lr(model, first, recipe.ttt_relative_update))
+    warm_up = is_attached(model) and recipe.ttt_lr_warmup_steps > 0
+    inner_lr = fast_settings(model)["lr"] if warm_up else 0.0
     kind: Any = PackedTrainer
     if place is not None:
         from inplace_ttt.train.parallel import ParallelTrainer
 
-        model = place.distribute(model, torch.bfloat16 if recipe.precision == "bf16" else None)
+        model = place.distribute(
+            model, torch.bfloat16 if recipe.precision == "bf16" else None, recipe.activation_checkpointing
+        )
         kind = partial(ParallelTrainer, place=place, rows_per_batch=recipe.batch_size)
     trainer: PackedTrainer = kind(
         model=model,
@@ -191,9 +224,9 @@ def _trainer(
         tokens_per_step=_tokens_per_step(recipe),
         decay_embeddings=recipe.optimizer.decay_embeddings,
     )
-    config = recipe.ttt_config()
-    if config is not None and recipe.ttt_lr_warmup_steps:
-        trainer.add_callback(InnerLrWarmup(model, config.lr, recipe.ttt_lr_warmup_steps))
+    trainer.add_callback(MarkComplete())
+    if warm_up:
+        trainer.add_callback(InnerLrWarmup(model, inner_lr, recipe.ttt_lr_warmup_steps))
     return trainer, rows
 
 
@@ -242,9 +275,19 @@ def _arguments(recipe: Recipe, checkpoints: Path, place: "Place | None" = None) 
         remove_unused_columns=False,
         label_names=["labels"],
         disable_tqdm=True,
-        report_to="none",
+        report_to=list(recipe.report_to) or "none",
+        **({} if place is not None else _checkpointing(recipe)),
         **schedule,
     )
+
+
+def _checkpointing(recipe: Recipe) -> dict[str, Any]:
+    """Under the name that this version of transformers gives it."""
+    if not recipe.activation_checkpointing:
+        return {}
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def _evaluate(

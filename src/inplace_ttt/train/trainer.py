@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from inplace_ttt import is_attached
 from inplace_ttt.errors import UserError
 from inplace_ttt.train.packing import IGNORED, PackedRows
 
+COMPLETE = "complete"
+"""Name of the empty file in a checkpoint that is whole."""
 Rows = Mapping[str, Sequence[dict[str, Tensor]]]
 
 
@@ -146,6 +149,16 @@ class InnerLrWarmup(TrainerCallback):
 
         if state.global_step <= self.steps:
             set_lr(self.model, self.lr * min(1.0, (state.global_step + 1) / self.steps))
+
+
+class MarkComplete(TrainerCallback):
+    """Marks each checkpoint once all of it is on disk, so that a killed run never resumes from half of one."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # every rank has written its part
+        if args.should_save:
+            (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
 
 class ProgressLines(TrainerCallback):

@@ -1,0 +1,143 @@
+"""What a run will need before it starts: memory on one device, arithmetic and time, from formulas.
+
+Symbols: N parameters (n of them trained), B rows, T tokens a row, L layers, D hidden size, F intermediate size, V
+vocabulary, H heads of width d. Optimizer state and gradients are those of AdamW in float32 without sharding.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from inplace_ttt.errors import UserError
+from inplace_ttt.train.model import count_parameters, prepare_trainable
+from inplace_ttt.train.recipe import Recipe
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "Qwen/Qwen3-4B-Base": {
+        "model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen3-14B-Base": {
+        "model_type": "qwen3", "hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 40,
+        "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+        "tie_word_embeddings": False,
+    },
+    "meta-llama/Llama-3.1-8B": {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+"""Bases of the shipped recipes, so that planning them needs no network."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on one device, FLOPs of one trained token (forward and backward), tokens of the run."""
+
+    parameters: int
+    trained: int
+    memory: dict[str, int]
+    flops_per_token: float
+    tokens: int
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak."""
+        return sum(self.memory.values())
+
+    def seconds(self, flops_per_second: float, mfu: float) -> float:
+        """Time of the run on one device of this rate, of which the share ``mfu`` is reached."""
+        return self.flops_per_token * self.tokens / (flops_per_second * mfu)
+
+    def lines(self, tflops: float, mfu: float) -> list[str]:
+        """For people."""
+        GiB = 2**30
+        parts = [f"  {name:<24}{size / GiB:10.2f} GiB" for name, size in self.memory.items()]
+        hours = self.seconds(tflops * 1e12, mfu) / 3600
+        return [
+            f"parameters {self.parameters / 1e9:.3f}B, trained {self.trained / 1e9:.3f}B",
+            "memory of one device, nothing sharded:",
+            *parts,
+            f"  {'together':<24}{self.total / GiB:10.2f} GiB",
+            f"{self.flops_per_token / 1e9:.2f} GFLOP a token, {self.tokens / 1e9:.3f}B tokens a process",
+            f"{hours:,.2f} hours at {tflops:g} TFLOP/s and an MFU of {mfu:.0%} (assumed)",
+        ]
+
+
+def plan(recipe: Recipe) -> Plan:
+    """The plan of a recipe. Builds the model without weights; UserError when its shape cannot be known."""
+    with torch.device("meta"):
+        make: Any = AutoModelForCausalLM.from_config
+        model = make(_shape(recipe), dtype=torch.float32)
+    ttt = recipe.ttt_config()
+    prepare_trainable(model, recipe)
+    config = model.config
+    N, n = count_parameters(model), count_parameters(model, trainable=True)
+    B, T, L, D, F, V = (
+        _rows(recipe), recipe.sequence_length, config.num_hidden_layers, config.hidden_size,
+        config.intermediate_size, config.vocab_size,
+    )  # fmt: skip
+    H, G = config.num_attention_heads, config.num_key_value_heads
+    d = getattr(config, "head_dim", None) or D // H
+    half = 2 if recipe.precision == "bf16" else 4
+    adapting = 0 if ttt is None else len(ttt.layer_indices(L))
+
+    # Of one layer and token, kept for the backward: two norms in float32, their outputs, queries, keys, values, the
+    # attention's output and the MLP's gate, up, activation and product.
+    per_token = 2 * 2 * 4 * D + half * (2 * D + 2 * (H + G) * d + 4 * F)
+    extra = (D * 8 + F * half) if adapting else 0  # targets and, in the backward, the keys again
+    if recipe.activation_checkpointing:
+        activations = B * T * (L * 4 * D + per_token + extra)
+    else:
+        activations = B * T * (L * per_token + adapting * extra)
+    memory = {
+        "weights": 4 * N,
+        "gradients": 4 * n,
+        "optimizer state": 8 * n,
+        "weights in bf16 (autocast)": 2 * N if half == 2 else 0,
+        "activations": activations,
+        "fast weights": 2 * 4 * B * D * F if adapting else 0,  # S, and its gradient in the backward
+        "logits and their gradient": B * T * V * (half + 4 + 4),
+    }
+    window = getattr(config, "sliding_window", None)
+    seen = T / 2 if not window or window >= T else window
+    embedded = model.get_input_embeddings().weight.numel() if not config.tie_word_embeddings else 0
+    frozen = 4 if recipe.trainable != "all" else 6  # no gradients of frozen weights
+    flops = frozen * (N - embedded) + 6 * L * 2 * seen * H * d
+    flops += adapting * 2 * D * F * (1 + 3)  # the scan: one more product forward, three more backward
+    if recipe.activation_checkpointing:
+        flops += 2 * (N - embedded) + 2 * L * 2 * seen * H * d + adapting * 2 * D * F
+    return Plan(N, n, memory, flops, recipe.steps * B * recipe.gradient_accumulation * T)
+
+
+def _rows(recipe: Recipe) -> int:
+    """Rows that one process reads at a time."""
+    spec = recipe.parallel
+    return recipe.batch_size // (1 if spec is None else spec.data * spec.shard)
+
+
+def _shape(recipe: Recipe) -> Any:
+    if recipe.model.config is not None:
+        values = dict(recipe.model.config)
+        kind, tokenizer = values.pop("model_type"), recipe.tokenizer
+        if tokenizer.train is not None:
+            values["vocab_size"] = tokenizer.train.vocab_size
+        else:
+            from inplace_ttt.train.tokenizer import load_tokenizer
+
+            values["vocab_size"] = len(load_tokenizer(str(tokenizer.path)))
+        return AutoConfig.for_model(kind, **values)
+    base = str(recipe.model.base)
+    if base in SHAPES:
+        values = dict(SHAPES[base])
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    from pathlib import Path
+
+    inner = Path(base) / "base"
+    try:
+        return AutoConfig.from_pretrained(str(inner) if inner.is_dir() else base)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.base: the shape of {base} is not known: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,257 @@
+"""Training at scale, at tiny size: every shipped recipe, several processes, kill -9, accumulation, packed documents."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+import inplace_ttt
+from inplace_ttt.errors import UserError
+from inplace_ttt.train.inner_lr import fitting_lr, update_sizes
+from inplace_ttt.train.prepare import prepare
+from inplace_ttt.train.recipe import load_recipe, make_recipe
+from inplace_ttt.train.run import _trainer, run
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+TTT = {"layers": "0::1", "chunk_size": 16, "lr": 1.0}
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+}
+
+
+def train(recipe: Any, **options: Any) -> dict[str, Any]:
+    output = run(recipe, console=Console(quiet=True), **options)
+    return dict(json.loads((output / "run.json").read_text()))
+
+
+def curve(record: dict[str, Any]) -> list[tuple[float, float]]:
+    return [(entry["loss"], entry["grad_norm"]) for entry in record["curve"]]
+
+
+def command(values: dict[str, Any], tmp_path: Path) -> list[str]:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return ["-m", "inplace_ttt", "train", str(path)]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+
+
+def tiny_base(kind: str, folder: Path, tokenizer: Any) -> Path:
+    config, model = {
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
+    }[kind]
+    model(config(**SHAPE)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipe_trains(
+    path: Path, values: dict[str, Any], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Model size, text, length and number of steps are replaced; every other setting is the recipe's."""
+    monkeypatch.setenv("INPLACE_TTT_DATA", str(corpus))
+    cache = f"data.cache={values['data']['cache']}"
+    text = [f"data.{s}={{text: 'jsonl:{corpus}/{n}.jsonl'}}" for s, n in (("train", "train"), ("validation", "held"))]
+    raw = yaml.safe_load(path.read_text())
+    small = [f"output={tmp_path / 'run'}", cache, *text, "data.test={}", "steps=3", "sequence_length=128"]
+    small += ["batch_size=1", "gradient_accumulation=1", "log_every=1", "eval_every=3", "evaluation={rows: 1}"]
+    small += ["optimizer.warmup_steps=1", "attn_implementation=sdpa", "save_every=0"]
+    if raw["ttt"] is not None:
+        small += ["ttt.chunk_size=16", "ttt.layers=[0]"]
+    if "ttt_lr_warmup_steps" in raw:
+        small += ["ttt_lr_warmup_steps=2"]
+    if "config" in raw["model"]:
+        small += [f"model.config.{name}={value}" for name, value in SHAPE.items() if name != "vocab_size"]
+        small += ["model.config.head_dim=16", "model.config.sliding_window=16", "tokenizer={train: {vocab_size: 300}}"]
+    else:
+        tokenizer = prepare(make_recipe(values)).tokenizer
+        kind = next((kind for kind in ("qwen3", "llama") if kind in path.stem), "mistral")
+        base = tiny_base(kind, tmp_path / "base", tokenizer)
+        if path.stem.endswith("128k"):  # goes on from a model that has fast weights and an inner lr of its own
+            model: Any = {"qwen3": Qwen3ForCausalLM, "llama": LlamaForCausalLM}[kind].from_pretrained(base)
+            inplace_ttt.attach(model, inplace_ttt.InPlaceTTTConfig(layers=(0,), chunk_size=16, lr=0.07))
+            inplace_ttt.save_pretrained(model, tmp_path / "stage1", tokenizer=tokenizer)
+            base = tmp_path / "stage1"
+        small += [f"model.base={base}", "tokenizer={}"]
+    recipe = load_recipe(path, small)
+    assert recipe.optimizer.lr == float(raw["optimizer"]["lr"])
+    record = train(recipe)
+    assert len(record["curve"]) == 3
+    assert all(entry["loss"] > 0 for entry in record["curve"])
+    saved = tmp_path / "run" / "model"
+    if raw["ttt"] is not None:
+        trained = inplace_ttt.from_pretrained(saved)
+        settings = inplace_ttt.fast_settings(trained)
+        assert settings["lr"] == 0.07 if path.stem.endswith("128k") else settings["lr"] > 0
+        if path.stem.endswith("128k"):
+            assert trained.config.rope_parameters["rope_type"] == "yarn"
+
+
+@pytest.mark.parametrize("trainable", ["adapter", "adapter_and_projections"])
+def test_adapter_only_leaves_the_base_alone(values: dict[str, Any], tmp_path: Path, trainable: str) -> None:
+    base = tiny_base("mistral", tmp_path / "base", prepare(make_recipe(values)).tokenizer)
+    values |= {"model": {"base": str(base)}, "tokenizer": {}, "ttt": TTT | {"layers": [0]}, "trainable": trainable}
+    recipe = make_recipe(values)
+    trainer, _ = _trainer(recipe, prepare(recipe), tmp_path / "c")
+    model: Any = trainer.model
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer.train()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(before[name], p)}
+    added = {"model.layers.0.mlp.ttt_conv.weight", "model.layers.0.mlp.ttt_proj.weight"}
+    assert changed == added | ({"model.layers.0.mlp.down_proj.weight"} if trainable != "adapter" else set())
+
+
+def test_kill_and_resume_gives_the_same_losses(values: dict[str, Any], tmp_path: Path) -> None:
+    values |= {"ttt": TTT, "steps": 40, "save_every": 3, "ttt_lr_warmup_steps": 5, "gradient_accumulation": 2}
+    whole = train(make_recipe(values))
+    killed = values | {"output": str(tmp_path / "killed")}
+    process = subprocess.Popen([sys.executable, *command(killed, tmp_path)], env=ENVIRONMENT)
+    deadline = time.monotonic() + 120
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    while len(list(checkpoints.glob("checkpoint-*/complete"))) < 1 and time.monotonic() < deadline:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "run.json").exists()
+    resumed = train(make_recipe(killed), resume=True)
+    assert curve(resumed) == curve(whole)
+
+
+def test_two_processes_equal_one(values: dict[str, Any], tmp_path: Path) -> None:
+    values |= {"ttt": TTT, "steps": 4, "batch_size": 2}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    two = values | {"output": str(tmp_path / "two"), "parallel": {"data": 2}}
+    done = subprocess.run(
+        [*launch, *command(two, tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("step      4") == 1, "one process speaks"
+    record = json.loads((tmp_path / "two" / "run.json").read_text())
+    one = train(make_recipe(values))
+    assert record["tokens_seen"] == one["tokens_seen"]
+    for a, b in zip(curve(record), curve(one), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_accumulated_steps_equal_one_large_batch(values: dict[str, Any], tmp_path: Path) -> None:
+    """With packed rows, whose numbers of predicted tokens differ."""
+    losses, order = [], None
+    for batch, accumulated in ((4, 1), (1, 4)):
+        changes = {"batch_size": batch, "gradient_accumulation": accumulated, "steps": 3, "ttt": TTT}
+        recipe = make_recipe(values | changes | {"sequence_length": 1000})
+        trainer, rows = _trainer(recipe, prepare(recipe), tmp_path / str(batch))
+        rows.plan = order = order or rows.plan
+        trainer.train()
+        losses.append([(e["loss"], e["grad_norm"]) for e in trainer.state.log_history if "loss" in e])
+    assert order is not None
+    assert any(len(row) > 1 for row in order), "some rows hold several documents"
+    for a, b in zip(*losses, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_packed_equals_separate_with_gradients(implementation: str) -> None:
+    model = MistralForCausalLM._from_config(MistralConfig(**SHAPE), attn_implementation=implementation).double()
+    inplace_ttt.attach(model, inplace_ttt.InPlaceTTTConfig(**TTT))
+    for name, parameter in model.named_parameters():
+        if "ttt_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    lengths = (50, 33, 16)
+    ids = torch.randint(0, 300, (1, sum(lengths)))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+
+    def total(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum")
+
+    def losses(packed: bool) -> torch.Tensor:
+        loss, at = torch.zeros((), dtype=torch.float64), 0
+        logits = model(ids, position_ids=positions, use_cache=False).logits[0] if packed else None
+        for n in lengths:
+            part = ids[:, at : at + n]
+            out = logits[at : at + n] if logits is not None else model(part, use_cache=False).logits[0]
+            loss = loss + total(out, part[0])
+            at += n
+        return loss
+
+    results = [losses(packed) for packed in (True, False)]
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in results]
+    torch.testing.assert_close(*results)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("chunk_size", [16, 64])
+@pytest.mark.parametrize("width", [32, 96])
+@pytest.mark.parametrize("target", ["input_embed", "hidden_states"])
+def test_one_relative_update_fits_every_target_width_and_chunk(target: str, width: int, chunk_size: int) -> None:
+    model = MistralForCausalLM(MistralConfig(**SHAPE | {"hidden_size": width, "intermediate_size": 2 * width}))
+    config = inplace_ttt.InPlaceTTTConfig(layers="0::1", chunk_size=chunk_size, target=target)
+    inplace_ttt.attach(model, config)
+    row = {"input_ids": torch.randint(0, 300, (1, 200))}
+    lr = fitting_lr(model, row, 3e-3)
+    with torch.no_grad():  # what the probe stands for, as the model itself then sees it
+        for layer in model.model.layers:
+            layer.mlp.ttt_conv.weight.fill_(1 / 5)
+    sizes = [lr * size for size in update_sizes(model, row).values()]
+    assert (sizes[0] * sizes[1]) ** 0.5 == pytest.approx(3e-3, rel=0.06)
+
+
+def test_out_of_memory_is_said_plainly(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from inplace_ttt.train.trainer import PackedTrainer
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(PackedTrainer, "training_step", full)
+    with pytest.raises(UserError, match=r"out of memory: set activation_checkpointing: true, or batch_size below 2"):
+        train(make_recipe(values))
+
+
+def test_activation_checkpointing_and_tensorboard(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    plain = train(make_recipe(values | {"ttt": TTT}))
+    changes = {"output": str(tmp_path / "b"), "ttt": TTT, "activation_checkpointing": True}
+    checkpointed = train(make_recipe(values | changes | {"report_to": ["tensorboard"]}))
+    for a, b in zip(curve(plain), curve(checkpointed), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    assert list((tmp_path / "b").rglob("events.out.tfevents*"))
+
+
+def test_trl_trains_packed_rows(tmp_path: Path, values: dict[str, Any], corpus: Path) -> None:
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    tokenizer = prepare(make_recipe(values)).tokenizer
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    inplace_ttt.attach(model, inplace_ttt.InPlaceTTTConfig(**TTT))
+    texts = [json.loads(line)["text"][:600] for line in (corpus / "train.jsonl").read_text().splitlines()] * 2
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=2, max_length=128, packing=True,
+        report_to="none", use_cpu=True, bf16=False, logging_steps=1, learning_rate=5e-3, save_strategy="no",
+    )  # fmt: skip
+    data = datasets.Dataset.from_dict({"text": texts})
+    trainer = trl.SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert all(layer.mlp.ttt_conv.weight.abs().max() > 0 for layer in model.model.layers)
