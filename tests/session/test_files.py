@@ -240,6 +240,18 @@ class TestAtomic:
         assert saved.read_bytes() == before
         assert os.listdir(saved.parent) == [saved.name]
 
+    def test_what_the_writer_leaves_beside_its_file_goes_too(self, saved, monkeypatch):
+        """safetensors writes into a file of its own first, which stays where it is broken off."""
+
+        def torn(tensors, name, metadata):
+            (Path(name).parent / ".tmpX").touch()
+            raise OSError("disk full")
+
+        monkeypatch.setattr(files, "save_file", torn)
+        with pytest.raises(OSError, match="disk full"):
+            session().save(saved)
+        assert os.listdir(saved.parent) == [saved.name]
+
     def test_kill_at_any_moment_leaves_a_whole_file(self, tmp_path):
         path = tmp_path / "a.session"
         script = (
@@ -266,6 +278,8 @@ class TestAtomic:
         child.wait()
         s = Session.load(path, tiny("llama"), tokenizer())
         (tmp_path / f".a.session.{child.pid}.x.part").touch()
+        (tmp_path / f".a.session.{child.pid}.y.part").mkdir()
+        (tmp_path / f".a.session.{child.pid}.y.part" / ".tmpX").touch()
         (tmp_path / f".a.session.{os.getppid()}.x.part").touch()
         s.save(path)
         (tmp_path / f".a.session.{os.getppid()}.x.part").unlink()  # another's, still at it: not ours to delete

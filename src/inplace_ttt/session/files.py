@@ -9,6 +9,7 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -68,18 +69,17 @@ def write(target: Path, tensors: Mapping[str, Tensor], header: dict[str, Any]) -
     metadata = {"format": FORMAT, "version": str(VERSION), "header": text, "digest": _digest(text, tensors)}
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_remains(target)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.{os.getpid()}.", suffix=".part", dir=target.parent)
-    os.close(handle)
+    # A directory of our own: safetensors writes into another file first, which a killed process leaves behind.
+    folder = tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}.", suffix=".part", dir=target.parent)
+    name = os.path.join(folder, target.name)
     try:
         save_file(dict(tensors), name, metadata=metadata)
         with open(name, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, target)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     _sync_directory(target.parent)
 
 
@@ -102,7 +102,7 @@ def _remove_remains(target: Path) -> None:
     for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
         owner = part.name.removeprefix(f".{target.name}.").split(".")[0]
         if owner.isdecimal() and not _alive(int(owner)):
-            part.unlink(missing_ok=True)
+            shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
 
 
 def _alive(pid: int) -> bool:
