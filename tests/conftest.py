@@ -1,12 +1,15 @@
 """Shared helpers. Tests that need data outside the repository skip with a reason where it is missing."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from locations import SHARED
 
+# Tests run side by side, one to a core, and so do the processes that they start.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

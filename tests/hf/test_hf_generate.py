@@ -4,7 +4,7 @@ import pytest
 import torch
 from contract.families import TARGETS, C, adapted, logits, padded, tokens
 from torch.testing import assert_close
-from transformers import CompileConfig, GenerationConfig, set_seed
+from transformers import set_seed
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import inplace_ttt as ittt
@@ -191,15 +191,3 @@ def test_set_lr_and_updates_off_reach_generation():
     ittt.set_lr(model, 0.03)
     assert torch.equal(greedy(model, prompt), on)
     assert not torch.equal(on, off)
-
-
-def test_generation_is_not_compiled_behind_our_back():
-    """transformers compiles decoding with a static cache by itself (where it would pay, or where it is told to)."""
-    model = adapted("llama")
-    settings = GenerationConfig(compile_config=CompileConfig(backend="eager"))
-    settings.compile_config._compile_all_devices = True
-    cache = StaticCache(config=model.config, max_cache_len=8)
-    given = {"past_key_values": cache, "cache": cache}  # transformers' older name and its newer one
-    assert model._valid_auto_compile_criteria(given, settings) is False
-    ittt.detach(model)
-    assert model._valid_auto_compile_criteria(given, settings) is True

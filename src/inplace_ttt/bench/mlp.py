@@ -189,3 +189,15 @@ def measure(
                 f"C {C}, {found['results'][-1]['pass']}: ours {row['ours']:.3f}, materialised {row['materialised']:.3f}"
             )
     return found
+
+
+def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows to print."""
+    rows = []
+    for row in record["results"]:
+        ratio, peaks = row["over_no_ttt"], row["peak_bytes"]
+        known = peaks["ours"] is not None
+        memory = [f"{peaks[k] / peaks['no TTT']:.2f}" if known else "" for k in ("ours", "materialised")]
+        cells = [f"{row['seconds']['no TTT'] * 1000:.2f}", f"{ratio['ours']:.3f}", f"{ratio['materialised']:.3f}"]
+        rows.append([str(row["chunk_size"]), row["pass"], *cells, f"{row['limit']:.2f}", *memory])
+    return ["chunk", "pass", "no TTT (ms)", "ours", "materialised", "limit", "peak ours", "materialised"], rows

@@ -1,5 +1,6 @@
 """A whole model reads a long prompt: time and memory with fast weights over without."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,18 @@ def build(shape: str, layers: str, C: int, window: int | None, device: torch.dev
     return model
 
 
+def plain_twin(model: Any) -> Any:
+    """The same model without fast weights; it shares the weights."""
+    config = copy.deepcopy(model.config)
+    del config.inplace_ttt
+    with torch.device("meta"):
+        twin = type(model)(config)
+    weights = {name: x for name, x in model.state_dict().items() if ".ttt_" not in name}
+    twin.load_state_dict(weights, assign=True)
+    twin.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)  # its buffers are not in the state
+    return twin.eval()
+
+
 def measure(
     shape: str, lengths: list[int], C: int, device: torch.device, dtype: torch.dtype,
     *, layers: str = "0::6", window: int | None = None, rounds: int = 3, log: Callable[[str], None],
@@ -68,3 +81,14 @@ def measure(
         more = "" if extra is None else f", {extra / 2**30:+.2f} GiB at the peak"
         log(f"{T:,} tokens: no TTT {times['no TTT']:.3f} s, ours {100 * (over - 1):+.1f}%{more}")
     return found
+
+
+def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows to print."""
+    rows = []
+    for row in record["results"]:
+        peaks = row["peak_bytes"]
+        extra = "" if peaks["ours"] is None else f"{(peaks['ours'] - peaks['no TTT']) / 2**30:+.2f}"
+        ours = f"{100 * (row['over_no_ttt'] - 1):+.1f}%"
+        rows.append([f"{row['tokens']:,}", f"{row['seconds']['no TTT']:.3f}", ours, extra])
+    return ["tokens", "no TTT (s)", "ours", "extra peak (GiB)"], rows

@@ -16,6 +16,9 @@ class Subject(StrEnum):
 
     mlp = "mlp"
     prefill = "prefill"
+    decode = "decode"
+    train = "train"
+    stream = "stream"
 
 
 DEFAULTS = {
@@ -23,45 +26,70 @@ DEFAULTS = {
     (Subject.mlp, False): ("1024", "64"),
     (Subject.prefill, True): ("8192,32768,131072", "1024"),
     (Subject.prefill, False): ("512,1024", "64"),
+    (Subject.decode, True): ("2048", "1024"),
+    (Subject.decode, False): ("64", "32"),
+    (Subject.train, True): ("32768", "1024"),
+    (Subject.train, False): ("256", "64"),
+    (Subject.stream, True): ("1000000", "1024"),
+    (Subject.stream, False): ("20000", "64"),
 }
 """Lengths and chunk sizes by what is measured, and whether there is a GPU."""
 
 
 def bench(
-    subject: Annotated[Subject, typer.Argument(help="mlp: one block; prefill: a whole model reads a prompt.")],
+    subject: Annotated[
+        Subject,
+        typer.Argument(
+            help="mlp: one block; prefill: a whole model reads a prompt; decode: it writes; train: a training step; "
+            "stream: a session reads without end."
+        ),
+    ],
     tokens: Annotated[
-        str | None, typer.Option(help="Lengths in tokens, separated by commas (mlp: one).", show_default=False)
+        str | None,
+        typer.Option(help="Lengths, separated by commas (mlp: one; decode: the prompt's).", show_default=False),
     ] = None,
     chunks: Annotated[
-        str | None, typer.Option(help="Chunk sizes, separated by commas (prefill: one).", show_default=False)
+        str | None, typer.Option(help="Chunk sizes, separated by commas (only mlp: several).", show_default=False)
     ] = None,
     shape: Annotated[
-        str | None, typer.Option(help="tiny, 0.6b or 4b (Qwen3's). Left out: 4b on a GPU.", show_default=False)
+        str | None,
+        typer.Option(help="tiny, 0.6b or 4b (Qwen3's). Left out: 4b on a GPU, 0.6b to stream.", show_default=False),
     ] = None,
-    window: Annotated[int | None, typer.Option(help="prefill: attention window; left out: full attention.")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="prefill, stream: attention window; left out: full attention, 1024 to stream.")
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Interleaved runs; medians are printed.", min=1)] = 7,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda. Left out: the GPU if there is one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the record to this JSON file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="prefill: also draw throughput and memory to this file.")] = None,
 ) -> None:
     """Time fast weights beside no TTT, the materialised formula and the arithmetic limit, as ratios of one run.
 
-    The block's outputs and gradients are checked against float64 first; no speed is printed of wrong results.
+    What the block and the decoding steps compute is checked first; no speed is printed of wrong results.
     """
     import torch
     from rich.console import Console
     from rich.table import Table
 
-    from ..bench import mlp, prefill
+    from ..bench import decode, mlp, plots, prefill, stream, train
     from ..train.report import git_commit, hardware, versions
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     gpu = place.type == "cuda"
-    shape = shape or ("4b" if gpu else "tiny")
+    shape = shape or (("0.6b" if subject == Subject.stream else "4b") if gpu else "tiny")
     if shape not in prefill.SHAPES:
         raise UserError(f"--shape {shape}: choose one of {', '.join(prefill.SHAPES)}")
+    if plot is not None and subject != Subject.prefill:
+        raise UserError("--plot: only for prefill")
+    if window is not None and subject not in (Subject.prefill, Subject.stream):
+        raise UserError("--window: only for prefill and stream")
     dtype = torch.bfloat16 if gpu else torch.float32
     lengths = _numbers("--tokens", tokens or DEFAULTS[subject, gpu][0])
     sizes = _numbers("--chunks", chunks or DEFAULTS[subject, gpu][1])
+    if subject != Subject.mlp and len(sizes) > 1:
+        raise UserError(f"--chunks: {subject} takes one chunk size")
+    if subject in (Subject.mlp, Subject.decode) and len(lengths) > 1:
+        raise UserError(f"--tokens: {subject} takes one length")
     log, console = Console(stderr=True), Console(highlight=False)
 
     def say(line: str) -> None:
@@ -71,36 +99,35 @@ def bench(
         "subject": str(subject), "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": git_commit(),
         "hardware": hardware(), "versions": versions(), "rounds": rounds,
     }  # fmt: skip
-    table = Table(title=f"{subject} on {record['hardware'].get('gpus', [record['hardware']['cpu']])[0]}")
+    C, where = sizes[0], (place, dtype)
     if subject == Subject.mlp:
         known = prefill.SHAPES[shape]
         size = mlp.Shape(known["hidden_size"], known["intermediate_size"], lengths[0])
         if any(size.tokens % C or size.tokens < 2 * C for C in sizes):
             raise UserError(f"--tokens {size.tokens}: take a multiple, at least twofold, of every chunk size")
-        record |= mlp.measure(size, sizes, place, dtype, rounds=rounds, log=say)
-        for name in ("chunk", "pass", "no TTT (ms)", "ours", "materialised", "limit", "peak ours", "materialised"):
-            table.add_column(name, justify="right")
-        for row in record["results"]:
-            ratio, peaks = row["over_no_ttt"], row["peak_bytes"]
-            memory = ["", ""] if not gpu else [f"{peaks[k] / peaks['no TTT']:.2f}" for k in ("ours", "materialised")]
-            cells = [f"{row['seconds']['no TTT'] * 1000:.2f}", f"{ratio['ours']:.3f}", f"{ratio['materialised']:.3f}"]
-            table.add_row(str(row["chunk_size"]), row["pass"], *cells, f"{row['limit']:.2f}", *memory)
+        record |= mlp.measure(size, sizes, *where, rounds=rounds, log=say)
+    elif subject == Subject.prefill:
+        record |= prefill.measure(shape, lengths, C, *where, window=window, rounds=rounds, log=say)
+    elif subject == Subject.decode:
+        record |= decode.measure(shape, lengths[0], C, *where, rounds=rounds, log=say)
+    elif subject == Subject.train:
+        record |= train.measure(shape, lengths, C, *where, rounds=rounds, log=say)
     else:
-        if len(sizes) > 1:
-            raise UserError("--chunks: prefill takes one chunk size")
-        record |= prefill.measure(shape, lengths, sizes[0], place, dtype, window=window, rounds=rounds, log=say)
-        for name in ("tokens", "no TTT (s)", "ours", "extra peak (GiB)"):
-            table.add_column(name, justify="right")
-        for row in record["results"]:
-            peaks = row["peak_bytes"]
-            extra = f"{(peaks['ours'] - peaks['no TTT']) / 2**30:+.2f}" if gpu else ""
-            ours = f"{100 * (row['over_no_ttt'] - 1):+.1f}%"
-            table.add_row(f"{row['tokens']:,}", f"{row['seconds']['no TTT']:.3f}", ours, extra)
+        record |= stream.measure(shape, lengths, C, *where, window=window or 1024, log=say)
+    modules: dict[str, Any] = {"mlp": mlp, "prefill": prefill, "decode": decode, "train": train, "stream": stream}
+    columns, rows = modules[subject].table(record)
+    table = Table(title=f"{subject} on {record['hardware'].get('gpus', [record['hardware']['cpu']])[0]}")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
     print(json.dumps(record))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if plot is not None:
+        plots.prefill([record], plot)
 
 
 def _numbers(option: str, text: str) -> list[int]:

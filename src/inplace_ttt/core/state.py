@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .chunks import ChunkTable
+from .decoding import StepBuffers
 from .factors import HeldState, completed
 from .scan import clip_factor, outer
 from .target import chunked
@@ -41,6 +42,8 @@ class FastWeights(HeldState):
         self.kept: tuple[int, ...] = (0,) * rows
         self.real: Tensor | None = None
         self.fed = 0
+        self.steps: StepBuffers | None = None
+        """Where the pending tokens live while tokens come one at a time."""
 
     @property
     def updates(self) -> tuple[int, ...]:
@@ -49,7 +52,7 @@ class FastWeights(HeldState):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, all rows."""
+        """Bytes of the state, all rows (the folded weights, which can be made again, not counted)."""
         tensors = [self.S, self.left, self.right, self.z, self.u, *(self.history or ())]
         return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
@@ -92,8 +95,11 @@ class FastWeights(HeldState):
             old = torch.ones(self.rows, self.fed, dtype=torch.bool) if self.real is None else self.real
             new = torch.ones(self.rows, table.tokens, dtype=torch.bool) if table.real is None else table.real
             self.real = torch.cat([old, new], 1)[:, -(ROLLBACK_TOKENS + 2 * self.chunk_size) :]
-        self.fed = min(self.fed + table.tokens, ROLLBACK_TOKENS + 2 * self.chunk_size)
+        self._count_fed(table.tokens)
         self.seen = table.seen
+
+    def _count_fed(self, tokens: int) -> None:
+        self.fed = min(self.fed + tokens, ROLLBACK_TOKENS + 2 * self.chunk_size)
 
     def _set_pending(self, table: ChunkTable, z_BTF: Tensor, u_BTD: Tensor) -> None:
         if table.appends:
@@ -141,6 +147,54 @@ class FastWeights(HeldState):
         z, u, v = (x.gather(1, index.expand(-1, -1, x.shape[-1])) for x in both)
         self.history = (z, u, v)
 
+    # -- one token at a time --------------------------------------------------------------------------------------
+
+    @property
+    def can_step(self) -> bool:
+        """Whether the next token can be taken by a step: something was read, and S is dense."""
+        dense = self.S is not None or self.form == "dense"
+        return dense and self.z is not None and self.u is not None and self.z.shape[1] == self.chunk_size
+
+    def begin_step(self, weight_DF: Tensor | None, lr: float, always: bool) -> StepBuffers:
+        """The buffers of the next step, with all that was read before in them (``StepBuffers.fold`` has the rest)."""
+        assert self.z is not None
+        assert self.u is not None
+        if self.steps is None or not self.steps.fit(self, self.z, self.u):
+            self.steps = StepBuffers(self, self.z, self.u)
+        elif self.z is not self.steps.z or self.u is not self.steps.u:
+            self.steps.take(self.z, self.u)
+        self.z, self.u = self.steps.z, self.steps.u
+        self.steps.fold(self.S, weight_DF, lr, always)
+        return self.steps
+
+    def end_step(self) -> list[int]:
+        """Counts a step's token; the rows whose chunk it completed, for ``complete``."""
+        self.seen = tuple(n + 1 for n in self.seen)
+        if self.real is not None:
+            self.real = torch.nn.functional.pad(self.real, (0, 1), value=True)[
+                :, -(ROLLBACK_TOKENS + 2 * self.chunk_size) :
+            ]
+        self._count_fed(1)
+        return [b for b, n in enumerate(self.seen) if n % self.chunk_size == 0]
+
+    def complete(self, rows: list[int], v_BCD: Tensor, clip: Tensor | None) -> None:
+        """The full pending chunks of some rows, with targets v, change S: ``S <- (1 - decay) * S + clipped(dW)``."""
+        assert self.z is not None
+        assert self.u is not None
+        every = len(rows) == self.rows
+        z, v = (x if every else x[rows] for x in (self.z, v_BCD.to(self.z.dtype)))
+        dW = outer(v, z)
+        if clip is not None:
+            dW *= clip_factor(dW, clip)
+        if self.S is None:
+            self.S = dW if every else dW.new_zeros(self.rows, *dW.shape[1:]).index_copy_(0, _index(rows, dW), dW)
+        elif every:
+            self.S = dW.add_(self.S, alpha=1 - self.decay)
+        else:
+            dW.add_(self.S[rows], alpha=1 - self.decay)
+            self.S = self.S.index_copy(0, _index(rows, dW), dW)
+        self._remember([[0] if b in rows else [] for b in range(self.rows)], [], (self.z, self.u, v_BCD))
+
     # -- what a cache does to its rows ----------------------------------------------------------------------------
 
     def select(self, rows: Tensor | Sequence[int]) -> None:
@@ -186,14 +240,17 @@ class FastWeights(HeldState):
             new.real = _stack(reals, rows, side="left")
         return new
 
-    def reset(self) -> None:
-        """Forgets everything: the next token begins a document."""
+    def reset(self, keep_buffers: bool = False) -> None:
+        """Forgets everything: the next token begins a document. ``keep_buffers``: steps go on at the same addresses."""
+        steps = self.steps if keep_buffers else None
         self.__init__(self.rows, self.chunk_size, decay=self.decay, form=self.form)  # type: ignore[misc]
+        self.steps = steps
 
     def fork(self) -> "FastWeights":
         """An independent copy."""
         copy = FastWeights(self.rows, self.chunk_size, decay=self.decay, form=self.form)
         copy.__dict__.update(self.__dict__)
+        copy.steps = None
         copy._map(torch.clone)
         return copy
 
@@ -263,6 +320,10 @@ class FastWeights(HeldState):
             shifted.append(x)
         self.history = (shifted[0], shifted[1], shifted[2])
         self.kept = tuple(k - chunks if row == b else k for row, k in enumerate(self.kept))
+
+
+def _index(rows: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(rows, device=like.device)
 
 
 def _stack(parts: Sequence[Tensor | None], rows: Sequence[int], side: str = "right") -> Tensor | None:

@@ -37,7 +37,7 @@ class FastCacheLayer:
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
-        self.fast.reset()
+        self.fast.reset(keep_buffers=isinstance(self, cache_utils.StaticLayer))
         self.stale = False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

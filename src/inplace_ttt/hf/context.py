@@ -25,6 +25,7 @@ from .linear import FastWeight
 from .masks import real_tokens
 from .parallel_attention import SLICES, RowSlices, torch_cuts_rows
 from .parallel_projection import project_slice
+from .steps import Step, may_step
 from .tensor_parallel import is_split, local_input, replicated, summand
 
 CONTEXT = "inplace_ttt_context"
@@ -34,16 +35,19 @@ CLIP_SPLIT = "clip needs the norm of whole updates, which tensor parallelism spl
 class CallContext:
     """One forward call: the chunk table, each layer's cache slot, the settings of the moment, and the embeddings."""
 
-    def __init__(self, table: ChunkTable, slots: dict[int, FastCacheLayer], enabled: bool, lr: float) -> None:
+    def __init__(self, table: ChunkTable | None, slots: dict[int, FastCacheLayer], enabled: bool, lr: float) -> None:
         self.table, self.slots, self.enabled, self.lr = table, slots, enabled, lr
         self.grad = torch.is_grad_enabled()
         self.embeddings: Tensor | None = None
         self.slices: RowSlices | None = None
         """How the rows are cut over ranks (context parallelism)."""
         self.outer: CallContext | None = None
+        self.step: Step | None = None
+        """The call as a decoding step, which needs no table."""
         self._moved: dict[torch.device, ChunkTable] = {}
 
     def table_on(self, device: torch.device) -> ChunkTable:
+        assert self.table is not None
         if self.table.index is None:
             return self.table
         if device not in self._moved:
@@ -66,6 +70,9 @@ class Runtime:
         self.parameters = list(inspect.signature(model.base_model.forward).parameters)
         self.cache_name = "cache" if "cache" in self.parameters else "past_key_values"
         """transformers' name for the cache: the first from 5.24 on, in most families."""
+        self.model = model
+        self.vouched = False
+        """Whether the tokens of the next call are known to be real (``generate`` wrote them)."""
 
     @contextmanager
     def reading(self, config: InPlaceTTTConfig, form: Any = "dense") -> Iterator[None]:
@@ -90,7 +97,10 @@ class Runtime:
                 "torch.nn.DataParallel runs one model in several threads, which fast weights cannot follow: start one "
                 "process per device (torchrun, accelerate launch), or make a single device visible"
             )
-        context, cache = self._context(module, given)
+        vouched, self.vouched = self.vouched, False
+        step = Step.begin(self, given, vouched) if self.enabled and may_step(given) else None
+        context, cache = self._context(module, given) if step is None else (CallContext(None, {}, True, self.lr), None)
+        context.step = step
         context.outer, self.current = self.current, context
         if given.get("inputs_embeds") is not None:
             context.embeddings = given["inputs_embeds"]
@@ -111,8 +121,11 @@ class Runtime:
         return args, {k: v for k, v in kwargs.items() if k != CONTEXT}
 
     def after_model(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.current is not None:
-            self.current = self.current.outer
+        context = self.current
+        if context is not None:
+            self.current = context.outer
+            if context.step is not None and output is not None:
+                context.step.end()
 
     # -- one call -------------------------------------------------------------------------------------------------
 
@@ -137,8 +150,7 @@ class Runtime:
                 "this row is cut over processes, and the fast weights would start anew on each: call "
                 'inplace_ttt.hf.parallel.enable_context_parallel(model, mesh, attention="torch") first'
             )
-        running = self.model_config.num_hidden_layers  # early-exit drafting lowers it for a while
-        indices = [site.index for site in self.sites if site.index < running and site.index not in self.silent]
+        indices = [site.index for site in self.running_sites()]
         C, decay = self.config.chunk_size, self.config.decay
         slots = {} if cache is None else fast_layers(cache, indices, rows, C, decay, self.form)
         seen = next((slot.fast.seen for slot in slots.values()), None)
@@ -159,6 +171,11 @@ class Runtime:
         )
         return CallContext(table, slots, True, self.lr), cache
 
+    def running_sites(self) -> "list[LayerSite]":
+        """The layers that adapt at present."""
+        running = self.model_config.num_hidden_layers  # early-exit drafting lowers it for a while
+        return [site for site in self.sites if site.index < running and site.index not in self.silent]
+
     def _cache(self, module: nn.Module, given: dict[str, Any]) -> Cache | None:
         """The call's cache: the given one, or a new one where transformers would make one for later use."""
         cache, use_cache = given.get("past_key_values"), given.get("use_cache")
@@ -178,19 +195,44 @@ class Runtime:
     def overrides(self) -> dict[str, Callable[..., Any]]:
         """By the names under which they replace the model's own."""
         return {
-            "_valid_auto_compile_criteria": self.no_auto_compile,
+            "_valid_auto_compile_criteria": self.may_compile,
+            "prepare_inputs_for_generation": PrepareInputs(self),
             "init_continuous_batching": self.no_continuous_batching,
         }
 
-    def no_auto_compile(self, *args: Any, **kwargs: Any) -> bool:
-        """generate() compiles decoding with static caches by itself; fast weights change under it, so not here."""
-        return False
+    def may_compile(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        """generate() compiles decoding with static caches by itself: single steps, not pieces of a prompt."""
+        if getattr(generation_config, "prefill_chunk_size", None) is not None:
+            return False
+        model: Any = type(self.model)
+        found: bool = model._valid_auto_compile_criteria(self.model, model_kwargs, generation_config)
+        return found
 
     def no_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
             "continuous batching mixes requests in one row and names none of them, so fast weights cannot follow: "
             "call generate() instead"
         )
+
+
+class PrepareInputs:
+    """generate()'s own method. All that it feeds after the prompt are tokens, so their mask need not be looked at."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # by which transformers tells what a model understands
+        return inspect.signature(self._own)
+
+    @property
+    def _own(self) -> Any:
+        model: Any = self.runtime.model
+        return type(model).prepare_inputs_for_generation.__get__(model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.runtime.vouched = not kwargs.get("is_first_iteration", False)
+        return self._own(*args, **kwargs)
 
 
 class LayerSite:
@@ -228,6 +270,8 @@ class LayerSite:
             return plain(z)
         if context.slices is not None:
             return project_slice(self, module, z, plain, context.slices)
+        if context.step is not None:
+            return context.step.project(self.index, module, self.compute_dtype(z), self._source(context), plain)
         slot = context.slots.get(self.index)
         state = None if slot is None else slot.fast
         table = context.table_on(z.device)
@@ -236,12 +280,12 @@ class LayerSite:
         whole = z if is_split(z) else None
         if whole is not None:
             z = local_input(whole)
-        z, u = self._compute_dtype(z), self._source(context)
+        z, u = self.compute_dtype(z), self._source(context)
         past_z, past_u = (None, None) if state is None else state.past(table)
-        v = self._targets(u, past_u, table)
+        v = self.targets(u, past_u, table)
         if whole is not None and v is not None:
             v = replicated(v, whole)
-        clip = self._clip(module)
+        clip = self.clip(module)
         own = table if state is None else state.begin(table, z, v)
         keywords: dict[str, Any] = {
             "lr": context.lr,
@@ -284,7 +328,8 @@ class LayerSite:
             )
         return context.embeddings.to(self.mlp_input.device) if self.mlp_input is not None else context.embeddings
 
-    def _targets(self, u: Tensor, past_u: Tensor | None, table: ChunkTable) -> Tensor | None:
+    def targets(self, u: Tensor, past_u: Tensor | None, table: ChunkTable) -> Tensor | None:
+        """v of the chunks that update, as ``core.target`` gives it."""
         config = self.runtime.config
         conv, proj = getattr(self.mlp, "ttt_conv", None), getattr(self.mlp, "ttt_proj", None)
         return target(
@@ -297,7 +342,8 @@ class LayerSite:
             past_BPD=past_u,
         )
 
-    def _clip(self, module: nn.Module) -> Tensor | None:
+    def clip(self, module: nn.Module) -> Tensor | None:
+        """The largest norm of one chunk's update, 0-d."""
         config = self.runtime.config
         if config.clip is None:
             return None
@@ -311,7 +357,7 @@ class LayerSite:
         norm: Tensor = torch.linalg.vector_norm(weight.detach().float())
         return config.clip * norm
 
-    def _compute_dtype(self, z: Tensor) -> Tensor:
+    def compute_dtype(self, z: Tensor) -> Tensor:
         """z in the precision in which the projection's product is taken."""
         device = z.device.type
         if z.dtype == torch.float32 and torch.is_autocast_enabled(device):

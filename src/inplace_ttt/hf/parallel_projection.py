@@ -16,12 +16,12 @@ def project_slice(site: Any, module: Any, z_BTF: Tensor, plain: Callable[[Tensor
         raise UserError("context parallelism together with tensor parallelism is not supported")
     table = call.table_on(z_BTF.device)
     R, length = table.table.rows, table.table.tokens
-    z, u = site._compute_dtype(z_BTF), site._source(site.context)
+    z, u = site.compute_dtype(z_BTF), site._source(site.context)
     z, u = z.reshape(R, length, z.shape[-1]), u.reshape(R, length, u.shape[-1])
-    v = site._targets(u, None, table.table)
+    v = site.targets(u, None, table.table)
     if v is None:
         return plain(z_BTF)
-    keywords = {"lr": site.context.lr, "decay": site.runtime.config.decay, "clip": site._clip(module)}
+    keywords = {"lr": site.context.lr, "decay": site.runtime.config.decay, "clip": site.clip(module)}
     if getattr(module, "fuses", False):
         bias = None if module.bias is None else module.bias.to(z.dtype)
         out = scan_slice(z, v, module.weight.to(z.dtype), table, call.group, bias_D=bias, **keywords)

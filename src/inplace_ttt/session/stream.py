@@ -76,6 +76,7 @@ def copy_cache(cache: DynamicCache) -> DynamicCache:
 def _share(fast: FastWeights) -> FastWeights:
     twin = copy.copy(fast)
     twin.z, twin.u = (None if x is None else x.clone() for x in (fast.z, fast.u))
+    twin.steps = None
     return twin
 
 

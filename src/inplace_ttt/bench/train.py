@@ -1,0 +1,71 @@
+"""A training step of a whole model: forward, backward with activation checkpointing, and the optimizer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from ..hf.attach import updates_off
+from .prefill import build
+from .timing import interleaved, peak_bytes
+
+PIECE = 4096
+"""Tokens whose logits exist at once."""
+
+
+def loss_of(model: Any, ids_BT: Tensor) -> Tensor:
+    """Mean next-token loss, the logits made piece by piece and again in backward."""
+    hidden = model.model(ids_BT, use_cache=False).last_hidden_state[:, :-1]
+
+    def piece(h: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(model.lm_head(h).float().flatten(0, 1), labels.flatten(), reduction="sum")
+
+    pairs = zip(hidden.split(PIECE, 1), ids_BT[:, 1:].split(PIECE, 1), strict=True)
+    total: Tensor = sum(checkpoint(piece, h, labels, use_reentrant=False) for h, labels in pairs)
+    return total / ids_BT[:, 1:].numel()
+
+
+def measure(
+    shape: str, lengths: list[int], C: int, device: torch.device, dtype: torch.dtype,
+    *, layers: str = "0::6", rounds: int = 3, log: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Training steps of one row at each length; JSON-ready, seconds are medians of interleaved steps."""
+    model = build(shape, layers, C, None, device, dtype).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda")
+    found: dict[str, Any] = {"shape": shape, "layers": layers, "chunk_size": C, "results": []}
+    for T in lengths:
+        ids = torch.randint(0, model.config.vocab_size, (1, T), device=device)
+
+        def step(ids: Tensor = ids) -> None:
+            loss_of(model, ids).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        def off(step: Callable[[], None] = step) -> None:
+            with updates_off(model):
+                step()
+
+        runs: dict[str, Callable[[], Any]] = {"no TTT": off, "ours": step}
+        times = interleaved(runs, device, rounds=rounds, warmup=1)
+        peaks = {name: peak_bytes(run, device) for name, run in runs.items()}
+        speed = {name: T / seconds for name, seconds in times.items()}
+        share = speed["ours"] / speed["no TTT"]
+        found["results"].append(
+            {"tokens": T, "seconds": times, "tokens_per_second": speed, "peak_bytes": peaks, "of_no_ttt": share}
+        )
+        log(f"{T:,} tokens: {speed['no TTT']:,.0f} tokens/s without, {share:.3f} of it with fast weights")
+    return found
+
+
+def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows to print."""
+    rows = []
+    for row in record["results"]:
+        speed, peaks = row["tokens_per_second"], row["peak_bytes"]
+        memory = "" if peaks["ours"] is None else f"{peaks['ours'] / peaks['no TTT']:.3f}"
+        rows.append([f"{row['tokens']:,}", f"{speed['no TTT']:,.0f}", f"{row['of_no_ttt']:.3f}", memory])
+    return ["tokens", "no TTT (tokens/s)", "ours", "peak memory"], rows

@@ -1,0 +1,126 @@
+"""One token at a time: buffers at fixed addresses and one folded weight, so that every step is the same few kernels.
+
+Nothing on the device depends on where in its chunk a token is but a counter, so a step can be compiled or captured in
+a CUDA graph once and run for every token. What happens once per chunk (update, folding) happens between the steps.
+
+Shapes: B rows, C tokens of a chunk, D output width, F width of z.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+Key = tuple[object, ...]
+
+
+class StepBuffers:
+    """What one layer's steps read and write: pending z [B, C, F] and u [B, C, D], and the folded weight [B, D, F]."""
+
+    def __init__(self, owner: object, z_BCF: Tensor, u_BCD: Tensor) -> None:
+        self._owner = id(owner)
+        self.z, self.u = _fixed(z_BCF.clone()), _fixed(u_BCD.clone())
+        self.folded: Tensor | None = None
+        """``W0 + lr * S``, or per row ``lr * S`` where the slow product is taken apart; None while S = 0."""
+        self.fused = False
+        """Whether W0 is in ``folded``."""
+        self._key: Key | None = None
+
+    def fit(self, owner: object, z_BCF: Tensor, u_BCD: Tensor) -> bool:
+        """Whether pending tokens like these can live here; a copy of the owner needs buffers of its own."""
+        if self._owner != id(owner):
+            return False
+        pairs = ((self.z, z_BCF), (self.u, u_BCD))
+        alike = all(a.shape == b.shape and a.dtype == b.dtype and a.device == b.device for a, b in pairs)
+        return alike and not (self.z.is_inference() and not torch.is_inference_mode_enabled())
+
+    def take(self, z_BCF: Tensor, u_BCD: Tensor) -> None:
+        """Copies pending tokens that another kind of call left."""
+        self.z.copy_(z_BCF)
+        self.u.copy_(u_BCD)
+        self._key = None  # that call may have come with other weights
+
+    def fold(self, S_BDF: Tensor | None, weight_DF: Tensor | None, lr: float, always: bool) -> None:
+        """Makes ``folded`` what S, W0 (None: apart) and lr say, if it is not; sums in S's precision, rounds once.
+
+        ``always``: also while S = 0, so that a graph of the steps outlives the first update.
+        """
+        self.fused = weight_DF is not None
+        if S_BDF is None and not always:
+            self.folded, self._key = None, None
+            return
+        version = None if weight_DF is None or weight_DF.is_inference() else weight_DF._version
+        # The tensors are in the key themselves: while they are, nothing else has their address.
+        key = (S_BDF, weight_DF, None if weight_DF is None else weight_DF.data_ptr(), version, lr)
+        if self._key is not None and _same(self._key, key):
+            return
+        shape = (len(self.z), self.u.shape[2], self.z.shape[2])
+        if self.folded is None or (self.folded.is_inference() and not torch.is_inference_mode_enabled()):
+            self.folded = _fixed(self.z.new_empty(shape))
+        for b, into in enumerate(self.folded):
+            if S_BDF is None:
+                into.zero_() if weight_DF is None else into.copy_(weight_DF)
+            elif weight_DF is None:
+                torch.mul(S_BDF[b], lr, out=into)
+            else:
+                torch.add(weight_DF, S_BDF[b], alpha=lr, out=into)
+        self._key = key
+
+    def step(
+        self, z_B1F: Tensor, u_B1D: Tensor, where_B: Tensor, plain: Callable[[Tensor], Tensor], bias_D: Tensor | None
+    ) -> Tensor:
+        """Keeps one token of every row at flat positions ``where``, b * C + pending; the output [B, 1, D].
+
+        ``plain``: the slow product, bias included; ``bias`` apart, for where W0 is folded in.
+        """
+        for buffer, x in ((self.z, z_B1F), (self.u, u_B1D)):
+            buffer.view(-1, buffer.shape[2]).index_copy_(0, where_B, x[:, 0].to(buffer.dtype))
+        if self.folded is None:
+            return plain(z_B1F)
+        z = z_B1F.to(self.folded.dtype)
+        if self.fused:  # the same product as without fast weights
+            return linear(z, self.folded[0], bias_D)
+        return plain(z_B1F) + torch.bmm(z, self.folded.mT)
+
+
+class StepClock:
+    """Where the next token of every row goes, on each device, and on the host what the devices hold."""
+
+    def __init__(self) -> None:
+        self._at: tuple[int, ...] | None = None
+        self._where: dict[torch.device, Tensor] = {}
+
+    def set(self, pending: tuple[int, ...], C: int, devices: set[torch.device]) -> dict[torch.device, Tensor]:
+        """Flat positions [B] by device; copied there only where they are not what the last step left."""
+        at = tuple(b * C + n for b, n in enumerate(pending))
+        stale = self._at != at
+        for device in devices:
+            held = self._where.get(device)
+            if (
+                held is None
+                or held.shape[0] != len(at)
+                or (held.is_inference() and not torch.is_inference_mode_enabled())
+            ):
+                self._where[device] = _fixed(torch.tensor(at, device=device))
+            elif stale:
+                held.copy_(torch.tensor(at))
+        self._at = at
+        return {device: self._where[device] for device in devices}
+
+    def tick(self) -> None:
+        """One token of every row was taken."""
+        if self._at is not None:
+            self._at = tuple(n + 1 for n in self._at)
+            for where in self._where.values():
+                where.add_(1)
+
+
+def _same(a: Key, b: Key) -> bool:
+    return all(x is y or (not isinstance(x, Tensor) and x == y) for x, y in zip(a, b, strict=True))
+
+
+def _fixed(x: Tensor) -> Tensor:
+    """Tells compiled code that the tensor stays where it is, so that CUDA graphs may write into it."""
+    torch._dynamo.mark_static_address(x)
+    return x
