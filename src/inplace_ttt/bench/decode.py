@@ -50,7 +50,7 @@ def compiled(model: Any, device: torch.device) -> Any:
 def differs(model: Any, step: Any, cache: Cache, ids: Tensor, prompt: int) -> float:
     """Relative difference between the logits of single steps and those of one pass."""
     decoding = Decoding(model, step, cache, ids[:, :prompt])
-    got = torch.cat([decoding.feed(token) for token in ids[:, prompt:].split(1, 1)], 1).double()
+    got = torch.cat([decoding.feed(token).clone() for token in ids[:, prompt:].split(1, 1)], 1).double()
     want = model(ids, use_cache=False).logits[:, prompt:].double()
     return ((got - want).norm() / want.norm()).item()
 
