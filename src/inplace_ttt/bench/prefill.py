@@ -9,6 +9,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from ..config import InPlaceTTTConfig
 from ..hf.attach import attach, updates_off
+from ..train.attention import choose_attention
 from .timing import interleaved, peak_bytes
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -60,7 +61,10 @@ def measure(
 ) -> dict[str, Any]:  # fmt: skip
     """Prefill of one row at each length with a cache; JSON-ready, seconds are medians of interleaved runs."""
     model = build(shape, layers, C, window, device, dtype)
+    if window is not None:  # a dense mask of a long prompt would be larger than the model
+        model.set_attn_implementation(choose_attention("auto", device))
     found: dict[str, Any] = {"shape": shape, "layers": layers, "chunk_size": C, "window": window, "results": []}
+    found["attention"] = model.config._attn_implementation
     for T in lengths:
         ids = torch.randint(0, SHAPES[shape]["vocab_size"], (1, T), device=device)
 
