@@ -117,6 +117,15 @@ def test_logs_the_losses_of_one_process(name: str, results: dict[str, Any]) -> N
     assert abs(losses(expected, "eval_text")[6] - losses(expected, "eval_text_off")[6]) > 1e-3, "updates do nothing"
 
 
+def test_logs_the_sizes_of_the_fast_weights(results: dict[str, Any]) -> None:
+    for key in ("update_norm/layer_0", "update_norm/layer_1", "state_norm/layer_0", "state_norm/layer_1"):
+        expected = losses(results["alone"], key)
+        assert len(expected) == 6
+        assert losses(results["shard"], key) == pytest.approx(expected, rel=1e-3)
+        assert len(losses(results["context"], key)) == (6 if key.startswith("update") else 0)
+        assert not losses(results["tensor"], key)
+
+
 def test_mixed_precision_learns_alike(results: dict[str, Any]) -> None:
     assert losses(results["bf16"])[6] == pytest.approx(losses(results["alone"])[6], abs=0.05)
 

@@ -123,7 +123,8 @@ class Recipe:
     processes (and checkpoints that any number of them can go on from).
     ``ttt_relative_update`` chooses the inner learning rate from measured sizes (see `inplace_ttt.train.inner_lr`).
     ``trainable``: everything, or the base frozen and only the convolution and projection of the targets trained
-    ("adapter"), optionally with the adapting projections. ``report_to``: tensorboard, wandb.
+    ("adapter"), optionally with the adapting projections. ``report_to``: tensorboard, wandb. ``peak_tflops``: of one
+    device, for the log's MFU; left out: that of known GPUs.
     """
 
     name: str
@@ -140,6 +141,7 @@ class Recipe:
     trainable: Literal["all", "adapter", "adapter_and_projections"] = "all"
     activation_checkpointing: bool = False
     report_to: tuple[str, ...] = ()
+    peak_tflops: float | None = None
     batch_size: int = 1
     gradient_accumulation: int = 1
     precision: Literal["bf16", "fp32"] = "fp32"

@@ -59,6 +59,8 @@ def _check_numbers(recipe: "Recipe") -> None:
         for name, value in settings.items():
             if not value >= smallest:
                 raise RecipeError(f"{name}: {value} is too small, it must be at least {smallest}")
+    if recipe.peak_tflops is not None and not recipe.peak_tflops > 0:
+        raise RecipeError(f"peak_tflops: {recipe.peak_tflops} must be above 0 (989: an H100 in bf16)")
     if not 0 < optimizer.lr < 1:
         raise RecipeError(f"optimizer.lr: {optimizer.lr} must lie between 0 and 1")
     if optimizer.min_lr_ratio and optimizer.schedule != "cosine":
