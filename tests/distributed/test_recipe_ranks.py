@@ -120,10 +120,10 @@ def test_logs_the_losses_of_one_process(name: str, results: dict[str, Any]) -> N
 def test_logs_the_sizes_of_the_fast_weights(results: dict[str, Any]) -> None:
     for key in ("update_norm/layer_0", "update_norm/layer_1", "state_norm/layer_0", "state_norm/layer_1"):
         expected = losses(results["alone"], key)
-        assert len(expected) == 6
+        assert [step for step, value in expected.items() if value == 0] == [1, 2]  # the convolution starts at zero
         assert losses(results["shard"], key) == pytest.approx(expected, rel=1e-3)
         assert len(losses(results["context"], key)) == (6 if key.startswith("update") else 0)
-        assert not losses(results["tensor"], key)
+        assert max(losses(results["tensor"], key)) == 3, "of the run in one process that it goes on from"
 
 
 def test_mixed_precision_learns_alike(results: dict[str, Any]) -> None:

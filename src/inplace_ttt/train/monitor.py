@@ -56,10 +56,12 @@ class FastWeightMonitor(TrainerCallback):
 
     def entries(self) -> dict[str, float]:
         """Of the step that just ended; nothing when it was not watched."""
-        found = {f"update_norm/layer_{n}": s.lr * float(s.updates.median()) for n, s in sorted(self._sizes.items())}
+        found: dict[str, float] = {}
         for layer, sizes in sorted(self._sizes.items()):
+            lr = 0.0 if sizes.probed else sizes.lr  # the log tells of what happened, the probe is for the check alone
+            found[f"update_norm/layer_{layer}"] = lr * float(sizes.updates.median())
             if sizes.state is not None:
-                found[f"state_norm/layer_{layer}"] = sizes.lr * float(sizes.state)
+                found[f"state_norm/layer_{layer}"] = lr * float(sizes.state)
         return found
 
     def _odd(self, first: bool) -> str | None:

@@ -29,6 +29,8 @@ class Sizes:
     """``||dW||_F / ||W0||_F`` of each complete chunk, before clipping, float32 [chunks]."""
     state: Tensor | None
     """The largest ``||S||_F / ||W0||_F`` that a token of the row was read with, float32 []; None: not measured."""
+    probed: bool
+    """Whether the average tap was taken for a convolution that is zero: the call's own updates were zero then."""
 
 
 @contextmanager
@@ -79,8 +81,9 @@ def _row_sizes(site: Any, module: Any, z: Tensor, u: Tensor, probe: bool, states
     table = _first_row(table)
     conv, proj = getattr(site.mlp, "ttt_conv", None), getattr(site.mlp, "ttt_proj", None)
     kappa = None if conv is None else conv.weight[:, 0].float()
+    probed = False
     if probe and kappa is not None and not kappa.any():
-        kappa = torch.full_like(kappa, 1 / kappa.shape[1])
+        probed, kappa = True, torch.full_like(kappa, 1 / kappa.shape[1])
     there = table.to(z.device)
     v = target(
         u[:1].float(),
@@ -108,7 +111,8 @@ def _row_sizes(site: Any, module: Any, z: Tensor, u: Tensor, probe: bool, states
             sizes.append(torch.linalg.vector_norm(S))
     if not updates:
         return None
-    return Sizes(context.lr, torch.stack(updates) / weight, torch.stack(sizes).max() / weight if states else None)
+    state = torch.stack(sizes).max() / weight if states else None
+    return Sizes(context.lr, torch.stack(updates) / weight, state, probed)
 
 
 def _first_row(table: ChunkTable) -> ChunkTable:
