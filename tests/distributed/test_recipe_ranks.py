@@ -14,6 +14,8 @@ from spawn import free_port, run_ranks
 from inplace_ttt.errors import UserError
 from inplace_ttt.train.recipe import make_recipe
 
+pytestmark = pytest.mark.xdist_group("processes")  # one launcher serves them all
+
 C = 16
 
 
