@@ -1,8 +1,10 @@
 """Tokenised documents -> rows of exactly ``sequence_length`` tokens.
 
-A document longer than a row is cut into row-long pieces, each a document of its own. What is left over at both ends is
-packed with other leftovers, best fit first. Where the first cut falls changes from epoch to epoch. Nothing predicts
-across a boundary: ``position_ids`` restart at 0 at every document and its first token has no label.
+A document longer than a row is cut into row-long pieces, each a document of its own. Cuts fall on multiples of ``cut``
+tokens of the document: with the chunk size, every piece starts a chunk of the whole document, and the piece's chunks
+are those that it would have there. What is left over at both ends is packed with other leftovers, best fit first. Where
+the first cut falls changes from epoch to epoch. Nothing predicts across a boundary: ``position_ids`` restart at 0 at
+every document and its first token has no label.
 """
 
 import bisect
@@ -82,27 +84,30 @@ Row = tuple[Piece, ...]
 
 
 def plan_rows(
-    offsets: np.ndarray, sequence_length: int, seed: int, epoch: int, group: int = 1, align: int = 1
+    offsets: np.ndarray, sequence_length: int, seed: int, epoch: int, group: int = 1, align: int = 1, cut: int = 1
 ) -> tuple[list[Row], int]:
     """Rows of one epoch in training order, and how many of their tokens are padding.
 
-    Depends on these arguments only. Rows of one piece and rows of several are shuffled
+    Depends on these arguments only. Where ``sequence_length`` is no multiple of ``cut``, a row-long piece ends at the
+    last multiple before it. Rows of one piece and rows of several are shuffled
     apart and dealt in groups of ``group`` rows: a batch of undivided rows needs no document masks, which is faster.
     """
     generator = np.random.default_rng([seed, epoch])
     whole: list[Row] = []
     leftovers: list[Piece] = []
+    full = sequence_length // cut * cut
     for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-        rows, rest = divmod(end - start, sequence_length)
-        head = int(generator.integers(0, rest + 1)) if rows else rest
+        length = end - start
+        rows, rest = divmod(length, full) if length > sequence_length or length == full else (0, length)
+        head = cut * int(generator.integers(0, rest // cut + 1)) if rows else rest
         body = start + head
-        whole += [(Piece(body + i * sequence_length, sequence_length),) for i in range(rows)]
-        tail = body + rows * sequence_length
+        whole += [(Piece(body + i * full, full),) for i in range(rows)]
+        tail = body + rows * full
         leftovers += [Piece(at, length) for at, length in ((start, head), (tail, end - tail)) if length > 1]
-    packed = _best_fit(leftovers, sequence_length, align)
-    padding = sum(sequence_length - sum(piece.length for piece in row) for row in packed)
-    undivided = whole + [row for row in packed if len(row) == 1 and row[0].length == sequence_length]
-    divided = [row for row in packed if len(row) > 1 or row[0].length < sequence_length]
+    planned = whole + _best_fit(leftovers, sequence_length, align)
+    padding = sum(sequence_length - sum(piece.length for piece in row) for row in planned)
+    undivided = [row for row in planned if row[0].length == sequence_length]
+    divided = [row for row in planned if row[0].length < sequence_length]
     return _deal(undivided, divided, group, generator), padding
 
 
@@ -161,7 +166,8 @@ def row_tensors(store: TokenStore, row: Row, sequence_length: int, pad_id: int, 
 class PackedRows(Dataset[dict[str, Tensor]]):
     """``rows`` packed rows, epoch after epoch: item n is the same whatever was asked for before (so runs resume).
 
-    ``pad_id`` fills the rows that are not full. Documents begin at multiples of ``align``. ``group`` is the batch size,
+    ``pad_id`` fills the rows that are not full. Documents begin at multiples of ``align``, long ones are cut at
+    multiples of their ``cut`` tokens. ``group`` is the batch size,
     see `plan_rows`; the up to ``group - 1`` rows that an epoch has over are left out, so that every epoch starts a
     batch.
     """
@@ -176,13 +182,14 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         pad_id: int,
         group: int = 1,
         align: int = 1,
+        cut: int = 1,
     ) -> None:
         self.store, self.sequence_length, self.pad_id, self.align = store, sequence_length, pad_id, align
         self.plan: list[Row] = []
         self.epochs = 0
         padding = 0
         while len(self.plan) < rows:
-            planned, padded = plan_rows(store.offsets, sequence_length, seed, self.epochs, group, align)
+            planned, padded = plan_rows(store.offsets, sequence_length, seed, self.epochs, group, align, cut)
             if not planned:
                 raise UserError("there is no text to train on: every document is empty")
             self.plan += planned[: len(planned) // group * group] or planned
@@ -199,19 +206,20 @@ class PackedRows(Dataset[dict[str, Tensor]]):
 
 
 def first_rows(
-    store: TokenStore, sequence_length: int, rows: int, pad_id: int, align: int = 1
+    store: TokenStore, sequence_length: int, rows: int, pad_id: int, align: int = 1, cut: int = 1
 ) -> list[dict[str, Tensor]]:
     """Up to ``rows`` rows for validation: the beginning of each document first, then its next piece, and so on.
 
     Only the last row of a document that is shorter than a row is padded; the rest of a longer one is left out.
     """
     chosen: list[dict[str, Tensor]] = []
-    for turn in range(int(store.lengths.max(initial=0)) // sequence_length + 1):
+    full = sequence_length // cut * cut
+    for turn in range(int(store.lengths.max(initial=0)) // full + 1):
         for start, length in zip(store.offsets[:-1].tolist(), store.lengths.tolist(), strict=True):
-            left = length - turn * sequence_length
+            left = length - turn * full
             if len(chosen) == rows:
                 return chosen
-            if left >= sequence_length or (turn == 0 and left > 1):
-                piece = Piece(start + turn * sequence_length, min(left, sequence_length))
+            if left >= full or (turn == 0 and left > 1):
+                piece = Piece(start + turn * full, left if turn == 0 and left <= sequence_length else min(left, full))
                 chosen.append(row_tensors(store, (piece,), sequence_length, pad_id, align))
     return chosen

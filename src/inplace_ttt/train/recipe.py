@@ -119,8 +119,9 @@ class EvaluationSpec:
 class Recipe:
     """One training run. ``ttt`` holds the fields of `InPlaceTTTConfig`; left out or null: the plain model.
 
-    ``align_documents``: documents packed in a row begin at multiples of ``ttt.chunk_size``. ``parallel``: several
-    processes (and checkpoints that any number of them can go on from).
+    ``align_documents``: documents packed in a row begin at multiples of ``ttt.chunk_size``. ``cut_multiple``: documents
+    longer than a row are cut at multiples of so many of their tokens; left out: ``ttt.chunk_size``. ``parallel``:
+    several processes (and checkpoints that any number of them can go on from).
     ``ttt_relative_update`` chooses the inner learning rate from measured sizes (see `inplace_ttt.train.inner_lr`).
     ``trainable``: everything, or the base frozen and only the convolution and projection of the targets trained
     ("adapter"), optionally with the adapting projections. ``report_to``: tensorboard, wandb. ``peak_tflops``: of one
@@ -148,6 +149,7 @@ class Recipe:
     attn_implementation: Literal["auto", "varlen", "flex_attention", "sdpa", "eager"] = "auto"
     compile: bool = False
     align_documents: bool = False
+    cut_multiple: int | None = None
     parallel: ParallelSpec | None = None
     seed: int = 0
     log_every: int = 10
@@ -161,6 +163,12 @@ class Recipe:
         """Documents begin at multiples of this many tokens in a row."""
         config = self.ttt_config() if self.align_documents else None
         return 1 if config is None else config.chunk_size
+
+    @property
+    def cut(self) -> int:
+        """Documents longer than a row are cut at multiples of this many of their tokens."""
+        config = self.ttt_config()
+        return self.cut_multiple or (1 if config is None else config.chunk_size)
 
     @property
     def evaluation_length(self) -> int:

@@ -27,6 +27,10 @@ def check(recipe: "Recipe") -> None:
 
 
 def _check_alignment(recipe: "Recipe") -> None:
+    if recipe.cut_multiple is not None and not 1 <= recipe.cut_multiple <= recipe.sequence_length:
+        raise RecipeError(
+            f"cut_multiple: {recipe.cut_multiple} must lie between 1 and sequence_length ({recipe.sequence_length})"
+        )
     if recipe.align_documents and (recipe.ttt is None or recipe.sequence_length % recipe.alignment):
         raise RecipeError("align_documents: needs ttt, and a sequence_length that is a multiple of ttt.chunk_size")
 

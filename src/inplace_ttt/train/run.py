@@ -205,10 +205,10 @@ def _trainer(
     )
     store = TokenStore.join(list(prepared.stores("train").values()))
     count = recipe.steps * recipe.batch_size * recipe.gradient_accumulation
-    align = recipe.alignment
-    rows = PackedRows(store, length, count, seed=recipe.seed, pad_id=pad, group=recipe.batch_size, align=align)
+    align, cut = recipe.alignment, recipe.cut
+    rows = PackedRows(store, length, count, seed=recipe.seed, pad_id=pad, group=recipe.batch_size, align=align, cut=cut)
     validation = {
-        domain: first_rows(store, length, recipe.evaluation.rows, pad, align)
+        domain: first_rows(store, length, recipe.evaluation.rows, pad, align, cut)
         for domain, store in prepared.stores("validation").items()
     }
     if recipe.ttt_relative_update is not None:
