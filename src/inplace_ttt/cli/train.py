@@ -1,5 +1,6 @@
 """``inplace-ttt train`` and ``inplace-ttt tokenizer``."""
 
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -48,15 +49,17 @@ def tokenizer(
     """Train a byte-level BPE tokenizer that AutoTokenizer loads."""
     from rich.console import Console
 
+    from inplace_ttt.train.domain import DomainDocuments
     from inplace_ttt.train.packages import SplitRule, collect
-    from inplace_ttt.train.sources import check_source, read_source
+    from inplace_ttt.train.recipe import DomainSpec
+    from inplace_ttt.train.sources import check_source
     from inplace_ttt.train.tokenizer import train_tokenizer
 
     for source in sources:
         check_source(source)
     console = Console()
-    with console.status("reading"):
-        domains = [list(read_source(source, lambda split: collect(SplitRule()).of(split))) for source in sources]
+    packages = cache(lambda split: collect(SplitRule()).of(split))
+    domains = [DomainDocuments(DomainSpec((source,)), packages) for source in sources]
     with console.status("training the tokenizer"):
         trained = train_tokenizer(domains, vocab_size, max_bytes)
     trained.save_pretrained(out)

@@ -44,6 +44,8 @@ class TokenStore:
     @classmethod
     def join(cls, stores: Sequence["TokenStore"]) -> "TokenStore":
         """One store of all documents of several, in order."""
+        if len(stores) == 1:
+            return stores[0]
         return cls.build((store.names[i], store[i]) for store in stores for i in range(len(store)))
 
     def __len__(self) -> int:
@@ -70,6 +72,44 @@ class TokenStore:
         index = json.loads(Path(f"{stem}.json").read_text(encoding="utf-8"))
         tokens = np.load(f"{stem}.tokens.npy", mmap_mode="r")
         return cls(tokens, np.array(index["offsets"], np.int64), tuple(index["names"]))
+
+
+class TokenWriter:
+    """Writes a store a document at a time; inside ``with``, `TokenStore.load` reads the result afterwards."""
+
+    def __init__(self, stem: Path) -> None:
+        self.stem = stem
+        self.names: list[str] = []
+        self.offsets = [0]
+        self._dtype = np.dtype(np.uint16)
+
+    def __enter__(self) -> "TokenWriter":
+        self._raw = open(f"{self.stem}.raw", "wb")
+        return self
+
+    def add(self, name: str, ids: np.ndarray) -> None:
+        """The next document's ids [n]; all documents have one dtype."""
+        self._dtype = ids.dtype
+        self._raw.write(ids.tobytes())
+        self.names.append(name)
+        self.offsets.append(self.offsets[-1] + len(ids))
+
+    @property
+    def documents(self) -> int:
+        return len(self.names)
+
+    @property
+    def tokens(self) -> int:
+        return self.offsets[-1]
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._raw.close()
+        raw = Path(f"{self.stem}.raw")
+        if kind is None:
+            shape = (self.tokens,)
+            tokens = np.memmap(raw, self._dtype, "r", shape=shape) if self.tokens else np.zeros(0, self._dtype)
+            TokenStore(tokens, np.array(self.offsets, np.int64), tuple(self.names)).save(self.stem)
+        raw.unlink()
 
 
 @dataclass(frozen=True)

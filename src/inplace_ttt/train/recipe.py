@@ -55,7 +55,7 @@ class TokenizerSpec:
 
 @dataclass(frozen=True)
 class DomainSpec:
-    """Sources (see `inplace_ttt.train.sources`); of all their documents ``max_bytes``, in the order of their hash.
+    """Sources (see `inplace_ttt.train.sources`); of all their documents ``max_bytes``, those whose hash is lowest.
 
     The manifest of installed distributions lists what was read, not what ``max_bytes`` left of it.
     """

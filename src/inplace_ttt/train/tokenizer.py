@@ -1,6 +1,5 @@
 """A byte-level BPE tokenizer: trained on the training split, lossless, loaded with ``AutoTokenizer``."""
 
-import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from inplace_ttt.errors import UserError
+from inplace_ttt.train.domain import hash_of
 from inplace_ttt.train.sources import Document
 
 END_OF_TEXT = "<|endoftext|>"
@@ -25,9 +25,9 @@ _SAMPLE_CHARACTERS = 1 << 18  # of one document, while the tokenizer trains
 
 
 def train_tokenizer(
-    domains: Sequence[Sequence[Document]], vocab_size: int, max_bytes: int = 32_000_000
+    domains: Sequence[Iterable[Document]], vocab_size: int, max_bytes: int = 32_000_000
 ) -> PreTrainedTokenizerFast:
-    """Trains on about ``max_bytes`` bytes, taken in turn from every domain.
+    """Trains on about ``max_bytes`` bytes, taken in turn from every domain; iterates twice over each of them.
 
     Digits stand alone. The one special token is beginning, end of text and padding. The same documents give the same
     tokenizer on every machine. Raises UserError when the vocabulary is too small or the text too short to fill it.
@@ -107,24 +107,32 @@ def cut_text(text: str, characters: int = _PIECE_CHARACTERS) -> Iterator[str]:
     yield text[start:]
 
 
-def _sample(domains: Sequence[Sequence[Document]], max_bytes: int) -> Iterator[str]:
-    """Documents in the order of their hash, one of each domain in turn, the beginning of each."""
-    queues = [
-        iter(sorted(documents, key=lambda document: hashlib.sha256(document.id.encode()).digest()))
+def _sample(domains: Sequence[Iterable[Document]], max_bytes: int) -> Iterator[str]:
+    """Documents in the order of their hash, one of each domain in turn, the beginning of each.
+
+    Reads every domain twice: for the order and the sizes, then for the texts that are wanted.
+    """
+    sizes = [
+        sorted((hash_of(d), i, len(d.text[:_SAMPLE_CHARACTERS].encode())) for i, d in enumerate(documents))
         for documents in domains
     ]
-    taken = 0
-    while queues:
-        for queue in list(queues):
-            document = next(queue, None)
-            if document is None:
-                queues.remove(queue)
-                continue
-            text = document.text[:_SAMPLE_CHARACTERS]
-            taken += len(text.encode())
-            yield from cut_text(text)
-            if taken >= max_bytes:
-                return
+    order, taken = [], 0
+    for turn in range(max(map(len, sizes), default=0)):
+        for domain, known in enumerate(sizes):
+            if turn < len(known) and taken < max_bytes:
+                _, i, size = known[turn]
+                order.append((domain, i))
+                taken += size
+    wanted, texts = set(order), {}
+    for domain, documents in enumerate(domains):
+        last = max((i for other, i in wanted if other == domain), default=-1)
+        for i, document in enumerate(documents):
+            if (domain, i) in wanted:
+                texts[domain, i] = document.text[:_SAMPLE_CHARACTERS]
+            if i >= last:
+                break
+    for key in order:
+        yield from cut_text(texts.pop(key))
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
