@@ -131,7 +131,7 @@ def _key(recipe: Recipe) -> str:
     for split in SPLITS:
         for spec in recipe.data.split(split).values():
             sources.update(spec.sources)
-    files = [path for source in sources if split_source(source)[0] != "packages" for path in source_files(source)]
+    files = [path for source in sources for path in source_files(source)]
     tokenizer_path = recipe.tokenizer.path or recipe.model.base or ""
     files += sorted(Path(tokenizer_path).glob("*token*")) if tokenizer_path and Path(tokenizer_path).is_dir() else []
     stats = sorted((str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in set(files))
