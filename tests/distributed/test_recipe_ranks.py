@@ -64,7 +64,8 @@ def recipe(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
         "eval_every": 3,
         "save_every": 3,
         "evaluation": {"rows": 2},
-        "parallel": {"activation_checkpointing": True},
+        "parallel": {},
+        "activation_checkpointing": True,
     } | changes
 
 
@@ -85,10 +86,13 @@ def train_all(folder: Path) -> dict[str, Any]:
     alone = recipe(folder, "alone")
     found: dict[str, Any] = {"alone": runs([(alone, False, 0)])[0]}
     layouts = {"shard": {"shard": 2}, "context": {"context": 2}}
-    several = [(recipe(folder, name, parallel=sizes), False, free_port()) for name, sizes in layouts.items()]
+    several = [
+        (recipe(folder, name, parallel=sizes, activation_checkpointing=name == "shard"), False, free_port())
+        for name, sizes in layouts.items()
+    ]
     bf16 = recipe(folder, "bf16", parallel={"shard": 2}, precision="bf16")
     resumed = interrupted(folder / "alone", 3, folder / "resumed")
-    go_on = recipe(folder, "resumed", parallel={"context": 2})
+    go_on = recipe(folder, "resumed", parallel={"context": 2}, activation_checkpointing=False)
     wrong = recipe(folder, "wrong", parallel={"context": 4})
     base = {"model": {"base": str(folder / "alone/model/base")}, "tokenizer": {"path": str(folder / "alone/model")}}
     found["from base"] = runs([(recipe(folder, "from base", **base), False, 0)])[0]
@@ -159,6 +163,10 @@ def test_another_number_of_processes_is_refused(results: dict[str, Any]) -> None
         ({"parallel": {"shard": 3}}, "batch_size"),
         ({"parallel": {"shard": 0}}, "parallel.shard"),
         ({"parallel": {"shards": 2}}, "did you mean shard"),
+        (
+            {"parallel": {"activation_checkpointing": True}},
+            "parallel.activation_checkpointing: write activation_checkpointing in the recipe itself",
+        ),
         ({"parallel": {"context": 3}}, "multiple of 96"),
         ({"parallel": {"context": 2, "slices": "contiguous"}, "sequence_length": 144}, "multiple of 32"),
         ({"parallel": {"context": 2}, "align_documents": False}, "align_documents"),

@@ -63,7 +63,7 @@ class Place:
         self, model: PreTrainedModel, precision: torch.dtype | None, checkpointing: bool = False
     ) -> PreTrainedModel:
         """Shards a built model and cuts its rows, as the settings say. ``checkpointing``: recompute activations."""
-        if checkpointing or self.spec.activation_checkpointing:
+        if checkpointing:
             enable: Any = model.gradient_checkpointing_enable
             enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.meshes is not None:

@@ -35,7 +35,17 @@ if TYPE_CHECKING:
     from inplace_ttt.train.parallel import Place
 
 # What may differ between a run and its continuation.
-_FREE_ON_RESUME = ("name", "output", "peak_tflops", "log_every", "eval_every", "save_every", "evaluation", "parallel")
+_FREE_ON_RESUME = (
+    "activation_checkpointing",
+    "name",
+    "output",
+    "peak_tflops",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "evaluation",
+    "parallel",
+)
 
 
 def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, console: Console | None = None) -> Path:
