@@ -16,6 +16,8 @@ pytestmark = pytest.mark.xdist_group("processes")  # one launcher serves them al
 
 
 def test_two_processes_equal_one(values: dict[str, Any], tmp_path: Path) -> None:
+    """Tokenising while they train: each reads all documents, and takes its own rows."""
+    values["data"] |= {"tokenise": "while_training"}
     values |= {"ttt": {"layers": "0::1", "chunk_size": 16, "lr": 1.0}, "steps": 4, "batch_size": 2}
     one = json.loads((run(make_recipe(values), console=Console(quiet=True)) / "run.json").read_text())
     two = values | {"output": str(tmp_path / "two"), "parallel": {"data": 2}}

@@ -241,6 +241,16 @@ class PackedRows(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.plan)
 
+    def describe(self) -> str:
+        """For people."""
+        return (
+            f"{len(self):,} rows of {self.sequence_length:,} tokens, {self.epochs} epochs, {self.padding:.1%} padding"
+        )
+
+    def record(self) -> dict[str, float]:
+        """For the run's record."""
+        return {"epochs": self.epochs, "padding": self.padding}
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return row_tensors(self.store, self.plan[index], self.sequence_length, self.pad_id, self.align)
 

@@ -62,6 +62,12 @@ def prepare(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> P
     return Prepared(directory)
 
 
+def training_documents(recipe: Recipe) -> dict[str, DomainDocuments]:
+    """The training split's documents by domain, for `inplace_ttt.train.stream`."""
+    reader = _Reader(recipe)
+    return {domain: reader.documents(spec) for domain, spec in recipe.data.train.items()}
+
+
 def _write(recipe: Recipe, directory: Path, say: Callable[[str], None]) -> None:
     reader = _Reader(recipe)
     if recipe.tokenizer.train is not None:
@@ -77,6 +83,8 @@ def _write(recipe: Recipe, directory: Path, say: Callable[[str], None]) -> None:
     summary: dict[str, dict[str, dict[str, int]]] = {}
     for split in SPLITS:
         summary[split] = {}
+        if split == "train" and recipe.data.tokenise == "while_training":
+            continue
         for domain, spec_ in recipe.data.split(split).items():
             found = _encode(tokenizer, reader.documents(spec_), directory / f"{split}.{domain}")
             summary[split][domain] = found

@@ -71,13 +71,17 @@ class DomainSpec:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Named domains of every split; only ``train`` is needed. ``cache`` keeps the tokens between runs."""
+    """Named domains of every split; only ``train`` is needed. ``cache`` keeps the tokens between runs.
+
+    ``tokenise``: the training split's tokens are made before training and kept, or while training and not kept.
+    """
 
     train: dict[str, DomainSpec]
     validation: dict[str, DomainSpec] = field(default_factory=dict)
     test: dict[str, DomainSpec] = field(default_factory=dict)
     packages: SplitRule = field(default_factory=SplitRule)
     cache: str = "out/tokens"
+    tokenise: Literal["before", "while_training"] = "before"
 
     def split(self, name: str) -> dict[str, DomainSpec]:
         """Domains of a split by its name."""

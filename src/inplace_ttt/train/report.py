@@ -130,8 +130,10 @@ def peak_memory() -> int:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Readable JSON."""
-    path.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    """Readable JSON; the file is there as a whole or not at all, even if the process is killed."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def _version(distribution: str) -> str | None:

@@ -26,9 +26,10 @@ from inplace_ttt.train.inner_lr import fitting_lr
 from inplace_ttt.train.model import build_model, count_parameters, load_saved, save_model
 from inplace_ttt.train.monitor import FastWeightMonitor
 from inplace_ttt.train.packing import PackedRows, TokenStore, first_rows
-from inplace_ttt.train.prepare import Prepared, prepare
+from inplace_ttt.train.prepare import Prepared, prepare, training_documents
 from inplace_ttt.train.recipe import Recipe
 from inplace_ttt.train.report import loss_curve, plot_losses, run_record, write_json
+from inplace_ttt.train.stream import Layout, StreamedRows
 from inplace_ttt.train.trainer import COMPLETE, InnerLrWarmup, MarkComplete, PackedTrainer, quiet
 
 if TYPE_CHECKING:
@@ -93,8 +94,7 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
     assert isinstance(model, PreTrainedModel)
     say(
         f"{recipe.name}: {count_parameters(model) / 1e6:.2f}M parameters on {trainer.args.device}, "
-        f"{model.config._attn_implementation}; {len(rows):,} rows of {recipe.sequence_length:,} tokens, "
-        f"{rows.epochs} epochs, {rows.padding:.1%} padding"
+        f"{model.config._attn_implementation}; {rows.describe()}"
     )
     try:
         trainer.train(resume_from_checkpoint=last)
@@ -133,8 +133,7 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
         parameters=parameters,
         trained_parameters=trained,
         tokens_seen=recipe.steps * _tokens_per_step(recipe),
-        epochs=rows.epochs,
-        padding=rows.padding,
+        **rows.record(),
         data=prepared.summary,
         packages="packages.json",
         warnings=warnings,
@@ -204,7 +203,7 @@ def _trainer(
     checkpoints: Path,
     place: "Place | None" = None,
     say: Callable[[str], None] = lambda line: None,
-) -> tuple[PackedTrainer, PackedRows]:
+) -> tuple[PackedTrainer, PackedRows | StreamedRows]:
     tokenizer, length = prepared.tokenizer, recipe.sequence_length
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     assert isinstance(pad, int)
@@ -213,10 +212,7 @@ def _trainer(
     model = build_model(
         recipe, tokenizer, choose_attention(recipe.attn_implementation, arguments.device, recipe.compile)
     )
-    store = TokenStore.join(list(prepared.stores("train").values()))
-    count = recipe.steps * recipe.batch_size * recipe.gradient_accumulation
-    align, cut = recipe.alignment, recipe.cut
-    rows = PackedRows(store, length, count, seed=recipe.seed, pad_id=pad, group=recipe.batch_size, align=align, cut=cut)
+    rows, align, cut = _rows(recipe, prepared, pad), recipe.alignment, recipe.cut
     validation = {
         domain: first_rows(store, length, recipe.evaluation.rows, pad, align, cut)
         for domain, store in prepared.stores("validation").items()
@@ -252,6 +248,20 @@ def _trainer(
     if warm_up:
         trainer.add_callback(InnerLrWarmup(model, inner_lr, recipe.ttt_lr_warmup_steps))
     return trainer, rows
+
+
+def _rows(recipe: Recipe, prepared: Prepared, pad: int) -> PackedRows | StreamedRows:
+    length, count = recipe.sequence_length, recipe.steps * recipe.batch_size * recipe.gradient_accumulation
+    layout = Layout(length, recipe.seed, pad, recipe.batch_size, recipe.alignment, recipe.cut)
+    if recipe.data.tokenise == "while_training":
+        notes = prepared.directory / "windows"
+        rows = StreamedRows(training_documents(recipe), prepared.tokenizer, count, layout, notes)
+        rows[0]  # what cannot be read is told before anything is trained
+        return rows
+    store = TokenStore.join(list(prepared.stores("train").values()))
+    return PackedRows(
+        store, length, count, seed=recipe.seed, pad_id=pad, group=layout.group, align=layout.align, cut=layout.cut
+    )
 
 
 def _arguments(recipe: Recipe, checkpoints: Path, place: "Place | None" = None) -> TrainingArguments:
@@ -294,7 +304,7 @@ def _arguments(recipe: Recipe, checkpoints: Path, place: "Place | None" = None) 
         save_total_limit=2,
         seed=recipe.seed,
         use_cpu=not cuda,
-        dataloader_num_workers=2 if cuda else 0,
+        dataloader_num_workers=(1 if recipe.data.tokenise == "while_training" else 2) if cuda else 0,
         dataloader_pin_memory=cuda,
         remove_unused_columns=False,
         label_names=["labels"],

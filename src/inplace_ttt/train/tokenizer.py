@@ -71,11 +71,18 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[np.ndarray]:
+def encode_documents(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    *,
+    cut: bool | None = None,
+    characters: int | None = None,
+) -> Iterator[np.ndarray]:
     """Token ids of each text, then the end-of-text token: uint16 [n], uint32 for large vocabularies.
 
     Special tokens that a text spells out are encoded as ordinary text. Long texts are cut at newlines and encoded on
     all cores, unless the tokenizer gives other tokens for a cut text: then texts are encoded whole.
+    ``cut=False`` encodes them whole in any case. About ``characters`` of text are read ahead (16 million).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy: the user's keeps its settings
@@ -84,8 +91,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -
     backend.no_padding()
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
     end = np.array([tokenizer.eos_token_id], dtype)
-    cut: bool | None = None
-    for batch in _batches(texts):
+    for batch in _batches(texts, _BATCH_CHARACTERS if characters is None else characters):
         cut = _cutting_is_exact(backend, batch) if cut is None else cut
         pieces = [list(cut_text(text)) if cut else [text] for text in batch]
         flat = [piece for parts in pieces for piece in parts]
@@ -135,13 +141,13 @@ def _sample(domains: Sequence[Iterable[Document]], max_bytes: int) -> Iterator[s
         yield from cut_text(texts.pop(key))
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+def _batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
     batch: list[str] = []
     size = 0
     for text in texts:
         batch.append(text)
         size += len(text)
-        if size >= _BATCH_CHARACTERS:
+        if size >= characters:
             yield batch
             batch, size = [], 0
     if batch:

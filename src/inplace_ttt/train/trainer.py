@@ -26,6 +26,7 @@ from inplace_ttt.errors import UserError
 from inplace_ttt.train.monitor import FastWeightMonitor
 from inplace_ttt.train.packing import IGNORED, PackedRows
 from inplace_ttt.train.report import peak_memory
+from inplace_ttt.train.stream import StreamedRows
 
 COMPLETE = "complete"
 """Name of the empty file in a checkpoint that is whole."""
@@ -62,7 +63,7 @@ class PackedTrainer(Trainer):
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
         """The rows come shuffled already: a resumed run then skips exactly the rows it has read."""
-        assert isinstance(self.train_dataset, PackedRows)
+        assert isinstance(self.train_dataset, PackedRows | StreamedRows)
         return SequentialSampler(self.train_dataset)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
