@@ -98,6 +98,7 @@ def _launcher() -> Launcher:
 
 def _serve() -> None:
     """Forks a job for every line of the standard input; prints its process number, then its exit status."""
+    import gc
     import importlib
 
     # What the jobs would import one by one.
@@ -111,6 +112,7 @@ def _serve() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         module = importlib.import_module(job["module"])
+        gc.freeze()
         if (child := os.fork()) == 0:
             os.setsid()
             _redirect(Path(job["folder"]) / "job.txt")

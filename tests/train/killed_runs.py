@@ -59,6 +59,7 @@ def curve(output: Path) -> list[dict[str, float]]:
 def train(values: dict[str, Any], moment: Moment, resume: bool) -> Path:
     Killer.kind, Killer.step = moment
     run_module.MarkComplete = Killer  # type: ignore[misc]
+    run_module.plot_losses = lambda *_: None  # type: ignore[assignment]
     if moment[0] == "file":
         torch.save = save_half  # type: ignore[assignment]
     return run_module.run(make_recipe(values), resume=resume, console=Console(quiet=True))

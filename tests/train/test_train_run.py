@@ -33,6 +33,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return {f"{file.name}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
+@pytest.mark.pictures
 def test_plain_run_leaves_model_record_and_picture(values: dict[str, Any]) -> None:
     values |= {"eval_every": 4, "steps": 40}
     record, output = train(values)
