@@ -151,10 +151,14 @@ def test_validation_rows_begin_with_each_document() -> None:
     assert len(first_rows(store, T, 2, PAD)) == 2
 
 
-def test_store_is_saved_whole(tmp_path: Path) -> None:
-    store = TokenStore.join([store_of([3, 5]), store_of([4])])
+def test_stores_are_joined_where_they_are(tmp_path: Path) -> None:
+    parts = [store_of([3, 5]), TokenStore.build([]), store_of([4])]
+    store = TokenStore.join(parts)
+    assert [store[i].tolist() for i in range(3)] == [[1, 2, 3], [4, 5, 6, 7, 8], [1, 2, 3, 4]]
+    assert all(np.shares_memory(store[i], parts[0 if i < 2 else 2].tokens) for i in range(3))
+    assert store.lengths.tolist() == [3, 5, 4]
     store.save(tmp_path / "train.text")
     loaded = TokenStore.load(tmp_path / "train.text")
     assert loaded.names == ("0", "1", "0")
-    assert [loaded[i].tolist() for i in range(3)] == [[1, 2, 3], [4, 5, 6, 7, 8], [1, 2, 3, 4]]
-    assert loaded.tokens.dtype == store.tokens.dtype
+    assert [loaded[i].tolist() for i in range(3)] == [store[i].tolist() for i in range(3)]
+    assert loaded.tokens.dtype == parts[0].tokens.dtype

@@ -121,8 +121,14 @@ def train(values: dict[str, Any], **options: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("noted", [True, False])
-def test_a_run_goes_on_with_the_same_losses(values: dict[str, Any], tmp_path: Path, noted: bool) -> None:
+def test_a_run_goes_on_with_the_same_losses(values: dict[str, Any], corpus: Path, tmp_path: Path, noted: bool) -> None:
+    """Once from a streamed dataset, once from JSON lines without the notes of where windows begin."""
     values["data"] |= {"tokenise": "while_training", "cache": str(tmp_path / "tokens")}
+    if noted:
+        pytest.importorskip("datasets")
+        (tmp_path / "dataset").mkdir()
+        shutil.copy(corpus / "train.jsonl", tmp_path / "dataset")
+        values["data"]["train"] = {"text": f"hf:{tmp_path}/dataset?id=id"}
     values |= {"save_every": 4, "gradient_accumulation": 2, "ttt": {"layers": "0::1", "chunk_size": C, "lr": 1.0}}
     whole = train(values)
     assert whole["data"]["train"] == {}

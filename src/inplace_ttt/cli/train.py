@@ -40,7 +40,8 @@ def train(
 
 def tokenizer(
     sources: Annotated[
-        list[str], typer.Argument(help="Training text: jsonl:PATH (also .xz, .gz), text:PATH, packages:train.")
+        list[str],
+        typer.Argument(help="Text: jsonl:PATH (also .xz, .gz), text:PATH, hf:DATASET, packages:train."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write.")],
     vocab_size: Annotated[int, typer.Option(help="Number of tokens.")] = 8192,

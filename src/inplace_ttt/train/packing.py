@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +24,30 @@ from inplace_ttt.errors import UserError
 IGNORED = -100  # label of a token that nothing predicts
 
 
+class JoinedTokens:
+    """Arrays end to end, each where it is (on disk, mostly). A slice lies inside one of them, as documents do."""
+
+    def __init__(self, parts: Sequence["np.ndarray | JoinedTokens"]) -> None:
+        self.parts, self.starts = parts, np.cumsum([0, *map(len, parts)]).tolist()
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        part = max(bisect.bisect_right(self.starts, where.start) - 1, 0)
+        first = self.starts[part]
+        found: np.ndarray = self.parts[part][where.start - first : where.stop - first]
+        return found
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.concatenate([np.asarray(part, dtype) for part in self.parts])
+
+
 @dataclass(frozen=True)
 class TokenStore:
     """Documents end to end: ``tokens`` [total] of uint16 or uint32, document i at ``offsets[i] : offsets[i + 1]``."""
 
-    tokens: np.ndarray
+    tokens: np.ndarray | JoinedTokens
     offsets: np.ndarray
     names: tuple[str, ...]
 
@@ -43,10 +63,11 @@ class TokenStore:
 
     @classmethod
     def join(cls, stores: Sequence["TokenStore"]) -> "TokenStore":
-        """One store of all documents of several, in order."""
-        if len(stores) == 1:
-            return stores[0]
-        return cls.build((store.names[i], store[i]) for store in stores for i in range(len(store)))
+        """One store of all documents of several, in order; their tokens stay where they are."""
+        before = np.cumsum([0, *(int(store.offsets[-1]) for store in stores)])
+        offsets = [store.offsets[1:] + start for store, start in zip(stores, before[:-1], strict=True)]
+        names = tuple(name for store in stores for name in store.names)
+        return cls(JoinedTokens([store.tokens for store in stores]), np.concatenate([[0], *offsets]), names)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -62,7 +83,7 @@ class TokenStore:
 
     def save(self, stem: Path) -> None:
         """Writes ``stem.tokens.npy`` and ``stem.json``."""
-        np.save(f"{stem}.tokens.npy", self.tokens)
+        np.save(f"{stem}.tokens.npy", np.asanyarray(self.tokens))
         index = {"offsets": self.offsets.tolist(), "names": list(self.names)}
         Path(f"{stem}.json").write_text(json.dumps(index), encoding="utf-8")
 
