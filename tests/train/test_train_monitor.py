@@ -104,6 +104,14 @@ def test_mfu_is_absent_where_the_peak_is_unknown(values: dict[str, Any], monkeyp
         make_recipe(values | {"peak_tflops": 0})
 
 
+def test_a_family_with_other_names_is_trained_and_counted(values: dict[str, Any]) -> None:
+    values["model"] = {"config": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}}
+    record = train(values | {"ttt": TTT, "steps": 3, "peak_tflops": 0.01, "log_every": 3, "evaluation": {"piece": 64}})
+    (entry,) = record["curve"]
+    assert entry["state_norm/layer_1"] >= 0
+    assert "mfu" not in entry, "one line of the log has no interval"
+
+
 def test_measuring_changes_no_loss(values: dict[str, Any], tmp_path: Path) -> None:
     records = [
         train(values | {"ttt": TTT, "steps": 24, "log_every": n, "output": str(tmp_path / str(n))}) for n in (1, 24)

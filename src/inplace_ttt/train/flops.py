@@ -3,11 +3,13 @@
 Symbols as in `inplace_ttt.train.plan`.
 """
 
+import math
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from inplace_ttt import inspect, is_attached
 from inplace_ttt.train.recipe import Recipe
 
 PEAK_TFLOPS: dict[str, tuple[float, float]] = {
@@ -19,26 +21,33 @@ PEAK_TFLOPS: dict[str, tuple[float, float]] = {
 
 
 def flops_per_token(recipe: Recipe, model: PreTrainedModel, *, recomputed: bool) -> float:
-    """Of forward and backward, attention and the scan included.
+    """Of forward and backward, attention and the scan included; of mixtures of experts, all experts count.
 
     ``recomputed`` counts what activation checkpointing computes again: it does, and MFU by convention does not.
     """
-    config = model.config
-    ttt, T, L = recipe.ttt_config(), recipe.sequence_length, config.num_hidden_layers
-    D, F, H = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    d = getattr(config, "head_dim", None) or D // H
-    adapting = 0 if ttt is None else len(ttt.layer_indices(L))
-    window = getattr(config, "sliding_window", None)
-    seen = T / 2 if not window or window >= T else window
+    config = model.config.get_text_config()
     N = sum(p.numel() for p in model.parameters())
     embeddings: Any = model.get_input_embeddings()
     products = N - (0 if config.tie_word_embeddings else embeddings.weight.numel())
+    attention = _attention_products(config, recipe.sequence_length)
+    scan = 2 * sum(math.prod(layer.shape) for layer in inspect(model)) if is_attached(model) else 0
     flops: float = (4 if recipe.trainable != "all" else 6) * products  # no gradients of frozen weights
-    flops += 6 * L * 2 * seen * H * d
-    flops += adapting * 2 * D * F * (1 + 3)  # the scan: one more product forward, three more backward
+    flops += 3 * attention
+    flops += scan * (1 + 3)  # one more product forward, three more backward
     if recomputed and recipe.activation_checkpointing:
-        flops += 2 * products + 2 * L * 2 * seen * H * d + adapting * 2 * D * F
+        flops += 2 * products + attention + scan
     return flops
+
+
+def _attention_products(config: Any, tokens: int) -> float:
+    """FLOPs of a token's scores and weighted values, forward, all layers: 2 products of 2 H d for each token seen."""
+    layers, heads = getattr(config, "num_hidden_layers", 0), getattr(config, "num_attention_heads", 0)
+    if not isinstance(heads, int) or heads == 0:
+        return 0.0
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    window = getattr(config, "sliding_window", None)
+    seen = tokens / 2 if not window or window >= tokens else window
+    return float(layers * 2 * 2 * seen * heads * width)
 
 
 def peak_flops(recipe: Recipe) -> float | None:
