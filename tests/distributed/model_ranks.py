@@ -231,8 +231,10 @@ def layouts(folder: str, losses: list[Tensor], expected: list[dict[str, Tensor]]
                 save_sharded(f"{folder}/{name}", model, optimizer)
         worst["sharded"] = sum(hasattr(p, "full_tensor") for p in model.parameters()) / len(list(model.parameters()))
         ittt.save_pretrained(model, f"{folder}/{name}-whole")
-        saved = ittt.from_pretrained(f"{folder}/{name}-whole", dtype=torch.float64)
-        worst["saved"] = parameter_difference(saved, {n: whole(p) for n, p in model.named_parameters()})
+        parameters = {n: whole(p) for n, p in model.named_parameters()}
+        if dist.get_rank() == 0:
+            saved = ittt.from_pretrained(f"{folder}/{name}-whole", dtype=torch.float64)
+            worst["saved"] = parameter_difference(saved, parameters)
         found[name] = worst
     return found
 

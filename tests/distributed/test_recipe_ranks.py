@@ -14,6 +14,8 @@ from spawn import free_port, run_ranks
 from inplace_ttt.errors import UserError
 from inplace_ttt.train.recipe import make_recipe
 
+pytestmark = pytest.mark.xdist_group("processes")  # one launcher serves them all
+
 C = 16
 
 
@@ -54,15 +56,16 @@ def recipe(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
         },
         "optimizer": {"lr": 5e-3, "warmup_steps": 2},
         "sequence_length": 128,
-        "steps": 6,
+        "steps": 4,
         "batch_size": 2,
         "gradient_accumulation": 2,
         "align_documents": True,
         "log_every": 1,
-        "eval_every": 3,
-        "save_every": 3,
+        "eval_every": 2,
+        "save_every": 2,
         "evaluation": {"rows": 2},
-        "parallel": {"activation_checkpointing": True},
+        "parallel": {},
+        "activation_checkpointing": True,
     } | changes
 
 
@@ -83,14 +86,17 @@ def train_all(folder: Path) -> dict[str, Any]:
     alone = recipe(folder, "alone")
     found: dict[str, Any] = {"alone": runs([(alone, False, 0)])[0]}
     layouts = {"shard": {"shard": 2}, "context": {"context": 2}}
-    several = [(recipe(folder, name, parallel=sizes), False, free_port()) for name, sizes in layouts.items()]
+    several = [
+        (recipe(folder, name, parallel=sizes, activation_checkpointing=name == "shard"), False, free_port())
+        for name, sizes in layouts.items()
+    ]
     bf16 = recipe(folder, "bf16", parallel={"shard": 2}, precision="bf16")
-    resumed = interrupted(folder / "alone", 3, folder / "resumed")
-    go_on = recipe(folder, "resumed", parallel={"context": 2})
+    resumed = interrupted(folder / "alone", 2, folder / "resumed")
+    go_on = recipe(folder, "resumed", parallel={"context": 2}, activation_checkpointing=False)
     wrong = recipe(folder, "wrong", parallel={"context": 4})
     base = {"model": {"base": str(folder / "alone/model/base")}, "tokenizer": {"path": str(folder / "alone/model")}}
     found["from base"] = runs([(recipe(folder, "from base", **base), False, 0)])[0]
-    half = interrupted(folder / "from base", 3, folder / "tensor")
+    half = interrupted(folder / "from base", 2, folder / "tensor")
     tensor = recipe(folder, "tensor", parallel={"tensor": 2}, **base)
     assert half.is_dir()
     several += [(bf16, False, free_port()), (go_on, True, free_port())]
@@ -100,7 +106,7 @@ def train_all(folder: Path) -> dict[str, Any]:
     two = run_ranks("recipe_ranks", "runs", 2, several)
     found |= dict(zip(names, two[0], strict=True))
     found["wrong on the other"] = two[1][-1]
-    interrupted(folder / "context", 3, folder / "back")
+    interrupted(folder / "context", 2, folder / "back")
     found["back"] = runs([(recipe(folder, "back"), True, 0)])[0]
     return found
 
@@ -113,12 +119,21 @@ def test_logs_the_losses_of_one_process(name: str, results: dict[str, Any]) -> N
         assert losses(got, key).keys() == losses(expected, key).keys()
         for step, value in losses(expected, key).items():
             assert losses(got, key)[step] == pytest.approx(value, abs=tolerance), (key, step)
-    assert losses(expected)[6] < losses(expected)[1] - 0.05
-    assert abs(losses(expected, "eval_text")[6] - losses(expected, "eval_text_off")[6]) > 1e-3, "updates do nothing"
+    assert losses(expected)[4] < losses(expected)[1] - 0.05
+    assert abs(losses(expected, "eval_text")[4] - losses(expected, "eval_text_off")[4]) > 1e-3, "updates do nothing"
+
+
+def test_logs_the_sizes_of_the_fast_weights(results: dict[str, Any]) -> None:
+    for key in ("update_norm/layer_0", "update_norm/layer_1", "state_norm/layer_0", "state_norm/layer_1"):
+        expected = losses(results["alone"], key)
+        assert [step for step, value in expected.items() if value == 0] == [1, 2]  # the convolution starts at zero
+        assert losses(results["shard"], key) == pytest.approx(expected, rel=1e-3)
+        assert len(losses(results["context"], key)) == (4 if key.startswith("update") else 0)
+        assert max(losses(results["tensor"], key)) == 2, "of the run in one process that it goes on from"
 
 
 def test_mixed_precision_learns_alike(results: dict[str, Any]) -> None:
-    assert losses(results["bf16"])[6] == pytest.approx(losses(results["alone"])[6], abs=0.05)
+    assert losses(results["bf16"])[4] == pytest.approx(losses(results["alone"])[4], abs=0.05)
 
 
 @pytest.mark.parametrize("name", ["shard", "context", "resumed", "bf16", "tensor"])
@@ -133,7 +148,7 @@ def test_leaves_the_whole_model(name: str, folder: Path, results: dict[str, Any]
     tolerance = 0.03 if name == "bf16" else 2e-3
     assert all((got[k].float() - x.float()).abs().max() < tolerance for k, x in expected.items())
     assert not (folder / name / "whole").exists()
-    assert sorted(path.name for path in (folder / name / "checkpoints").iterdir()) == ["checkpoint-3", "checkpoint-6"]
+    assert sorted(path.name for path in (folder / name / "checkpoints").iterdir()) == ["checkpoint-2", "checkpoint-4"]
 
 
 def test_another_number_of_processes_is_refused(results: dict[str, Any]) -> None:
@@ -148,6 +163,10 @@ def test_another_number_of_processes_is_refused(results: dict[str, Any]) -> None
         ({"parallel": {"shard": 3}}, "batch_size"),
         ({"parallel": {"shard": 0}}, "parallel.shard"),
         ({"parallel": {"shards": 2}}, "did you mean shard"),
+        (
+            {"parallel": {"activation_checkpointing": True}},
+            "parallel.activation_checkpointing: write activation_checkpointing in the recipe itself",
+        ),
         ({"parallel": {"context": 3}}, "multiple of 96"),
         ({"parallel": {"context": 2, "slices": "contiguous"}, "sequence_length": 144}, "multiple of 32"),
         ({"parallel": {"context": 2}, "align_documents": False}, "align_documents"),

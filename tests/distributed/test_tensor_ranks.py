@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 from spawn import run_ranks
 
+pytestmark = pytest.mark.xdist_group("processes")  # one launcher serves them all
+
 FAMILIES = ["llama", "starcoder2"]
 
 

@@ -1,13 +1,7 @@
 """Context parallelism over NCCL on two GPUs, with the attention kernels that a CPU does not have."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "distributed"))
-
 from spawn import run_ranks
 
 

@@ -17,6 +17,13 @@ def make_text(seed: int, words: int = 3000) -> str:
     return ".\n".join(lines) + ".\n"
 
 
+@pytest.fixture(autouse=True)
+def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the losses takes longer than training; one test looks at the picture."""
+    if request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr("inplace_ttt.train.run.plot_losses", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with train.jsonl (6 documents) and held.jsonl (2)."""

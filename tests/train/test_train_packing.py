@@ -58,6 +58,42 @@ def test_nothing_crosses_a_boundary(lengths: list[int], seed: int) -> None:
         assert count == len(row) + bool((ids == PAD).any()), "transformers sees the same documents"
 
 
+@given(lengths_, st.integers(0, 3), st.sampled_from([(16, 4), (16, 16), (18, 4)]), st.sampled_from([1, 4]))
+@settings(max_examples=150, deadline=None)
+def test_long_documents_are_cut_at_chunk_boundaries(
+    lengths: list[int], seed: int, sizes: tuple[int, int], align: int
+) -> None:
+    """Every piece starts a chunk of its document, and only a document's last piece ends inside one."""
+    length, chunk = sizes
+    store = store_of(lengths)
+    rows, padding = plan_rows(store.offsets, length, seed, 0, align=align, cut=chunk)
+    ends = store.offsets[1:]
+    for piece in (piece for row in rows for piece in row):
+        document = int(np.searchsorted(ends, piece.start, side="right"))
+        before = piece.start - int(store.offsets[document])
+        assert before % chunk == 0
+        assert piece.length % chunk == 0 or piece.start + piece.length == ends[document]
+    assert all(sum(-(-piece.length // align) * align for piece in row[:-1]) + row[-1].length <= length for row in rows)
+    taken = sum(piece.length for row in rows for piece in row)
+    assert taken + padding == len(rows) * length
+    assert taken >= sum(lengths) - len(lengths), "a single last token predicts nothing"
+    starts = [int(row["input_ids"][0]) - 1 for row in first_rows(store, length, 50, PAD, cut=chunk)]
+    assert all((at - int(store.offsets[np.searchsorted(ends, at, side="right")])) % chunk == 0 for at in starts)
+
+
+def test_cuts_change_from_epoch_to_epoch_and_stay_on_the_grid() -> None:
+    offsets = store_of([110]).offsets  # six rows and 14 tokens: the first cut is at 0, 4, 8 or 12
+    plans = [plan_rows(offsets, T, 0, epoch, cut=4)[0] for epoch in range(20)]
+    starts = [{piece.start for row in plan for piece in row} for plan in plans]
+    assert {min(found - {0}) for found in starts} == {4, 8, 12, 16}
+
+
+def test_a_document_that_fits_a_row_is_not_cut() -> None:
+    """Even where a row is no multiple of a chunk."""
+    rows, _ = plan_rows(store_of([18, 17, 16]).offsets, 18, 0, 0, cut=4)
+    assert sorted(piece.length for row in rows for piece in row) == [16, 17, 18]
+
+
 def test_most_rows_are_whole_and_little_is_padded() -> None:
     lengths = np.random.default_rng(0).integers(1000, 40_000, 200).tolist()
     rows, padding = plan_rows(np.cumsum([0, *lengths]), 4096, 0, 0)
@@ -115,10 +151,14 @@ def test_validation_rows_begin_with_each_document() -> None:
     assert len(first_rows(store, T, 2, PAD)) == 2
 
 
-def test_store_is_saved_whole(tmp_path: Path) -> None:
-    store = TokenStore.join([store_of([3, 5]), store_of([4])])
+def test_stores_are_joined_where_they_are(tmp_path: Path) -> None:
+    parts = [store_of([3, 5]), TokenStore.build([]), store_of([4])]
+    store = TokenStore.join(parts)
+    assert [store[i].tolist() for i in range(3)] == [[1, 2, 3], [4, 5, 6, 7, 8], [1, 2, 3, 4]]
+    assert all(np.shares_memory(store[i], parts[0 if i < 2 else 2].tokens) for i in range(3))
+    assert store.lengths.tolist() == [3, 5, 4]
     store.save(tmp_path / "train.text")
     loaded = TokenStore.load(tmp_path / "train.text")
     assert loaded.names == ("0", "1", "0")
-    assert [loaded[i].tolist() for i in range(3)] == [[1, 2, 3], [4, 5, 6, 7, 8], [1, 2, 3, 4]]
-    assert loaded.tokens.dtype == store.tokens.dtype
+    assert [loaded[i].tolist() for i in range(3)] == [store[i].tolist() for i in range(3)]
+    assert loaded.tokens.dtype == parts[0].tokens.dtype

@@ -40,6 +40,7 @@ def test_values_and_defaults(values: dict[str, Any]) -> None:
         ("name=3", "name: expected text, got 3"),
         ("name=null", "name: expected text, got nothing"),
         ("sequence_length=1", "sequence_length"),
+        ("cut_multiple=129", r"cut_multiple: 129 must lie between 1 and sequence_length \(128\)"),
         ("model.base=org/model", "model: give either base .* or config"),
         ("model={}", "model: give either base .* or config"),
         ("model={base: ./nowhere}", "tokenizer.train: a base model keeps its own"),

@@ -1,6 +1,7 @@
 """Whole runs of a tiny model on the CPU: they learn, resume exactly, and leave everything behind."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return {f"{file.name}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
+@pytest.mark.pictures
 def test_plain_run_leaves_model_record_and_picture(values: dict[str, Any]) -> None:
     values |= {"eval_every": 4, "steps": 40}
     record, output = train(values)
@@ -145,6 +147,21 @@ def test_rows_are_read_in_the_planned_order(values: dict[str, Any]) -> None:
     batches = [batch["input_ids"] for batch in trainer.get_train_dataloader()]
     assert torch.equal(torch.cat(batches), torch.stack([rows[i]["input_ids"] for i in range(len(rows))]))
     assert len(rows) == recipe.steps * recipe.batch_size
+
+
+@pytest.mark.parametrize(("changes", "cut"), [({}, 16), ({"cut_multiple": 32}, 32), ({"ttt": None}, 1)])
+def test_long_documents_are_cut_at_the_recipe_s_chunks(
+    values: dict[str, Any], changes: dict[str, Any], cut: int
+) -> None:
+    from inplace_ttt.train.run import _trainer
+
+    recipe = make_recipe(values | {"ttt": TTT, "steps": 40} | changes)
+    prepared = prepare(recipe)
+    (store,) = prepared.stores("train").values()
+    _, rows = _trainer(recipe, prepared, Path(values["output"]))
+    starts = [piece.start for row in rows.plan for piece in row]
+    inside = [start - max(store.offsets[store.offsets <= start].tolist()) for start in starts]
+    assert math.gcd(*inside) == cut
 
 
 def test_inner_lr_warms_up(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,6 @@
-"""Training at scale, at tiny size: every shipped recipe, several processes, kill -9, accumulation, packed documents."""
+"""Training at scale, at tiny size: every shipped recipe, adapters, accumulation, packed documents."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +36,6 @@ def train(recipe: Any, **options: Any) -> dict[str, Any]:
 
 def curve(record: dict[str, Any]) -> list[tuple[float, float]]:
     return [(entry["loss"], entry["grad_norm"]) for entry in record["curve"]]
-
-
-def command(values: dict[str, Any], tmp_path: Path) -> list[str]:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return ["-m", "inplace_ttt", "train", str(path)]
-
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
 
 
 def tiny_base(kind: str, folder: Path, tokenizer: Any) -> Path:
@@ -118,39 +104,6 @@ def test_adapter_only_leaves_the_base_alone(values: dict[str, Any], tmp_path: Pa
     changed = {name for name, p in model.named_parameters() if not torch.equal(before[name], p)}
     added = {"model.layers.0.mlp.ttt_conv.weight", "model.layers.0.mlp.ttt_proj.weight"}
     assert changed == added | ({"model.layers.0.mlp.down_proj.weight"} if trainable != "adapter" else set())
-
-
-def test_kill_and_resume_gives_the_same_losses(values: dict[str, Any], tmp_path: Path) -> None:
-    values |= {"ttt": TTT, "steps": 40, "save_every": 3, "ttt_lr_warmup_steps": 5, "gradient_accumulation": 2}
-    whole = train(make_recipe(values))
-    killed = values | {"output": str(tmp_path / "killed")}
-    process = subprocess.Popen([sys.executable, *command(killed, tmp_path)], env=ENVIRONMENT)
-    deadline = time.monotonic() + 120
-    checkpoints = tmp_path / "killed" / "checkpoints"
-    while len(list(checkpoints.glob("checkpoint-*/complete"))) < 1 and time.monotonic() < deadline:
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed" / "run.json").exists()
-    resumed = train(make_recipe(killed), resume=True)
-    assert curve(resumed) == curve(whole)
-
-
-def test_two_processes_equal_one(values: dict[str, Any], tmp_path: Path) -> None:
-    values |= {"ttt": TTT, "steps": 4, "batch_size": 2}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    two = values | {"output": str(tmp_path / "two"), "parallel": {"data": 2}}
-    done = subprocess.run(
-        [*launch, *command(two, tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("step      4") == 1, "one process speaks"
-    record = json.loads((tmp_path / "two" / "run.json").read_text())
-    one = train(make_recipe(values))
-    assert record["tokens_seen"] == one["tokens_seen"]
-    for a, b in zip(curve(record), curve(one), strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
 
 
 def test_accumulated_steps_equal_one_large_batch(values: dict[str, Any], tmp_path: Path) -> None:

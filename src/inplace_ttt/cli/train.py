@@ -1,5 +1,6 @@
 """``inplace-ttt train`` and ``inplace-ttt tokenizer``."""
 
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -39,7 +40,8 @@ def train(
 
 def tokenizer(
     sources: Annotated[
-        list[str], typer.Argument(help="Training text: jsonl:PATH (also .xz, .gz), text:PATH, packages:train.")
+        list[str],
+        typer.Argument(help="Text: jsonl:PATH (also .xz, .gz), text:PATH, hf:DATASET, packages:train."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write.")],
     vocab_size: Annotated[int, typer.Option(help="Number of tokens.")] = 8192,
@@ -48,15 +50,17 @@ def tokenizer(
     """Train a byte-level BPE tokenizer that AutoTokenizer loads."""
     from rich.console import Console
 
+    from inplace_ttt.train.domain import DomainDocuments
     from inplace_ttt.train.packages import SplitRule, collect
-    from inplace_ttt.train.sources import check_source, read_source
+    from inplace_ttt.train.recipe import DomainSpec
+    from inplace_ttt.train.sources import check_source
     from inplace_ttt.train.tokenizer import train_tokenizer
 
     for source in sources:
         check_source(source)
     console = Console()
-    with console.status("reading"):
-        domains = [list(read_source(source, lambda split: collect(SplitRule()).of(split))) for source in sources]
+    packages = cache(lambda split: collect(SplitRule()).of(split))
+    domains = [DomainDocuments(DomainSpec((source,)), packages) for source in sources]
     with console.status("training the tokenizer"):
         trained = train_tokenizer(domains, vocab_size, max_bytes)
     trained.save_pretrained(out)

@@ -1,8 +1,10 @@
 """Tokenised documents -> rows of exactly ``sequence_length`` tokens.
 
-A document longer than a row is cut into row-long pieces, each a document of its own. What is left over at both ends is
-packed with other leftovers, best fit first. Where the first cut falls changes from epoch to epoch. Nothing predicts
-across a boundary: ``position_ids`` restart at 0 at every document and its first token has no label.
+A document longer than a row is cut into row-long pieces, each a document of its own. Cuts fall on multiples of ``cut``
+tokens of the document: with the chunk size, every piece starts a chunk of the whole document, and the piece's chunks
+are those that it would have there. What is left over at both ends is packed with other leftovers, best fit first. Where
+the first cut falls changes from epoch to epoch. Nothing predicts across a boundary: ``position_ids`` restart at 0 at
+every document and its first token has no label.
 """
 
 import bisect
@@ -10,6 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +24,30 @@ from inplace_ttt.errors import UserError
 IGNORED = -100  # label of a token that nothing predicts
 
 
+class JoinedTokens:
+    """Arrays end to end, each where it is (on disk, mostly). A slice lies inside one of them, as documents do."""
+
+    def __init__(self, parts: Sequence["np.ndarray | JoinedTokens"]) -> None:
+        self.parts, self.starts = parts, np.cumsum([0, *map(len, parts)]).tolist()
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        part = max(bisect.bisect_right(self.starts, where.start) - 1, 0)
+        first = self.starts[part]
+        found: np.ndarray = self.parts[part][where.start - first : where.stop - first]
+        return found
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.concatenate([np.asarray(part, dtype) for part in self.parts])
+
+
 @dataclass(frozen=True)
 class TokenStore:
     """Documents end to end: ``tokens`` [total] of uint16 or uint32, document i at ``offsets[i] : offsets[i + 1]``."""
 
-    tokens: np.ndarray
+    tokens: np.ndarray | JoinedTokens
     offsets: np.ndarray
     names: tuple[str, ...]
 
@@ -41,8 +63,11 @@ class TokenStore:
 
     @classmethod
     def join(cls, stores: Sequence["TokenStore"]) -> "TokenStore":
-        """One store of all documents of several, in order."""
-        return cls.build((store.names[i], store[i]) for store in stores for i in range(len(store)))
+        """One store of all documents of several, in order; their tokens stay where they are."""
+        before = np.cumsum([0, *(int(store.offsets[-1]) for store in stores)])
+        offsets = [store.offsets[1:] + start for store, start in zip(stores, before[:-1], strict=True)]
+        names = tuple(name for store in stores for name in store.names)
+        return cls(JoinedTokens([store.tokens for store in stores]), np.concatenate([[0], *offsets]), names)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -58,7 +83,7 @@ class TokenStore:
 
     def save(self, stem: Path) -> None:
         """Writes ``stem.tokens.npy`` and ``stem.json``."""
-        np.save(f"{stem}.tokens.npy", self.tokens)
+        np.save(f"{stem}.tokens.npy", np.asanyarray(self.tokens))
         index = {"offsets": self.offsets.tolist(), "names": list(self.names)}
         Path(f"{stem}.json").write_text(json.dumps(index), encoding="utf-8")
 
@@ -68,6 +93,44 @@ class TokenStore:
         index = json.loads(Path(f"{stem}.json").read_text(encoding="utf-8"))
         tokens = np.load(f"{stem}.tokens.npy", mmap_mode="r")
         return cls(tokens, np.array(index["offsets"], np.int64), tuple(index["names"]))
+
+
+class TokenWriter:
+    """Writes a store a document at a time; inside ``with``, `TokenStore.load` reads the result afterwards."""
+
+    def __init__(self, stem: Path) -> None:
+        self.stem = stem
+        self.names: list[str] = []
+        self.offsets = [0]
+        self._dtype = np.dtype(np.uint16)
+
+    def __enter__(self) -> "TokenWriter":
+        self._raw = open(f"{self.stem}.raw", "wb")
+        return self
+
+    def add(self, name: str, ids: np.ndarray) -> None:
+        """The next document's ids [n]; all documents have one dtype."""
+        self._dtype = ids.dtype
+        self._raw.write(ids.tobytes())
+        self.names.append(name)
+        self.offsets.append(self.offsets[-1] + len(ids))
+
+    @property
+    def documents(self) -> int:
+        return len(self.names)
+
+    @property
+    def tokens(self) -> int:
+        return self.offsets[-1]
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._raw.close()
+        raw = Path(f"{self.stem}.raw")
+        if kind is None:
+            shape = (self.tokens,)
+            tokens = np.memmap(raw, self._dtype, "r", shape=shape) if self.tokens else np.zeros(0, self._dtype)
+            TokenStore(tokens, np.array(self.offsets, np.int64), tuple(self.names)).save(self.stem)
+        raw.unlink()
 
 
 @dataclass(frozen=True)
@@ -82,27 +145,30 @@ Row = tuple[Piece, ...]
 
 
 def plan_rows(
-    offsets: np.ndarray, sequence_length: int, seed: int, epoch: int, group: int = 1, align: int = 1
+    offsets: np.ndarray, sequence_length: int, seed: int, epoch: int, group: int = 1, align: int = 1, cut: int = 1
 ) -> tuple[list[Row], int]:
     """Rows of one epoch in training order, and how many of their tokens are padding.
 
-    Depends on these arguments only. Rows of one piece and rows of several are shuffled
+    Depends on these arguments only. Where ``sequence_length`` is no multiple of ``cut``, a row-long piece ends at the
+    last multiple before it. Rows of one piece and rows of several are shuffled
     apart and dealt in groups of ``group`` rows: a batch of undivided rows needs no document masks, which is faster.
     """
     generator = np.random.default_rng([seed, epoch])
     whole: list[Row] = []
     leftovers: list[Piece] = []
+    full = sequence_length // cut * cut
     for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-        rows, rest = divmod(end - start, sequence_length)
-        head = int(generator.integers(0, rest + 1)) if rows else rest
+        length = end - start
+        rows, rest = divmod(length, full) if length > sequence_length or length == full else (0, length)
+        head = cut * int(generator.integers(0, rest // cut + 1)) if rows else rest
         body = start + head
-        whole += [(Piece(body + i * sequence_length, sequence_length),) for i in range(rows)]
-        tail = body + rows * sequence_length
+        whole += [(Piece(body + i * full, full),) for i in range(rows)]
+        tail = body + rows * full
         leftovers += [Piece(at, length) for at, length in ((start, head), (tail, end - tail)) if length > 1]
-    packed = _best_fit(leftovers, sequence_length, align)
-    padding = sum(sequence_length - sum(piece.length for piece in row) for row in packed)
-    undivided = whole + [row for row in packed if len(row) == 1 and row[0].length == sequence_length]
-    divided = [row for row in packed if len(row) > 1 or row[0].length < sequence_length]
+    planned = whole + _best_fit(leftovers, sequence_length, align)
+    padding = sum(sequence_length - sum(piece.length for piece in row) for row in planned)
+    undivided = [row for row in planned if row[0].length == sequence_length]
+    divided = [row for row in planned if row[0].length < sequence_length]
     return _deal(undivided, divided, group, generator), padding
 
 
@@ -161,7 +227,8 @@ def row_tensors(store: TokenStore, row: Row, sequence_length: int, pad_id: int, 
 class PackedRows(Dataset[dict[str, Tensor]]):
     """``rows`` packed rows, epoch after epoch: item n is the same whatever was asked for before (so runs resume).
 
-    ``pad_id`` fills the rows that are not full. Documents begin at multiples of ``align``. ``group`` is the batch size,
+    ``pad_id`` fills the rows that are not full. Documents begin at multiples of ``align``, long ones are cut at
+    multiples of their ``cut`` tokens. ``group`` is the batch size,
     see `plan_rows`; the up to ``group - 1`` rows that an epoch has over are left out, so that every epoch starts a
     batch.
     """
@@ -176,13 +243,14 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         pad_id: int,
         group: int = 1,
         align: int = 1,
+        cut: int = 1,
     ) -> None:
         self.store, self.sequence_length, self.pad_id, self.align = store, sequence_length, pad_id, align
         self.plan: list[Row] = []
         self.epochs = 0
         padding = 0
         while len(self.plan) < rows:
-            planned, padded = plan_rows(store.offsets, sequence_length, seed, self.epochs, group, align)
+            planned, padded = plan_rows(store.offsets, sequence_length, seed, self.epochs, group, align, cut)
             if not planned:
                 raise UserError("there is no text to train on: every document is empty")
             self.plan += planned[: len(planned) // group * group] or planned
@@ -194,24 +262,35 @@ class PackedRows(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.plan)
 
+    def describe(self) -> str:
+        """For people."""
+        return (
+            f"{len(self):,} rows of {self.sequence_length:,} tokens, {self.epochs} epochs, {self.padding:.1%} padding"
+        )
+
+    def record(self) -> dict[str, float]:
+        """For the run's record."""
+        return {"epochs": self.epochs, "padding": self.padding}
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return row_tensors(self.store, self.plan[index], self.sequence_length, self.pad_id, self.align)
 
 
 def first_rows(
-    store: TokenStore, sequence_length: int, rows: int, pad_id: int, align: int = 1
+    store: TokenStore, sequence_length: int, rows: int, pad_id: int, align: int = 1, cut: int = 1
 ) -> list[dict[str, Tensor]]:
     """Up to ``rows`` rows for validation: the beginning of each document first, then its next piece, and so on.
 
     Only the last row of a document that is shorter than a row is padded; the rest of a longer one is left out.
     """
     chosen: list[dict[str, Tensor]] = []
-    for turn in range(int(store.lengths.max(initial=0)) // sequence_length + 1):
+    full = sequence_length // cut * cut
+    for turn in range(int(store.lengths.max(initial=0)) // full + 1):
         for start, length in zip(store.offsets[:-1].tolist(), store.lengths.tolist(), strict=True):
-            left = length - turn * sequence_length
+            left = length - turn * full
             if len(chosen) == rows:
                 return chosen
-            if left >= sequence_length or (turn == 0 and left > 1):
-                piece = Piece(start + turn * sequence_length, min(left, sequence_length))
+            if left >= full or (turn == 0 and left > 1):
+                piece = Piece(start + turn * full, left if turn == 0 and left <= sequence_length else min(left, full))
                 chosen.append(row_tensors(store, (piece,), sequence_length, pad_id, align))
     return chosen

@@ -23,6 +23,7 @@ from inplace_ttt.hf.parallel import ContextParallel, enable_context_parallel
 from inplace_ttt.hf.sharding import Meshes, load_sharded, make_meshes, save_sharded, shard_layers
 from inplace_ttt.train.packing import IGNORED, PackedRows
 from inplace_ttt.train.parallel_spec import ParallelSpec
+from inplace_ttt.train.stream import StreamedRows
 from inplace_ttt.train.trainer import PackedTrainer
 
 SHARDED, SCHEDULER = "sharded", "scheduler.pt"
@@ -63,7 +64,7 @@ class Place:
         self, model: PreTrainedModel, precision: torch.dtype | None, checkpointing: bool = False
     ) -> PreTrainedModel:
         """Shards a built model and cuts its rows, as the settings say. ``checkpointing``: recompute activations."""
-        if checkpointing or self.spec.activation_checkpointing:
+        if checkpointing:
             enable: Any = model.gradient_checkpointing_enable
             enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.meshes is not None:
@@ -137,7 +138,7 @@ class ParallelTrainer(PackedTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This process's rows of every batch, in the order of one process."""
-        assert isinstance(self.train_dataset, PackedRows)
+        assert isinstance(self.train_dataset, PackedRows | StreamedRows)
         own = self.rows_per_batch // self.place.readers
         first = self.place.reader * own
         batches = len(self.train_dataset) // self.rows_per_batch

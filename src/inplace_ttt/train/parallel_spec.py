@@ -1,7 +1,7 @@
 """A recipe's ``parallel`` section and what it excludes (docs/parallel.md)."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from inplace_ttt.train.schema import RecipeError
 
@@ -15,15 +15,17 @@ class ParallelSpec:
 
     ``shard``: FSDP2, parameters cut over these processes, each reading other rows; ``data``: copies of that;
     ``context``: every row cut into slices; ``tensor``: matrices split as transformers plans it for a base model.
-    ``activation_checkpointing``: recompute each layer in the backward pass. ``slices``, ``attention``: see
-    `inplace_ttt.hf.parallel.enable_context_parallel`.
+    ``slices``, ``attention``: see `inplace_ttt.hf.parallel.enable_context_parallel`.
     """
+
+    elsewhere: ClassVar[dict[str, str]] = {
+        "activation_checkpointing": "write activation_checkpointing in the recipe itself"
+    }
 
     data: int = 1
     shard: int = 1
     context: int = 1
     tensor: int = 1
-    activation_checkpointing: bool = False
     slices: Literal["head_tail", "contiguous"] = "head_tail"
     attention: Literal["gather", "torch"] = "gather"
 

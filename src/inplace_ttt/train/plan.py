@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from inplace_ttt.errors import UserError
+from inplace_ttt.train.flops import flops_per_token
 from inplace_ttt.train.model import count_parameters, prepare_trainable
 from inplace_ttt.train.recipe import Recipe
 
@@ -102,14 +103,7 @@ def plan(recipe: Recipe) -> Plan:
         "fast weights": 2 * 4 * B * D * F if adapting else 0,  # S, and its gradient in the backward
         "logits and their gradient": B * T * V * (half + 4 + 4),
     }
-    window = getattr(config, "sliding_window", None)
-    seen = T / 2 if not window or window >= T else window
-    embedded = model.get_input_embeddings().weight.numel() if not config.tie_word_embeddings else 0
-    frozen = 4 if recipe.trainable != "all" else 6  # no gradients of frozen weights
-    flops = frozen * (N - embedded) + 6 * L * 2 * seen * H * d
-    flops += adapting * 2 * D * F * (1 + 3)  # the scan: one more product forward, three more backward
-    if recipe.activation_checkpointing:
-        flops += 2 * (N - embedded) + 2 * L * 2 * seen * H * d + adapting * 2 * D * F
+    flops = flops_per_token(recipe, model, recomputed=True)
     return Plan(N, n, memory, flops, recipe.steps * B * recipe.gradient_accumulation * T)
 
 

@@ -4,21 +4,22 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from inplace_ttt.errors import UserError
+from inplace_ttt.train.domain import DomainDocuments
 from inplace_ttt.train.packages import PackageCorpus, collect, installed
-from inplace_ttt.train.packing import TokenStore
+from inplace_ttt.train.packing import TokenStore, TokenWriter
 from inplace_ttt.train.recipe import DomainSpec, Recipe
-from inplace_ttt.train.sources import SPLITS, Document, read_source, source_files, split_source
+from inplace_ttt.train.sources import SPLITS, Document, source_files, split_source
 from inplace_ttt.train.tokenizer import encode_documents, load_tokenizer, train_tokenizer
 
-_FORMAT = 1  # part of the cache key: raise it when the same recipe would give other tokens
+_FORMAT = 2  # part of the cache key: raise it when the same recipe would give other tokens
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,19 @@ def prepare(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> P
     return Prepared(directory)
 
 
+def training_documents(recipe: Recipe) -> dict[str, DomainDocuments]:
+    """The training split's documents by domain, for `inplace_ttt.train.stream`."""
+    reader = _Reader(recipe)
+    return {domain: reader.documents(spec) for domain, spec in recipe.data.train.items()}
+
+
 def _write(recipe: Recipe, directory: Path, say: Callable[[str], None]) -> None:
     reader = _Reader(recipe)
-    training = {domain: reader.documents(spec) for domain, spec in recipe.data.train.items()}
-    for domain, documents in training.items():
-        say(f"train/{domain}: {len(documents)} documents, {_megabytes(documents):.1f} MB")
     if recipe.tokenizer.train is not None:
         spec = recipe.tokenizer.train
         say(f"training a tokenizer of {spec.vocab_size} tokens")
-        tokenizer: PreTrainedTokenizerBase = train_tokenizer(list(training.values()), spec.vocab_size, spec.max_bytes)
+        training = [reader.documents(domain) for domain in recipe.data.train.values()]
+        tokenizer: PreTrainedTokenizerBase = train_tokenizer(training, spec.vocab_size, spec.max_bytes)
     else:
         path = recipe.tokenizer.path or recipe.model.base
         assert path is not None  # the recipe's checks saw to it
@@ -78,14 +83,15 @@ def _write(recipe: Recipe, directory: Path, say: Callable[[str], None]) -> None:
     summary: dict[str, dict[str, dict[str, int]]] = {}
     for split in SPLITS:
         summary[split] = {}
+        if split == "train" and recipe.data.tokenise == "while_training":
+            continue
         for domain, spec_ in recipe.data.split(split).items():
-            documents = training.pop(domain) if split == "train" else reader.documents(spec_)
-            ids = encode_documents(tokenizer, (document.text for document in documents))
-            store = TokenStore.build((document.id, i) for document, i in zip(documents, ids, strict=True))
-            store.save(directory / f"{split}.{domain}")
-            size = sum(len(document.text.encode()) for document in documents)
-            summary[split][domain] = {"documents": len(store), "bytes": size, "tokens": int(store.offsets[-1])}
-            say(f"{split}/{domain}: {len(store)} documents, {store.offsets[-1]:,} tokens")
+            found = _encode(tokenizer, reader.documents(spec_), directory / f"{split}.{domain}")
+            summary[split][domain] = found
+            say(
+                f"{split}/{domain}: {found['documents']} documents, {found['bytes'] / 1e6:.1f} MB, "
+                f"{found['tokens']:,} tokens"
+            )
     manifest = reader.packages.manifest_dicts() if reader.used_packages else []
     _write_json(directory / "packages.json", manifest)
     _write_json(directory / "summary.json", summary)
@@ -103,25 +109,26 @@ class _Reader:
         self.used_packages = True
         return collect(self.recipe.data.packages)
 
-    def documents(self, spec: DomainSpec) -> list[Document]:
-        documents = [
-            document
-            for source in spec.sources
-            for document in read_source(source, lambda split: self.packages.of(split))
-            if document.text
-        ]
-        if not documents:
-            raise UserError(f"{', '.join(spec.sources)}: no text in there")
-        if spec.max_bytes is None:
-            return documents
-        chosen, left = [], spec.max_bytes
-        for document in sorted(documents, key=lambda document: hashlib.sha256(document.id.encode()).digest()):
-            text = document.text.encode()[:left].decode(errors="ignore")  # the last one is cut
-            if not text:
-                break
-            chosen.append(replace(document, text=text))
-            left -= len(text.encode())
-        return chosen
+    def documents(self, spec: DomainSpec) -> DomainDocuments:
+        return DomainDocuments(spec, lambda split: self.packages.of(split))
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], stem: Path) -> dict[str, int]:
+    """Writes a domain's store; how many documents, bytes of text and tokens it has."""
+    names: deque[str] = deque()  # of texts that are on their way through the tokenizer
+    size = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal size
+        for document in documents:
+            names.append(document.id)
+            size += len(document.text.encode())
+            yield document.text
+
+    with TokenWriter(stem) as writer:
+        for ids in encode_documents(tokenizer, texts()):
+            writer.add(names.popleft(), ids)
+    return {"documents": writer.documents, "bytes": size, "tokens": writer.tokens}
 
 
 def _key(recipe: Recipe) -> str:
@@ -132,7 +139,7 @@ def _key(recipe: Recipe) -> str:
     for split in SPLITS:
         for spec in recipe.data.split(split).values():
             sources.update(spec.sources)
-    files = [path for source in sources if split_source(source)[0] != "packages" for path in source_files(source)]
+    files = [path for source in sources for path in source_files(source)]
     tokenizer_path = recipe.tokenizer.path or recipe.model.base or ""
     files += sorted(Path(tokenizer_path).glob("*token*")) if tokenizer_path and Path(tokenizer_path).is_dir() else []
     stats = sorted((str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in set(files))
@@ -146,10 +153,6 @@ def _key(recipe: Recipe) -> str:
         installed() if uses_packages else [],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _megabytes(documents: list[Document]) -> float:
-    return sum(len(document.text.encode()) for document in documents) / 1e6
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -55,7 +55,7 @@ class TokenizerSpec:
 
 @dataclass(frozen=True)
 class DomainSpec:
-    """Sources (see `inplace_ttt.train.sources`); of all their documents ``max_bytes``, in the order of their hash.
+    """Sources (see `inplace_ttt.train.sources`); of all their documents ``max_bytes``, those whose hash is lowest.
 
     The manifest of installed distributions lists what was read, not what ``max_bytes`` left of it.
     """
@@ -71,13 +71,17 @@ class DomainSpec:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Named domains of every split; only ``train`` is needed. ``cache`` keeps the tokens between runs."""
+    """Named domains of every split; only ``train`` is needed. ``cache`` keeps the tokens between runs.
+
+    ``tokenise``: the training split's tokens are made before training and kept, or while training and not kept.
+    """
 
     train: dict[str, DomainSpec]
     validation: dict[str, DomainSpec] = field(default_factory=dict)
     test: dict[str, DomainSpec] = field(default_factory=dict)
     packages: SplitRule = field(default_factory=SplitRule)
     cache: str = "out/tokens"
+    tokenise: Literal["before", "while_training"] = "before"
 
     def split(self, name: str) -> dict[str, DomainSpec]:
         """Domains of a split by its name."""
@@ -119,11 +123,13 @@ class EvaluationSpec:
 class Recipe:
     """One training run. ``ttt`` holds the fields of `InPlaceTTTConfig`; left out or null: the plain model.
 
-    ``align_documents``: documents packed in a row begin at multiples of ``ttt.chunk_size``. ``parallel``: several
-    processes (and checkpoints that any number of them can go on from).
+    ``align_documents``: documents packed in a row begin at multiples of ``ttt.chunk_size``. ``cut_multiple``: documents
+    longer than a row are cut at multiples of so many of their tokens; left out: ``ttt.chunk_size``. ``parallel``:
+    several processes (and checkpoints that any number of them can go on from).
     ``ttt_relative_update`` chooses the inner learning rate from measured sizes (see `inplace_ttt.train.inner_lr`).
     ``trainable``: everything, or the base frozen and only the convolution and projection of the targets trained
-    ("adapter"), optionally with the adapting projections. ``report_to``: tensorboard, wandb.
+    ("adapter"), optionally with the adapting projections. ``report_to``: tensorboard, wandb. ``peak_tflops``: of one
+    device, for the log's MFU; left out: that of known GPUs.
     """
 
     name: str
@@ -140,12 +146,14 @@ class Recipe:
     trainable: Literal["all", "adapter", "adapter_and_projections"] = "all"
     activation_checkpointing: bool = False
     report_to: tuple[str, ...] = ()
+    peak_tflops: float | None = None
     batch_size: int = 1
     gradient_accumulation: int = 1
     precision: Literal["bf16", "fp32"] = "fp32"
     attn_implementation: Literal["auto", "varlen", "flex_attention", "sdpa", "eager"] = "auto"
     compile: bool = False
     align_documents: bool = False
+    cut_multiple: int | None = None
     parallel: ParallelSpec | None = None
     seed: int = 0
     log_every: int = 10
@@ -159,6 +167,12 @@ class Recipe:
         """Documents begin at multiples of this many tokens in a row."""
         config = self.ttt_config() if self.align_documents else None
         return 1 if config is None else config.chunk_size
+
+    @property
+    def cut(self) -> int:
+        """Documents longer than a row are cut at multiples of this many of their tokens."""
+        config = self.ttt_config()
+        return self.cut_multiple or (1 if config is None else config.chunk_size)
 
     @property
     def evaluation_length(self) -> int:

@@ -27,6 +27,10 @@ def check(recipe: "Recipe") -> None:
 
 
 def _check_alignment(recipe: "Recipe") -> None:
+    if recipe.cut_multiple is not None and not 1 <= recipe.cut_multiple <= recipe.sequence_length:
+        raise RecipeError(
+            f"cut_multiple: {recipe.cut_multiple} must lie between 1 and sequence_length ({recipe.sequence_length})"
+        )
     if recipe.align_documents and (recipe.ttt is None or recipe.sequence_length % recipe.alignment):
         raise RecipeError("align_documents: needs ttt, and a sequence_length that is a multiple of ttt.chunk_size")
 
@@ -59,6 +63,8 @@ def _check_numbers(recipe: "Recipe") -> None:
         for name, value in settings.items():
             if not value >= smallest:
                 raise RecipeError(f"{name}: {value} is too small, it must be at least {smallest}")
+    if recipe.peak_tflops is not None and not recipe.peak_tflops > 0:
+        raise RecipeError(f"peak_tflops: {recipe.peak_tflops} must be above 0 (989: an H100 in bf16)")
     if not 0 < optimizer.lr < 1:
         raise RecipeError(f"optimizer.lr: {optimizer.lr} must lie between 0 and 1")
     if optimizer.min_lr_ratio and optimizer.schedule != "cosine":

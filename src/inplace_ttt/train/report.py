@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+LOGGED = ("loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "mfu", "peak_memory_gib")
+LOGGED_BY_NAME = ("eval_", "update_norm/", "state_norm/")
 VERSIONS = ("inplace-ttt", "torch", "transformers", "accelerate", "tokenizers", "numpy", "triton")
 
 
@@ -21,20 +23,16 @@ def loss_curve(log_history: Sequence[Mapping[str, float]]) -> list[dict[str, flo
     """The Trainer's log without its bookkeeping: one entry a step, training and validation merged."""
     steps: dict[int, dict[str, float]] = {}
     for entry in log_history:
-        kept = {
-            name: value
-            for name, value in entry.items()
-            if name in ("loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second") or name.startswith("eval_")
-        }
+        kept = {n: value for n, value in entry.items() if n in LOGGED or n.startswith(LOGGED_BY_NAME)}
         if kept:
             steps.setdefault(int(entry["step"]), {}).update(kept)
     return [{"step": step, **values} for step, values in sorted(steps.items())]
 
 
-def tokens_per_second(curve: Sequence[Mapping[str, float]]) -> float | None:
-    """Median over the log's intervals; the first one, with its compilation, is left out where there are others."""
-    speeds = [entry["tokens_per_second"] for entry in curve if "tokens_per_second" in entry]
-    return statistics.median(speeds) if speeds else None
+def median(curve: Sequence[Mapping[str, float]], name: str) -> float | None:
+    """Of an entry over the log's intervals; None where no line has it."""
+    values = [entry[name] for entry in curve if name in entry]
+    return statistics.median(values) if values else None
 
 
 def plot_losses(curve: Sequence[Mapping[str, float]], path: Path, title: str) -> None:
@@ -77,7 +75,8 @@ def run_record(
         "hardware": hardware(),
         "versions": {name: found for name in VERSIONS if (found := _version(name))}
         | {"python": sys.version.split()[0]},
-        "tokens_per_second": tokens_per_second(curve),
+        "tokens_per_second": median(curve, "tokens_per_second"),
+        "mfu": median(curve, "mfu"),
         "peak_memory_bytes": peak_memory(),
         **more,
         "curve": list(curve),
@@ -131,8 +130,10 @@ def peak_memory() -> int:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Readable JSON."""
-    path.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    """Readable JSON; the file is there as a whole or not at all, even if the process is killed."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def _version(distribution: str) -> str | None:

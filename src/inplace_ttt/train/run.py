@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -21,19 +21,32 @@ from inplace_ttt import configure, fast_settings, is_attached
 from inplace_ttt.errors import UserError
 from inplace_ttt.eval.nll import DomainResult, Text, evaluate_documents
 from inplace_ttt.train.attention import choose_attention
+from inplace_ttt.train.flops import flops_per_token, peak_flops
 from inplace_ttt.train.inner_lr import fitting_lr
 from inplace_ttt.train.model import build_model, count_parameters, load_saved, save_model
+from inplace_ttt.train.monitor import FastWeightMonitor
 from inplace_ttt.train.packing import PackedRows, TokenStore, first_rows
-from inplace_ttt.train.prepare import Prepared, prepare
+from inplace_ttt.train.prepare import Prepared, prepare, training_documents
 from inplace_ttt.train.recipe import Recipe
 from inplace_ttt.train.report import loss_curve, plot_losses, run_record, write_json
+from inplace_ttt.train.stream import Layout, StreamedRows
 from inplace_ttt.train.trainer import COMPLETE, InnerLrWarmup, MarkComplete, PackedTrainer, quiet
 
 if TYPE_CHECKING:
     from inplace_ttt.train.parallel import Place
 
 # What may differ between a run and its continuation.
-_FREE_ON_RESUME = ("name", "output", "log_every", "eval_every", "save_every", "evaluation", "parallel")
+_FREE_ON_RESUME = (
+    "activation_checkpointing",
+    "name",
+    "output",
+    "peak_tflops",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "evaluation",
+    "parallel",
+)
 
 
 def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, console: Console | None = None) -> Path:
@@ -75,14 +88,13 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "recipe.json", recipe.raw)
         (output / "packages.json").write_bytes((prepared.directory / "packages.json").read_bytes())
-    trainer, rows = _trainer(recipe, prepared, checkpoints, place)
+    trainer, rows = _trainer(recipe, prepared, checkpoints, place, say)
     quiet(trainer, console)
     model = trainer.model
     assert isinstance(model, PreTrainedModel)
     say(
         f"{recipe.name}: {count_parameters(model) / 1e6:.2f}M parameters on {trainer.args.device}, "
-        f"{model.config._attn_implementation}; {len(rows):,} rows of {recipe.sequence_length:,} tokens, "
-        f"{rows.epochs} epochs, {rows.padding:.1%} padding"
+        f"{model.config._attn_implementation}; {rows.describe()}"
     )
     try:
         trainer.train(resume_from_checkpoint=last)
@@ -110,6 +122,7 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
         shutil.rmtree(output / "whole")
         del whole
     say(f"saved {output / 'model'} ({_size(output / 'model') / 1e6:.1f} MB)")
+    warnings = [] if trainer.monitor is None else trainer.monitor.warnings
     del trainer, model
     results = _evaluate(recipe, prepared, output / "model", attached, device, console)
     write_json(output / "evaluation.json", {domain: result.to_dict() for domain, result in results.items()})
@@ -120,10 +133,10 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
         parameters=parameters,
         trained_parameters=trained,
         tokens_seen=recipe.steps * _tokens_per_step(recipe),
-        epochs=rows.epochs,
-        padding=rows.padding,
+        **rows.record(),
         data=prepared.summary,
         packages="packages.json",
+        warnings=warnings,
         model_bytes=_size(output / "model"),
         evaluation=_headline(results),
     )
@@ -185,8 +198,12 @@ def last_complete(checkpoints: Path) -> str | None:
 
 
 def _trainer(
-    recipe: Recipe, prepared: Prepared, checkpoints: Path, place: "Place | None" = None
-) -> tuple[PackedTrainer, PackedRows]:
+    recipe: Recipe,
+    prepared: Prepared,
+    checkpoints: Path,
+    place: "Place | None" = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[PackedTrainer, PackedRows | StreamedRows]:
     tokenizer, length = prepared.tokenizer, recipe.sequence_length
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     assert isinstance(pad, int)
@@ -195,12 +212,9 @@ def _trainer(
     model = build_model(
         recipe, tokenizer, choose_attention(recipe.attn_implementation, arguments.device, recipe.compile)
     )
-    store = TokenStore.join(list(prepared.stores("train").values()))
-    count = recipe.steps * recipe.batch_size * recipe.gradient_accumulation
-    align = recipe.alignment
-    rows = PackedRows(store, length, count, seed=recipe.seed, pad_id=pad, group=recipe.batch_size, align=align)
+    rows, align, cut = _rows(recipe, prepared, pad), recipe.alignment, recipe.cut
     validation = {
-        domain: first_rows(store, length, recipe.evaluation.rows, pad, align)
+        domain: first_rows(store, length, recipe.evaluation.rows, pad, align, cut)
         for domain, store in prepared.stores("validation").items()
     }
     if recipe.ttt_relative_update is not None:
@@ -208,6 +222,8 @@ def _trainer(
         configure(model, lr=fitting_lr(model, first, recipe.ttt_relative_update))
     warm_up = is_attached(model) and recipe.ttt_lr_warmup_steps > 0
     inner_lr = fast_settings(model)["lr"] if warm_up else 0.0
+    flops, peak = flops_per_token(recipe, model, recomputed=False), peak_flops(recipe)
+    devices = 1 if recipe.parallel is None else recipe.parallel.processes
     kind: Any = PackedTrainer
     if place is not None:
         from inplace_ttt.train.parallel import ParallelTrainer
@@ -216,6 +232,7 @@ def _trainer(
             model, torch.bfloat16 if recipe.precision == "bf16" else None, recipe.activation_checkpointing
         )
         kind = partial(ParallelTrainer, place=place, rows_per_batch=recipe.batch_size)
+    watched = is_attached(model) and not recipe.compile  # compiled layers call no hooks
     trainer: PackedTrainer = kind(
         model=model,
         args=arguments,
@@ -223,11 +240,28 @@ def _trainer(
         validation=validation if recipe.eval_every else None,
         tokens_per_step=_tokens_per_step(recipe),
         decay_embeddings=recipe.optimizer.decay_embeddings,
+        flops_per_token=flops,
+        peak_flops=peak and peak * devices,
+        monitor=FastWeightMonitor(model, recipe.log_every, say) if watched else None,
     )
     trainer.add_callback(MarkComplete())
     if warm_up:
         trainer.add_callback(InnerLrWarmup(model, inner_lr, recipe.ttt_lr_warmup_steps))
     return trainer, rows
+
+
+def _rows(recipe: Recipe, prepared: Prepared, pad: int) -> PackedRows | StreamedRows:
+    length, count = recipe.sequence_length, recipe.steps * recipe.batch_size * recipe.gradient_accumulation
+    layout = Layout(length, recipe.seed, pad, recipe.batch_size, recipe.alignment, recipe.cut)
+    if recipe.data.tokenise == "while_training":
+        notes = prepared.directory / "windows"
+        rows = StreamedRows(training_documents(recipe), prepared.tokenizer, count, layout, notes)
+        rows[0]  # what cannot be read is told before anything is trained
+        return rows
+    store = TokenStore.join(list(prepared.stores("train").values()))
+    return PackedRows(
+        store, length, count, seed=recipe.seed, pad_id=pad, group=layout.group, align=layout.align, cut=layout.cut
+    )
 
 
 def _arguments(recipe: Recipe, checkpoints: Path, place: "Place | None" = None) -> TrainingArguments:
@@ -270,7 +304,7 @@ def _arguments(recipe: Recipe, checkpoints: Path, place: "Place | None" = None) 
         save_total_limit=2,
         seed=recipe.seed,
         use_cpu=not cuda,
-        dataloader_num_workers=2 if cuda else 0,
+        dataloader_num_workers=(1 if recipe.data.tokenise == "while_training" else 2) if cuda else 0,
         dataloader_pin_memory=cuda,
         remove_unused_columns=False,
         label_names=["labels"],

@@ -21,11 +21,16 @@ class RecipeError(UserError):
 
 
 def build(cls: type[T], values: object, where: str = "") -> T:
-    """An instance of the dataclass ``cls`` from a mapping. ``where`` names the place in messages ("data.train")."""
+    """An instance of the dataclass ``cls`` from a mapping. ``where`` names the place in messages ("data.train").
+
+    A class attribute ``elsewhere`` says of settings that people look for here what to write instead.
+    """
     if not isinstance(values, Mapping):
         raise RecipeError(f"{where or 'the recipe'}: expected settings (key: value), got {_shown(values)}")
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls)) if field.init}
     for key in values:
+        if advice := getattr(cls, "elsewhere", {}).get(key):
+            raise RecipeError(f"{_join(where, key)}: {advice}")
         if key not in fields:
             close = difflib.get_close_matches(str(key), fields, 1)
             hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(fields)}"

@@ -1,10 +1,11 @@
-"""Document sources: JSON lines, plain text files, and the Python source of installed distributions.
+"""Document sources: JSON lines, plain text files, Hugging Face datasets, the Python source of installed distributions.
 
 A source is written ``kind:where``:
 
 * ``jsonl:PATH`` one document a line, ``{"text": ..., "id": ..., "source": ..., "license": ...}`` (only ``text`` is
   needed); PATH may be a glob and may end in ``.xz`` or ``.gz``;
 * ``text:PATH`` one UTF-8 file a document; PATH may be a glob (``**`` reaches into folders);
+* ``hf:PLACE?split=train&text=COLUMN`` a dataset of the hub or of a folder, see `inplace_ttt.train.hub`;
 * ``packages:SPLIT`` the installed distributions that fall into SPLIT (train, validation or test), see
   `inplace_ttt.train.packages`.
 """
@@ -40,16 +41,22 @@ class Document:
 def split_source(spec: str) -> tuple[str, str]:
     """``kind:where`` -> (kind, where). Raises SourceError for anything else."""
     kind, colon, where = spec.partition(":")
-    if not colon or kind not in ("jsonl", "text", "packages") or not where:
-        raise SourceError(f"{spec!r} is no document source: write jsonl:PATH, text:PATH or packages:SPLIT")
+    if not colon or kind not in ("jsonl", "text", "hf", "packages") or not where:
+        raise SourceError(f"{spec!r} is no document source: write jsonl:PATH, text:PATH, hf:DATASET or packages:SPLIT")
     if kind == "packages" and where not in SPLITS:
         raise SourceError(f"{spec!r}: there is no split {where!r}, only {', '.join(SPLITS)}")
     return kind, where
 
 
 def source_files(spec: str) -> list[Path]:
-    """Files that a jsonl: or text: source names, sorted. Raises SourceError when there is none."""
-    _, where = split_source(spec)
+    """Local files that a source names, sorted. Raises SourceError when a jsonl: or text: source has none."""
+    kind, where = split_source(spec)
+    if kind == "packages":
+        return []
+    if kind == "hf":
+        from inplace_ttt.train.hub import hub_files
+
+        return hub_files(spec)
     paths = [Path(where)] if Path(where).is_file() else sorted(map(Path, glob.glob(where, recursive=True)))
     files = [path for path in paths if path.is_file()]
     if not files:
@@ -60,7 +67,11 @@ def source_files(spec: str) -> list[Path]:
 def check_source(spec: str) -> None:
     """Raises SourceError when the source is misspelt or names no file. Reads nothing."""
     kind, _ = split_source(spec)
-    if kind != "packages":
+    if kind == "hf":
+        from inplace_ttt.train.hub import check_hub
+
+        check_hub(spec)
+    elif kind != "packages":
         source_files(spec)
 
 
@@ -71,6 +82,11 @@ def read_source(spec: str, packages: Callable[[str], list[Document]] | None = No
         if packages is None:
             raise SourceError(f"{spec}: installed packages are not available here")
         yield from packages(where)
+        return
+    if kind == "hf":
+        from inplace_ttt.train.hub import read_hub
+
+        yield from read_hub(spec)
         return
     for path in source_files(spec):
         yield from _json_lines(path) if kind == "jsonl" else [_text_file(path)]

@@ -1,6 +1,5 @@
 """A byte-level BPE tokenizer: trained on the training split, lossless, loaded with ``AutoTokenizer``."""
 
-import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from inplace_ttt.errors import UserError
+from inplace_ttt.train.domain import hash_of
 from inplace_ttt.train.sources import Document
 
 END_OF_TEXT = "<|endoftext|>"
@@ -25,9 +25,9 @@ _SAMPLE_CHARACTERS = 1 << 18  # of one document, while the tokenizer trains
 
 
 def train_tokenizer(
-    domains: Sequence[Sequence[Document]], vocab_size: int, max_bytes: int = 32_000_000
+    domains: Sequence[Iterable[Document]], vocab_size: int, max_bytes: int = 32_000_000
 ) -> PreTrainedTokenizerFast:
-    """Trains on about ``max_bytes`` bytes, taken in turn from every domain.
+    """Trains on about ``max_bytes`` bytes, taken in turn from every domain; iterates twice over each of them.
 
     Digits stand alone. The one special token is beginning, end of text and padding. The same documents give the same
     tokenizer on every machine. Raises UserError when the vocabulary is too small or the text too short to fill it.
@@ -71,11 +71,18 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[np.ndarray]:
+def encode_documents(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    *,
+    cut: bool | None = None,
+    characters: int | None = None,
+) -> Iterator[np.ndarray]:
     """Token ids of each text, then the end-of-text token: uint16 [n], uint32 for large vocabularies.
 
     Special tokens that a text spells out are encoded as ordinary text. Long texts are cut at newlines and encoded on
     all cores, unless the tokenizer gives other tokens for a cut text: then texts are encoded whole.
+    ``cut=False`` encodes them whole in any case. About ``characters`` of text are read ahead (16 million).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy: the user's keeps its settings
@@ -84,8 +91,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -
     backend.no_padding()
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
     end = np.array([tokenizer.eos_token_id], dtype)
-    cut: bool | None = None
-    for batch in _batches(texts):
+    for batch in _batches(texts, _BATCH_CHARACTERS if characters is None else characters):
         cut = _cutting_is_exact(backend, batch) if cut is None else cut
         pieces = [list(cut_text(text)) if cut else [text] for text in batch]
         flat = [piece for parts in pieces for piece in parts]
@@ -107,33 +113,41 @@ def cut_text(text: str, characters: int = _PIECE_CHARACTERS) -> Iterator[str]:
     yield text[start:]
 
 
-def _sample(domains: Sequence[Sequence[Document]], max_bytes: int) -> Iterator[str]:
-    """Documents in the order of their hash, one of each domain in turn, the beginning of each."""
-    queues = [
-        iter(sorted(documents, key=lambda document: hashlib.sha256(document.id.encode()).digest()))
+def _sample(domains: Sequence[Iterable[Document]], max_bytes: int) -> Iterator[str]:
+    """Documents in the order of their hash, one of each domain in turn, the beginning of each.
+
+    Reads every domain twice: for the order and the sizes, then for the texts that are wanted.
+    """
+    sizes = [
+        sorted((hash_of(d), i, len(d.text[:_SAMPLE_CHARACTERS].encode())) for i, d in enumerate(documents))
         for documents in domains
     ]
-    taken = 0
-    while queues:
-        for queue in list(queues):
-            document = next(queue, None)
-            if document is None:
-                queues.remove(queue)
-                continue
-            text = document.text[:_SAMPLE_CHARACTERS]
-            taken += len(text.encode())
-            yield from cut_text(text)
-            if taken >= max_bytes:
-                return
+    order, taken = [], 0
+    for turn in range(max(map(len, sizes), default=0)):
+        for domain, known in enumerate(sizes):
+            if turn < len(known) and taken < max_bytes:
+                _, i, size = known[turn]
+                order.append((domain, i))
+                taken += size
+    wanted, texts = set(order), {}
+    for domain, documents in enumerate(domains):
+        last = max((i for other, i in wanted if other == domain), default=-1)
+        for i, document in enumerate(documents):
+            if (domain, i) in wanted:
+                texts[domain, i] = document.text[:_SAMPLE_CHARACTERS]
+            if i >= last:
+                break
+    for key in order:
+        yield from cut_text(texts.pop(key))
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+def _batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
     batch: list[str] = []
     size = 0
     for text in texts:
         batch.append(text)
         size += len(text)
-        if size >= _BATCH_CHARACTERS:
+        if size >= characters:
             yield batch
             batch, size = [], 0
     if batch:

@@ -23,7 +23,10 @@ from transformers import (
 
 from inplace_ttt import is_attached
 from inplace_ttt.errors import UserError
+from inplace_ttt.train.monitor import FastWeightMonitor
 from inplace_ttt.train.packing import IGNORED, PackedRows
+from inplace_ttt.train.report import peak_memory
+from inplace_ttt.train.stream import StreamedRows
 
 COMPLETE = "complete"
 """Name of the empty file in a checkpoint that is whole."""
@@ -31,7 +34,11 @@ Rows = Mapping[str, Sequence[dict[str, Tensor]]]
 
 
 class PackedTrainer(Trainer):
-    """``validation`` maps domains to rows; ``tokens_per_step`` is what one optimizer step reads."""
+    """``validation`` maps domains to rows; ``tokens_per_step`` is what one optimizer step reads.
+
+    ``flops_per_token``, ``peak_flops`` (FLOP/s of all devices together; None: unknown): for the log's MFU. ``monitor``:
+    what the log says of the fast weights.
+    """
 
     def __init__(
         self,
@@ -39,18 +46,24 @@ class PackedTrainer(Trainer):
         validation: Rows | None = None,
         tokens_per_step: int = 0,
         decay_embeddings: bool = True,
+        flops_per_token: float = 0.0,
+        peak_flops: float | None = None,
+        monitor: FastWeightMonitor | None = None,
         **arguments: Any,
     ) -> None:
         self.validation = dict(validation or {})
         self.tokens_per_step = tokens_per_step
         self.decay_embeddings = decay_embeddings
+        self.flops_per_token, self.peak_flops, self.monitor = flops_per_token, peak_flops, monitor
         self._clock: tuple[int, float] | None = None  # step and time of the last line of the log
         self._paused = 0.0  # seconds spent on validation since then
         super().__init__(eval_dataset=[] if validation else None, **arguments)
+        if monitor is not None:
+            self.add_callback(monitor)
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
         """The rows come shuffled already: a resumed run then skips exactly the rows it has read."""
-        assert isinstance(self.train_dataset, PackedRows)
+        assert isinstance(self.train_dataset, PackedRows | StreamedRows)
         return SequentialSampler(self.train_dataset)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -71,13 +84,17 @@ class PackedTrainer(Trainer):
         return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds tokens seen and tokens per second (validation not counted) to training's lines."""
+        """Adds to training's lines: tokens seen, tokens per second (validation not counted), MFU, memory, sizes."""
         if "loss" in logs:
             now, step = time.perf_counter(), self.state.global_step
             logs["tokens"] = step * self.tokens_per_step
             if self._clock is not None and step > self._clock[0]:
                 elapsed = now - self._clock[1] - self._paused
                 logs["tokens_per_second"] = (step - self._clock[0]) * self.tokens_per_step / max(elapsed, 1e-9)
+                if self.peak_flops:
+                    logs["mfu"] = logs["tokens_per_second"] * self.flops_per_token / self.peak_flops
+            logs["peak_memory_gib"] = peak_memory() / 2**30
+            logs |= {} if self.monitor is None else self.monitor.entries()
             self._clock, self._paused = (step, now), 0.0
             if not math.isfinite(logs["loss"]):
                 raise UserError(
@@ -206,6 +223,14 @@ def log_line(logs: Mapping[str, float]) -> str:
         parts.append(f"lr {logs.get('learning_rate', 0):.2e}")
         if "tokens_per_second" in logs:
             parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
+        if "mfu" in logs:
+            parts.append(f"MFU {logs['mfu']:.1%}")
+        if logs.get("peak_memory_gib"):
+            parts.append(f"{logs['peak_memory_gib']:.1f} GiB")
+        for name, what in (("update_norm", "update"), ("state_norm", "S")):
+            sizes = [value for key, value in logs.items() if key.startswith(f"{name}/")]
+            if sizes:
+                parts.append(f"{what}/W0 {max(sizes):.1e}")
     parts += [f"{name.removeprefix('eval_')} {value:.4f}" for name, value in logs.items() if name.startswith("eval_")]
     return "  ".join(parts)
 

@@ -1,0 +1,163 @@
+"""Rows made while training: documents are read, tokenised and packed a window at a time, nothing is made beforehand.
+
+Documents are taken from the domain that has given the fewest tokens so far, in the order of its sources; one that ends
+begins again. A *window* is the next ``WINDOW_ROWS`` rows' worth of them, and is cut, packed and shuffled like an epoch
+of its own (`inplace_ttt.train.packing.plan_rows`). So row n depends on sources, tokenizer and settings alone. Where
+each window begins is noted on disk: a run that goes on skips the documents before its window without tokenising them.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+from transformers import PreTrainedTokenizerBase
+
+from inplace_ttt.errors import UserError
+from inplace_ttt.train.packing import Row, TokenStore, plan_rows, row_tensors
+from inplace_ttt.train.sources import Document
+from inplace_ttt.train.tokenizer import encode_documents
+
+WINDOW_ROWS = 32
+_BATCH_CHARACTERS = 1 << 20  # tokenised at a time, of a domain
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How documents become rows: the settings of `inplace_ttt.train.packing.PackedRows`."""
+
+    sequence_length: int
+    seed: int
+    pad_id: int
+    group: int = 1
+    align: int = 1
+    cut: int = 1
+
+
+class StreamedRows(Dataset[dict[str, Tensor]]):
+    """``rows`` rows; item n is the same whatever was asked for before. Reading in order costs the least.
+
+    ``domains``: documents by name, iterated over anew whenever they begin again. ``notes``: a folder of its own for
+    these domains and this tokenizer, in which the beginnings of windows are noted. Raises UserError, at the first item,
+    for sources that cannot be read.
+    """
+
+    def __init__(
+        self,
+        domains: Mapping[str, Iterable[Document]],
+        tokenizer: PreTrainedTokenizerBase,
+        rows: int,
+        layout: Layout,
+        notes: Path,
+    ) -> None:
+        self.rows, self.layout = rows, layout
+        self._domains = {name: _Domain(documents, tokenizer) for name, documents in domains.items()}
+        key = hashlib.sha256(json.dumps([asdict(layout), WINDOW_ROWS, list(domains)]).encode()).hexdigest()[:16]
+        self._notes = notes / key
+        self._process: int | None = None  # files that another process opened must not be read on
+        self._window, self._first = 0, 0
+        self._store = TokenStore.build([])
+        self._plan: list[Row] = []
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def describe(self) -> str:
+        """For people."""
+        return f"{len(self):,} rows of {self.layout.sequence_length:,} tokens, tokenised while training"
+
+    def record(self) -> dict[str, float]:
+        """For the run's record: epochs and padding are not known beforehand."""
+        return {}
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < self.rows:
+            raise IndexError(index)
+        here = self._process == os.getpid()
+        if not here or not self._first <= index < self._first + len(self._plan) + WINDOW_ROWS:
+            self._seek(index)
+        while index >= self._first + len(self._plan):
+            self._next()
+        layout = self.layout
+        row = self._plan[index - self._first]
+        return row_tensors(self._store, row, layout.sequence_length, layout.pad_id, layout.align)
+
+    def _seek(self, index: int) -> None:
+        """To the last known beginning of a window at or before row ``index``."""
+        self._process = os.getpid()
+        if get_worker_info() is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not come along into this process
+        known = [path for path in self._notes.glob("*.json") if int(path.stem) <= index]
+        note = json.loads(max(known, key=lambda path: int(path.stem)).read_text(encoding="utf-8")) if known else {}
+        self._window, self._first, self._plan = note.get("window", 0) - 1, note.get("first", 0), []
+        for name, domain in self._domains.items():
+            domain.go_to(*note.get("domains", {}).get(name, (0, 0)))
+
+    def _next(self) -> None:
+        layout = self.layout
+        self._first += len(self._plan)
+        self._window += 1
+        documents: list[tuple[str, np.ndarray]] = []
+        missing = max(WINDOW_ROWS, 4 * layout.group) * layout.sequence_length
+        while missing > 0:
+            name = min(self._domains, key=lambda name: self._domains[name].tokens)  # the first of equal ones
+            ids = next(self._domains[name])
+            documents.append((name, ids))
+            missing -= len(ids)
+        self._store = TokenStore.build(documents)
+        self._plan, _ = plan_rows(
+            self._store.offsets,
+            layout.sequence_length,
+            layout.seed,
+            self._window,
+            layout.group,
+            layout.align,
+            layout.cut,
+        )
+        if not self._plan:
+            raise UserError("there is no text to train on: every document is empty")
+        self._note()
+
+    def _note(self) -> None:
+        """Where the next window begins; whichever process is there first writes it, all would write the same."""
+        first = self._first + len(self._plan)
+        path = self._notes / f"{first}.json"
+        if path.exists():
+            return
+        domains = {name: (domain.documents, domain.tokens) for name, domain in self._domains.items()}
+        self._notes.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps({"window": self._window + 1, "first": first, "domains": domains}))
+        unfinished.replace(path)
+
+
+class _Domain:
+    """Token ids of a domain's documents, without end."""
+
+    def __init__(self, documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> None:
+        self._all, self._tokenizer = documents, tokenizer
+        self.documents, self.tokens = 0, 0
+        """Given so far, those of earlier passes included."""
+        self._ids: Iterator[np.ndarray] = iter(())
+
+    def go_to(self, documents: int, tokens: int) -> None:
+        """After so many documents, which held so many tokens."""
+        self.documents, self.tokens = documents, tokens
+        texts = (document.text for document in islice(self._endless(), documents, None))
+        self._ids = encode_documents(self._tokenizer, texts, cut=False, characters=_BATCH_CHARACTERS)
+
+    def _endless(self) -> Iterator[Document]:
+        while True:
+            yield from self._all
+
+    def __next__(self) -> np.ndarray:
+        ids = next(self._ids)
+        self.documents += 1
+        self.tokens += len(ids)
+        return ids
