@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     )
     from .hf.checkpoint import from_pretrained, save_pretrained
     from .hf.context import fast_weights
+    from .hf.graph import DecodingGraph
     from .hf.release import save_release
     from .session import Session, SessionPool
     from .shipped import DEFAULT_MODEL
 
 __all__ = [
     "DEFAULT_MODEL",
+    "DecodingGraph",
     "InPlaceTTTConfig",
     "Session",
     "SessionPool",
@@ -63,6 +65,7 @@ _HOMES = {
         "hf.attach",
     ),
     **dict.fromkeys(("from_pretrained", "save_pretrained"), "hf.checkpoint"),
+    "DecodingGraph": "hf.graph",
     "fast_weights": "hf.context",
     "save_release": "hf.release",
     **dict.fromkeys(("Session", "SessionPool"), "session"),

@@ -221,3 +221,12 @@ def test_a_shallow_copy_of_a_state_writes_into_its_own_buffers():
     twin = copy.copy(fast)
     assert fast.begin_step(None, 1.0, True).z.data_ptr() != twin.begin_step(None, 1.0, True).z.data_ptr()
     assert torch.equal(fast.z, twin.z)
+
+
+def test_what_a_cuda_graph_cannot_do_is_said():
+    model, ids = adapted("llama"), tokens(1, C)
+    cache = empty(model, "static")
+    with torch.no_grad():
+        call(model, cache, ids)
+    with pytest.raises(ittt.UserError, match="needs a CUDA device, the model is on cpu"):
+        ittt.DecodingGraph(model, cache)

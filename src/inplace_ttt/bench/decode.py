@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from ..errors import UserError
 from ..hf.cache import cache_name
+from ..hf.graph import DecodingGraph
 from .prefill import build, plain_twin
 from .timing import peak_bytes, seconds
 
@@ -20,8 +21,10 @@ WORSE = 1.5
 class Decoding:
     """One row that goes on writing: the cache, the last token and its position, all on the device."""
 
-    def __init__(self, model: Any, step: Any, cache: Cache) -> None:
-        self.model, self.step, self.cache, self.name = model, step, cache, cache_name(model)
+    def __init__(self, model: Any, cache: Cache, way: str) -> None:
+        self.model, self.cache, self.way, self.name = model, cache, way, cache_name(model)
+        self.step = torch.compile(model, backend="eager") if way == "compiled" else model
+        self.graph: DecodingGraph | None = None
 
     def read(self, prompt: Tensor) -> None:
         """Begins anew with a prompt [1, T]."""
@@ -31,27 +34,19 @@ class Decoding:
             self.cache = DynamicCache(config=self.model.config)
         out = self.model(prompt, **{self.name: self.cache}, logits_to_keep=1)
         self.following = out.logits[:, -1:].argmax(-1)
-        self.token, self.position = self.following.clone(), torch.full_like(self.following, prompt.shape[1])
 
     def feed(self, ids: Tensor) -> Tensor:
-        """Logits [1, 1, V] after one more token, fed from where the last one was."""
-        self.token.copy_(ids)
-        out = self.step(self.token, position_ids=self.position, **{self.name: self.cache})
-        self.position.add_(1)
-        logits: Tensor = out.logits
+        """Logits [1, 1, V] after one more token."""
+        if self.way == "graph":
+            self.graph = self.graph or DecodingGraph(self.model, self.cache)  # type: ignore[arg-type]
+            return self.graph(ids)
+        logits: Tensor = self.step(torch.empty_like(self.following).copy_(ids), **{self.name: self.cache}).logits
         return logits
 
     def write(self, tokens: int) -> None:
         """Greedy; nothing waits for the device."""
         for _ in range(tokens):
             self.following = self.feed(self.following)[:, -1:].argmax(-1)
-
-
-def compiled(model: Any, device: torch.device) -> Any:
-    """The model's step as CUDA graphs; on a CPU only traced, which shows that it can be."""
-    return (
-        torch.compile(model, mode="reduce-overhead") if device.type == "cuda" else torch.compile(model, backend="eager")
-    )
 
 
 def differs(decoding: Decoding, ids: Tensor, prompt: int) -> float:
@@ -79,13 +74,14 @@ def measure(
     length = max(prompt + many, ids.shape[1])
     runs: dict[str, tuple[Decoding, int]] = {}
     errors = {}
+    way = "graph" if device.type == "cuda" else "compiled"  # on a CPU only traced, which shows that it can be
     torch.compiler.reset()
     with torch.no_grad():
         for name, one in (("no TTT", plain), ("ours", model)):
-            graphs = Decoding(one, compiled(one, device), StaticCache(one.config, max_cache_len=length))
+            graphs = Decoding(one, StaticCache(one.config, max_cache_len=length), way)
             errors[name] = differs(graphs, ids, C - C // 4)
             log(f"{name}: steps differ from one pass by {errors[name]:.2e}")
-            runs[f"eager, {name}"] = Decoding(one, one, DynamicCache(config=one.config)), few
+            runs[f"eager, {name}"] = Decoding(one, DynamicCache(config=one.config), "eager"), few
             runs[f"graphs, {name}"] = graphs, many
         floor = 1e-5 if dtype == torch.float32 else 0.0
         if not errors["ours"] <= WORSE * max(errors["no TTT"], floor):
@@ -102,7 +98,7 @@ def measure(
         "times_eager": found["eager, ours"] / found["graphs, ours"],
     }
     log(f"over the same graphs without TTT {row['graphs_over_no_ttt']:.3f}, {row['times_eager']:.2f} times eager")
-    return {"shape": shape, "layers": layers, "chunk_size": C, "cache_length": length, "results": [row]}
+    return {"shape": shape, "layers": layers, "chunk_size": C, "cache_length": length, "way": way, "results": [row]}
 
 
 def time_all(

@@ -44,6 +44,7 @@ class CallContext:
         self.outer: CallContext | None = None
         self.step: Step | None = None
         """The call as a decoding step, which needs no table."""
+        self.ends_step = False
         self._moved: dict[torch.device, ChunkTable] = {}
 
     def table_on(self, device: torch.device) -> ChunkTable:
@@ -71,6 +72,8 @@ class Runtime:
         self.cache_name = "cache" if "cache" in self.parameters else "past_key_values"
         """transformers' name for the cache: the first from 5.24 on, in most families."""
         self.model = model
+        self.prepared: Step | None = None
+        """The next call as a step that was begun already, and is ended by whoever began it (``DecodingGraph``)."""
         self.vouched = False
         """Whether the tokens of the next call are known to be real (``generate`` wrote them)."""
 
@@ -98,9 +101,12 @@ class Runtime:
                 "process per device (torchrun, accelerate launch), or make a single device visible"
             )
         vouched, self.vouched = self.vouched, False
-        step = Step.begin(self, given, vouched) if self.enabled and may_step(given) else None
+        step, self.prepared = self.prepared, None
+        mine = step is None
+        if mine and self.enabled and may_step(given):
+            step = Step.begin(self, given, vouched)
         context, cache = self._context(module, given) if step is None else (CallContext(None, {}, True, self.lr), None)
-        context.step = step
+        context.step, context.ends_step = step, mine and step is not None
         context.outer, self.current = self.current, context
         if given.get("inputs_embeds") is not None:
             context.embeddings = given["inputs_embeds"]
@@ -124,7 +130,7 @@ class Runtime:
         context = self.current
         if context is not None:
             self.current = context.outer
-            if context.step is not None and output is not None:
+            if context.ends_step and context.step is not None and output is not None:
                 context.step.end()
 
     # -- one call -------------------------------------------------------------------------------------------------
