@@ -20,7 +20,9 @@ class StepBuffers:
 
     def __init__(self, owner: object, z_BCF: Tensor, u_BCD: Tensor) -> None:
         self._owner = id(owner)
-        self.z, self.u = _fixed(z_BCF.clone()), _fixed(u_BCD.clone())
+        # Steps write into the flat tensors: compiled code copies a whole buffer where it must write through a view.
+        self._flat = tuple(_fixed(x.flatten(0, 1).clone()) for x in (z_BCF, u_BCD))
+        self.z, self.u = (flat.view_as(x) for flat, x in zip(self._flat, (z_BCF, u_BCD), strict=True))
         self.folded: Tensor | None = None
         """``W0 + lr * S``, or per row ``lr * S`` where the slow product is taken apart; None while S = 0."""
         self.fused = False
@@ -74,8 +76,8 @@ class StepBuffers:
 
         ``plain``: the slow product, bias included; ``bias`` apart, for where W0 is folded in.
         """
-        for buffer, x in ((self.z, z_B1F), (self.u, u_B1D)):
-            buffer.view(-1, buffer.shape[2]).index_copy_(0, where_B, x[:, 0].to(buffer.dtype))
+        for flat, x in zip(self._flat, (z_B1F, u_B1D), strict=True):
+            flat.index_copy_(0, where_B, x[:, 0].to(flat.dtype))
         if self.folded is None:
             return plain(z_B1F)
         z = z_B1F.to(self.folded.dtype)
