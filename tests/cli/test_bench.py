@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from inplace_ttt.bench import mlp
 from inplace_ttt.cli import app
+from inplace_ttt.core.decoding import StepBuffers
 from inplace_ttt.errors import UserError
 
 
@@ -35,9 +36,66 @@ def test_prefill():
     assert [row["tokens"] for row in json.loads(result.stdout.splitlines()[-1])["results"]] == [96, 128]
 
 
+def record_of(*arguments):
+    result = bench(*arguments, "--device", "cpu")
+    assert result.exit_code == 0, result.exception
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_prefill_draws_what_it_measured(tmp_path):
+    record_of(
+        "prefill",
+        "--tokens",
+        "64",
+        "--chunks",
+        "32",
+        "--rounds",
+        "1",
+        "--window",
+        "24",
+        "--plot",
+        str(tmp_path / "p.png"),
+    )
+    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_decode():
+    record = record_of("decode", "--tokens", "12", "--chunks", "8", "--rounds", "2")
+    row = record["results"][0]
+    seconds = row["seconds_a_token"]
+    assert row["graphs_over_no_ttt"] == seconds["graphs, ours"] / seconds["graphs, no TTT"]
+    assert row["times_eager"] == seconds["eager, ours"] / seconds["graphs, ours"]
+    assert 0 < row["difference_to_one_pass"]["ours"] < 1e-5
+
+
+def test_no_speed_of_wrong_steps(monkeypatch):
+    """Steps that never fold what was learned differ from one pass."""
+    monkeypatch.setattr(StepBuffers, "fold", lambda self, S, weight, lr, always: None)
+    result = bench("decode", "--tokens", "12", "--chunks", "8", "--rounds", "1", "--device", "cpu")
+    assert isinstance(result.exception, UserError) or result.exit_code == 2
+    assert "no speed of wrong results" in result.output + str(result.exception)
+
+
+def test_train():
+    record = record_of("train", "--tokens", "64", "--chunks", "16", "--rounds", "1")
+    speed = record["results"][0]["tokens_per_second"]
+    assert record["results"][0]["of_no_ttt"] == speed["ours"] / speed["no TTT"]
+
+
+def test_stream():
+    record = record_of("stream", "--tokens", "400", "--chunks", "16", "--window", "32")
+    parts = record["results"][0]["parts"]
+    assert [part["tokens"] for part in parts] == list(range(40, 401, 40))
+    assert parts[-1]["bytes_context"] == parts[1]["bytes_context"]
+    assert all(norm > 0 for norm in record["results"][0]["norms"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (("decode", "--tokens", "8,16"), "decode takes one length"),
+        (("train", "--window", "8"), "--window: only for prefill and stream"),
+        (("mlp", "--plot", "x.png"), "--plot: only for prefill"),
         (("mlp", "--tokens", "100", "--chunks", "64"), "--tokens 100: take a multiple"),
         (("mlp", "--shape", "7b"), "--shape 7b: choose one of tiny"),
         (("prefill", "--chunks", "8,16"), "prefill takes one chunk size"),

@@ -9,13 +9,17 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from ..errors import UserError
+from ..hf.attach import runtime_of, set_lr
 from ..hf.cache import cache_name
+from ..hf.context import fast_weights
 from ..hf.graph import DecodingGraph
 from .prefill import build, plain_twin
 from .timing import peak_bytes, seconds
 
 WORSE = 1.5
 """How much larger than without fast weights the difference between decoding and reading at once may be."""
+SHARE = 0.3
+"""Norm of ``lr * S`` beside W0's while that is checked."""
 
 
 class Decoding:
@@ -49,6 +53,19 @@ class Decoding:
             self.following = self.feed(self.following)[:, -1:].argmax(-1)
 
 
+def weighty_lr(model: Any, ids: Tensor) -> float:
+    """An inner learning rate at which the fast weights are ``SHARE`` of the slow ones: a mistake must show."""
+    cache = DynamicCache(config=model.config)
+    model(ids, **{cache_name(model): cache}, logits_to_keep=1)
+    sites = {site.index: site for site in runtime_of(model).sites}
+    ratios = [
+        sites[i].projection().weight.norm() / S.norm()
+        for i, fast in fast_weights(cache).items()
+        if (S := fast.dense()) is not None
+    ]
+    return SHARE * (sum(ratios) / len(ratios)).item()
+
+
 def differs(decoding: Decoding, ids: Tensor, prompt: int) -> float:
     """Relative difference between the logits of single steps and those of one pass."""
     decoding.read(ids[:, :prompt])
@@ -62,7 +79,7 @@ def measure(
     *, layers: str = "0::6", tokens: int | None = None, rounds: int = 3, log: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Seconds a token of batch 1 behind ``prompt`` tokens; JSON-ready. A run in graphs writes a whole
-    chunk of tokens and so meets one update; the first run is not counted, nor is reading.
+    chunk of tokens and so meets one update; reading is not timed.
 
     UserError where steps differ from one pass by more than ``WORSE`` times what they do without fast weights.
     """
@@ -79,6 +96,8 @@ def measure(
     with torch.no_grad():
         for name, one in (("no TTT", plain), ("ours", model)):
             graphs = Decoding(one, StaticCache(one.config, max_cache_len=length), way)
+            if one is model:
+                set_lr(model, weighty_lr(model, ids))
             errors[name] = differs(graphs, ids, C - C // 4)
             log(f"{name}: steps differ from one pass by {errors[name]:.2e}")
             runs[f"eager, {name}"] = Decoding(one, DynamicCache(config=one.config), "eager"), few
@@ -86,6 +105,7 @@ def measure(
         floor = 1e-5 if dtype == torch.float32 else 0.0
         if not errors["ours"] <= WORSE * max(errors["no TTT"], floor):
             raise UserError(f"no speed of wrong results: steps differ from one pass by {errors['ours']:.2e}")
+        set_lr(model, runtime_of(model).config.lr)
         times, peaks = time_all(runs, text, device, rounds)
     found = {name: whole / runs[name][1] for name, whole in times.items()}
     row = {
@@ -107,14 +127,16 @@ def time_all(
     """Median seconds and peak memory of writing, each round behind the same prompt; reading it is not timed."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     peaks: dict[str, int | None] = {}
-    for n in range(rounds + 1):
+    for n in range(-1, rounds + 1):  # the first is a warm-up, the last for memory
         for name, (decoding, tokens) in runs.items():
             decoding.read(prompt)
-            if n < rounds:
+            if n < 0:
+                decoding.write(tokens)
+            elif n < rounds:
                 found[name].append(seconds(lambda d=decoding, t=tokens: d.write(t), device))  # type: ignore[misc]
             else:
                 peaks[name] = peak_bytes(lambda d=decoding, t=tokens: d.write(t), device)  # type: ignore[misc]
-    return {name: median(values[min(1, rounds - 1) :]) for name, values in found.items()}, peaks
+    return {name: median(values) for name, values in found.items()}, peaks
 
 
 def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

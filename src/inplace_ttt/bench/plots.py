@@ -29,7 +29,7 @@ def prefill(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         lengths = sorted(rows)
         name = "full attention" if window is None else f"window {window:,}"
         speeds = {k: [n / rows[n]["seconds"][k] / 1000 for n in lengths] for k in ("no TTT", "ours")}
-        over = [f"{100 * (rows[n]['over_no_ttt'] - 1):+.1f}%" for n in lengths]
+        over = [f"time {100 * (rows[n]['over_no_ttt'] - 1):+.1f}%" for n in lengths]
         _bars(line[0], lengths, speeds, f"throughput, {name}", "1,000 tokens/s", over)
         if memory:
             peaks = {k: [rows[n]["peak_bytes"][k] / 2**30 for n in lengths] for k in ("no TTT", "ours")}
