@@ -13,7 +13,7 @@ from .usage import quiet_libraries
 if TYPE_CHECKING:
     from ..eval.runner import Variant
 
-SUITES = ("nll", "needle", "read-then-ask", "diagnostics")
+SUITES = ("nll", "needle", "read-then-ask", "theory", "diagnostics")
 
 
 def evaluate(
@@ -33,7 +33,7 @@ def evaluate(
     windows: Annotated[int, typer.Option(help="nll: windows of a document, at most.", min=0)] = 2,
     documents: Annotated[int | None, typer.Option(help="Documents, at most (those long enough first).", min=1)] = None,
     lengths: Annotated[str, typer.Option(help="needle: lengths in tokens.")] = "1024,2048,4096",
-    trials: Annotated[int, typer.Option(help="needle, read-then-ask: trials of each kind.", min=1)] = 10,
+    trials: Annotated[int, typer.Option(help="needle, read-then-ask, theory: trials of each kind.", min=1)] = 10,
     sweep: Annotated[
         list[str] | None,
         typer.Option(
@@ -156,6 +156,8 @@ def _suites(
     from ..eval.suites.needle import NeedleSuite
     from ..eval.suites.nll import NllSuite
     from ..eval.suites.state import StateSuite
+    from ..eval.suites.theory import TheorySuite
+    from ..hf.attach import runtime_of
     from ..hf.window import native_window
 
     found: list[Any] = []
@@ -170,6 +172,8 @@ def _suites(
         found.append(NeedleSuite(tokenizer, texts, lengths=lengths, trials=trials))
     if "read-then-ask" in wanted:
         found.append(MemorySuite(tokenizer, texts, trials=trials))
+    if "theory" in wanted:
+        found.append(TheorySuite(tokenizer, texts, runtime_of(model).config.chunk_size, trials=trials))
     if nll is not None and "diagnostics" in wanted:
         found.append(StateSuite(nll))
     return found

@@ -86,8 +86,10 @@ def classes(domains: Mapping[str, tuple[Sequence[str], Mapping[str, Sequence[Mea
     return figure
 
 
-def _bars(axis: Any, names: Sequence[str], curves: Mapping[str, Sequence[Mean]]) -> None:
-    palette, width = colours(list(curves)), 0.8 / len(curves)
+def _bars(
+    axis: Any, names: Sequence[str], curves: Mapping[str, Sequence[Mean]], palette: Mapping[str, str] | None = None
+) -> None:
+    palette, width = palette or colours(list(curves)), 0.8 / len(curves)
     for i, (label, means) in enumerate(curves.items()):
         x = np.arange(len(names)) + (i - (len(curves) - 1) / 2) * width
         values = np.array([m.value for m in means])
@@ -151,6 +153,21 @@ def memory(
         axis.set_title(f"{distance:,} tokens since", loc="left", fontsize=9)
         axis.set_xlabel("mentions", fontsize=8.5)
     axes[0].set_ylabel(f"right answers, {text}", fontsize=8.5)
+    _legend_below(figure, axes[0])
+    return figure
+
+
+def theory(targets: Sequence[str], right: Sequence[Mean], others: Sequence[Mean]) -> "Figure":
+    """Changes of logits by one update [targets]: of the word that followed the key before, and of other words."""
+    figure, axes = _figure(5.0, 3.0)
+    words = {"own": "the model's own", "next_token": "next token", "reconstruction": "same token\n(reconstruction)"}
+    names = [words.get(target, target) for target in targets]
+    curves = {"the word that followed before": right, "other words": others}
+    _bars(axes[0], names, curves, dict(zip(curves, (FIXED["on"], FIXED["off"]), strict=True)))
+    axes[0].axhline(0, color="black", lw=0.7)
+    axes[0].set_xlabel("what the update learns to predict from a token", fontsize=8.5)
+    axes[0].set_ylabel("change of the logit (updates on - off)", fontsize=8.5)
+    axes[0].set_title("One update, and the key comes again", loc="left", fontsize=10, fontweight="bold")
     _legend_below(figure, axes[0])
     return figure
 

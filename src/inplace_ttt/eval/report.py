@@ -81,6 +81,10 @@ def pictures(found: Mapping[str, Rows], plan: Mapping[str, Any]) -> dict[str, "F
     figures |= _heat_maps(found.get("needle by length and depth", []))
     if rows := found.get("read, then ask"):
         figures["read-then-ask"] = _memory([row for row in rows if row["variant"] == "on"])
+    if rows := found.get("theory"):
+        at = {(row["change"], row["target"]): _mean(row) for row in rows if row["variant"] == "on"}
+        targets = list(dict.fromkeys(target for _, target in at))
+        figures["theory"] = plots.theory(targets, *([at[x, t] for t in targets] for x in ("right", "others")))
     return figures
 
 

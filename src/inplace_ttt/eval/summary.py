@@ -51,6 +51,13 @@ def tables(records: Sequence[Record]) -> dict[str, list[dict[str, Any]]]:
     memory = [r for r in records if r["suite"] == "read-then-ask"]
     if memory:
         found["read, then ask"] = means(memory, ["distance", "mentions", "condition"], "correct", None)
+    theory = [r for r in records if r["suite"] == "theory"]
+    if theory:
+        found["theory"] = [
+            {"change": name, **row}
+            for name in ("right", "others", "margin", "won")
+            for row in means(theory, ["target"], name, None)
+        ]
     state = [r for r in records if r["suite"] == "diagnostics"]
     if state:
         found["fast weights"] = _state(state)
@@ -115,6 +122,22 @@ def verdicts(found: dict[str, list[dict[str, Any]]]) -> list[str]:
             lines.append(
                 f"Needle, {row['kind']}: {row['value']:.0%} right with updates, {gap:+.0f} points ({interval})."
             )
+    return [*lines, *_theory(found.get("theory", []))]
+
+
+def _theory(rows: Sequence[Record]) -> list[str]:
+    """What one update did to the logits, a sentence per target."""
+    at = {(row["target"], row["change"]): row for row in rows if row["variant"] == "on"}
+    words = {"own": "the model's own target", "next_token": "next-token target", "reconstruction": "reconstruction"}
+    lines = []
+    for target in dict.fromkeys(row["target"] for row in rows):
+        right, others, margin, won = (at[target, name] for name in ("right", "others", "margin", "won"))
+        interval = _interval(margin["low"], margin["high"], "+.3f")
+        lines.append(
+            f"Theorem 1, {words[target]}: one update moved the logit of the word that followed by "
+            f"{right['value']:+.3f}, of others by {others['value']:+.3f}: margin {margin['value']:+.3f} ({interval}); "
+            f"it rose the most in {won['value']:.0%} of the trials."
+        )
     return lines
 
 
