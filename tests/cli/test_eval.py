@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from eval import local_tasks
 from transformers import AutoTokenizer
 
 import inplace_ttt as ittt
@@ -83,6 +84,42 @@ def test_taken_up_again(evaluated, cli):
     changed = cli(*arguments, "--trials", 3)
     assert changed.exit_code == 2
     assert "another evaluation" in changed.stderr
+
+
+@pytest.mark.xdist_group("harness")
+def test_tasks_of_the_harness_from_local_files(cli, folder, tmp_path):
+    """A whole run without a network, and without --data: on and off on the same samples, in the report."""
+    pytest.importorskip("lm_eval")
+    (tmp_path / "tasks").mkdir()
+    files = local_tasks.write(tmp_path / "tasks")
+    arguments = (
+        "eval",
+        folder.model,
+        "--suite",
+        "harness",
+        "--tasks",
+        "local_choice,local_rolling",
+        "--task-files",
+        files,
+    )
+    result = cli(*arguments, "--limit", 4, "--batch-size", 2, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "local_choice, acc: " in result.stdout
+    found = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))["tables"]["harness"]
+    assert {(row["task"], row["metric"], row["variant"]) for row in found} == {
+        (task, metric, variant)
+        for task, metrics in (
+            ("local_choice", ("acc", "acc_norm")),
+            ("local_rolling", ("word_perplexity", "bits_per_byte")),
+        )
+        for metric in metrics
+        for variant in ("on", "off")
+    }
+    assert all(row["documents"] == 4 for row in found)
+    assert (tmp_path / "out" / "plots" / "harness.png").exists()
+    unknown = cli("eval", folder.model, "--suite", "harness", "--tasks", "ruler_vt", "--out", tmp_path / "other")
+    assert unknown.exit_code == 2
+    assert "--suite ruler" in unknown.stderr
 
 
 @pytest.mark.parametrize(

@@ -120,8 +120,27 @@ def heat_maps(
     return figure
 
 
-def differences(title: str, rows: Mapping[str, Mean], unit: str, reference: str) -> "Figure":
-    """Label -> difference to ``reference`` with its interval, one row each; left of zero is better."""
+def ruler(lengths: Sequence[int], curves: Mapping[str, Sequence[Mean]], tasks: int) -> "Figure":
+    """Variant -> mean score at each of ``lengths`` tokens, over ``tasks`` tasks."""
+    figure, axes = _figure(4.2, 3.0)
+    _lines(axes[0], [_short(n) for n in lengths], curves)
+    axes[0].set_ylim(0, 1.02)
+    axes[0].set_title(
+        f"RULER, {tasks} tasks" if tasks > 1 else "RULER, 1 task", loc="left", fontsize=10, fontweight="bold"
+    )
+    axes[0].set_xlabel("length (tokens)", fontsize=8.5)
+    axes[0].set_ylabel("share of right answers", fontsize=8.5)
+    _legend_below(figure, axes[0])
+    return figure
+
+
+def scores(rows: Mapping[str, Mean]) -> "Figure":
+    """Task, metric and variant -> difference of the metric to updates off. Which side is better depends on it."""
+    return differences("Tasks: metric against updates off", rows, "metric", "updates off", better="")
+
+
+def differences(title: str, rows: Mapping[str, Mean], unit: str, reference: str, better: str = "left") -> "Figure":
+    """Label -> difference to ``reference`` with its interval, one row each; ``better`` is a side, or empty."""
     figure, axes = _figure(6.2, 0.9 + 0.32 * len(rows))
     axis = axes[0]
     y = np.arange(len(rows))[::-1]
@@ -133,7 +152,8 @@ def differences(title: str, rows: Mapping[str, Mean], unit: str, reference: str)
     axis.set_yticks(y, list(rows))
     axis.set_ylim(-0.6, len(rows) - 0.4)
     axis.grid(axis="x", color="0.9", lw=0.7)
-    axis.set_xlabel(f"difference to {reference} ({unit}), left is better", fontsize=8.5)
+    side = f", {better} is better" if better else ""
+    axis.set_xlabel(f"difference to {reference} ({unit}){side}", fontsize=8.5)
     axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
     return figure
 

@@ -71,7 +71,7 @@ def pictures(found: Mapping[str, Rows], plan: Mapping[str, Any]) -> dict[str, "F
     if rows := found.get("nll by class"):
         figures["loss-by-class"] = plots.classes(_curves(rows, "class"))
     gaps = {
-        f"{row['variant']}, {row['domain']}": Mean(row["difference"], row["difference_low"], row["difference_high"])
+        f"{row['variant']}, {row['domain']}": _gap(row)
         for row in found.get("nll by document", [])
         if "difference" in row
     }
@@ -81,6 +81,11 @@ def pictures(found: Mapping[str, Rows], plan: Mapping[str, Any]) -> dict[str, "F
     figures |= _heat_maps(found.get("needle by length and depth", []))
     if rows := found.get("read, then ask"):
         figures["read-then-ask"] = _memory([row for row in rows if row["variant"] == "on"])
+    if rows := [row for row in found.get("harness", []) if "difference" in row]:
+        figures["harness"] = plots.scores({f"{r['task']}, {r['metric']}, {r['variant']}": _gap(r) for r in rows})
+    if rows := found.get("ruler"):
+        (lengths, curves) = _curves([{**row, "domain": ""} for row in rows], "length")[""]
+        figures["ruler"] = plots.ruler(lengths, curves, len({row["task"] for row in found["ruler by task"]}))
     if rows := found.get("theory"):
         at = {(row["change"], row["target"]): _mean(row) for row in rows if row["variant"] == "on"}
         targets = list(dict.fromkeys(target for _, target in at))
@@ -103,6 +108,10 @@ def _curves(rows: Rows, x: str) -> dict[str, tuple[list[Any], dict[str, list[Mea
 
 def _mean(row: Mapping[str, Any]) -> Mean:
     return Mean(row["value"], row["low"], row["high"])
+
+
+def _gap(row: Mapping[str, Any]) -> Mean:
+    return Mean(row["difference"], row["difference_low"], row["difference_high"])
 
 
 def _heat_maps(rows: Rows) -> dict[str, "Figure"]:

@@ -58,6 +58,11 @@ def tables(records: Sequence[Record]) -> dict[str, list[dict[str, Any]]]:
             for name in ("right", "others", "margin", "won")
             for row in means(theory, ["target"], name, None)
         ]
+    if harness := [r for r in records if r["suite"] == "harness"]:
+        found["harness"] = means(harness, ["task", "metric"], "value", "weight")
+    if ruler := [r for r in records if r["suite"] == "ruler"]:
+        found["ruler"] = means(ruler, ["length"], "value", "weight")
+        found["ruler by task"] = means(ruler, ["task", "length"], "value", "weight")
     state = [r for r in records if r["suite"] == "diagnostics"]
     if state:
         found["fast weights"] = _state(state)
@@ -122,6 +127,12 @@ def verdicts(found: dict[str, list[dict[str, Any]]]) -> list[str]:
             lines.append(
                 f"Needle, {row['kind']}: {row['value']:.0%} right with updates, {gap:+.0f} points ({interval})."
             )
+    for table in ("harness", "ruler"):
+        for row in found.get(table, []):
+            if row["variant"] == "on" and "difference" in row:
+                name = f"RULER, {row['length']:,} tokens" if table == "ruler" else f"{row['task']}, {row['metric']}"
+                interval = _interval(row["difference_low"], row["difference_high"], "+.3f")
+                lines.append(f"{name}: {row['value']:.3f} with updates, {row['difference']:+.3f} ({interval}).")
     return [*lines, *_theory(found.get("theory", []))]
 
 
