@@ -1,9 +1,10 @@
 """``inplace-ttt eval``."""
 
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -14,6 +15,9 @@ from .usage import quiet_libraries
 
 if TYPE_CHECKING:
     from ..eval.runner import Variant
+
+
+Number = TypeVar("Number", int, float)
 
 
 def evaluate(
@@ -35,6 +39,10 @@ def evaluate(
     lengths: Annotated[
         str | None, typer.Option(help="needle, ruler: lengths in tokens, such as 4096,8192.", show_default=False)
     ] = None,
+    kinds: Annotated[str, typer.Option(help="needle: kinds of needles.")] = "single,multi-key,multi-value,multi-query",
+    depths: Annotated[
+        str, typer.Option(help="needle: where the facts stand, from 0 (beginning) to 1 (right before the question).")
+    ] = "0,0.25,0.5,0.75,1",
     trials: Annotated[int, typer.Option(help="needle, read-then-ask, theory: trials of each kind.", min=1)] = 10,
     tasks: Annotated[
         str, typer.Option(help='harness: tasks of lm-evaluation-harness. "paper" stands for those of the paper.')
@@ -62,12 +70,14 @@ def evaluate(
     from rich.console import Console
 
     options = Options(
-        wanted=tuple(name.strip() for name in suite.split(",")),
+        wanted=_names(suite),
         length=length,
         windows=windows,
-        lengths=_numbers("--lengths", lengths) if lengths else (),
+        lengths=_numbers("--lengths", lengths, int) if lengths else (),
+        kinds=_names(kinds),
+        depths=_numbers("--depths", depths, float),
         trials=trials,
-        tasks=tuple(name.strip() for name in tasks.split(",")),
+        tasks=_names(tasks),
         task_files=task_files,
         questions=tuple(questions or ()),
         download=download,
@@ -167,8 +177,12 @@ def _baseline(name: str, model: Any, tokenizer: Any, device: str | None) -> "Var
     return Variant("baseline", plain, nullcontext, updates=False)
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(kind(part) for part in text.split(","))
     except ValueError:
         raise UserError(f"{option} {text}: write numbers separated by commas") from None

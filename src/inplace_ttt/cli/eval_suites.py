@@ -26,6 +26,8 @@ class Options:
     length: int
     windows: int
     lengths: tuple[int, ...]
+    kinds: tuple[str, ...]
+    depths: tuple[float, ...]
     trials: int
     tasks: tuple[str, ...]
     task_files: Path | None
@@ -42,6 +44,7 @@ class Options:
         """JSON-ready: what tells one evaluation from another. ``batch_size`` changes no figure."""
         values: dict[str, Any] = {"suites": list(self.wanted), "length": self.length, "windows": self.windows}
         values |= {"lengths": list(self.lengths), "trials": self.trials}
+        values |= {"kinds": list(self.kinds), "depths": list(self.depths)}
         if WITHOUT_TEXT & set(self.wanted):
             values |= {"tasks": list(self.tasks), "task_files": self.task_files and str(self.task_files)}
             values |= {"questions": list(map(str, self.questions)), "download": self.download, "limit": self.limit}
@@ -63,7 +66,8 @@ def build(options: Options, texts: Sequence["Document"], tokenizer: Any, model: 
     if nll is not None and "nll" in wanted:
         found.append(nll)
     if "needle" in wanted:
-        found.append(NeedleSuite(tokenizer, texts, lengths=options.lengths or (1024, 2048, 4096), trials=trials))
+        lengths = options.lengths or (1024, 2048, 4096)
+        found.append(NeedleSuite(tokenizer, texts, lengths, options.depths, options.kinds, trials))
     if "read-then-ask" in wanted:
         found.append(MemorySuite(tokenizer, texts, trials=trials))
     if "theory" in wanted:
