@@ -1,6 +1,7 @@
 """eval: what it measures is what the library measures; runs are taken up again; mistakes are told in one line."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from inplace_ttt.eval.nll import token_losses
 LENGTH = 128
 
 
-@pytest.fixture
-def evaluated(cli, folder, tmp_path, words):
-    """Two documents, on, off, a baseline, two other settings, each layer off."""
+@pytest.fixture(scope="module")
+def evaluated(cli, folder, tmp_path_factory, words):
+    """Two documents, on, off, a baseline, two other settings, each layer off. Tests leave it as it is."""
+    tmp_path = tmp_path_factory.mktemp("evaluated")
     lines = [{"id": name, "text": words[at : at + 1600], "domain": "words"} for name, at in (("a", 0), ("b", 1600))]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     arguments = (
@@ -73,8 +75,10 @@ def test_everything_is_written(evaluated):
     assert all(row["effective_rank"] > 1 for row in layers if row["variant"] == "on")
 
 
-def test_taken_up_again(evaluated, cli):
-    arguments, _, out = evaluated
+def test_taken_up_again(evaluated, cli, tmp_path):
+    arguments, _, finished = evaluated
+    out = shutil.copytree(finished, tmp_path / "out")
+    arguments = (*arguments[:-1], out)
     lines = (out / "records.jsonl").read_text(encoding="utf-8").splitlines()
     before = (out / "summary.csv").read_text(encoding="utf-8")
     (out / "records.jsonl").write_text("\n".join(lines[:5]) + '\n{"suite": "nll", "un', encoding="utf-8")

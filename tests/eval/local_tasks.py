@@ -1,6 +1,7 @@
 """Three tasks of lm-evaluation-harness on a local file: multiple choice, free generation, and whole texts."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -42,11 +43,11 @@ def text(n: int, seed: int) -> str:
 TEXTS = [text(n, n) for n in (21, 5, 33, 9, 14)]
 
 
-def write(path: Path) -> Path:
+def write(path: Path, texts: Sequence[str] = TEXTS) -> Path:
     """The task files and their data into a directory; returns it."""
     documents = [
         {"text": t, "choices": [" whale", " of the sea", " captain and men"], "answer": i % 3, "target": "whale"}
-        for i, t in enumerate(TEXTS)
+        for i, t in enumerate(texts)
     ]
     (path / "data.json").write_text("\n".join(json.dumps(d) for d in documents))
     common = f"""
