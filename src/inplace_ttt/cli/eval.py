@@ -26,7 +26,7 @@ def evaluate(
     ] = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="Text files, directories, or .jsonl(.xz) with a text field. May be repeated."),
+        typer.Option(help="Text files, directories, .jsonl(.xz) with a text field, or hf:NAME:SPLIT. May be repeated."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory of the run; taken up again where it was broken off.")] = Path(
         "out/eval"
