@@ -68,7 +68,9 @@ def test_everything_is_written(evaluated):
     assert page.count("<svg") == 3
     assert (out / "summary.csv").read_text(encoding="utf-8").startswith("table,")
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    assert {"commit", "date", "hardware", "versions", "plan", "verdicts", "tables"} == set(summary)
+    assert {"commit", "date", "hardware", "versions", "seconds", "plan", "verdicts", "tables"} == set(summary)
+    assert summary["seconds"].keys() == {"nll", "diagnostics"}
+    assert summary["seconds"]["nll"] > 0
     layers = summary["tables"]["fast weights"]
     assert {row["layer"] for row in layers if row["variant"] == "on"} == {0, 2}
     assert {row["layer"] for row in layers if row["variant"] == "without layer 2"} == {0}
@@ -85,7 +87,7 @@ def test_taken_up_again(evaluated, cli, tmp_path):
     assert cli(*arguments).exit_code == 0
     after = (out / "summary.csv").read_text(encoding="utf-8")
     assert sorted(before.splitlines()) == sorted(after.splitlines())
-    changed = cli(*arguments, "--trials", 3)
+    changed = cli(*arguments, "--windows", 1)
     assert changed.exit_code == 2
     assert "another evaluation" in changed.stderr
 

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import UserError
 from ..shipped import DEFAULT_MODEL
-from .eval_suites import SUITES, WITHOUT_TEXT, Options, build
+from .eval_suites import ONLY_TEXT, SUITES, WITHOUT_TEXT, Options, build
 from .usage import quiet_libraries
 
 if TYPE_CHECKING:
@@ -31,10 +31,12 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Directory of the run; taken up again where it was broken off.")] = Path(
         "out/eval"
     ),
-    suite: Annotated[str, typer.Option(help=f"Any of {', '.join(SUITES)}, separated by commas.")] = "nll",
+    suite: Annotated[
+        str, typer.Option(help=f"Any of {', '.join(SUITES)}, separated by commas; all: those that need only text.")
+    ] = "nll",
     baseline: Annotated[str | None, typer.Option(help="A model to compare with, with or without fast weights.")] = None,
     length: Annotated[int, typer.Option(help="nll: tokens of a window.", min=2)] = 16384,
-    windows: Annotated[int, typer.Option(help="nll: windows of a document, at most.", min=0)] = 2,
+    windows: Annotated[int, typer.Option(help="nll: windows of a document, at most.", min=0)] = 1,
     documents: Annotated[int | None, typer.Option(help="Documents, at most (those long enough first).", min=1)] = None,
     lengths: Annotated[
         str | None, typer.Option(help="needle, ruler: lengths in tokens, such as 4096,8192.", show_default=False)
@@ -42,8 +44,10 @@ def evaluate(
     kinds: Annotated[str, typer.Option(help="needle: kinds of needles.")] = "single,multi-key,multi-value,multi-query",
     depths: Annotated[
         str, typer.Option(help="needle: where the facts stand, from 0 (beginning) to 1 (right before the question).")
-    ] = "0,0.25,0.5,0.75,1",
-    trials: Annotated[int, typer.Option(help="needle, read-then-ask, theory: trials of each kind.", min=1)] = 10,
+    ] = "0,0.5,1",
+    trials: Annotated[
+        int, typer.Option(help="needle, read-then-ask: trials of each kind (theory: four times as many).", min=1)
+    ] = 4,
     tasks: Annotated[
         str, typer.Option(help='harness: tasks of lm-evaluation-harness. "paper" stands for those of the paper.')
     ] = "paper",
@@ -70,7 +74,7 @@ def evaluate(
     from rich.console import Console
 
     options = Options(
-        wanted=_names(suite),
+        wanted=ONLY_TEXT if suite == "all" else _names(suite),
         length=length,
         windows=windows,
         lengths=_numbers("--lengths", lengths, int) if lengths else (),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 SUITES = ("nll", "needle", "read-then-ask", "theory", "diagnostics", "harness", "ruler")
 WITHOUT_TEXT = frozenset(["harness", "ruler"])
 """Suites that need no --data."""
+ONLY_TEXT = tuple(name for name in SUITES if name not in WITHOUT_TEXT)
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def build(options: Options, texts: Sequence["Document"], tokenizer: Any, model: 
     if "read-then-ask" in wanted:
         found.append(MemorySuite(tokenizer, texts, trials=trials))
     if "theory" in wanted:
-        found.append(TheorySuite(tokenizer, texts, runtime_of(model).config.chunk_size, trials=trials))
+        found.append(TheorySuite(tokenizer, texts, runtime_of(model).config.chunk_size, trials=4 * trials))
     if nll is not None and "diagnostics" in wanted:
         found.append(StateSuite(nll))
     if WITHOUT_TEXT & wanted:

@@ -15,6 +15,7 @@ from ..train.report import git_commit, hardware, versions
 from . import plots
 from .nll import Mean
 from .paired import Record
+from .runner import read_seconds
 from .summary import tables, verdicts
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def write(directory: Path, records: Sequence[Record], plan: Mapping[str, Any]) -
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": hardware(),
         "versions": versions(),
+        "seconds": read_seconds(directory),
     }
     found = tables(records)
     said = verdicts(found)
