@@ -186,6 +186,11 @@ def test_what_needs_a_download_is_left_out_and_said() -> None:
 def test_too_long_or_too_little_is_refused() -> None:
     with pytest.raises(UserError, match="reads at most 256 tokens, and no text is cut"):
         ruler_suite(tokenizer(), [2048], RulerData(), longest=256, limit=1)
+    squad = RulerData(questions={"ruler_qa_squad": ruler._squad(SQUAD)})
+    with pytest.raises(
+        UserError, match=r"--lengths 2048: \w+ has a text of 2,\d+ tokens, the model reads at most 2,048"
+    ):
+        ruler_suite(tokenizer(), [2048], squad, longest=2048, limit=4)
     with pytest.raises(UserError, match=r"fills .* of 2,048 tokens only"):
         ruler.make("niah_single_2", RulerData(SEA[:100]), 1, tokenizer=str(ittt.DEFAULT_MODEL), max_seq_lengths=[2048])
     with pytest.raises(UserError, match="--suite ruler"):

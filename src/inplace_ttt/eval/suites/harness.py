@@ -106,10 +106,25 @@ def ruler_suite(
     ``longest``: tokens that the model reads at most. UserError for longer texts.
     """
     if longest is not None and max(lengths) > longest:
-        raise UserError(f"--lengths {max(lengths)}: the model reads at most {longest:,} tokens, and no text is cut")
+        raise UserError(f"--lengths {max(lengths)}: {_too_long(longest)}")
     names = [name for name in RULER if download or not data.needs_download(name)]
     loaded = _load(tokenizer, names, lengths, data=data, texts=limit)
+    if longest is not None:
+        _check_room(loaded, tokenizer, longest)
     return HarnessSuite("ruler", tokenizer, loaded, batch_size=batch_size, limit=limit)
+
+
+def _check_room(loaded: Sequence[Loaded], tokenizer: Any, longest: int) -> None:
+    """UserError for a text of RULER that is too long, before any is read."""
+    for task, length, parts in loaded:
+        for text in parts[0].eval_docs:  # "length" leaves out the beginning of the answer, which is in the prompt
+            needed = text["length"] + len(tokenizer(text["gen_prefix"])["input_ids"])
+            if needed > longest:
+                raise UserError(f"--lengths {length}: {task} has a text of {needed:,} tokens, {_too_long(longest)}")
+
+
+def _too_long(longest: int) -> str:
+    return f"the model reads at most {longest:,} tokens, and no text is cut: take a smaller length"
 
 
 def _load(
