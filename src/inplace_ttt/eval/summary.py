@@ -54,6 +54,7 @@ def tables(records: Sequence[Record]) -> dict[str, list[dict[str, Any]]]:
     needle = [r for r in records if r["suite"] == "needle"]
     if needle:
         found["needle"] = means(needle, ["kind"], "correct", None)
+        found["needle by length"] = means(needle, ["kind", "length"], "correct", None)
         found["needle by length and depth"] = means(needle, ["kind", "length", "depth"], "correct", None)
     memory = [r for r in records if r["suite"] == "read-then-ask"]
     if memory:
