@@ -132,7 +132,10 @@ def test_tasks_of_the_harness_from_local_files(cli, folder, tmp_path):
     ("arguments", "says"),
     [
         ((), "--data"),
+        (("--suite", "all"), "nll needs it"),
         (("--data", "missing.txt"), "no such file"),
+        (("--data", "hf:"), "write hf:NAME"),
+        (("--data", "TEXT", "--suite", "needle", "--depths", "deep"), "--depths deep"),
         (("--data", "TEXT", "--suite", "nll,magic"), "--suite magic"),
         (("--data", "TEXT", "--sweep", "lr"), "--sweep lr"),
         (("--data", "TEXT", "--sweep", "lr=fast"), "no numbers"),

@@ -1,6 +1,7 @@
 """harness and ruler as suites: the same figures as ``run``, in units; RULER from the user's own text and questions."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,12 @@ def test_what_needs_a_download_is_left_out_and_said() -> None:
     assert empty.needs_download("niah_multivalue") == "running text: --data"
     assert empty.needs_download("ruler_qa_hotpot") == "questions: --questions with a HotpotQA file"
     assert ruler.config("niah_multivalue", empty, 5) == "niah_multivalue"
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wonderwords", None)
+    with pytest.raises(UserError, match=r"wonderwords: pip install 'inplace-ttt\[eval\]'"):
+        ruler.config("ruler_vt", RulerData(), 1)
 
 
 def test_too_long_or_too_little_is_refused() -> None:

@@ -131,6 +131,12 @@ def config(task: str, data: RulerData, texts: int) -> dict[str, Any] | str:
     """The harness's configuration of a task, its texts made by ``make``; its name alone where that needs a download."""
     if data.needs_download(task):
         return task
+    try:
+        import nltk  # noqa: F401
+        import scipy  # noqa: F401
+        import wonderwords  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"RULER needs the package {error.name}: pip install 'inplace-ttt[eval]'") from None
     import lm_eval.tasks
     from lm_eval.tasks._yaml_loader import load_yaml
 
