@@ -2,8 +2,8 @@
 
     python benchmarks/code_documents.py recipes/books-and-code-ttt.yaml test out/code_test.jsonl
 
-Only distributions that this environment has are in it: ``out/code_test.packages.json`` names them. The first document of
-every distribution comes first, then the second of each, so that the first few are of different ones.
+Only distributions that this environment has are in it: ``out/code_test.packages.json`` names them. The first document
+of every distribution comes first, then the second of each, so that the first few are of different ones.
 """
 
 import json
