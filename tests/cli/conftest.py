@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, words: str, tokenizer: PreT
     return SimpleNamespace(**paths, text=root / "text.txt")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cli() -> Callable[..., Result]:
     """Runs a command line in this process."""
 

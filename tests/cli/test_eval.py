@@ -1,9 +1,11 @@
 """eval: what it measures is what the library measures; runs are taken up again; mistakes are told in one line."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from eval import local_tasks
 from transformers import AutoTokenizer
 
 import inplace_ttt as ittt
@@ -12,9 +14,10 @@ from inplace_ttt.eval.nll import token_losses
 LENGTH = 128
 
 
-@pytest.fixture
-def evaluated(cli, folder, tmp_path, words):
-    """Two documents, on, off, a baseline, two other settings, each layer off."""
+@pytest.fixture(scope="module")
+def evaluated(cli, folder, tmp_path_factory, words):
+    """Two documents, on, off, a baseline, two other settings, each layer off. Tests leave it as it is."""
+    tmp_path = tmp_path_factory.mktemp("evaluated")
     lines = [{"id": name, "text": words[at : at + 1600], "domain": "words"} for name, at in (("a", 0), ("b", 1600))]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     arguments = (
@@ -65,31 +68,74 @@ def test_everything_is_written(evaluated):
     assert page.count("<svg") == 3
     assert (out / "summary.csv").read_text(encoding="utf-8").startswith("table,")
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    assert {"commit", "date", "hardware", "versions", "plan", "verdicts", "tables"} == set(summary)
+    assert {"commit", "date", "hardware", "versions", "seconds", "plan", "verdicts", "tables"} == set(summary)
+    assert summary["seconds"].keys() == {"nll", "diagnostics"}
+    assert summary["seconds"]["nll"] > 0
     layers = summary["tables"]["fast weights"]
     assert {row["layer"] for row in layers if row["variant"] == "on"} == {0, 2}
     assert {row["layer"] for row in layers if row["variant"] == "without layer 2"} == {0}
     assert all(row["effective_rank"] > 1 for row in layers if row["variant"] == "on")
 
 
-def test_taken_up_again(evaluated, cli):
-    arguments, _, out = evaluated
+def test_taken_up_again(evaluated, cli, tmp_path):
+    arguments, _, finished = evaluated
+    out = shutil.copytree(finished, tmp_path / "out")
+    arguments = (*arguments[:-1], out)
     lines = (out / "records.jsonl").read_text(encoding="utf-8").splitlines()
     before = (out / "summary.csv").read_text(encoding="utf-8")
     (out / "records.jsonl").write_text("\n".join(lines[:5]) + '\n{"suite": "nll", "un', encoding="utf-8")
     assert cli(*arguments).exit_code == 0
     after = (out / "summary.csv").read_text(encoding="utf-8")
     assert sorted(before.splitlines()) == sorted(after.splitlines())
-    changed = cli(*arguments, "--trials", 3)
+    changed = cli(*arguments, "--windows", 1)
     assert changed.exit_code == 2
     assert "another evaluation" in changed.stderr
+
+
+@pytest.mark.xdist_group("harness")
+def test_tasks_of_the_harness_from_local_files(cli, folder, tmp_path):
+    """A whole run without a network, and without --data: on and off on the same samples, in the report."""
+    pytest.importorskip("lm_eval")
+    (tmp_path / "tasks").mkdir()
+    files = local_tasks.write(tmp_path / "tasks")
+    arguments = (
+        "eval",
+        folder.model,
+        "--suite",
+        "harness",
+        "--tasks",
+        "local_choice,local_rolling",
+        "--task-files",
+        files,
+    )
+    result = cli(*arguments, "--limit", 4, "--batch-size", 2, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "local_choice, acc: " in result.stdout
+    found = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))["tables"]["harness"]
+    assert {(row["task"], row["metric"], row["variant"]) for row in found} == {
+        (task, metric, variant)
+        for task, metrics in (
+            ("local_choice", ("acc", "acc_norm")),
+            ("local_rolling", ("word_perplexity", "bits_per_byte")),
+        )
+        for metric in metrics
+        for variant in ("on", "off")
+    }
+    assert all(row["documents"] == 4 for row in found)
+    assert (tmp_path / "out" / "plots" / "harness.png").exists()
+    unknown = cli("eval", folder.model, "--suite", "harness", "--tasks", "ruler_vt", "--out", tmp_path / "other")
+    assert unknown.exit_code == 2
+    assert "--suite ruler" in unknown.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         ((), "--data"),
+        (("--suite", "all"), "nll needs it"),
         (("--data", "missing.txt"), "no such file"),
+        (("--data", "hf:"), "write hf:NAME"),
+        (("--data", "TEXT", "--suite", "needle", "--depths", "deep"), "--depths deep"),
         (("--data", "TEXT", "--suite", "nll,magic"), "--suite magic"),
         (("--data", "TEXT", "--sweep", "lr"), "--sweep lr"),
         (("--data", "TEXT", "--sweep", "lr=fast"), "no numbers"),

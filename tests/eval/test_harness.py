@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from contract.families import adapted
+from eval import local_tasks
+from eval.local_tasks import TEXTS
 from session.models import tiny, tokenizer
 
 import inplace_ttt as ittt
@@ -24,63 +26,12 @@ pytest.importorskip("lm_eval")
 from inplace_ttt.eval import harness, harness_tasks
 from inplace_ttt.eval.harness import InPlaceTTTLM, paired, run
 
-WORDS = ["the", "whale", "ship", "sea", "captain", "white", "great", "men", "boat", "water", "old", "under", "night"]
 FAMILIES = ("llama", "gemma3_text", "gpt2")
-
-
-def text(n: int, seed: int) -> str:
-    drawn = torch.randint(len(WORDS), (n,), generator=torch.Generator().manual_seed(seed))
-    return " ".join(WORDS[i] for i in drawn)
-
-
-TEXTS = [text(n, n) for n in (21, 5, 33, 9, 14)]
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with three local tasks: multiple choice, free generation, and whole texts."""
-    path = tmp_path_factory.mktemp("tasks")
-    documents = [
-        {"text": t, "choices": [" whale", " of the sea", " captain and men"], "answer": i % 3, "target": "whale"}
-        for i, t in enumerate(TEXTS)
-    ]
-    (path / "data.json").write_text("\n".join(json.dumps(d) for d in documents))
-    common = f"""
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {path / "data.json"}}}
-  cache_dir: {path / "cache"}
-test_split: test
-metadata: {{version: 1}}
-"""
-    kinds = {
-        "local_choice": """
-output_type: multiple_choice
-doc_to_text: "{{text}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{answer}}"
-target_delimiter: ""
-num_fewshot: 1
-fewshot_split: test
-metric_list: [{metric: acc}, {metric: acc_norm}]
-""",
-        "local_generate": """
-output_type: generate_until
-doc_to_text: "{{text}}"
-doc_to_target: "{{target}}"
-generation_kwargs: {until: [], max_gen_toks: 6, do_sample: false}
-metric_list: [{metric: exact_match}]
-""",
-        "local_rolling": """
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{text}}"
-metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
-""",
-    }
-    for name, body in kinds.items():
-        (path / f"{name}.yaml").write_text(f"task: {name}{body}{common}")
-    return path
+    return local_tasks.write(tmp_path_factory.mktemp("tasks"))
 
 
 def lm(model: Any, **arguments: Any) -> InPlaceTTTLM:
@@ -278,15 +229,12 @@ def test_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
         harness_tasks.run(tiny("llama"), tokenizer(), ["piqa"])
 
 
+@pytest.mark.xdist_group("harness")
 def test_ruler_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness's own needle task, made here at two lengths: as many samples of each."""
+    """The harness's own needle task, made here at two lengths: as many samples of each, and no more than are read."""
     import nltk
 
-    monkeypatch.setattr(nltk, "download", lambda *args: False)
-    from lm_eval.tasks.ruler import prepare_niah
-
-    made = prepare_niah.generate_samples
-    monkeypatch.setattr(prepare_niah, "generate_samples", lambda *a, **k: made(*a, **{**k, "num_samples": 2}))
+    monkeypatch.setattr(nltk, "download", lambda *args: pytest.fail("downloads"))
     records = run(
         tiny("mistral"), tokenizer(), ["niah_single_1"], lengths=[2048, 2300], limit=1, updates=["on"], chunk_size=512
     )

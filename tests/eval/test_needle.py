@@ -178,11 +178,10 @@ def test_lr_zero_is_updates_off() -> None:
     assert max(abs(a - b) for a, b in zip(on, off, strict=True)) > 0.1
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_piece_changes_nothing(family: str) -> None:
+@pytest.mark.parametrize(("family", "piece"), [("llama", 1), ("gemma3_text", 7)])
+def test_piece_changes_nothing(family: str, piece: int) -> None:
     whole = figures(measured(suite(), tiny(family)))
-    for piece in (1, 7):
-        assert figures(measured(build(piece=piece), tiny(family))) == pytest.approx(whole, rel=1e-9)
+    assert figures(measured(build(piece=piece), tiny(family))) == pytest.approx(whole, rel=1e-9)
 
 
 def test_seed_decides() -> None:

@@ -104,6 +104,13 @@ def test_estimates_against_a_bootstrap_by_hand():
     assert [mean.low, mean.high] == pytest.approx(expected)
 
 
+def test_many_documents_are_resampled_in_parts(monkeypatch):
+    records = [{"document": f"{i:02}", "x": float(i % 7)} for i in range(50)]
+    whole = paired.estimate(records, "x", None)
+    monkeypatch.setattr(paired, "DRAWN_AT_ONCE", 170)
+    assert paired.estimate(records, "x", None) == whole
+
+
 def test_differences_are_paired():
     """Documents differ a hundred times more than the variants do: only pairing sees the difference."""
     generator = np.random.default_rng(1)

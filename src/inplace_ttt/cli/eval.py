@@ -1,19 +1,23 @@
 """``inplace-ttt eval``."""
 
+import sys
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from ..errors import UserError
 from ..shipped import DEFAULT_MODEL
+from .eval_suites import ONLY_TEXT, SUITES, WITHOUT_TEXT, Options, build
 from .usage import quiet_libraries
 
 if TYPE_CHECKING:
     from ..eval.runner import Variant
 
-SUITES = ("nll", "needle", "read-then-ask", "diagnostics")
+
+Number = TypeVar("Number", int, float)
 
 
 def evaluate(
@@ -22,18 +26,40 @@ def evaluate(
     ] = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="Text files, directories, or .jsonl(.xz) with a text field. May be repeated."),
+        typer.Option(help="Text files, directories, .jsonl(.xz) with a text field, or hf:NAME:SPLIT. May be repeated."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory of the run; taken up again where it was broken off.")] = Path(
         "out/eval"
     ),
-    suite: Annotated[str, typer.Option(help=f"Any of {', '.join(SUITES)}, separated by commas.")] = "nll",
+    suite: Annotated[
+        str, typer.Option(help=f"Any of {', '.join(SUITES)}, separated by commas; all: those that need only text.")
+    ] = "nll",
     baseline: Annotated[str | None, typer.Option(help="A model to compare with, with or without fast weights.")] = None,
     length: Annotated[int, typer.Option(help="nll: tokens of a window.", min=2)] = 16384,
-    windows: Annotated[int, typer.Option(help="nll: windows of a document, at most.", min=0)] = 2,
+    windows: Annotated[int, typer.Option(help="nll: windows of a document, at most.", min=0)] = 1,
     documents: Annotated[int | None, typer.Option(help="Documents, at most (those long enough first).", min=1)] = None,
-    lengths: Annotated[str, typer.Option(help="needle: lengths in tokens.")] = "1024,2048,4096",
-    trials: Annotated[int, typer.Option(help="needle, read-then-ask: trials of each kind.", min=1)] = 10,
+    lengths: Annotated[
+        str | None, typer.Option(help="needle, ruler: lengths in tokens, such as 4096,8192.", show_default=False)
+    ] = None,
+    kinds: Annotated[str, typer.Option(help="needle: kinds of needles.")] = "single,multi-key,multi-value,multi-query",
+    depths: Annotated[
+        str, typer.Option(help="needle: where the facts stand, from 0 (beginning) to 1 (right before the question).")
+    ] = "0,0.5,1",
+    trials: Annotated[
+        int, typer.Option(help="needle, read-then-ask: trials of each kind (theory: four times as many).", min=1)
+    ] = 4,
+    tasks: Annotated[
+        str, typer.Option(help='harness: tasks of lm-evaluation-harness. "paper" stands for those of the paper.')
+    ] = "paper",
+    task_files: Annotated[Path | None, typer.Option(help="harness: a directory of your own task files.")] = None,
+    questions: Annotated[
+        list[Path] | None, typer.Option(help="ruler: questions of SQuAD or HotpotQA as JSON. May be repeated.")
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="ruler: download what was not given, to run all 13 tasks.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(help="harness, ruler: samples of a task, at most.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="harness, ruler: samples read side by side.", min=1)] = 1,
     sweep: Annotated[
         list[str] | None,
         typer.Option(
@@ -47,12 +73,26 @@ def evaluate(
     """Measure whether adapting helps: updates on and off on the same text, with intervals and pictures."""
     from rich.console import Console
 
-    wanted = [name.strip() for name in suite.split(",")]
-    if unknown := sorted(set(wanted) - set(SUITES)):
-        raise UserError(f"--suite {', '.join(unknown)}: choose from {', '.join(SUITES)}")
-    if not data:
-        raise UserError("--data: name at least one text file, directory or .jsonl file to read")
-    log = Console(stderr=True)
+    options = Options(
+        wanted=ONLY_TEXT if suite == "all" else _names(suite),
+        length=length,
+        windows=windows,
+        lengths=_numbers("--lengths", lengths, int) if lengths else (),
+        kinds=_names(kinds),
+        depths=_numbers("--depths", depths, float),
+        trials=trials,
+        tasks=_names(tasks),
+        task_files=task_files,
+        questions=tuple(questions or ()),
+        download=download,
+        limit=limit,
+        batch_size=batch_size,
+    )
+    if not data and (reading := [name for name in options.wanted if name not in WITHOUT_TEXT]):
+        raise UserError(
+            f"--data: name at least one text file, directory or .jsonl file to read ({reading[0]} needs it)"
+        )
+    log = Console(file=sys.stderr)
     with log.status("loading the model"):
         from ..demo.load import load
         from ..eval import report
@@ -67,22 +107,21 @@ def evaluate(
         if baseline is not None:
             variants.append(_baseline(baseline, loaded, tokenizer, device))
     with log.status("reading the text"):
-        texts = load_texts(data, tokenizer)
+        texts = load_texts(data, tokenizer) if data else []
         if documents is not None:
             texts = sorted(texts, key=lambda text: len(text.ids) < length)[:documents]
-        suites = _suites(wanted, texts, tokenizer, loaded, length, windows, _numbers("--lengths", lengths), trials)
+    with log.status("preparing the suites"):
+        suites, notes = build(options, texts, tokenizer, loaded)
+    for note in notes:
+        log.print(note, soft_wrap=True, markup=False)
     plan = {
         "model": Path(name).name,
         "identity": identity(loaded),
         "baseline": baseline,
-        "suites": wanted,
         "data": {text.name: len(text.ids) for text in texts},
-        "length": length,
-        "windows": windows,
         "block": 256,
-        "lengths": lengths,
-        "trials": trials,
         "variants": [variant.label for variant in variants],
+        **options.plan(),
     }
     records = run(suites, variants, out, plan, fresh=fresh, console=log)
     console = Console(highlight=False)
@@ -142,41 +181,12 @@ def _baseline(name: str, model: Any, tokenizer: Any, device: str | None) -> "Var
     return Variant("baseline", plain, nullcontext, updates=False)
 
 
-def _suites(
-    wanted: list[str],
-    texts: Any,
-    tokenizer: Any,
-    model: Any,
-    length: int,
-    windows: int,
-    lengths: list[int],
-    trials: int,
-) -> list[Any]:
-    from ..eval.suites.memory import MemorySuite
-    from ..eval.suites.needle import NeedleSuite
-    from ..eval.suites.nll import NllSuite
-    from ..eval.suites.state import StateSuite
-    from ..hf.window import native_window
-
-    found: list[Any] = []
-    window = native_window(model) or 256
-    nll = NllSuite(texts, length, windows, window=window) if {"nll", "diagnostics"} & set(wanted) else None
-    if nll is not None and windows and not any(unit.key.startswith("window/") for unit in nll.units()):
-        longest = max(len(text.ids) for text in texts)
-        raise UserError(f"no document has the {length:,} tokens of a window, the longest has {longest:,}: --length")
-    if nll is not None and "nll" in wanted:
-        found.append(nll)
-    if "needle" in wanted:
-        found.append(NeedleSuite(tokenizer, texts, lengths=lengths, trials=trials))
-    if "read-then-ask" in wanted:
-        found.append(MemorySuite(tokenizer, texts, trials=trials))
-    if nll is not None and "diagnostics" in wanted:
-        found.append(StateSuite(nll))
-    return found
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
 
 
-def _numbers(option: str, text: str) -> list[int]:
+def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
     try:
-        return [int(part) for part in text.split(",")]
+        return tuple(kind(part) for part in text.split(","))
     except ValueError:
         raise UserError(f"{option} {text}: write numbers separated by commas") from None

@@ -23,7 +23,7 @@ from inplace_ttt.demo.load import load_tokenizer
 from inplace_ttt.errors import UserError
 from inplace_ttt.eval.harness_tasks import PAPER, RULER, RULER_OFFLINE, Paired, Record, paired, require, run
 from inplace_ttt.eval.nll import token_losses
-from inplace_ttt.hf.attach import READING, runtime_of, updates_off
+from inplace_ttt.hf.attach import READING, is_attached, runtime_of, updates_off
 from inplace_ttt.hf.checkpoint import from_pretrained
 from inplace_ttt.hf.window import sliding_windows
 
@@ -53,9 +53,9 @@ _HARNESS_ARGUMENTS = {
 class InPlaceTTTLM(HFLM):  # type: ignore[misc]
     """A model with fast weights for lm-evaluation-harness.
 
-    ``pretrained``: what ``inplace_ttt.from_pretrained`` reads (directory, adapter, hub id, the authors' format), or an
-    attached model, which is left as it is. ``updates``: on or off. ``chunk_size``, ``lr``, ``decay``, ``clip`` and
-    ``clip_relative`` read with other settings than the stored ones. ``piece``: tokens read at a time in
+    ``pretrained``: what ``inplace_ttt.from_pretrained`` reads (directory, adapter, hub id, the authors' format), or a
+    model, attached or plain, which is left as it is. ``updates``: on or off. ``chunk_size``, ``lr``, ``decay``,
+    ``clip`` and ``clip_relative`` read with other settings than the stored ones. ``piece``: tokens read at a time in
     ``loglikelihood_rolling``. ``max_length``: the model's ``max_position_embeddings`` unless given; unlimited where all
     layers have sliding windows. A longer prompt raises UserError instead of losing its beginning.
     """
@@ -82,9 +82,13 @@ class InPlaceTTTLM(HFLM):  # type: ignore[misc]
             if not str(value).isdigit() or int(value) < 1:
                 raise UserError(f"{name} must be a whole number from 1 on, got {value!r}")
         model = pretrained if isinstance(pretrained, nn.Module) else _load(str(pretrained), device, dtype)
-        runtime = runtime_of(model)
         self.updates = str(updates).lower() in ("on", "true")
-        self._settings = replace(runtime.config, **{"lr": runtime.lr, **settings})
+        self._settings = None
+        if is_attached(model):
+            runtime = runtime_of(model)
+            self._settings = replace(runtime.config, **{"lr": runtime.lr, **settings})
+        elif settings:
+            raise UserError(f"the model has no fast weights, so no {', '.join(settings)} either")
         self._piece = int(piece)
         if model.dtype in (torch.float16, torch.bfloat16):
             arguments.setdefault("softmax_dtype", "float32")
@@ -100,11 +104,14 @@ class InPlaceTTTLM(HFLM):  # type: ignore[misc]
     @contextmanager
     def _reading(self) -> Iterator[None]:
         """Inside, the model reads with this object's settings; a model that was passed in gets its own back."""
-        runtime = runtime_of(self.model)
+        if self._settings is None:
+            yield
+            return
         if not self.updates:
             with updates_off(self.model):
                 yield
             return
+        runtime = runtime_of(self.model)
         enabled, runtime.enabled = runtime.enabled, True
         try:
             with runtime.reading(self._settings):
@@ -188,8 +195,8 @@ class InPlaceTTTLM(HFLM):  # type: ignore[misc]
         return {
             "model_num_parameters": self.model.num_parameters(),
             "model_dtype": str(self.model.dtype),
-            "updates": "on" if self.updates else "off",
-            "inplace_ttt": self._settings.to_dict(),
+            "updates": "on" if self.updates and self._settings else "off",
+            "inplace_ttt": self._settings and self._settings.to_dict(),
         }
 
 

@@ -13,6 +13,10 @@ from torch import nn
 
 from inplace_ttt.errors import UserError
 from inplace_ttt.eval.nll import Mean, bootstrap_mean
+from inplace_ttt.eval.ruler import ALL_TEXTS, RulerData, config
+
+Loaded = tuple[str, int | None, list[Any]]
+"""A task asked for, the length of its texts (RULER), and the harness's tasks that it stands for."""
 
 PAPER = ("hellaswag", "arc_easy", "arc_challenge", "mmlu", "piqa")
 """The short tasks of the paper. All of them download data sets from the Hugging Face hub."""
@@ -81,12 +85,17 @@ def load_tasks(
     tokenizer: str,
     lengths: Sequence[int] = (),
     include_path: str | Path | None = None,
-) -> list[tuple[str, int | None, list[Any]]]:
+    *,
+    ruler_data: RulerData | None = None,
+    texts: int | None = None,
+    seed: int = 0,
+) -> list[Loaded]:
     """The tasks by the names asked for, in that order: (name, length, the tasks it stands for).
 
     RULER's tasks come once for each of ``lengths`` (the harness puts all lengths in one data set, of which a limit
     would take the first length alone), all others once, with length None. ``tokenizer`` is the directory of the
-    tokenizer that measures RULER's texts; ``include_path`` a directory of your own task files.
+    tokenizer that measures RULER's texts, ``texts`` of each (None: 500), the same ones for the same ``seed``;
+    ``ruler_data`` replaces RULER's downloads. ``include_path``: a directory of your own task files.
 
     Raises UserError when a name is unknown, a length is missing or too short, or data cannot be had; in the last case
     it names every task of the list that downloads.
@@ -114,13 +123,17 @@ def load_tasks(
         managers[length] = TaskManager(include_path=paths[:1], include_defaults=False, metadata=metadata)
     wanted = [(name, length) for name in names for length in (lengths if name in ruler else (None,))]
     order = sorted(wanted, key=lambda key: key[0] in RULER_OFFLINE)  # what may fail first, what takes long last
-    found = {key: _load(key[0], names, managers[key[1]]) for key in order}
+    found = {}
+    for key in order:
+        _seed(seed)
+        spec = config(key[0], ruler_data or RulerData(), texts or ALL_TEXTS) if key[0] in RULER else key[0]
+        found[key] = _load(key[0], spec, names, managers[key[1]])
     return [(*key, found[key]) for key in wanted]
 
 
-def _load(name: str, names: Sequence[str], manager: Any) -> list[Any]:
+def _load(name: str, spec: Any, names: Sequence[str], manager: Any) -> list[Any]:
     try:
-        return list(manager.load([name])["tasks"].values())
+        return list(manager.load([spec])["tasks"].values())
     except OSError as error:  # every kind of missing file or network, local or remote
         known = [n for n in names if n in PAPER + RULER_DOWNLOADS]
         also = f"; of the tasks asked for, these download data: {', '.join(known)}" if known else ""
@@ -161,12 +174,12 @@ def run(
     try:
         with TemporaryDirectory() as directory:
             lm.tokenizer.save_pretrained(directory)
-            loaded = load_tasks(tasks, directory, lengths, include_path)
+            loaded = load_tasks(tasks, directory, lengths, include_path, texts=limit, seed=seed)
         for name, length, parts in loaded:
             samples = {}
             for setting in updates:
                 lm.updates = setting == "on"
-                _prepare(parts, num_fewshot, seed)
+                prepare(parts, num_fewshot, seed)
                 named = {part.task_name: part for part in parts}
                 found: Any = evaluate(lm=lm, task_dict={"tasks": named}, limit=limit, bootstrap_iters=0)
                 samples[setting] = found["samples"]
@@ -176,11 +189,15 @@ def run(
     return records
 
 
-def _prepare(parts: Sequence[Any], num_fewshot: int | None, seed: int) -> None:
-    """What the harness's own ``simple_evaluate`` does before it reads; that reports on the whole machine each time."""
+def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def prepare(parts: Sequence[Any], num_fewshot: int | None = None, seed: int = 0) -> None:
+    """What the harness's own ``simple_evaluate`` does before it reads; that reports on the whole machine each time."""
+    _seed(seed)
     for part in parts:
         own = part.get_config("num_fewshot")
         if own is None or (own != 0 and num_fewshot is not None):  # a task that says 0 allows no examples
@@ -199,9 +216,8 @@ def records_of(task: str, length: int | None, samples: Mapping[str, Mapping[str,
                 if prompts.setdefault(at, sample["prompt_hash"]) != sample["prompt_hash"]:
                     raise RuntimeError(f"task {part} made other prompts the second time: its results are not paired")
                 for metric in sample["metrics"]:
-                    if (value := _value(metric, sample[metric], length)) is not None:
-                        name = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
-                        values.setdefault((*at, name), {})[setting] = value
+                    if (value := value_of(metric, sample[metric], length)) is not None:
+                        values.setdefault((*at, metric_name(metric, sample)), {})[setting] = value
     records = []
     for (part, sample, metric), by in values.items():
         on, off = (by[setting][0] if setting in by else None for setting in ("on", "off"))
@@ -210,7 +226,12 @@ def records_of(task: str, length: int | None, samples: Mapping[str, Mapping[str,
     return records
 
 
-def _value(metric: str, value: Any, length: int | None) -> tuple[float, float] | None:
+def metric_name(metric: str, sample: Mapping[str, Any]) -> str:
+    """With the filter of the answers, where there is one."""
+    return metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
+
+
+def value_of(metric: str, value: Any, length: int | None) -> tuple[float, float] | None:
     """(value, weight), or None for what is no number of this sample."""
     if metric in _PER_UNIT:
         likelihood, units = value

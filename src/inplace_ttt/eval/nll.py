@@ -23,24 +23,30 @@ _SCORED_AT_ONCE = 1 << 26  # logits turned to float32 at a time
 
 
 @torch.no_grad()
-def token_losses(model: nn.Module, input_ids: Tensor, piece: int | None = None) -> Tensor:
+def token_losses(model: nn.Module, input_ids: Tensor, piece: int | None = None, *, last: int | None = None) -> Tensor:
     """-log p of every token but the first: ids [B, T] -> float32 [B, T - 1] on the same device.
 
     With ``piece`` the rows are read through a cache, that many tokens at a time: only one piece's logits exist at once
-    and attention needs no [T, T] mask. All rows must be one document without padding. Raises ValueError when T < 2.
+    and attention needs no [T, T] mask. All rows must be one document without padding. ``last``: only those of the last
+    ``last`` tokens, [B, last]; for pieces before them no logits are computed. Raises ValueError when T < 2.
     """
     T = input_ids.shape[1]
     if T < 2:
         raise ValueError(f"nothing to score: {T} token")
+    first = 0 if last is None else max(T - 1 - last, 0)
     if piece is None:
         logits = model(input_ids=input_ids, use_cache=False).logits
-        return _score(logits[:, :-1], input_ids[:, 1:])
+        return _score(logits[:, first:-1], input_ids[:, first + 1 :])
     losses, cache = [], None
     for start in range(0, T - 1, piece):
         end = min(start + piece, T - 1)
-        out = model(input_ids=input_ids[:, start:end], use_cache=True, **{cache_name(model): cache})
+        keep: dict[str, Any] = {"logits_to_keep": 1} if end <= first else {}
+        part = input_ids[:, start:end]
+        out = model(input_ids=part, use_cache=True, **{cache_name(model): cache}, **keep)
         cache = cache_of(out)
-        losses.append(_score(out.logits, input_ids[:, start + 1 : end + 1]))
+        if end > first:
+            at = max(first - start, 0)
+            losses.append(_score(out.logits[:, at:], input_ids[:, start + at + 1 : end + 1]))
     return torch.cat(losses, 1)
 
 

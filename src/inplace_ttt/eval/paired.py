@@ -8,6 +8,8 @@ import numpy as np
 from .nll import RESAMPLES, Mean
 
 Record = Mapping[str, Any]
+DRAWN_AT_ONCE = 1 << 20
+"""Resampled documents that are held at a time: a task can have ten thousand."""
 
 
 def by_group(records: Sequence[Record], keys: Sequence[str]) -> dict[tuple[Any, ...], list[Record]]:
@@ -24,7 +26,7 @@ def estimate(records: Sequence[Record], value: str, weight: str | None) -> Mean:
     One document alone has no interval: both ends are nan.
     """
     sums, weights = _sums(records, value, weight)
-    return _interval(sums[None], weights[None], _drawn(len(sums)))
+    return _interval(sums[None], weights[None])
 
 
 def difference(a: Sequence[Record], b: Sequence[Record], value: str, weight: str | None) -> Mean:
@@ -37,7 +39,7 @@ def difference(a: Sequence[Record], b: Sequence[Record], value: str, weight: str
         raise ValueError("the two are about different documents")
     both = [_sums(records, value, weight, names_a) for records in (a, b)]
     sums, weights = (np.stack(parts) for parts in zip(*both, strict=True))
-    return _interval(sums, weights, _drawn(len(names_a)))
+    return _interval(sums, weights)
 
 
 def _sums(
@@ -53,20 +55,22 @@ def _sums(
     return sums, weights
 
 
-def _drawn(documents: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, documents, (RESAMPLES, documents))
-
-
-def _interval(sums_VN: np.ndarray, weights_VN: np.ndarray, drawn_RN: np.ndarray) -> Mean:
+def _interval(sums_VN: np.ndarray, weights_VN: np.ndarray, seed: int = 0) -> Mean:
     """Of the first variant's mean, or of the first minus the second."""
 
     def combine(means_V: np.ndarray) -> Any:
         return means_V[0] - means_V[1] if len(means_V) == 2 else means_V[0]
 
+    count = sums_VN.shape[1]
     whole = combine(sums_VN.sum(1) / weights_VN.sum(1))
-    if sums_VN.shape[1] < 2:
+    if count < 2:
         return Mean(float(whole), float("nan"), float("nan"))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        resampled = combine(sums_VN[:, drawn_RN].sum(-1) / weights_VN[:, drawn_RN].sum(-1))
-    low, high = np.nanquantile(resampled, [0.025, 0.975])
+    generator, resampled, done = np.random.default_rng(seed), [], 0
+    while done < RESAMPLES:
+        some = min(RESAMPLES - done, max(1, DRAWN_AT_ONCE // count))
+        drawn_RN = generator.integers(0, count, (some, count))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            resampled.append(combine(sums_VN[:, drawn_RN].sum(-1) / weights_VN[:, drawn_RN].sum(-1)))
+        done += some
+    low, high = np.nanquantile(np.concatenate(resampled), [0.025, 0.975])
     return Mean(float(whole), float(low), float(high))

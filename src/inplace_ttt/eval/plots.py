@@ -86,8 +86,10 @@ def classes(domains: Mapping[str, tuple[Sequence[str], Mapping[str, Sequence[Mea
     return figure
 
 
-def _bars(axis: Any, names: Sequence[str], curves: Mapping[str, Sequence[Mean]]) -> None:
-    palette, width = colours(list(curves)), 0.8 / len(curves)
+def _bars(
+    axis: Any, names: Sequence[str], curves: Mapping[str, Sequence[Mean]], palette: Mapping[str, str] | None = None
+) -> None:
+    palette, width = palette or colours(list(curves)), 0.8 / len(curves)
     for i, (label, means) in enumerate(curves.items()):
         x = np.arange(len(names)) + (i - (len(curves) - 1) / 2) * width
         values = np.array([m.value for m in means])
@@ -118,8 +120,27 @@ def heat_maps(
     return figure
 
 
-def differences(title: str, rows: Mapping[str, Mean], unit: str, reference: str) -> "Figure":
-    """Label -> difference to ``reference`` with its interval, one row each; left of zero is better."""
+def ruler(lengths: Sequence[int], curves: Mapping[str, Sequence[Mean]], tasks: int) -> "Figure":
+    """Variant -> mean score at each of ``lengths`` tokens, over ``tasks`` tasks."""
+    figure, axes = _figure(4.2, 3.0)
+    _lines(axes[0], [_short(n) for n in lengths], curves)
+    axes[0].set_ylim(0, 1.02)
+    axes[0].set_title(
+        f"RULER, {tasks} tasks" if tasks > 1 else "RULER, 1 task", loc="left", fontsize=10, fontweight="bold"
+    )
+    axes[0].set_xlabel("length (tokens)", fontsize=8.5)
+    axes[0].set_ylabel("share of right answers", fontsize=8.5)
+    _legend_below(figure, axes[0])
+    return figure
+
+
+def scores(rows: Mapping[str, Mean]) -> "Figure":
+    """Task, metric and variant -> difference of the metric to updates off. Which side is better depends on it."""
+    return differences("Tasks: metric against updates off", rows, "metric", "updates off", better="")
+
+
+def differences(title: str, rows: Mapping[str, Mean], unit: str, reference: str, better: str = "left") -> "Figure":
+    """Label -> difference to ``reference`` with its interval, one row each; ``better`` is a side, or empty."""
     figure, axes = _figure(6.2, 0.9 + 0.32 * len(rows))
     axis = axes[0]
     y = np.arange(len(rows))[::-1]
@@ -131,7 +152,8 @@ def differences(title: str, rows: Mapping[str, Mean], unit: str, reference: str)
     axis.set_yticks(y, list(rows))
     axis.set_ylim(-0.6, len(rows) - 0.4)
     axis.grid(axis="x", color="0.9", lw=0.7)
-    axis.set_xlabel(f"difference to {reference} ({unit}), left is better", fontsize=8.5)
+    side = f", {better} is better" if better else ""
+    axis.set_xlabel(f"difference to {reference} ({unit}){side}", fontsize=8.5)
     axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
     return figure
 
@@ -151,6 +173,21 @@ def memory(
         axis.set_title(f"{distance:,} tokens since", loc="left", fontsize=9)
         axis.set_xlabel("mentions", fontsize=8.5)
     axes[0].set_ylabel(f"right answers, {text}", fontsize=8.5)
+    _legend_below(figure, axes[0])
+    return figure
+
+
+def theory(targets: Sequence[str], right: Sequence[Mean], others: Sequence[Mean]) -> "Figure":
+    """Changes of logits by one update [targets]: of the word that followed the key before, and of other words."""
+    figure, axes = _figure(5.0, 3.0)
+    words = {"own": "the model's own", "next_token": "next token", "reconstruction": "same token\n(reconstruction)"}
+    names = [words.get(target, target) for target in targets]
+    curves = {"the word that followed before": right, "other words": others}
+    _bars(axes[0], names, curves, dict(zip(curves, (FIXED["on"], FIXED["off"]), strict=True)))
+    axes[0].axhline(0, color="black", lw=0.7)
+    axes[0].set_xlabel("what the update learns to predict from a token", fontsize=8.5)
+    axes[0].set_ylabel("change of the logit (updates on - off)", fontsize=8.5)
+    axes[0].set_title("One update, and the key comes again", loc="left", fontsize=10, fontweight="bold")
     _legend_below(figure, axes[0])
     return figure
 

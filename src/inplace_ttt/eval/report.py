@@ -15,6 +15,7 @@ from ..train.report import git_commit, hardware, versions
 from . import plots
 from .nll import Mean
 from .paired import Record
+from .runner import read_seconds
 from .summary import tables, verdicts
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def write(directory: Path, records: Sequence[Record], plan: Mapping[str, Any]) -
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": hardware(),
         "versions": versions(),
+        "seconds": read_seconds(directory),
     }
     found = tables(records)
     said = verdicts(found)
@@ -71,7 +73,7 @@ def pictures(found: Mapping[str, Rows], plan: Mapping[str, Any]) -> dict[str, "F
     if rows := found.get("nll by class"):
         figures["loss-by-class"] = plots.classes(_curves(rows, "class"))
     gaps = {
-        f"{row['variant']}, {row['domain']}": Mean(row["difference"], row["difference_low"], row["difference_high"])
+        f"{row['variant']}, {row['domain']}": _gap(row)
         for row in found.get("nll by document", [])
         if "difference" in row
     }
@@ -81,6 +83,15 @@ def pictures(found: Mapping[str, Rows], plan: Mapping[str, Any]) -> dict[str, "F
     figures |= _heat_maps(found.get("needle by length and depth", []))
     if rows := found.get("read, then ask"):
         figures["read-then-ask"] = _memory([row for row in rows if row["variant"] == "on"])
+    if rows := [row for row in found.get("harness", []) if "difference" in row]:
+        figures["harness"] = plots.scores({f"{r['task']}, {r['metric']}, {r['variant']}": _gap(r) for r in rows})
+    if rows := found.get("ruler"):
+        (lengths, curves) = _curves([{**row, "domain": ""} for row in rows], "length")[""]
+        figures["ruler"] = plots.ruler(lengths, curves, len({row["task"] for row in found["ruler by task"]}))
+    if rows := found.get("theory"):
+        at = {(row["change"], row["target"]): _mean(row) for row in rows if row["variant"] == "on"}
+        targets = list(dict.fromkeys(target for _, target in at))
+        figures["theory"] = plots.theory(targets, *([at[x, t] for t in targets] for x in ("right", "others")))
     return figures
 
 
@@ -99,6 +110,10 @@ def _curves(rows: Rows, x: str) -> dict[str, tuple[list[Any], dict[str, list[Mea
 
 def _mean(row: Mapping[str, Any]) -> Mean:
     return Mean(row["value"], row["low"], row["high"])
+
+
+def _gap(row: Mapping[str, Any]) -> Mean:
+    return Mean(row["difference"], row["difference_low"], row["difference_high"])
 
 
 def _heat_maps(rows: Rows) -> dict[str, "Figure"]:

@@ -7,7 +7,7 @@ perhaps a torn last one, which is passed over and measured again.
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,16 +89,28 @@ def read_records(directory: Path) -> tuple[list[Record], set[tuple[str, str, str
     """All records so far, and the (suite, unit, variant) they are of."""
     records: list[Record] = []
     done: set[tuple[str, str, str]] = set()
-    path = directory / RECORDS
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
+    for line in _lines(directory / RECORDS):
         key = {name: line[name] for name in ("suite", "unit", "variant")}
         done.add((line["suite"], line["unit"], line["variant"]))
         records += [{**key, **row} for row in line["records"]]
     return records, done
+
+
+def read_seconds(directory: Path) -> dict[str, float]:
+    """Wall-clock seconds that measuring took, by suite, over all parts of the run."""
+    seconds: dict[str, float] = {}
+    for line in _lines(directory / RECORDS):
+        seconds[line["suite"]] = seconds.get(line["suite"], 0.0) + line["seconds"]
+    return {suite: round(total, 2) for suite, total in seconds.items()}
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Whole lines of a file of records."""
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            yield json.loads(text)
+        except json.JSONDecodeError:
+            continue
 
 
 def _prepare(directory: Path, plan: dict[str, Any], fresh: bool) -> None:

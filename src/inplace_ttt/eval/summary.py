@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from .advice import advice
 from .nll import Mean
 from .paired import Record, by_group, difference, estimate
 
@@ -13,16 +14,18 @@ REFERENCE = "off"
 """The variant that others are compared with, where it was measured."""
 
 
-def means(records: Sequence[Record], keys: Sequence[str], value: str, weight: str | None) -> list[dict[str, Any]]:
-    """A row per group and variant: the group, the mean, its interval, its difference to ``REFERENCE``."""
+def means(
+    records: Sequence[Record], keys: Sequence[str], value: str, weight: str | None, to: str = REFERENCE
+) -> list[dict[str, Any]]:
+    """A row per group and variant: the group, the mean, its interval, its difference to the variant ``to``."""
     rows = []
     for group, members in by_group(records, keys).items():
         variants = by_group(members, ["variant"])
-        reference = variants.get((REFERENCE,))
+        reference = variants.get((to,))
         for (label,), found in variants.items():
             row = {**dict(zip(keys, group, strict=True)), "variant": label, **asdict(estimate(found, value, weight))}
             row["documents"] = len({r["document"] for r in found})
-            if reference is not None and label != REFERENCE:
+            if reference is not None and label != to:
                 gap = difference(found, reference, value, weight)
                 row |= {"difference": gap.value, "difference_low": gap.low, "difference_high": gap.high}
             rows.append(row)
@@ -44,13 +47,30 @@ def tables(records: Sequence[Record]) -> dict[str, list[dict[str, Any]]]:
             part = _in_all_contexts(part)
         if part:
             found[f"nll by {kind}"] = means(part, keys, "loss_sum", "tokens")
+    changed = [r for r in nll if r["kind"] == "document" and r["variant"] not in (REFERENCE, "baseline")]
+    if len({r["variant"] for r in changed}) > 1:
+        rows = means(changed, ["domain"], "loss_sum", "tokens", to="on")
+        found["nll against updates on"] = [row for row in rows if "difference" in row]
     needle = [r for r in records if r["suite"] == "needle"]
     if needle:
         found["needle"] = means(needle, ["kind"], "correct", None)
+        found["needle by length"] = means(needle, ["kind", "length"], "correct", None)
         found["needle by length and depth"] = means(needle, ["kind", "length", "depth"], "correct", None)
     memory = [r for r in records if r["suite"] == "read-then-ask"]
     if memory:
         found["read, then ask"] = means(memory, ["distance", "mentions", "condition"], "correct", None)
+    theory = [r for r in records if r["suite"] == "theory"]
+    if theory:
+        found["theory"] = [
+            {"change": name, **row}
+            for name in ("right", "others", "margin", "won")
+            for row in means(theory, ["target"], name, None)
+        ]
+    if harness := [r for r in records if r["suite"] == "harness"]:
+        found["harness"] = means(harness, ["task", "metric"], "value", "weight")
+    if ruler := [r for r in records if r["suite"] == "ruler"]:
+        found["ruler"] = means(ruler, ["length"], "value", "weight")
+        found["ruler by task"] = means(ruler, ["task", "length"], "value", "weight")
     state = [r for r in records if r["suite"] == "diagnostics"]
     if state:
         found["fast weights"] = _state(state)
@@ -106,8 +126,7 @@ def verdicts(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     for row in found.get("nll by document", []):
         if row["variant"] == "on" and "difference" in row:
             lines.append(_verdict(row["domain"], Mean(*(row[f"difference{x}"] for x in ("", "_low", "_high")))))
-    if any("hurt" in line for line in lines):
-        lines += _advice(found)
+    lines += advice(found, any(": updates hurt" in line for line in lines))
     for row in found.get("needle", []):
         if row["variant"] == "on" and "difference" in row:
             gap = 100 * row["difference"]
@@ -115,6 +134,28 @@ def verdicts(found: dict[str, list[dict[str, Any]]]) -> list[str]:
             lines.append(
                 f"Needle, {row['kind']}: {row['value']:.0%} right with updates, {gap:+.0f} points ({interval})."
             )
+    for table in ("harness", "ruler"):
+        for row in found.get(table, []):
+            if row["variant"] == "on" and "difference" in row:
+                name = f"RULER, {row['length']:,} tokens" if table == "ruler" else f"{row['task']}, {row['metric']}"
+                interval = _interval(row["difference_low"], row["difference_high"], "+.3f")
+                lines.append(f"{name}: {row['value']:.3f} with updates, {row['difference']:+.3f} ({interval}).")
+    return [*lines, *_theory(found.get("theory", []))]
+
+
+def _theory(rows: Sequence[Record]) -> list[str]:
+    """What one update did to the logits, a sentence per target."""
+    at = {(row["target"], row["change"]): row for row in rows if row["variant"] == "on"}
+    words = {"own": "the model's own target", "next_token": "next-token target", "reconstruction": "reconstruction"}
+    lines = []
+    for target in dict.fromkeys(row["target"] for row in rows):
+        right, others, margin, won = (at[target, name] for name in ("right", "others", "margin", "won"))
+        interval = _interval(margin["low"], margin["high"], "+.3f")
+        lines.append(
+            f"Theorem 1, {words[target]}: one update moved the logit of the word that followed by "
+            f"{right['value']:+.3f}, of others by {others['value']:+.3f}: margin {margin['value']:+.3f} ({interval}); "
+            f"it rose the most in {won['value']:.0%} of the trials."
+        )
     return lines
 
 
@@ -131,14 +172,3 @@ def _interval(low: float, high: float, form: str) -> str:
     if np.isnan(low):
         return "from one document, so without an interval"
     return f"95% interval {low:{form}} to {high:{form}}"
-
-
-def _advice(found: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """What to try: the best of the other variants, else the usual suspects."""
-    others = [r for r in found["nll by document"] if r["variant"] not in ("on", REFERENCE, "baseline")]
-    if others:
-        best = min(others, key=lambda r: r["value"])
-        return [
-            f"Of what was tried, {best['variant']} read {best['domain']} best ({best['value']:.3f} nats per token)."
-        ]
-    return ["Try --sweep decay=0.01,0.05 or lr=... with smaller values, and --layers to find the layer that does it."]

@@ -21,7 +21,7 @@ from ...hf.attach import unwrap
 from ...hf.cache import cache_name
 from ..read_then_ask import words
 from . import Record, Unit
-from .nll import PIECE, doubling, evaluating, input_device
+from .nll import PIECE, doubling, evaluating, input_device, piece_size
 from .texts import Document, tokenize
 
 KINDS = ("single", "multi-key", "multi-value", "multi-query")
@@ -132,7 +132,7 @@ class NeedleSuite:
         about |= {"mentions": self.mentions, "trial": trial, "chance": 1 / self.candidates}
         with evaluating(model):
             read = DynamicCache(config=unwrap(model).config)
-            _feed(model, read, needle.ids, self.piece)
+            _feed(model, read, needle.ids, piece_size(model, self.piece))
             return [about | self._answer(model, read, question) for question in needle.questions]
 
     def needle(self, unit: Unit) -> Needle:

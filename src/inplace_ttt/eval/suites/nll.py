@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ...errors import UserError
 from ...hf.attach import unwrap
+from ...hf.window import native_window
 from ..nll import position_edges, token_losses
 from . import Record, Unit
 from .texts import Document
@@ -92,10 +93,10 @@ class NllSuite:
         """Records of one unit, by the model as it is set. Raises KeyError for a unit of another suite."""
         document, start, end, context = self._work[unit.key]
         ids = document.ids[start:end].astype(np.int64)
-        losses = window_losses(model, ids, self.piece)
+        losses = window_losses(model, ids, self.piece, None if context is None else self.block)
         about: Record = {"document": document.name, "domain": document.domain}
         if context is not None:
-            return [about | {"kind": "sliding", "context": context} | _total(losses[-self.block :])]
+            return [about | {"kind": "sliding", "context": context} | _total(losses)]
         records = [about | {"kind": "document"} | _total(losses)]
         for a, b in pairwise(self.edges):
             if len(part := losses[max(a - 1, 0) : max(b - 1, 0)]):
@@ -107,14 +108,27 @@ class NllSuite:
         return records
 
 
-def window_losses(model: nn.Module, ids: np.ndarray, piece: int = PIECE) -> np.ndarray:
-    """-log p of every token but the first, read from an empty cache: ids int64 [T] -> float64 [T - 1]."""
+def window_losses(model: nn.Module, ids: np.ndarray, piece: int = PIECE, last: int | None = None) -> np.ndarray:
+    """-log p of every token but the first, read from an empty cache: ids int64 [T] -> float64 [T - 1].
+
+    ``last``: of the last ``last`` tokens only.
+    """
     root = unwrap(model)
     vocabulary = int(root.config.get_text_config().vocab_size)
     rows = torch.from_numpy(ids)[None].to(input_device(root))
     with evaluating(model):
-        losses = token_losses(model, rows, max(1, min(piece, MOST_LOGITS // vocabulary)))
+        size = max(1, min(piece_size(model, piece), MOST_LOGITS // vocabulary))
+        losses = token_losses(model, rows, size, last=last)
     return losses[0].double().cpu().numpy()
+
+
+def piece_size(model: nn.Module, piece: int) -> int:
+    """``piece``, or less where all layers slide: the attention mask of a long piece is mostly outside the window."""
+    try:
+        window = native_window(model)
+    except NotImplementedError:  # unusual kinds of attention
+        window = None
+    return piece if window is None else min(piece, max(512, window))
 
 
 def token_classes(ids: np.ndarray, window: int) -> np.ndarray:

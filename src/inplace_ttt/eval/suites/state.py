@@ -12,7 +12,7 @@ from ...hf.cache import cache_name
 from ...hf.context import fast_weights
 from ...session.diagnostics import measure
 from . import Record, Unit
-from .nll import NllSuite, evaluating
+from .nll import NllSuite, evaluating, piece_size
 
 
 class StateSuite:
@@ -36,8 +36,9 @@ class StateSuite:
         cache = DynamicCache(config=root.config)
         rows = torch.from_numpy(ids.astype("int64"))[None].to(next(model.parameters()).device)
         with evaluating(model):
-            for at in range(0, rows.shape[1], self.nll.piece):
-                part = rows[:, at : at + self.nll.piece]
+            piece = piece_size(model, self.nll.piece)
+            for at in range(0, rows.shape[1], piece):
+                part = rows[:, at : at + piece]
                 model(input_ids=part, use_cache=True, logits_to_keep=1, **{cache_name(root): cache})
         layers = measure(model, fast_weights(cache))
         return [{"document": document.name, "domain": document.domain, **asdict(layer)} for layer in layers]

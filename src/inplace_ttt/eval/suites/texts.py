@@ -12,6 +12,7 @@ import numpy as np
 
 from ...demo.text import read_text
 from ...errors import UserError
+from .hub import PREFIX, dataset_texts
 
 TEXT_FILES = frozenset(
     [
@@ -60,14 +61,16 @@ def load_texts(
     * a directory: its text files (``TEXT_FILES``) and JSON lines at any depth, in the order of their paths; empty and
       hidden files are left out; a text's domain is the directory's name;
     * a ``.jsonl``, ``.jsonl.xz`` or ``.jsonl.gz`` file: a document a line, ``{"text": ..., "id": ..., "domain": ...}``,
-      only ``text`` is needed.
+      only ``text`` is needed;
+    * ``hf:NAME[@CONFIG][:SPLIT[:COLUMN]]``: a Hugging Face dataset, see ``dataset_texts``.
 
     Text that looks like special tokens is read as text, and none are added. Raises UserError for a source that is
     missing, empty, binary, not UTF-8 or not such JSON, and for two documents of one name.
     """
     found: dict[str, Document] = {}
     for source in sources:
-        for name, where, text in _texts(Path(source), domain):
+        from_hub = str(source).startswith(PREFIX)
+        for name, where, text in dataset_texts(str(source), domain) if from_hub else _texts(Path(source), domain):
             if name in found:
                 raise UserError(f'{source}: a second document named {name!r}: give each document an "id" of its own')
             found[name] = Document(name, where, tokenize(tokenizer, text)[:tokens])

@@ -1,0 +1,144 @@
+"""Suites ``harness`` and ``ruler``: tasks of lm-evaluation-harness, a few samples at a time."""
+
+import io
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import nn
+
+from ...errors import UserError
+from ...hf.attach import is_attached, runtime_of
+from ..harness_tasks import PAPER, RULER, Loaded, load_tasks, metric_name, prepare, require, value_of
+from ..ruler import RulerData
+from . import Record, Unit
+
+SLICES = 16
+"""A task's samples are measured in about as many units, of at least ``SMALLEST`` samples each."""
+SMALLEST = 32
+
+
+class HarnessSuite:
+    """Tasks of lm-evaluation-harness, every sample from an empty state, in batches of ``batch_size``.
+
+    ``tasks`` as ``load_tasks`` gives them; ``limit``: samples of each of the harness's tasks, at most. A unit is a
+    run of neighbouring samples of one task; examples in prompts (few-shot), where a task has them, are drawn anew for
+    each unit. ``name``: "harness" or "ruler", under which the records are filed.
+
+    Records, one per sample and metric: "document" (task, number and hash of the prompt, so that only readings of one
+    prompt can be paired), "task" as asked for, "part" (below it), "length" (RULER's, else None), "metric", and "value"
+    with "weight": a mean is sum(value) / sum(weight). Perplexities are in nats per word or byte.
+
+    UserError for a prompt that is longer than the model reads: none is cut.
+    """
+
+    def __init__(
+        self, name: str, tokenizer: Any, tasks: Sequence[Loaded], *, batch_size: int = 1, limit: int | None = None
+    ) -> None:
+        self.name, self.tokenizer, self.batch_size = name, tokenizer, batch_size
+        self._work: dict[str, tuple[str, int | None, Any, range]] = {}
+        for task, length, parts in tasks:
+            for part in parts:
+                count = len(part.eval_docs)
+                count = count if limit is None else min(count, limit)
+                step = max(SMALLEST, -(-count // SLICES))
+                for start in range(0, count, step):
+                    where = part.task_name if length is None else f"{part.task_name}/{length}"
+                    samples = range(start, min(start + step, count))
+                    self._work[f"{where}/{start}"] = (task, length, part, samples)
+
+    def units(self) -> Sequence[Unit]:
+        """``tokens`` is a guess: the harness does not say how long its samples are."""
+        return [Unit(key, len(samples) * (length or 256)) for key, (_, length, _, samples) in self._work.items()]
+
+    def measure(self, model: nn.Module, unit: Unit) -> list[Record]:
+        """The samples of one unit, by the model as it is set."""
+        from lm_eval import evaluate
+
+        from ..harness import InPlaceTTTLM
+
+        task, length, part, samples = self._work[unit.key]
+        on = is_attached(model) and runtime_of(model).enabled
+        prepare([part])
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # bars of its own
+            lm = InPlaceTTTLM(model, self.tokenizer, updates="on" if on else "off", batch_size=self.batch_size)
+            found: Any = evaluate(
+                lm=lm,
+                task_dict={"tasks": {part.task_name: part}},
+                samples={part.task_name: list(samples)},
+                bootstrap_iters=0,
+            )
+        records = []
+        for sample in found["samples"][part.task_name]:
+            document = f"{part.task_name}/{sample['doc_id']}/{sample['prompt_hash'][:8]}"
+            about = {"document": document, "task": task, "part": part.task_name, "length": length}
+            for metric in sample["metrics"]:
+                if (value := value_of(metric, sample[metric], length)) is not None:
+                    name = "score" if length is not None else metric_name(metric, sample)
+                    records.append(about | {"metric": name, "value": value[0] * value[1], "weight": value[1]})
+        return records
+
+
+def harness_suite(
+    tokenizer: Any, names: Sequence[str], *, files: Path | None = None, limit: int | None = None, batch_size: int = 1
+) -> HarnessSuite:
+    """Tasks by name; "paper" stands for the paper's set. UserError when one is unknown or its data cannot be had."""
+    named = [task for name in names for task in (PAPER if name == "paper" else (name,))]
+    if ruler := sorted(set(named) & {*RULER, "ruler"}):
+        raise UserError(f"--tasks {', '.join(ruler)}: RULER has a suite of its own: --suite ruler")
+    return HarnessSuite("harness", tokenizer, _load(tokenizer, named, files=files), batch_size=batch_size, limit=limit)
+
+
+def ruler_suite(
+    tokenizer: Any,
+    lengths: Sequence[int],
+    data: RulerData,
+    *,
+    download: bool = False,
+    longest: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 1,
+) -> HarnessSuite:
+    """RULER at ``lengths``: the tasks whose texts can be made here from ``data``, and with ``download`` all thirteen.
+
+    ``longest``: tokens that the model reads at most. UserError for longer texts.
+    """
+    if longest is not None and max(lengths) > longest:
+        raise UserError(f"--lengths {max(lengths)}: {_too_long(longest)}")
+    names = [name for name in RULER if download or not data.needs_download(name)]
+    loaded = _load(tokenizer, names, lengths, data=data, texts=limit)
+    if longest is not None:
+        _check_room(loaded, tokenizer, longest)
+    return HarnessSuite("ruler", tokenizer, loaded, batch_size=batch_size, limit=limit)
+
+
+def _check_room(loaded: Sequence[Loaded], tokenizer: Any, longest: int) -> None:
+    """UserError for a text of RULER that is too long, before any is read."""
+    for task, length, parts in loaded:
+        for text in parts[0].eval_docs:  # "length" leaves out the beginning of the answer, which is in the prompt
+            needed = text["length"] + len(tokenizer(text["gen_prefix"])["input_ids"])
+            if needed > longest:
+                raise UserError(f"--lengths {length}: {task} has a text of {needed:,} tokens, {_too_long(longest)}")
+
+
+def _too_long(longest: int) -> str:
+    return f"the model reads at most {longest:,} tokens, and no text is cut: take a smaller length"
+
+
+def _load(
+    tokenizer: Any,
+    names: Sequence[str],
+    lengths: Sequence[int] = (),
+    *,
+    files: Path | None = None,
+    data: RulerData | None = None,
+    texts: int | None = None,
+) -> list[Loaded]:
+    require()
+    if files is not None and not files.is_dir():
+        raise UserError(f"--task-files {files}: no such directory")
+    with TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        return load_tasks(names, directory, lengths, files, ruler_data=data, texts=texts)

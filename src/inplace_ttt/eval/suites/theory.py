@@ -1,0 +1,172 @@
+"""Suite ``theory``: what one update does to the logits, with next-token and with reconstruction targets.
+
+Theorem 1 (docs/method.md): a pair (key, value) stands in the text and the key comes again. One update whose target is
+the embedding of the *next* token raises the logit of the value; one whose target is the embedding of the *same* token
+(reconstruction) does not. Here the pair is two words that the text does not use, planted once in the first chunk of a
+document; the key comes again after the update, and the logits are compared with those of the same reading without it.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from ...errors import UserError
+from ...hf.attach import runtime_of, unwrap, updates_off
+from ...hf.cache import cache_name
+from ...hf.context import LayerSite, fast_weights
+from ...hf.linear import TargetProjection, output_size
+from ..read_then_ask import words
+from . import Record, Unit
+from .memory import stretches
+from .nll import evaluating, input_device
+from .texts import Document
+
+TARGETS = ("own", "next_token", "reconstruction")
+"""The model's own target as it is, and the two of the theorem."""
+
+
+class TheorySuite:
+    """``trials`` pairs, each in a stretch of text of its own: one chunk of ``chunk_size`` tokens, then ``gap`` tokens.
+
+    The theorem's targets replace a layer's convolution and projection by ``s * u[t + 1]`` and ``s * u[t]``, u the token
+    embeddings; s makes the update as large (Frobenius norm) as the model's own is in that layer, so that the three
+    differ in where their updates point, and not in size. Every other setting is the model's at the moment.
+
+    One record per target, with "document", "target", "chance" and, of the logits after the second key, updates on minus
+    off,
+
+    * "right": that of the value; "others": the mean of ``candidates`` - 1 words that the text does not use either;
+      "margin": right - others, which no change of all logits alike can make;
+    * "won": 1 if the value's logit rose the most of all candidates (chance: one in ``candidates``).
+
+    Raises UserError when no document is long enough, a text leaves too few words, or an update of the model is zero.
+    """
+
+    name = "theory"
+    needs_updates = True
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        documents: Sequence[Document],
+        chunk_size: int,
+        *,
+        gap: int | None = None,
+        trials: int = 30,
+        candidates: int = 10,
+        seed: int = 0,
+    ) -> None:
+        self.chunk_size, self.candidates, self.seed = chunk_size, candidates, seed
+        self.gap = chunk_size // 2 if gap is None else gap
+        if chunk_size < 4 or not 1 <= self.gap < chunk_size or trials < 1 or candidates < 2:
+            raise UserError("theory needs chunks of 4 tokens or more, a gap below that, a trial and two candidates")
+        self._words = words(tokenizer)
+        length = chunk_size + self.gap
+        parts = list(stretches(documents, length))
+        if not parts:
+            raise UserError(f"theory: no document has the {length:,} tokens of a trial")
+        self._work = {f"pair/{trial}": (*parts[trial % len(parts)], trial) for trial in range(trials)}
+
+    def units(self) -> Sequence[Unit]:
+        """One per trial."""
+        tokens = (1 + len(TARGETS)) * (self.chunk_size + self.gap)
+        return [Unit(key, tokens) for key in self._work]
+
+    def measure(self, model: nn.Module, unit: Unit) -> list[Record]:
+        """One record per target, by the model as it is set."""
+        name, _, _ = self._work[unit.key]
+        ids, choices = self.pair(unit)
+        runtime = runtime_of(model)
+        settings = replace(runtime.config, lr=runtime.lr, chunk_size=self.chunk_size)
+        records = []
+        with evaluating(model), runtime.reading(settings):
+            with updates_off(model):
+                before = _logits(model, ids, choices)
+            own = self._update_norms(model, ids)
+            if not all(own.values()):
+                raise UserError("theory: an update of this model is zero, so nothing can be compared: train it first")
+            for target in TARGETS:
+                change = self._read(model, target, own, ids, choices) - before
+                records.append({"document": name, "target": target, "chance": 1 / self.candidates, **_figures(change)})
+        return records
+
+    def _read(
+        self, model: nn.Module, target: str, own: dict[int, float], ids: Sequence[int], choices: Sequence[int]
+    ) -> np.ndarray:
+        """The candidates' logits when the layers learn from ``target``, with updates of the size of ``own``."""
+        if target == "own":
+            return _logits(model, ids, choices)
+        with _fixed_target(model, target, dict.fromkeys(own, 1.0)):
+            unscaled = self._update_norms(model, ids)
+        with _fixed_target(model, target, {layer: norm / unscaled[layer] for layer, norm in own.items()}):
+            return _logits(model, ids, choices)
+
+    def pair(self, unit: Unit) -> tuple[list[int], list[int]]:
+        """What a unit reads, the second key last, and the candidates: the value first."""
+        name, text, trial = self._work[unit.key]
+        free = np.setdiff1d(self._words, text).tolist()
+        if len(free) <= self.candidates:
+            raise UserError(f"{name}: only {len(free)} words that the text does not use, {self.candidates + 1} needed")
+        draw = random.Random(f"{self.seed}/{trial}")
+        key, *choices = draw.sample(free, self.candidates + 1)
+        place = draw.randrange(self.chunk_size // 4, 3 * self.chunk_size // 4)
+        return [*text[:place], key, choices[0], *text[place + 2 :], key], choices
+
+    def _update_norms(self, model: nn.Module, ids: Sequence[int]) -> dict[int, float]:
+        """By layer: the Frobenius norm of S after the first chunk."""
+        cache = DynamicCache(config=unwrap(model).config)
+        rows = torch.tensor([ids[: self.chunk_size]], device=input_device(unwrap(model)))
+        model(input_ids=rows, use_cache=True, logits_to_keep=1, **{cache_name(model): cache})
+        states = {i: fast.dense() for i, fast in fast_weights(cache).items() if fast.seen[0]}
+        return {i: 0.0 if S is None else float(torch.linalg.vector_norm(S)) for i, S in states.items()}
+
+
+def _logits(model: nn.Module, ids: Sequence[int], choices: Sequence[int]) -> np.ndarray:
+    """Ids [n], read from an empty cache -> float64 [choices]: logits of the token after them."""
+    rows = torch.tensor([list(ids)], device=input_device(unwrap(model)))
+    logits: Tensor = model(input_ids=rows, use_cache=False, logits_to_keep=1).logits
+    return logits[0, -1, list(choices)].double().cpu().numpy()
+
+
+def _figures(change: np.ndarray) -> Record:
+    """Changes of the candidates' logits, the right one first."""
+    right, others = float(change[0]), float(change[1:].mean())
+    return {"right": right, "others": others, "margin": right - others, "won": int((change[0] > change[1:]).all())}
+
+
+@contextmanager
+def _fixed_target(model: nn.Module, objective: str, scales: dict[int, float]) -> Iterator[None]:
+    """Inside, the layers of ``scales`` learn from embeddings at a fixed shift, times their scale."""
+    runtime = runtime_of(model)
+    settings = replace(runtime.config, objective=objective, target="input_embed", lr=runtime.lr)
+    with ExitStack() as stack:
+        stack.enter_context(runtime.reading(settings))
+        for site in runtime.sites:
+            if site.index in scales:
+                stack.enter_context(_own_parts_aside(site, scales[site.index]))
+        yield
+
+
+@contextmanager
+def _own_parts_aside(site: LayerSite, scale: float) -> Iterator[None]:
+    """Inside, a layer has no convolution, and for its projection ``scale`` times the identity."""
+    fast = site.projection()
+    width, weight = output_size(fast), fast.weight
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    projection = TargetProjection(width, 0.0, device=weight.device, dtype=dtype)
+    projection.weight.data += scale * torch.eye(width, device=weight.device, dtype=dtype)
+    modules: Any = site.mlp._modules
+    kept = {name: modules.pop(name) for name in ("ttt_conv", "ttt_proj") if name in modules}
+    modules["ttt_proj"] = projection
+    try:
+        yield
+    finally:
+        modules.pop("ttt_proj")
+        modules.update(kept)
