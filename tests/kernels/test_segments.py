@@ -23,7 +23,7 @@ def documents(kind, B, T, seed):
     return docs
 
 
-def both(table, *, lr=0.7, decay=0.0, state=False, weight=True, bias=False, past=False, later=False, seed=0):
+def both(table, *, lr=0.7, decay=0.0, state=False, weight=True, bias=False, past=False, later=False, clip=None, seed=0):
     """Outputs and gradients by both backends; gradients are those of a random sum of all that comes out."""
     torch.manual_seed(seed)
     make = lambda *shape: torch.randn(*shape, dtype=torch.float64, requires_grad=True)  # noqa: E731
@@ -44,6 +44,7 @@ def both(table, *, lr=0.7, decay=0.0, state=False, weight=True, bias=False, past
         out, S = scan(
             tensors["z"], tensors["v"], tensors["weight"], table, lr=lr, decay=decay, bias_D=tensors["bias"],
             state_BDF=tensors["state"], past_BPF=tensors["past"], width=D, backend=backend,
+            clip=None if clip is None else torch.tensor(clip, dtype=torch.float64),
         )  # fmt: skip
         torch.manual_seed(seed + 1)
         loss = (out * torch.randn_like(out)).sum()
@@ -109,7 +110,13 @@ def test_the_weights_gradient_comes_with_the_scan(monkeypatch):
     assert calls[1][-1] is None
 
 
-def test_clipping_is_left_to_the_loop():
-    z, v = torch.randn(1, 8, F), torch.randn(1, 4, D)
-    with pytest.raises(ValueError, match="does not clip"):
-        scan(z, v, torch.randn(D, F), ChunkTable.build(1, 8, C), lr=1.0, clip=torch.tensor(1.0), backend="segments")
+@pytest.mark.parametrize("kind", ["none", "left", "packed", "left packed holes"])
+@pytest.mark.parametrize("clip", [3.0, 40.0, 1e9])
+def test_clipped_chunks(kind, clip, most):
+    table = ChunkTable.build(2, 5 * C + 3, C, documents=documents(kind, 2, 5 * C + 3, 3), keep_state=True)
+    both(table, state=True, later=True, clip=clip, decay=0.1)
+
+
+def test_clipped_chunk_that_began_before_the_call(most):
+    table = ChunkTable.build(2, 3 * C, C, seen=(C - 1, C - 1), keep_state=True)
+    both(table, state=True, past=True, later=True, clip=10.0)

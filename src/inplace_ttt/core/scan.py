@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .chunks import ChunkTable
 from .layout import Layout
+from .target import chunked
 
 Tensors = tuple[Tensor, Tensor]
 
@@ -272,9 +273,24 @@ BACKENDS = ("torch", "segments")
 """Ways to compute the scan: a loop over chunks, or segments of chunks in batched products (kernels/segments.py)."""
 
 
-def choose_backend(z: Tensor, clip: Tensor | None) -> str:
-    """``segments`` on CUDA, where chunks are not clipped one by one; ``torch`` elsewhere."""
-    return "segments" if z.is_cuda and clip is None else "torch"
+def choose_backend(z: Tensor) -> str:
+    """``segments`` on CUDA, ``torch`` elsewhere."""
+    return "segments" if z.is_cuda else "torch"
+
+
+def clip_targets(z_BTF: Tensor, v_BND: Tensor, table: ChunkTable, past_BPF: Tensor | None, clip: Tensor) -> Tensor:
+    """v scaled so that no chunk's update is longer than ``clip``; differentiable, for backends that sum whole segments.
+
+    No update is made for its norm: ``|sum_t v_t z_t^T|^2 = sum_st (v_s . v_t)(z_s . z_t)``, C * C * (D + F)
+    multiply-adds a chunk where the update has C * D * F.
+    """
+    B, C, U = table.rows, table.chunk_size, table.updates
+    z, v = (x.reshape(B * U, C, -1) for x in (chunked(z_BTF, past_BPF, table), v_BND.to(z_BTF.dtype)))
+    dtype = state_dtype(z.dtype)
+    squared = (torch.bmm(v, v.mT).to(dtype) * torch.bmm(z, z.mT).to(dtype)).sum((1, 2))
+    norm = squared.clamp(min=torch.finfo(dtype).tiny).sqrt()
+    factor = torch.where(norm > clip, clip / norm, 1.0)
+    return (v * factor[:, None, None]).to(v.dtype).view(B, U * C, -1)
 
 
 def scan(
@@ -301,21 +317,21 @@ def scan(
     lr: inner learning rate. decay, in [0, 1): S shrinks by ``1 - decay`` at every update.
     clip: 0-d tensor, the largest Frobenius norm of one chunk's update.
     state_BDF: S before the call (None: zero). past_BPF: z of the pending tokens, when ``table.prefix`` > 0.
-    backend: a name in ``BACKENDS``, or "auto": ``segments`` on CUDA unless chunks are clipped, else ``torch``.
+    backend: a name in ``BACKENDS``, or "auto": ``segments`` on CUDA, else ``torch``.
 
     The second result is S after the call when ``table.keep_state``: [B, D, F] in float32 (float64 for float64 inputs),
     or None for zero. All tensors but clip get gradients; double backward is not supported. Work per token: D * F
     multiply-adds for the slow product and 2 * D * F for the fast ones, whatever the length. docs/method.md.
 
-    Raises ValueError on an unknown backend or missing pending tokens, and where the backend cannot clip.
+    Raises ValueError on an unknown backend or missing pending tokens.
     """
-    backend = choose_backend(z_BTF, clip) if backend == "auto" else backend
+    backend = choose_backend(z_BTF) if backend == "auto" else backend
     if backend not in BACKENDS:
         raise ValueError(f"unknown scan backend {backend!r}: choose auto or one of {', '.join(BACKENDS)}")
-    if backend == "segments" and clip is not None:
-        raise ValueError("the segments backend does not clip: choose torch or auto")
     if table.prefix and table.updates and past_BPF is None:
         raise ValueError(f"{table.prefix} pending tokens are missing: pass them as past")
+    if clip is not None and backend != "torch":
+        v_BND, clip = None if v_BND is None else clip_targets(z_BTF, v_BND, table, past_BPF, clip), None
     sizes = [x.shape[d] for x, d in ((weight_DF, 0), (state_BDF, 1), (v_BND, -1)) if x is not None]
     D = sizes[0] if sizes else width
     if D is None:
