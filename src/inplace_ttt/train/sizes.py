@@ -65,7 +65,7 @@ def _measure(site: Any, module: Any, z_BTF: Tensor, probe: bool, states: bool) -
         return None
     if getattr(module, "split", False):  # norms are spread over processes
         return None
-    z, u = site._compute_dtype(z_BTF).detach(), site._source(context).detach()
+    z, u = site.compute_dtype(z_BTF).detach(), site._source(context).detach()
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
         return _row_sizes(site, module, z, u, probe, states)
 
@@ -95,7 +95,7 @@ def _row_sizes(site: Any, module: Any, z: Tensor, u: Tensor, probe: bool, states
     )
     if v is None:
         return None
-    keys, clip = chunked(z[:1], None, there), site._clip(module) if states else None
+    keys, clip = chunked(z[:1], None, there), site.clip(module) if states else None
     weight = torch.linalg.vector_norm(module.weight.float())
     updates, sizes, S = [], [torch.zeros_like(weight)], None
     for m in range(table.updates):
