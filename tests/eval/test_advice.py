@@ -61,6 +61,7 @@ def test_correlations_in_words() -> None:
     assert overlap.startswith("Over 12 windows, the gain from updates went with the overlap")
     assert "layer 0 (r = -1.00" in overlap
     assert "layer 2" not in overlap
+    assert "4 correlations were looked at; one in twenty looks clear by chance." in lines
     assert any("effective rank of the fast weights in layer 0 (r = +1.00" in line for line in lines)
     rows = [{"layer": 0, "figure": "key_overlap", "windows": 12, "r": 0.3}]
     (line,) = advice({"what goes with a gain": rows}, hurt=False)

@@ -71,7 +71,7 @@ def _settings(domain: str, rows: _Rows) -> list[str]:
 
 def _correlations(rows: _Rows) -> list[str]:
     """For each figure of the fast weights: in which layers more of it went with more or with less gain."""
-    lines = []
+    lines, any_clear = [], False
     for (figure,), members in by_group(rows, ["figure"]).items():
         clear = []
         for row in members:
@@ -79,12 +79,15 @@ def _correlations(rows: _Rows) -> list[str]:
             if low > 0 or high < 0:
                 clear.append(f"layer {row['layer']} (r = {row['r']:+.2f}, 95% interval {low:+.2f} to {high:+.2f})")
         name, windows = WORDS.get(figure, figure), members[0]["windows"]
+        any_clear |= bool(clear)
         if clear:
             lines.append(f"Over {windows} windows, the gain from updates went with the {name} in {', '.join(clear)}.")
         else:
             most = max((row["r"] for row in members), key=abs)
             unclear = f"no layer's {name} went clearly with the gain or harm (largest r = {most:+.2f})"
             lines.append(f"Over {windows} windows, {unclear}.")
+    if any_clear and len(rows) > 1:
+        lines.append(f"{len(rows)} correlations were looked at; one in twenty looks clear by chance.")
     return lines
 
 
