@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from contract.families import C, adapted, tokens
 from typer.testing import CliRunner
 
-from inplace_ttt.bench import mlp
+from inplace_ttt.bench import materialised, mlp
 from inplace_ttt.cli import app
 from inplace_ttt.core.decoding import StepBuffers
 from inplace_ttt.errors import UserError
@@ -74,6 +75,33 @@ def test_no_speed_of_wrong_steps(monkeypatch):
     result = bench("decode", "--tokens", "12", "--chunks", "8", "--rounds", "1", "--device", "cpu")
     assert isinstance(result.exception, UserError) or result.exit_code == 2
     assert "no speed of wrong results" in result.output + str(result.exception)
+
+
+def test_the_formula_in_a_model_is_ours():
+    model = adapted("llama")
+    ids, keywords = tokens(1, 3 * C + 1), {"use_cache": False}
+    with torch.no_grad():
+        ours = model(ids, **keywords).logits
+        with materialised.formula():
+            theirs = model(ids, **keywords).logits
+    torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=0)
+    assert materialised.check(model, ids) < 1e-5
+
+
+def test_no_speed_of_a_wrong_model(monkeypatch):
+    """A scan whose updates never arrive."""
+    real = materialised.product
+    monkeypatch.setattr(materialised, "product", lambda z, v, W, n, lr: real(z, v.flip(1), W, n, lr))
+    result = bench("prefill", "--tokens", "64", "--chunks", "16", "--rounds", "1", "--device", "cpu")
+    assert "no speed of wrong results" in result.output + str(result.exception)
+
+
+def test_limits_count_the_same_products():
+    shape, size = {"hidden_size": 16, "intermediate_size": 48}, mlp.Shape(16, 48, 10)
+    block = 2 * 10 * 16 * 48 * 3
+    assert materialised.extra_products(shape, 1, 10) == pytest.approx((mlp.limit(size, False) - 1) * block)
+    forward, whole = ((mlp.limit(size, b) - 1) * (3 if b else 1) * block for b in (False, True))
+    assert materialised.extra_products(shape, 1, 10, training=True) == pytest.approx(whole + forward)
 
 
 def test_train():

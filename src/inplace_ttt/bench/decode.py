@@ -11,15 +11,13 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from ..errors import UserError
 from ..hf.attach import runtime_of, set_lr
 from ..hf.cache import cache_name
-from ..hf.context import fast_weights
 from ..hf.graph import DecodingGraph
+from .materialised import weighty_lr
 from .prefill import build, plain_twin
 from .timing import peak_bytes, seconds
 
 WORSE = 1.5
 """How much larger than without fast weights the difference between decoding and reading at once may be."""
-SHARE = 0.3
-"""Norm of ``lr * S`` beside W0's while that is checked."""
 
 
 class Decoding:
@@ -51,19 +49,6 @@ class Decoding:
         """Greedy; nothing waits for the device."""
         for _ in range(tokens):
             self.following = self.feed(self.following)[:, -1:].argmax(-1)
-
-
-def weighty_lr(model: Any, ids: Tensor) -> float:
-    """An inner learning rate at which the fast weights are ``SHARE`` of the slow ones: a mistake must show."""
-    cache = DynamicCache(config=model.config)
-    model(ids, **{cache_name(model): cache}, logits_to_keep=1)
-    sites = {site.index: site for site in runtime_of(model).sites}
-    ratios = [
-        sites[i].projection().weight.norm() / S.norm()
-        for i, fast in fast_weights(cache).items()
-        if (S := fast.dense()) is not None
-    ]
-    return SHARE * (sum(ratios) / len(ratios)).item()
 
 
 def differs(decoding: Decoding, ids: Tensor, prompt: int) -> float:

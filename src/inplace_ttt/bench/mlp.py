@@ -14,6 +14,7 @@ from torch.nn.functional import linear, silu
 from ..core import ChunkTable, scan, target
 from ..core.target import convolve
 from ..errors import UserError
+from .materialised import product
 from .timing import interleaved, peak_bytes, rates
 
 LR, LOOKAHEAD, KERNEL = 0.1, 2, 5
@@ -61,12 +62,9 @@ class Block:
     def materialised(self, C: int) -> Tensor:
         """One weight per chunk in z's precision, by a cumulative sum: what the authors' release does."""
         z = self.z()
-        M = z.shape[1] // C
-        u = self.u.view(M, C, -1)
+        u = self.u.view(-1, C, self.u.shape[2])
         v = convolve(u.float(), self.kappa.float(), LOOKAHEAD).to(z.dtype) @ self.proj
-        z_MCF = z.view(M, C, -1)
-        steps = torch.cat([self.down[None], LR * torch.bmm(v[:-1].mT, z_MCF[:-1])])
-        return torch.bmm(z_MCF, steps.cumsum(0).mT).view(1, z.shape[1], -1)
+        return product(z, v[:-1].flatten(0, 1)[None], self.down, C, LR)[0]
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -8,9 +8,10 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from ..config import InPlaceTTTConfig
-from ..hf.attach import attach, updates_off
+from ..hf.attach import attach, runtime_of, updates_off
 from ..train.attention import choose_attention
-from .timing import interleaved, peak_bytes
+from .materialised import check, extra_products, formula
+from .timing import interleaved, peak_bytes, rates
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -65,6 +66,11 @@ def measure(
         model.set_attn_implementation(choose_attention("auto", device))
     found: dict[str, Any] = {"shape": shape, "layers": layers, "chunk_size": C, "window": window, "results": []}
     found["attention"] = model.config._attn_implementation
+    probe = torch.randint(0, SHAPES[shape]["vocab_size"], (1, 2 * C + C // 2), device=device)
+    found["from_the_formula"] = check(model, probe)
+    known, adapting = SHAPES[shape], len(runtime_of(model).sites)
+    speed = rates(device, dtype, min(lengths), known["intermediate_size"], known["hidden_size"])
+    found["rates"] = speed
     for T in lengths:
         ids = torch.randint(0, SHAPES[shape]["vocab_size"], (1, T), device=device)
 
@@ -75,12 +81,25 @@ def measure(
             with updates_off(model):
                 return model(ids, use_cache=True, logits_to_keep=1)
 
+        def theirs(ids: torch.Tensor = ids) -> Any:
+            with formula():
+                return model(ids, use_cache=True, logits_to_keep=1)
+
         with torch.no_grad():
-            runs = {"no TTT": off, "ours": on}
+            runs: dict[str, Callable[[], Any]] = {"no TTT": off, "ours": on, "materialised": theirs}
             times = interleaved(runs, device, rounds=rounds, warmup=1)
             peaks = {name: peak_bytes(run, device) for name, run in runs.items()}
         over = times["ours"] / times["no TTT"]
-        found["results"].append({"tokens": T, "seconds": times, "peak_bytes": peaks, "over_no_ttt": over})
+        found["results"].append(
+            {
+                "tokens": T,
+                "seconds": times,
+                "peak_bytes": peaks,
+                "over_no_ttt": over,
+                "materialised_over_no_ttt": times["materialised"] / times["no TTT"],
+                "limit_over_no_ttt": 1 + extra_products(known, adapting, T) / speed["flops"] / times["no TTT"],
+            }
+        )
         extra = None if peaks["ours"] is None or peaks["no TTT"] is None else peaks["ours"] - peaks["no TTT"]
         more = "" if extra is None else f", {extra / 2**30:+.2f} GiB at the peak"
         log(f"{T:,} tokens: no TTT {times['no TTT']:.3f} s, ours {100 * (over - 1):+.1f}%{more}")
@@ -93,6 +112,7 @@ def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for row in record["results"]:
         peaks = row["peak_bytes"]
         extra = "" if peaks["ours"] is None else f"{(peaks['ours'] - peaks['no TTT']) / 2**30:+.2f}"
-        ours = f"{100 * (row['over_no_ttt'] - 1):+.1f}%"
-        rows.append([f"{row['tokens']:,}", f"{row['seconds']['no TTT']:.3f}", ours, extra])
-    return ["tokens", "no TTT (s)", "ours", "extra peak (GiB)"], rows
+        names = ("over_no_ttt", "materialised_over_no_ttt", "limit_over_no_ttt")
+        more = [f"{100 * (row[name] - 1):+.1f}%" for name in names]
+        rows.append([f"{row['tokens']:,}", f"{row['seconds']['no TTT']:.3f}", *more, extra])
+    return ["tokens", "no TTT (s)", "ours", "materialised", "limit", "extra peak (GiB)"], rows

@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from ..hf.attach import updates_off
-from .prefill import build
-from .timing import interleaved, peak_bytes
+from ..hf.attach import runtime_of, updates_off
+from .materialised import check, extra_products, formula
+from .prefill import SHAPES, build
+from .timing import interleaved, peak_bytes, rates
 
 PIECE = 4096
 """Tokens whose logits exist at once."""
@@ -34,9 +35,14 @@ def measure(
 ) -> dict[str, Any]:  # fmt: skip
     """Training steps of one row at each length; JSON-ready, seconds are medians of interleaved steps."""
     model = build(shape, layers, C, None, device, dtype).train()
+    known, adapting = SHAPES[shape], len(runtime_of(model).sites)
+    probe = torch.randint(0, model.config.vocab_size, (1, 2 * C + C // 2), device=device)
+    from_the_formula = check(model, probe)
+    speed = rates(device, dtype, min(lengths), known["intermediate_size"], known["hidden_size"])
     model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda")
     found: dict[str, Any] = {"shape": shape, "layers": layers, "chunk_size": C, "results": []}
+    found |= {"from_the_formula": from_the_formula, "rates": speed}
     for T in lengths:
         ids = torch.randint(0, model.config.vocab_size, (1, T), device=device)
 
@@ -49,15 +55,28 @@ def measure(
             with updates_off(model):
                 step()
 
-        runs: dict[str, Callable[[], Any]] = {"no TTT": off, "ours": step}
+        def theirs(step: Callable[[], None] = step) -> None:
+            with formula():
+                step()
+
+        runs: dict[str, Callable[[], Any]] = {"no TTT": off, "ours": step, "materialised": theirs}
         times = interleaved(runs, device, rounds=rounds, warmup=1)
         peaks = {name: peak_bytes(run, device) for name, run in runs.items()}
-        speed = {name: T / seconds for name, seconds in times.items()}
-        share = speed["ours"] / speed["no TTT"]
+        pace = {name: T / seconds for name, seconds in times.items()}
+        share = pace["ours"] / pace["no TTT"]
+        least = extra_products(known, adapting, T, training=True) / speed["flops"]
         found["results"].append(
-            {"tokens": T, "seconds": times, "tokens_per_second": speed, "peak_bytes": peaks, "of_no_ttt": share}
+            {
+                "tokens": T,
+                "seconds": times,
+                "tokens_per_second": pace,
+                "peak_bytes": peaks,
+                "of_no_ttt": share,
+                "materialised_of_no_ttt": pace["materialised"] / pace["no TTT"],
+                "limit_of_no_ttt": times["no TTT"] / (times["no TTT"] + least),
+            }
         )
-        log(f"{T:,} tokens: {speed['no TTT']:,.0f} tokens/s without, {share:.3f} of it with fast weights")
+        log(f"{T:,} tokens: {pace['no TTT']:,.0f} tokens/s without, {share:.3f} of it with fast weights")
     return found
 
 
@@ -67,5 +86,7 @@ def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for row in record["results"]:
         speed, peaks = row["tokens_per_second"], row["peak_bytes"]
         memory = "" if peaks["ours"] is None else f"{peaks['ours'] / peaks['no TTT']:.3f}"
-        rows.append([f"{row['tokens']:,}", f"{speed['no TTT']:,.0f}", f"{row['of_no_ttt']:.3f}", memory])
-    return ["tokens", "no TTT (tokens/s)", "ours", "peak memory"], rows
+        names = ("of_no_ttt", "materialised_of_no_ttt", "limit_of_no_ttt")
+        more = [f"{row[name]:.3f}" for name in names]
+        rows.append([f"{row['tokens']:,}", f"{speed['no TTT']:,.0f}", *more, memory])
+    return ["tokens", "no TTT (tokens/s)", "ours", "materialised", "limit", "peak memory"], rows

@@ -1,0 +1,107 @@
+"""One weight per chunk, by a cumulative sum: the formula of the authors' release, in place of ``core.scan``.
+
+Shapes: T tokens, C a chunk, M chunks, D output width, F width of z.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from ..core import ChunkTable
+from ..errors import UserError
+from ..hf import context
+from ..hf.attach import runtime_of, set_lr, updates_off
+from ..hf.cache import cache_of
+from ..hf.context import fast_weights
+
+SHARE = 0.3
+"""Norm of ``lr * S`` beside W0's while a model is checked: mistakes must show."""
+OFF = 1 / 3
+"""How far ours may be from the formula, of the distance between updates on and off. Rounding is some 0.1 of it."""
+
+
+def product(z_1TF: Tensor, v_1ND: Tensor, weight_DF: Tensor, C: int, lr: float) -> tuple[Tensor, Tensor]:
+    """Outputs [1, T, D] and every chunk's update [N / C, D, F], in z's precision."""
+    T, whole = z_1TF.shape[1], z_1TF.shape[1] // C
+    z_MCF, v_UCD = z_1TF[0, : whole * C].view(whole, C, -1), v_1ND[0].view(-1, C, v_1ND.shape[2])
+    dW = lr * torch.bmm(v_UCD.mT, z_MCF[: len(v_UCD)])
+    most = -(-T // C) - 1
+    weights = torch.cat([weight_DF[None], dW[:most]]).cumsum(0)
+    out = torch.bmm(z_MCF, weights[:whole].mT).view(1, whole * C, -1)
+    return (out if whole * C == T else torch.cat([out, linear(z_1TF[:, whole * C :], weights[-1])], 1)), dW
+
+
+def scan(
+    z: Tensor, v: Tensor | None, weight: Tensor | None, table: ChunkTable, *, lr: float, bias_D: Any = None, **rest: Any
+) -> tuple[Tensor, Tensor | None]:
+    """``core.scan`` for one row that begins here."""
+    given = [name for name in ("state_BDF", "past_BPF", "clip") if rest.get(name) is not None]
+    if weight is None or table.index is not None or table.rows > 1 or given or rest.get("decay"):
+        raise NotImplementedError(
+            "the materialised formula takes one whole row from its beginning, without clip or decay"
+        )
+    if v is None:
+        return linear(z, weight, bias_D), None
+    out, dW = product(z, v.to(z.dtype), weight, table.chunk_size, lr)
+    out = out if bias_D is None else out + bias_D
+    return out, (dW.sum(0, dtype=torch.float32) / lr)[None] if table.keep_state and lr else None
+
+
+@contextmanager
+def formula() -> Iterator[None]:
+    """Inside, adapting layers use the materialised formula."""
+    module: Any = context
+    ours, module.scan = module.scan, scan
+    try:
+        yield
+    finally:
+        module.scan = ours
+
+
+def weighty_lr(model: nn.Module, ids_1T: Tensor) -> float:
+    """An inner learning rate at which the fast weights after ``ids`` are ``SHARE`` of the slow ones."""
+    out = model(ids_1T, use_cache=True, logits_to_keep=1)
+    sites = {site.index: site for site in runtime_of(model).sites}
+    ratios = [
+        sites[i].projection().weight.norm() / S.norm()
+        for i, fast in fast_weights(cache_of(out)).items()
+        if (S := fast.dense()) is not None
+    ]
+    return SHARE * (sum(ratios) / len(ratios)).item()
+
+
+@torch.no_grad()
+def check(model: nn.Module, ids_1T: Tensor) -> float:
+    """Distance of our logits from the formula's, of the distance between updates on and off, with large updates.
+
+    UserError where it is more than ``OFF``: no speed of wrong results.
+    """
+    before = runtime_of(model).lr
+    set_lr(model, weighty_lr(model, ids_1T))
+    try:
+        ours = model(ids_1T, use_cache=False).logits.float()
+        with formula():
+            theirs = model(ids_1T, use_cache=False).logits.float()
+        with updates_off(model):
+            off = model(ids_1T, use_cache=False).logits.float()
+    finally:
+        set_lr(model, before)
+    found = ((ours - theirs).norm() / (ours - off).norm()).item()
+    if not found <= OFF:
+        raise UserError(f"no speed of wrong results: logits are {found:.2f} of the updates' effect from the formula's")
+    return found
+
+
+def extra_products(shape: dict[str, int], layers: int, tokens: int, *, training: bool = False) -> float:
+    """Floating-point operations that fast weights add: of the chunks' updates and P, and for training their backward.
+
+    One product of D * F a token for the updates and one of D * D for P; in a training step the same again where
+    activations are recomputed, and in the backward three of D * F and two of D * D.
+    """
+    D, F = shape["hidden_size"], shape["intermediate_size"]
+    wide, square = (5, 4) if training else (1, 1)
+    return 2.0 * tokens * layers * (wide * D * F + square * D * D)
