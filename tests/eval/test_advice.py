@@ -58,11 +58,11 @@ def test_the_best_setting_has_an_interval() -> None:
 def test_correlations_in_words() -> None:
     lines = said()
     overlap = next(line for line in lines if "overlap of new keys" in line)
-    assert overlap.startswith("Over 12 windows, the gain from updates went with the overlap")
+    assert overlap.startswith("Over 12 windows, updates gained more with a lower overlap")
     assert "layer 0 (r = -1.00" in overlap
     assert "layer 2" not in overlap
     assert "4 correlations were looked at; one in twenty looks clear by chance." in lines
-    assert any("effective rank of the fast weights in layer 0 (r = +1.00" in line for line in lines)
+    assert any("a higher effective rank of the fast weights in layer 0 (r = +1.00" in line for line in lines)
     rows = [{"layer": 0, "figure": "key_overlap", "windows": 12, "r": 0.3}]
     (line,) = advice({"what goes with a gain": rows}, hurt=False)
     assert "no layer's overlap of new keys with what was learned went clearly" in line

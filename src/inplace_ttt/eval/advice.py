@@ -73,16 +73,17 @@ def _correlations(rows: _Rows) -> list[str]:
     """For each figure of the fast weights: in which layers more of it went with more or with less gain."""
     lines, any_clear = [], False
     for (figure,), members in by_group(rows, ["figure"]).items():
-        clear = []
+        clear: dict[str, list[str]] = {}
         for row in members:
             low, high = interval_of_r(row["r"], row["windows"])
             if low > 0 or high < 0:
-                clear.append(f"layer {row['layer']} (r = {row['r']:+.2f}, 95% interval {low:+.2f} to {high:+.2f})")
+                where = f"layer {row['layer']} (r = {row['r']:+.2f}, 95% interval {low:+.2f} to {high:+.2f})"
+                clear.setdefault("higher" if low > 0 else "lower", []).append(where)
         name, windows = WORDS.get(figure, figure), members[0]["windows"]
         any_clear |= bool(clear)
-        if clear:
-            lines.append(f"Over {windows} windows, the gain from updates went with the {name} in {', '.join(clear)}.")
-        else:
+        for side, places in clear.items():
+            lines.append(f"Over {windows} windows, updates gained more with a {side} {name} in {', '.join(places)}.")
+        if not clear:
             most = max((row["r"] for row in members), key=abs)
             unclear = f"no layer's {name} went clearly with the gain or harm (largest r = {most:+.2f})"
             lines.append(f"Over {windows} windows, {unclear}.")
