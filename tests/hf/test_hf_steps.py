@@ -11,6 +11,7 @@ from transformers import CompileConfig, GenerationConfig
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import inplace_ttt as ittt
+import inplace_ttt.hf.steps as hf_steps
 from inplace_ttt.hf.cache import FastCacheLayer, cache_name
 from inplace_ttt.hf.steps import Step
 
@@ -230,3 +231,27 @@ def test_what_a_cuda_graph_cannot_do_is_said():
         call(model, cache, ids)
     with pytest.raises(ittt.UserError, match="needs a CUDA device, the model is on cpu"):
         ittt.DecodingGraph(model, cache)
+
+
+def test_generate_s_own_tokens_need_no_look_at_the_mask(monkeypatch, steps):
+    """A look would wait for the device in every step. Afterwards masks count again."""
+    looks, look = [], hf_steps.real_tokens
+    monkeypatch.setattr(hf_steps, "real_tokens", lambda *args: looks.append(args) or look(*args))
+    model, prompt = adapted("llama"), tokens(2, C + 1)
+    mask = torch.ones_like(prompt)
+    mask[0, 0] = 0
+    for kind in KINDS:
+        looks.clear(), steps.clear()
+        cache = empty(model, kind)
+        settings = {"max_new_tokens": 4, "do_sample": False, cache_name(model): cache, "eos_token_id": None}
+        out = model.generate(prompt, attention_mask=mask, **settings)
+        assert (len(looks), len(steps)) == (0, 3)
+    cache = empty(model, "dynamic")
+    out = model.generate(prompt, attention_mask=mask, **settings | {cache_name(model): cache})
+    after = torch.nn.functional.pad(mask, (0, 4), value=1)
+    after[1, -1] = 0
+    looks.clear()
+    with torch.no_grad():
+        call(model, cache, out[:, -1:], attention_mask=after)
+    assert len(looks) == 1
+    assert {layer.fast.seen for layer in fast_layers(cache)} == {(C + 4, C + 4)}

@@ -76,6 +76,8 @@ class Runtime:
         """The next call as a step that was begun already, and is ended by whoever began it (``DecodingGraph``)."""
         self.vouched = False
         """Whether the tokens of the next call are known to be real (``generate`` wrote them)."""
+        self.extended: Tensor | None = None
+        """The mask to which ``generate`` has just added a token."""
 
     @contextmanager
     def reading(self, config: InPlaceTTTConfig, form: Any = "dense") -> Iterator[None]:
@@ -203,6 +205,7 @@ class Runtime:
         return {
             "_valid_auto_compile_criteria": self.may_compile,
             "prepare_inputs_for_generation": PrepareInputs(self),
+            "_update_model_kwargs_for_generation": self.extend_mask,
             "init_continuous_batching": self.no_continuous_batching,
         }
 
@@ -214,6 +217,13 @@ class Runtime:
         found: bool = model._valid_auto_compile_criteria(self.model, model_kwargs, generation_config)
         return found
 
+    def extend_mask(self, *args: Any, **kwargs: Any) -> Any:
+        """generate()'s own: adds the written token to the mask."""
+        model: Any = type(self.model)
+        found = model._update_model_kwargs_for_generation(self.model, *args, **kwargs)
+        self.extended = found.get("attention_mask")
+        return found
+
     def no_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
             "continuous batching mixes requests in one row and names none of them, so fast weights cannot follow: "
@@ -222,7 +232,7 @@ class Runtime:
 
 
 class PrepareInputs:
-    """generate()'s own method. All that it feeds after the prompt are tokens, so their mask need not be looked at."""
+    """generate()'s own method. Without a mask, or with one that it has just extended, the next token is a real one."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
@@ -237,7 +247,8 @@ class PrepareInputs:
         return type(model).prepare_inputs_for_generation.__get__(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.runtime.vouched = not kwargs.get("is_first_iteration", False)
+        mask, runtime = kwargs.get("attention_mask"), self.runtime
+        runtime.vouched, runtime.extended = mask is None or mask is runtime.extended, None
         return self._own(*args, **kwargs)
 
 
