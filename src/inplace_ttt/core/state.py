@@ -136,14 +136,15 @@ class FastWeights(HeldState):
         for own in slots:
             chunks = [*range(H), *(H + m for m in own)][-R:]
             pick.append([0] * (R - len(chunks)) + chunks)
+        old_and_new = [(None, x) for x in new] if self.history is None else list(zip(self.history, new, strict=True))
+        if all(chunks == pick[0] for chunks in pick):  # without an index from the host, for which a GPU would wait
+            z, u, v = (torch.cat([_chunk(a, b, m, C) for m in pick[0]], 1) for a, b in old_and_new)
+            self.history = (z, u, v)
+            return
+        both = [b if a is None else torch.cat([a, b.to(a.dtype)], 1) for a, b in old_and_new]
         device = new[2].device
         index = torch.tensor(pick, device=device)[..., None] * C + torch.arange(C, device=device)
         index = index.flatten(1)[..., None]
-        both = (
-            new
-            if self.history is None
-            else [torch.cat([a, b.to(a.dtype)], 1) for a, b in zip(self.history, new, strict=True)]
-        )
         z, u, v = (x.gather(1, index.expand(-1, -1, x.shape[-1])) for x in both)
         self.history = (z, u, v)
 
@@ -320,6 +321,14 @@ class FastWeights(HeldState):
             shifted.append(x)
         self.history = (shifted[0], shifted[1], shifted[2])
         self.kept = tuple(k - chunks if row == b else k for row, k in enumerate(self.kept))
+
+
+def _chunk(old_BHW: Tensor | None, new_BNW: Tensor, m: int, C: int) -> Tensor:
+    """Chunk m of [old | new], [B, C, W], in old's dtype."""
+    if old_BHW is None:
+        return new_BNW[:, m * C : (m + 1) * C]
+    H = old_BHW.shape[1] // C
+    return old_BHW[:, m * C : (m + 1) * C] if m < H else new_BNW[:, (m - H) * C : (m - H + 1) * C].to(old_BHW.dtype)
 
 
 def _index(rows: list[int], like: Tensor) -> Tensor:
