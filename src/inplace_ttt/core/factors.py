@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from .chunks import ChunkTable
 from .scan import _exact as exact
-from .scan import state_dtype
+from .scan import shrink, squared_norm, state_dtype
 
 
 @exact
@@ -39,8 +39,7 @@ def apply(x_BTF: Tensor, left_BND: Tensor, right_BNF: Tensor, scale_BT: Tensor |
 @exact
 def norm(left_BND: Tensor, right_BNF: Tensor) -> Tensor:
     """Frobenius norm of S [B] from N x N products; where S = 0, a number above 0 and next to it."""
-    right = right_BNF.to(left_BND.dtype)
-    squared = (torch.bmm(left_BND, left_BND.mT) * torch.bmm(right, right.mT)).sum((1, 2))
+    squared = squared_norm(left_BND, right_BNF.to(left_BND.dtype))
     return squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()
 
 
@@ -183,8 +182,7 @@ class HeldState:
         C, device = z_RCF.shape[1], z_RCF.device
         v = v_RCD.to(z_RCF.dtype).to(state_dtype(z_RCF.dtype))
         if clip is not None:
-            length = norm(v, z_RCF)[:, None, None]
-            v = v * torch.where(length > clip, clip / length, 1.0)
+            v = v * shrink(norm(v, z_RCF), clip)[:, None, None]
         if decay:
             self._scale(rows, 1 - decay)
         left = v.new_zeros(self.rows, 0, v.shape[-1]) if self.left is None else self.left

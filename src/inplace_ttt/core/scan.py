@@ -45,10 +45,21 @@ def _exact(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def shrink(norm: Tensor, clip: Tensor) -> Tensor:
+    """What scales lengths ``norm`` down to ``clip`` where they are longer."""
+    return torch.where(norm > clip, clip / norm, 1.0)
+
+
 def clip_factor(dW_BDF: Tensor, clip: Tensor) -> Tensor:
     """Per-row factor [B, 1, 1] that scales dW to Frobenius norm ``clip`` where it is longer."""
-    norm = torch.linalg.vector_norm(dW_BDF, dim=(1, 2), keepdim=True)
-    return torch.where(norm > clip, clip / norm, 1.0)
+    return shrink(torch.linalg.vector_norm(dW_BDF, dim=(1, 2), keepdim=True), clip)
+
+
+def squared_norm(left_BND: Tensor, right_BNF: Tensor) -> Tensor:
+    """``|sum_n left_n right_n^T|^2`` (Frobenius) per row [B], from N x N products, summed in the state's precision."""
+    dtype = state_dtype(left_BND.dtype)
+    left_BNN, right_BNN = torch.bmm(left_BND, left_BND.mT), torch.bmm(right_BNF, right_BNF.mT)
+    return (left_BNN.to(dtype) * right_BNN.to(dtype)).sum((1, 2))
 
 
 def keep_factor(layout: Layout, m: int, decay: float) -> float | Tensor:
@@ -281,16 +292,14 @@ def choose_backend(z: Tensor) -> str:
 def clip_targets(z_BTF: Tensor, v_BND: Tensor, table: ChunkTable, past_BPF: Tensor | None, clip: Tensor) -> Tensor:
     """v scaled so that no chunk's update is longer than ``clip``; differentiable, for backends that sum whole segments.
 
-    No update is made for its norm: ``|sum_t v_t z_t^T|^2 = sum_st (v_s . v_t)(z_s . z_t)``, C * C * (D + F)
-    multiply-adds a chunk where the update has C * D * F.
+    No update is made for its norm (``squared_norm``): C * C * (D + F) multiply-adds a chunk where the update has
+    C * D * F.
     """
     B, C, U = table.rows, table.chunk_size, table.updates
     z, v = (x.reshape(B * U, C, -1) for x in (chunked(z_BTF, past_BPF, table), v_BND.to(z_BTF.dtype)))
-    dtype = state_dtype(z.dtype)
-    squared = (torch.bmm(v, v.mT).to(dtype) * torch.bmm(z, z.mT).to(dtype)).sum((1, 2))
-    norm = squared.clamp(min=torch.finfo(dtype).tiny).sqrt()
-    factor = torch.where(norm > clip, clip / norm, 1.0)
-    return (v * factor[:, None, None]).to(v.dtype).view(B, U * C, -1)
+    squared = squared_norm(v, z)
+    norm = squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()
+    return (v * shrink(norm, clip)[:, None, None]).to(v.dtype).view(B, U * C, -1)
 
 
 def scan(

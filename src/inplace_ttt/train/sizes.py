@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from inplace_ttt.core.chunks import ChunkTable
-from inplace_ttt.core.scan import advance
+from inplace_ttt.core.scan import advance, squared_norm
 from inplace_ttt.core.target import SHIFTS, chunked, target
 from inplace_ttt.hf.attach import runtime_of
 
@@ -105,7 +105,7 @@ def _row_sizes(site: Any, module: Any, z: Tensor, u: Tensor, probe: bool, states
             continue
         chunk = slice(m * table.chunk_size, (m + 1) * table.chunk_size)
         z_m, v_m = keys[:, chunk].float(), v[:, chunk]
-        updates.append(((v_m @ v_m.mT) * (z_m @ z_m.mT)).sum().clamp(min=0).sqrt())  # ||sum_t v_t z_t^T||
+        updates.append(squared_norm(v_m, z_m)[0].clamp(min=0).sqrt())
         if states:
             S = advance(S, z_m, v_m, 1 - config.decay, clip)
             sizes.append(torch.linalg.vector_norm(S))
