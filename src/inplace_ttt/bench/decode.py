@@ -21,7 +21,7 @@ WORSE = 1.5
 
 
 class Decoding:
-    """One row that goes on writing: the cache, the last token and its position, all on the device."""
+    """One row that goes on writing; its cache and the following token stay on the device."""
 
     def __init__(self, model: Any, cache: Cache, way: str) -> None:
         self.model, self.cache, self.way, self.name = model, cache, way, cache_name(model)

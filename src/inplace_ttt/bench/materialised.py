@@ -17,6 +17,7 @@ from ..hf import context
 from ..hf.attach import runtime_of, set_lr, updates_off
 from ..hf.cache import cache_of
 from ..hf.context import fast_weights
+from .timing import rates
 
 SHARE = 0.3
 """Norm of ``lr * S`` beside W0's while a model is checked: mistakes must show."""
@@ -94,6 +95,13 @@ def check(model: nn.Module, ids_1T: Tensor) -> float:
     if not found <= OFF:
         raise UserError(f"no speed of wrong results: logits are {found:.2f} of the updates' effect from the formula's")
     return found
+
+
+def checked(model: Any, shape: dict[str, int], C: int, tokens: int, device: torch.device) -> dict[str, Any]:
+    """What a record of a whole model begins with: its distance from the formula (``check``) and the device's rates."""
+    probe = torch.randint(0, shape["vocab_size"], (1, 2 * C + C // 2), device=device)
+    speed = rates(device, model.dtype, tokens, shape["intermediate_size"], shape["hidden_size"])
+    return {"from_the_formula": check(model, probe), "rates": speed}
 
 
 def extra_products(shape: dict[str, int], layers: int, tokens: int, *, training: bool = False) -> float:

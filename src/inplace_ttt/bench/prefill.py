@@ -10,8 +10,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from ..config import InPlaceTTTConfig
 from ..hf.attach import attach, runtime_of, updates_off
 from ..train.attention import choose_attention
-from .materialised import check, extra_products, formula
-from .timing import interleaved, peak_bytes, rates
+from .materialised import checked, extra_products, formula
+from .timing import interleaved, peak_bytes
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -66,11 +66,8 @@ def measure(
         model.set_attn_implementation(choose_attention("auto", device))
     found: dict[str, Any] = {"shape": shape, "layers": layers, "chunk_size": C, "window": window, "results": []}
     found["attention"] = model.config._attn_implementation
-    probe = torch.randint(0, SHAPES[shape]["vocab_size"], (1, 2 * C + C // 2), device=device)
-    found["from_the_formula"] = check(model, probe)
     known, adapting = SHAPES[shape], len(runtime_of(model).sites)
-    speed = rates(device, dtype, min(lengths), known["intermediate_size"], known["hidden_size"])
-    found["rates"] = speed
+    found |= checked(model, known, C, min(lengths), device)
     for T in lengths:
         ids = torch.randint(0, SHAPES[shape]["vocab_size"], (1, T), device=device)
 
@@ -97,7 +94,7 @@ def measure(
                 "peak_bytes": peaks,
                 "over_no_ttt": over,
                 "materialised_over_no_ttt": times["materialised"] / times["no TTT"],
-                "limit_over_no_ttt": 1 + extra_products(known, adapting, T) / speed["flops"] / times["no TTT"],
+                "limit_over_no_ttt": 1 + extra_products(known, adapting, T) / found["rates"]["flops"] / times["no TTT"],
             }
         )
         extra = None if peaks["ours"] is None or peaks["no TTT"] is None else peaks["ours"] - peaks["no TTT"]

@@ -9,9 +9,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from ..hf.attach import runtime_of, updates_off
-from .materialised import check, extra_products, formula
+from .materialised import checked, extra_products, formula
 from .prefill import SHAPES, build
-from .timing import interleaved, peak_bytes, rates
+from .timing import interleaved, peak_bytes
 
 PIECE = 4096
 """Tokens whose logits exist at once."""
@@ -36,13 +36,10 @@ def measure(
     """Training steps of one row at each length; JSON-ready, seconds are medians of interleaved steps."""
     model = build(shape, layers, C, None, device, dtype).train()
     known, adapting = SHAPES[shape], len(runtime_of(model).sites)
-    probe = torch.randint(0, model.config.vocab_size, (1, 2 * C + C // 2), device=device)
-    from_the_formula = check(model, probe)
-    speed = rates(device, dtype, min(lengths), known["intermediate_size"], known["hidden_size"])
+    found: dict[str, Any] = {"shape": shape, "layers": layers, "chunk_size": C, "results": []}
+    found |= checked(model, known, C, min(lengths), device)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda")
-    found: dict[str, Any] = {"shape": shape, "layers": layers, "chunk_size": C, "results": []}
-    found |= {"from_the_formula": from_the_formula, "rates": speed}
     for T in lengths:
         ids = torch.randint(0, model.config.vocab_size, (1, T), device=device)
 
@@ -64,7 +61,7 @@ def measure(
         peaks = {name: peak_bytes(run, device) for name, run in runs.items()}
         pace = {name: T / seconds for name, seconds in times.items()}
         share = pace["ours"] / pace["no TTT"]
-        least = extra_products(known, adapting, T, training=True) / speed["flops"]
+        least = extra_products(known, adapting, T, training=True) / found["rates"]["flops"]
         found["results"].append(
             {
                 "tokens": T,
