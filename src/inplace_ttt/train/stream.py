@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from inplace_ttt.errors import UserError
 from inplace_ttt.train.packing import Row, TokenStore, plan_rows, row_tensors
+from inplace_ttt.train.report import write_json
 from inplace_ttt.train.sources import Document
 from inplace_ttt.train.tokenizer import encode_documents
 
@@ -132,9 +133,7 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
             return
         domains = {name: (domain.documents, domain.tokens) for name, domain in self._domains.items()}
         self._notes.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps({"window": self._window + 1, "first": first, "domains": domains}))
-        unfinished.replace(path)
+        write_json(path, {"window": self._window + 1, "first": first, "domains": domains})
 
 
 class _Domain:
