@@ -35,7 +35,7 @@ class StepBuffers:
             return False
         pairs = ((self.z, z_BCF), (self.u, u_BCD))
         alike = all(a.shape == b.shape and a.dtype == b.dtype and a.device == b.device for a, b in pairs)
-        return alike and not (self.z.is_inference() and not torch.is_inference_mode_enabled())
+        return alike and not _frozen(self.z)
 
     def take(self, z_BCF: Tensor, u_BCD: Tensor) -> None:
         """Copies pending tokens that another kind of call left."""
@@ -58,7 +58,7 @@ class StepBuffers:
         if self._key is not None and _same(self._key, key):
             return
         shape = (len(self.z), self.u.shape[2], self.z.shape[2])
-        if self.folded is None or (self.folded.is_inference() and not torch.is_inference_mode_enabled()):
+        if self.folded is None or _frozen(self.folded):
             self.folded = _fixed(self.z.new_empty(shape))
         for b, into in enumerate(self.folded):
             if S_BDF is None:
@@ -99,11 +99,7 @@ class StepClock:
         stale = self._at != at
         for device in devices:
             held = self._where.get(device)
-            if (
-                held is None
-                or held.shape[0] != len(at)
-                or (held.is_inference() and not torch.is_inference_mode_enabled())
-            ):
+            if held is None or held.shape[0] != len(at) or _frozen(held):
                 self._where[device] = _fixed(torch.tensor(at, device=device))
             elif stale:
                 held.copy_(torch.tensor(at))
@@ -120,6 +116,11 @@ class StepClock:
 
 def _same(a: Key, b: Key) -> bool:
     return all(x is y or (not isinstance(x, Tensor) and x == y) for x, y in zip(a, b, strict=True))
+
+
+def _frozen(x: Tensor) -> bool:
+    """Whether the tensor, made in inference mode, cannot be written into here."""
+    return x.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _fixed(x: Tensor) -> Tensor:

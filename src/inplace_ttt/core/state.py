@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .chunks import ChunkTable
-from .decoding import StepBuffers
 from .factors import HeldState, completed
-from .scan import clip_factor, outer
+from .scan import advance, clip_factor, outer
 from .target import chunked
 
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -42,8 +41,6 @@ class FastWeights(HeldState):
         self.kept: tuple[int, ...] = (0,) * rows
         self.real: Tensor | None = None
         self.fed = 0
-        self.steps: StepBuffers | None = None
-        """Where the pending tokens live while tokens come one at a time."""
 
     @property
     def updates(self) -> tuple[int, ...]:
@@ -52,7 +49,7 @@ class FastWeights(HeldState):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the state, all rows (the folded weights, which can be made again, not counted)."""
+        """Bytes held, all rows."""
         tensors = [self.S, self.left, self.right, self.z, self.u, *(self.history or ())]
         return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
@@ -91,15 +88,17 @@ class FastWeights(HeldState):
         if S is not None and (self.S is not None or table.updates):
             self.S = S
         self._set_pending(table, z_BTF, u_BTD)
-        if table.real is not None or self.real is not None:
-            old = torch.ones(self.rows, self.fed, dtype=torch.bool) if self.real is None else self.real
-            new = torch.ones(self.rows, table.tokens, dtype=torch.bool) if table.real is None else table.real
-            self.real = torch.cat([old, new], 1)[:, -(ROLLBACK_TOKENS + 2 * self.chunk_size) :]
-        self._count_fed(table.tokens)
-        self.seen = table.seen
+        self._count(table.tokens, table.real, table.seen)
 
-    def _count_fed(self, tokens: int) -> None:
-        self.fed = min(self.fed + tokens, ROLLBACK_TOKENS + 2 * self.chunk_size)
+    def _count(self, tokens: int, real: Tensor | None, seen: tuple[int, ...]) -> None:
+        """Notes positions that were fed, and which of them are tokens (bool [B, tokens]; None: all)."""
+        most = ROLLBACK_TOKENS + 2 * self.chunk_size
+        if real is not None or self.real is not None:
+            old = torch.ones(self.rows, self.fed, dtype=torch.bool) if self.real is None else self.real
+            new = torch.ones(self.rows, tokens, dtype=torch.bool) if real is None else real
+            self.real = torch.cat([old, new], 1)[:, -most:]
+        self.fed = min(self.fed + tokens, most)
+        self.seen = seen
 
     def _set_pending(self, table: ChunkTable, z_BTF: Tensor, u_BTD: Tensor) -> None:
         if table.appends:
@@ -136,17 +135,12 @@ class FastWeights(HeldState):
         for own in slots:
             chunks = [*range(H), *(H + m for m in own)][-R:]
             pick.append([0] * (R - len(chunks)) + chunks)
-        old_and_new = [(None, x) for x in new] if self.history is None else list(zip(self.history, new, strict=True))
-        if all(chunks == pick[0] for chunks in pick):  # without an index from the host, for which a GPU would wait
-            z, u, v = (torch.cat([_chunk(a, b, m, C) for m in pick[0]], 1) for a, b in old_and_new)
-            self.history = (z, u, v)
-            return
-        both = [b if a is None else torch.cat([a, b.to(a.dtype)], 1) for a, b in old_and_new]
-        device = new[2].device
-        index = torch.tensor(pick, device=device)[..., None] * C + torch.arange(C, device=device)
-        index = index.flatten(1)[..., None]
-        z, u, v = (x.gather(1, index.expand(-1, -1, x.shape[-1])) for x in both)
-        self.history = (z, u, v)
+        kept = []
+        for old_BHW, new_BNW in zip(self.history or (None, None, None), new, strict=True):
+            # Slices, not an index from the host, for which a GPU would wait.
+            chunks = [_chunk(old_BHW, new_BNW, m, C)[b] for b, own in enumerate(pick) for m in own]
+            kept.append(torch.cat(chunks).view(self.rows, R * C, -1))
+        self.history = (kept[0], kept[1], kept[2])
 
     # -- one token at a time --------------------------------------------------------------------------------------
 
@@ -156,44 +150,23 @@ class FastWeights(HeldState):
         dense = self.S is not None or self.form == "dense"
         return dense and self.z is not None and self.u is not None and self.z.shape[1] == self.chunk_size
 
-    def begin_step(self, weight_DF: Tensor | None, lr: float, always: bool) -> StepBuffers:
-        """The buffers of the next step, with all that was read before in them (``StepBuffers.fold`` has the rest)."""
-        assert self.z is not None
-        assert self.u is not None
-        if self.steps is None or not self.steps.fit(self, self.z, self.u):
-            self.steps = StepBuffers(self, self.z, self.u)
-        elif self.z is not self.steps.z or self.u is not self.steps.u:
-            self.steps.take(self.z, self.u)
-        self.z, self.u = self.steps.z, self.steps.u
-        self.steps.fold(self.S, weight_DF, lr, always)
-        return self.steps
-
     def end_step(self) -> list[int]:
         """Counts a step's token; the rows whose chunk it completed, for ``complete``."""
-        self.seen = tuple(n + 1 for n in self.seen)
-        if self.real is not None:
-            self.real = torch.nn.functional.pad(self.real, (0, 1), value=True)[
-                :, -(ROLLBACK_TOKENS + 2 * self.chunk_size) :
-            ]
-        self._count_fed(1)
+        self._count(1, None, tuple(n + 1 for n in self.seen))
         return [b for b, n in enumerate(self.seen) if n % self.chunk_size == 0]
 
     def complete(self, rows: list[int], v_BCD: Tensor, clip: Tensor | None) -> None:
         """The full pending chunks of some rows, with targets v, change S: ``S <- (1 - decay) * S + clipped(dW)``."""
         assert self.z is not None
         assert self.u is not None
-        every = len(rows) == self.rows
-        z, v = (x if every else x[rows] for x in (self.z, v_BCD.to(self.z.dtype)))
-        dW = outer(v, z)
-        if clip is not None:
-            dW *= clip_factor(dW, clip)
-        if self.S is None:
-            self.S = dW if every else dW.new_zeros(self.rows, *dW.shape[1:]).index_copy_(0, _index(rows, dW), dW)
-        elif every:
-            self.S = dW.add_(self.S, alpha=1 - self.decay)
-        else:
-            dW.add_(self.S[rows], alpha=1 - self.decay)
-            self.S = self.S.index_copy(0, _index(rows, dW), dW)
+        index = torch.tensor(rows, device=self.z.device)
+        old = None if self.S is None else self.S.index_select(0, index)  # a copy: others may hold S
+        z, v = (x.index_select(0, index) for x in (self.z, v_BCD.to(self.z.dtype)))
+        new = advance(old, z, v, 1 - self.decay, clip)
+        if len(rows) < self.rows:
+            whole = new.new_zeros(self.rows, *new.shape[1:]) if self.S is None else self.S
+            new = whole.index_copy(0, index, new)
+        self.S = new
         self._remember([[0] if b in rows else [] for b in range(self.rows)], [], (self.z, self.u, v_BCD))
 
     # -- what a cache does to its rows ----------------------------------------------------------------------------
@@ -241,17 +214,14 @@ class FastWeights(HeldState):
             new.real = _stack(reals, rows, side="left")
         return new
 
-    def reset(self, keep_buffers: bool = False) -> None:
-        """Forgets everything: the next token begins a document. ``keep_buffers``: steps go on at the same addresses."""
-        steps = self.steps if keep_buffers else None
+    def reset(self) -> None:
+        """Forgets everything: the next token begins a document."""
         self.__init__(self.rows, self.chunk_size, decay=self.decay, form=self.form)  # type: ignore[misc]
-        self.steps = steps
 
     def fork(self) -> "FastWeights":
         """An independent copy."""
         copy = FastWeights(self.rows, self.chunk_size, decay=self.decay, form=self.form)
         copy.__dict__.update(self.__dict__)
-        copy.steps = None
         copy._map(torch.clone)
         return copy
 
@@ -329,10 +299,6 @@ def _chunk(old_BHW: Tensor | None, new_BNW: Tensor, m: int, C: int) -> Tensor:
         return new_BNW[:, m * C : (m + 1) * C]
     H = old_BHW.shape[1] // C
     return old_BHW[:, m * C : (m + 1) * C] if m < H else new_BNW[:, (m - H) * C : (m - H + 1) * C].to(old_BHW.dtype)
-
-
-def _index(rows: list[int], like: Tensor) -> Tensor:
-    return torch.tensor(rows, device=like.device)
 
 
 def _stack(parts: Sequence[Tensor | None], rows: Sequence[int], side: str = "right") -> Tensor | None:

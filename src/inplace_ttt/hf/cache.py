@@ -11,6 +11,7 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache
 
 from ..core import FastWeights
+from ..core.decoding import StepBuffers
 
 
 def cache_name(module: nn.Module) -> str:
@@ -34,11 +35,28 @@ class FastCacheLayer:
     clip: torch.Tensor | None = None
     stale = False
     """Set when tokens were read with updates off: the fast weights no longer match the keys."""
+    steps: StepBuffers | None = None
+    """Where the pending tokens live while they come one at a time."""
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
-        self.fast.reset(keep_buffers=isinstance(self, cache_utils.StaticLayer))
+        self.fast.reset()
         self.stale = False
+        if not isinstance(self, cache_utils.StaticLayer):  # there, steps go on at the same addresses
+            self.steps = None
+
+    def begin_step(self, weight_DF: torch.Tensor | None, lr: float) -> StepBuffers:
+        """The buffers of the next step, with all that was read before in them, and the folded weight."""
+        fast = self.fast
+        assert fast.z is not None
+        assert fast.u is not None
+        if self.steps is None or not self.steps.fit(fast, fast.z, fast.u):
+            self.steps = StepBuffers(fast, fast.z, fast.u)
+        elif fast.z is not self.steps.z or fast.u is not self.steps.u:
+            self.steps.take(fast.z, fast.u)
+        fast.z, fast.u = self.steps.z, self.steps.u
+        self.steps.fold(fast.S, weight_DF, lr, always=isinstance(self, cache_utils.StaticLayer))
+        return self.steps
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
@@ -76,6 +94,8 @@ class FastCacheLayer:
         new = object.__new__(type(self))
         memo[id(self)] = new
         for key, value in self.__dict__.items():
+            if key == "steps":  # made again when they are needed
+                continue
             new.__dict__[key] = value.fork() if isinstance(value, FastWeights) else copy.deepcopy(value, memo)
         return new
 

@@ -25,7 +25,7 @@ from .linear import FastWeight
 from .masks import real_tokens
 from .parallel_attention import SLICES, RowSlices, torch_cuts_rows
 from .parallel_projection import project_slice
-from .steps import Step, may_step
+from .steps import Step, may_step, source_of
 from .tensor_parallel import is_split, local_input, replicated, summand
 
 CONTEXT = "inplace_ttt_context"
@@ -138,9 +138,7 @@ class Runtime:
     # -- one call -------------------------------------------------------------------------------------------------
 
     def _context(self, module: nn.Module, given: dict[str, Any]) -> tuple[CallContext, Cache | None]:
-        source = given.get("input_ids")
-        if source is None:
-            source = given.get("inputs_embeds")
+        source = source_of(given)
         if source is None:
             raise ValueError("a call needs input_ids or inputs_embeds")
         rows, tokens = source.shape[:2]

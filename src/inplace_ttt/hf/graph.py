@@ -25,7 +25,7 @@ class DecodingGraph:
 
     model: in ``eval`` mode on one CUDA device, with fast weights (one row or several) or without.
     cache: a ``StaticCache`` without sliding-window layers, filled by ``model(prompt, cache=cache)``, rows unpadded.
-    compiled: the step goes through ``torch.compile`` before it is captured (about a minute, and some 1.5 times faster).
+    compiled: the step goes through ``torch.compile`` before it is captured, which fuses its small kernels.
 
     Raises UserError for a model, a cache or a call of another kind, and when the cache is full.
     """
@@ -95,7 +95,7 @@ class DecodingGraph:
         keys: list[Any] = [layer.keys for layer in self.cache.layers]  # type: ignore[union-attr]
         if step is None:
             return tuple(x.data_ptr() for x in keys)
-        found = [x for slot in step.slots.values() if (s := slot.fast.steps) for x in (s.z, s.u, s.folded)]
+        found = [x for slot in step.slots.values() if (s := slot.steps) for x in (s.z, s.u, s.folded)]
         return tuple(x.data_ptr() for x in (*keys, *found, *step.where.values()) if x is not None)
 
     def _run(self, cache: StaticCache, step: Step | None) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache
 
 from ..core import ChunkTable
 from ..core.decoding import StepClock
@@ -24,9 +24,15 @@ if TYPE_CHECKING:
 CLOCK = "_inplace_ttt_clock"
 
 
+def source_of(given: dict[str, Any]) -> Tensor | None:
+    """A call's input_ids [B, T] or inputs_embeds [B, T, D]."""
+    ids: Tensor | None = given.get("input_ids")
+    return given.get("inputs_embeds") if ids is None else ids
+
+
 def may_step(given: dict[str, Any]) -> bool:
     """Whether a call with these arguments looks like a step: one token behind others, nothing to differentiate."""
-    source = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    source = source_of(given)
     if source is None or source.shape[1] != 1 or torch.is_grad_enabled():
         return False
     packed = (given.get(name) is not None for name in (SLICES, "seq_idx", "cu_seq_lens_q"))
@@ -57,7 +63,9 @@ class Step:
             return None
         if not all(isinstance(cache.layers[i], FastCacheLayer) for i in sites):
             return None
-        rows = (given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]).shape[0]
+        source = source_of(given)
+        assert source is not None
+        rows = source.shape[0]
         slots = fast_layers(cache, list(sites), rows, config.chunk_size, config.decay)
         seen = next(iter(slots.values())).fast.seen
         if not all(slot.fast.can_step and slot.fast.seen == seen and len(seen) == rows for slot in slots.values()):
@@ -70,14 +78,14 @@ class Step:
             if real is not None and not bool(real.all()):
                 return None
         for i, slot in slots.items():
-            slot.fast.begin_step(weights[i], runtime.lr, isinstance(slot, StaticLayer))
+            slot.begin_step(weights[i], runtime.lr)
         return Step(sites, slots, cache.__dict__.setdefault(CLOCK, StepClock()))
 
     def project(
         self, index: int, module: Any, z_B1F: Tensor, u_B1D: Tensor, plain: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """The projection's output [B, 1, D] in layer ``index``, which keeps z and u."""
-        steps = self.slots[index].fast.steps
+        steps = self.slots[index].steps
         assert steps is not None
         bias = module.bias.to(z_B1F.dtype) if steps.fused and module.bias is not None else None
         return steps.step(z_B1F, u_B1D, self.where[z_B1F.device], plain, bias)

@@ -55,8 +55,6 @@ def pack_fast(fast: FastWeights) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
     for name, value in fast.__dict__.items():
-        if name == "steps":  # made again when it is needed
-            continue
         if isinstance(value, Tensor):
             tensors[name] = value
         elif isinstance(value, tuple) and value and isinstance(value[0], Tensor):
@@ -136,7 +134,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
 def unpack_fast(tensors: dict[str, Tensor], values: dict[str, Any]) -> FastWeights:
     """The inverse of ``pack_fast``."""
     fast = FastWeights(values["rows"], values["chunk_size"], decay=values["decay"], form=values["form"])
-    names = set(fast.__dict__) - {"steps"}
+    names = set(fast.__dict__)
     whole = {name: value for name, value in tensors.items() if "." not in name}
     parts: dict[str, tuple[Tensor, ...]] = {}
     for name in sorted(set(tensors) - set(whole)):

@@ -68,7 +68,7 @@ def copy_cache(cache: DynamicCache) -> DynamicCache:
         twin: Any = object.__new__(type(layer))
         twin.__dict__.update(layer.__dict__)
         if isinstance(layer, FastCacheLayer):
-            twin.fast = _share(layer.fast)
+            twin.fast, twin.steps = _share(layer.fast), None
         new.layers.append(twin)
     return new
 
@@ -76,7 +76,6 @@ def copy_cache(cache: DynamicCache) -> DynamicCache:
 def _share(fast: FastWeights) -> FastWeights:
     twin = copy.copy(fast)
     twin.z, twin.u = (None if x is None else x.clone() for x in (fast.z, fast.u))
-    twin.steps = None
     return twin
 
 
