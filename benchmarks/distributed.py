@@ -230,7 +230,8 @@ def worker(run: str, kind: str, steps: int, out: Path) -> None:
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     way = None
     if context is not None and context.mesh is None:
-        ways = working_ways(kind, shape["model"]["num_attention_heads"], shape["model"]["head_dim"])
+        heads = [shape["model"][name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim")]
+        ways = working_ways(kind, *heads)
         way = "gather, " + ways.get((torch.bfloat16, True), "mask")
     if rank == 0:
         steady = sorted(r["seconds"] for r in records[1:])[len(records[1:]) // 2]  # the first step warms up

@@ -39,32 +39,50 @@ def _kernel(
 
 
 LENGTHS = (None, [T], [5, 20, 3, 20], [12, 12, 12, 12], [1] * 10 + [T - 10])
-CASES = [("offset", None, None), *(("varlen", window, n) for window in (None, 1, 7) for n in LENGTHS)]
+CASES = [("blocks", None, None), *(("varlen", window, n) for window in (None, 1, 7) for n in LENGTHS)]
 
 
+@pytest.mark.parametrize("slices", [Slices(2, 0), Slices(2, 1), Slices(4, 2, head_tail=False)], ids=str)
 @pytest.mark.parametrize(("way", "window", "lengths"), CASES)
-def test_every_way_equals_the_dense_mask(
-    way: str, window: int | None, lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch
+def test_every_way_equals_the_dense_mask_gradients_too(
+    way: str, window: int | None, lengths: list[int] | None, slices: Slices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parallel_attention, "_varlen", _kernel)
     documents = None
     if lengths is not None:
         documents = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)]).expand(2, T)
-    slices = Slices(2, 0)
-    query, keys, values = (torch.randn(2, 3, T, 8, dtype=torch.float64) for _ in range(3))
-    for piece in range(slices.pieces):
+    query, keys, values = (torch.randn(2, heads, T, 8, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2))
+    found = []
+    for chosen in (way, "mask"):
         call = RowSlices(slices, None, 2, T, documents)
-        q = query.chunk(slices.pieces, 2)[piece]
-        expected = attend(call, piece, q, keys, values, 0.3, window, "mask")
-        torch.testing.assert_close(attend(call, piece, q, keys, values, 0.3, window, way), expected)
+        out = attend(call, slices.cut(query, 2), keys, values, 0.3, window, chosen)
+        found.append([out, *torch.autograd.grad(out.pow(3).sum(), (query, keys, values))])
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours, exact)
 
 
-def test_the_mask_is_the_way_on_a_cpu() -> None:
-    assert working_ways("cpu", 4, 16) == {}
+def test_blocks_far_apart_in_size_merge_without_overflow() -> None:
+    slices, (query, keys, values) = Slices(2, 1), (torch.randn(1, 2, T, 8, requires_grad=True) for _ in range(3))
+    with torch.no_grad():
+        keys[:, :, : T // 4] *= 1e4
+    call = RowSlices(slices, None, 1, T, None)
+    found = []
+    for way in ("blocks", "mask"):
+        out = attend(call, slices.cut(query, 2), keys, values, 1.0, None, way)
+        found.append([out, *torch.autograd.grad(out.square().sum(), (query, keys, values))])
+    for ours, exact in zip(*found, strict=True):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, exact, atol=1e-4, rtol=1e-3)
+
+
+def test_a_cpu_goes_by_blocks_where_it_can() -> None:
+    ways = working_ways("cpu", 4, 2, 16)
+    assert {way for (_, simple), way in ways.items() if simple} == {"blocks"}
+    assert not any(not simple for _, simple in ways)
 
 
 @pytest.mark.gpu
-def test_a_fast_kernel_works_on_a_gpu() -> None:
-    ways = working_ways("cuda", 16, 128)
-    assert len(ways) == 4
-    assert set(ways.values()) <= {"varlen", "offset"}, "only the dense mask works here"
+@pytest.mark.parametrize("key_heads", [16, 8])
+def test_fast_kernels_work_on_a_gpu(key_heads: int) -> None:
+    ways = working_ways("cuda", 16, key_heads, 128)
+    assert {simple: way for (_, simple), way in ways.items()} == {True: "blocks", False: "varlen"}

@@ -160,7 +160,8 @@ class ContextParallel:
         config = self.model.config
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        call.ways = working_ways(source.device.type, heads, width)
+        key_heads = getattr(config, "num_key_value_heads", None) or heads
+        call.ways = working_ways(source.device.type, heads, key_heads, width)
         if is_attached(self.model):
             ttt = runtime_of(self.model).config
             try:

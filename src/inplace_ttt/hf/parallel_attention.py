@@ -1,10 +1,11 @@
 """Attention of a slice of a row: its own queries against the whole row's keys and values, gathered from all ranks.
 
-Three ways to compute it, the first that works on the device: ``varlen`` (PyTorch's flash attention for documents laid
-end to end: reads causal offsets, windows and document bounds directly), ``offset`` (scaled_dot_product_attention with a
-causal bias aligned at the end; undivided rows without a window), ``mask`` (a dense mask, a piece at a time; anywhere).
+Three ways to compute it, the first that works on the device: ``blocks`` (``block_attention.py``: the kernel for whole
+rows, once for a piece's own keys and once for those before it; undivided rows without a window), ``varlen`` (PyTorch's
+flash attention for documents laid end to end: reads causal offsets, windows and document bounds directly), ``mask`` (a
+dense mask, a piece at a time; anywhere).
 
-Shapes: B rows, H heads, t tokens of a piece, T of a whole row, d the head's width.
+Shapes: B rows, H heads, G of keys and values, k pieces of t tokens, T of a whole row, d the head's width.
 """
 
 import logging
@@ -14,11 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..core.ranks import Group, Slices, SliceTable
+from .block_attention import attend_in_blocks
 
 GATHER = "inplace_ttt_gather"
 SLICES = "inplace_ttt_slices"
@@ -148,15 +149,8 @@ def gather_attention(
         return out.transpose(1, 2), None
     gathered: Any = _Gather.apply(pair, call.group)  # type: ignore[no-untyped-call]
     keys, values = slices.join(list(gathered), 3)
-    if groups > 1:
-        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     way = call.ways.get((dtype, sliding_window is None and call.documents is None), "mask")
-    own = slices.of(slices.rank)
-    outs = [
-        attend(call, piece, q, keys, values, scale, sliding_window, way)
-        for piece, q in zip(own, query.chunk(len(own), 2), strict=True)
-    ]
-    return torch.cat(outs, 1), None
+    return attend(call, query, keys, values, scale, sliding_window, way), None
 
 
 def scaled_dot_product(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
@@ -166,26 +160,42 @@ def scaled_dot_product(query: Tensor, keys: Tensor, values: Tensor, scale: float
 
 
 def attend(
-    call: RowSlices, piece: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None, way: str
+    call: RowSlices, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None, way: str
+) -> Tensor:
+    """query [B, H, k * t, d] of this rank's pieces, keys and values [B, G, T, d] of the row -> [B, k * t, H, d]."""
+    own = call.slices.of(call.slices.rank)
+    if way == "blocks":
+        return attend_in_blocks(query, keys, values, own, scale)
+    groups = query.shape[1] // keys.shape[1]
+    if groups > 1:
+        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+    attend_piece = {"varlen": _by_documents, "mask": _by_mask}[way]
+    outs = [
+        attend_piece(call, piece, q, keys, values, scale, window)
+        for piece, q in zip(own, query.chunk(len(own), 2), strict=True)
+    ]
+    return torch.cat(outs, 1)
+
+
+def _by_documents(
+    call: RowSlices, piece: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None
 ) -> Tensor:
     """query [B, H, t, d] of one piece against keys and values [B, H, T, d] of the row -> [B, t, H, d]."""
-    B, _, t, _ = query.shape
+    t = query.shape[2]
+    end, rows = (piece + 1) * t, []
+    for b in range(query.shape[0]):
+        first, q_bounds, k_bounds = call.bounds(b, piece, query.device)
+        q, k, v = (x.transpose(0, 1) for x in (query[b], keys[b, :, first:end], values[b, :, first:end]))
+        rows.append(_varlen(q, k, v, q_bounds, k_bounds, t, end - first, scale, window))
+    return torch.stack(rows)
+
+
+def _by_mask(
+    call: RowSlices, piece: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None
+) -> Tensor:
+    """As ``_by_documents``."""
+    t = query.shape[2]
     end = (piece + 1) * t
-    if way == "varlen":
-        rows = []
-        for b in range(B):
-            first, q_bounds, k_bounds = call.bounds(b, piece, query.device)
-            q, k, v = (x.transpose(0, 1) for x in (query[b], keys[b, :, first:end], values[b, :, first:end]))
-            rows.append(_varlen(q, k, v, q_bounds, k_bounds, t, end - first, scale, window))
-        return torch.stack(rows)
-    if way == "offset":
-        bias: Any = causal_lower_right(t, end)
-        k, v = keys[:, :, :end].contiguous(), values[:, :, :end].contiguous()
-        if piece == 0:
-            out = scaled_dot_product_attention(query.contiguous(), k, v, is_causal=True, scale=scale)
-        else:
-            out = scaled_dot_product_attention(query.contiguous(), k, v, attn_mask=bias, scale=scale)
-        return out.transpose(1, 2)
     back = torch.arange(end - t, end, device=query.device)[:, None] - torch.arange(end, device=query.device)[None]
     mask = back >= 0 if window is None else (back >= 0) & (back < window)
     documents = call.documents_on(query.device)
@@ -217,44 +227,52 @@ def _varlen(
 
 
 @lru_cache(maxsize=64)
-def working_ways(device: str, heads: int, width: int) -> dict[tuple[torch.dtype, bool], str]:
-    """The way to go by dtype and simplicity; empty where only the dense mask works.
+def working_ways(device: str, heads: int, key_heads: int, width: int) -> dict[tuple[torch.dtype, bool], str]:
+    """The way to go by dtype and simplicity (undivided rows, no window); where none is named, the dense mask.
 
     Tried out, so not to be called inside a layer: activation checkpointing would take the trial for its own.
     """
+    if device == "cpu":
+        return {(d, True): "blocks" for d in (torch.float32, torch.float64, torch.bfloat16)}
     if device != "cuda":
         return {}
     half = (torch.bfloat16, torch.float16)
-    return {(d, simple): best_way(device, d, heads, width, simple) for d in half for simple in (True, False)}
+    return {(d, simple): best_way(device, d, heads, key_heads, width, simple) for d in half for simple in (True, False)}
 
 
-def best_way(device: str, dtype: torch.dtype, heads: int, width: int, simple: bool) -> str:
+def best_way(device: str, dtype: torch.dtype, heads: int, key_heads: int, width: int, simple: bool) -> str:
     """The first way that agrees with the dense mask here, forward and backward, on a small row of documents."""
-    for way in ("varlen", "offset"):
-        if way == "varlen" or simple:
-            try:
-                if _agrees(way, torch.device(device), dtype, heads, width, simple):
-                    return way
-            except (RuntimeError, NotImplementedError, ImportError, TypeError) as error:
-                logger.warning("attention over slices: %s does not work here (%s)", way, error)
+    for way in ("blocks", "varlen") if simple else ("varlen",):
+        try:
+            if agrees(way, torch.device(device), dtype, heads, key_heads, width, simple):
+                return way
+            logger.warning("attention over slices: %s is not right here", way)
+        except (RuntimeError, NotImplementedError, ImportError, TypeError) as error:
+            logger.warning("attention over slices: %s does not work here (%s)", way, error)
     logger.warning("attention over slices: no fast kernel works here; a dense mask is used (slow, much memory)")
     return "mask"
 
 
-def _agrees(way: str, device: torch.device, dtype: torch.dtype, heads: int, width: int, simple: bool) -> bool:
-    T, pieces = 256, 4
+def agrees(
+    way: str, device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int, simple: bool
+) -> bool:
+    """Whether a way gives what the dense mask gives, for head-tail slices on two ranks, gradients too."""
+    T = 256
     documents = None if simple else (torch.arange(T) >= 100).long()[None]
     window = None if simple else 48
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = (
-        torch.randn(1, heads, T, width, generator=generator, device=device, dtype=dtype).requires_grad_()
-        for _ in range(3)
+        torch.randn(1, h, T, width, generator=generator, device=device, dtype=dtype).requires_grad_()
+        for h in (heads, key_heads, key_heads)
     )
 
     def run(way: str) -> list[Tensor]:
-        call = RowSlices(Slices(2, 0), None, 1, T, documents)
-        parts = [attend(call, p, q.chunk(pieces, 2)[p], k, v, width**-0.5, window, way) for p in range(pieces)]
-        out = torch.cat(parts, 1)
+        outs = []
+        for rank in range(2):
+            slices = Slices(2, rank)
+            call = RowSlices(slices, None, 1, T, documents)
+            outs.append(attend(call, slices.cut(q, 2), k, v, width**-0.5, window, way))
+        out = Slices(2, 0).join(outs)
         return [out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))]
 
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):

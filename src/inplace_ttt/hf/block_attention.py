@@ -1,0 +1,113 @@
+"""Causal attention of pieces of a row: all keys before a piece as one full block, its own as one causal block, merged.
+
+Both blocks are calls of the kernel that PyTorch's attention takes for whole rows (cuDNN's on CUDA, the fused one on a
+CPU), by the operators that give out the logarithm of the softmax's sum with the output. From these the parts merge
+exactly, and with the merged pair each block's backward gives its share of the gradients, as in ring attention.
+
+Shapes: B rows, H query heads, G key heads (H is a multiple), k pieces of t tokens, T tokens of the row, d head width.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_aten = torch.ops.aten
+
+
+class _Block(NamedTuple):
+    out: Tensor
+    log_sum: Tensor
+    """[B, H, t, 1], float32 or better."""
+    rest: tuple[Any, ...]
+    """What the kernel's backward wants besides."""
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> _Block:
+    if q.device.type == "cuda":
+        out, log_sum, *rest, _ = _aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, causal, False, scale=scale
+        )
+        return _Block(out, log_sum, tuple(rest))
+    out, log_sum = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    return _Block(out, log_sum[..., None], ())
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, merged: _Block, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, log_sum, rest = merged
+    grads: tuple[Tensor, Tensor, Tensor]
+    if q.device.type == "cuda":
+        *lengths, seed, offset = rest
+        grads = _aten._scaled_dot_product_cudnn_attention_backward(
+            grad, q, k, v, out, log_sum, seed, offset, None, *lengths, 0.0, causal, scale=scale
+        )
+    else:
+        grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, log_sum[..., 0], 0.0, causal, scale=scale
+        )
+    return grads
+
+
+def _merge(own: _Block, before: _Block) -> tuple[Tensor, Tensor]:
+    """Output and logarithm of the sum over both blocks' keys."""
+    share = torch.sigmoid(before.log_sum - own.log_sum).to(own.log_sum.dtype)
+    out = torch.lerp(own.out.to(share.dtype), before.out.to(share.dtype), share).to(own.out.dtype)
+    return out, torch.logaddexp(own.log_sum, before.log_sum)
+
+
+class _Pieces(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, keys: Tensor, values: Tensor, pieces: Sequence[int], scale: float) -> Tensor:
+        t = query.shape[2] // len(pieces)
+        outs, saved, ctx.rests = [], [], []
+        for piece, q in zip(pieces, query.chunk(len(pieces), 2), strict=True):
+            begin, end = piece * t, (piece + 1) * t
+            block = _forward(q, keys[:, :, begin:end], values[:, :, begin:end], True, scale)
+            out, log_sum, rests = block.out, block.log_sum, [block.rest]
+            if begin:
+                before = _forward(q, keys[:, :, :begin], values[:, :, :begin], False, scale)
+                out, log_sum = _merge(block, before)
+                rests.append(before.rest)
+            outs.append(out)
+            saved += [out, log_sum]
+            ctx.rests.append(rests)
+        ctx.save_for_backward(query, keys, values, *saved)
+        ctx.pieces, ctx.scale = pieces, scale
+        return torch.cat(outs, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        query, keys, values, *saved = ctx.saved_tensors
+        (grad,) = grads
+        t = query.shape[2] // len(ctx.pieces)
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        dk, dv = (torch.zeros_like(x, dtype=wide) for x in (keys, values))
+        dq = []
+        parts = zip(ctx.pieces, query.split(t, 2), grad.split(t, 2), saved[::2], saved[1::2], ctx.rests, strict=True)
+        for piece, q, g, out, log_sum, rests in parts:
+            begin, end = piece * t, (piece + 1) * t
+            shares = []
+            for span, causal, rest in zip((slice(begin, end), slice(0, begin)), (True, False), rests, strict=False):
+                k, v = keys[:, :, span], values[:, :, span]
+                q_part, k_part, v_part = _backward(g, q, k, v, _Block(out, log_sum, rest), causal, ctx.scale)
+                shares.append(q_part)
+                dk[:, :, span] += k_part
+                dv[:, :, span] += v_part
+            dq.append(shares[0] + shares[1] if begin else shares[0])
+        return torch.cat(dq, 2), dk.to(keys.dtype), dv.to(values.dtype), None, None
+
+
+def attend_in_blocks(query: Tensor, keys: Tensor, values: Tensor, pieces: Sequence[int], scale: float) -> Tensor:
+    """query [B, H, k * t, d] of the row's ``pieces``, keys and values [B, G, T, d] of all -> [B, k * t, H, d].
+
+    Undivided rows without a window or padding. Differentiable once. On CUDA in half precision only (cuDNN).
+    """
+    if query.device.type == "cpu" and keys.shape[1] < query.shape[1]:  # that kernel has no shared heads
+        keys, values = (x.repeat_interleave(query.shape[1] // keys.shape[1], 1) for x in (keys, values))
+    out: Tensor = _Pieces.apply(query, keys, values, tuple(pieces), scale)  # type: ignore[no-untyped-call]
+    return out.transpose(1, 2)
