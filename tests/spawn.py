@@ -1,7 +1,8 @@
-"""Runs a function on several gloo processes of one machine, with a timeout.
+"""Runs a function on several processes of one machine, with a timeout.
 
 A test process starts one launcher, which imports what is needed and forks: first a job, then the job's ranks. So the
-imports, which cost more than most of the work, are paid for once.
+imports, which cost more than most of the work, are paid for once. Ranks on GPUs are new processes: what autograd keeps
+per device does not survive a fork.
 """
 
 import atexit
@@ -117,19 +118,22 @@ def _serve() -> None:
             os.setsid()
             _redirect(Path(job["folder"]) / "job.txt")
             os.environ |= job["environment"]
-            os._exit(_fork_ranks(Path(job["folder"]), getattr(module, job["function"]), job["ranks"]))
+            os._exit(_start_ranks(Path(job["folder"]), module, job["function"], job["ranks"]))
         print(child, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
-def _fork_ranks(folder: Path, work: Any, ranks: int) -> int:
+def _start_ranks(folder: Path, module: Any, function: str, ranks: int) -> int:
     """Exit status: 0 when all ranks succeed."""
     children = []
     for rank in range(ranks):
-        if (child := os.fork()) == 0:
+        if os.environ["BACKEND"] == "nccl":
+            command = [sys.executable, __file__, str(folder), module.__name__, function, str(rank)]
+            child = os.posix_spawn(sys.executable, command, os.environ)
+        elif (child := os.fork()) == 0:
             code = 1
             try:
-                _rank(folder, work, rank)
+                _rank(folder, getattr(module, function), rank)
                 code = 0
             except BaseException:
                 import traceback
@@ -182,4 +186,10 @@ def _redirect(path: Path) -> None:
 
 if __name__ == "__main__":
     sys.path[:0] = [str(TESTS / "distributed"), str(TESTS / "train"), str(TESTS)]
-    _serve()
+    if sys.argv[1:]:
+        import importlib
+
+        folder, module, function, rank = sys.argv[1:]
+        _rank(Path(folder), getattr(importlib.import_module(module), function), int(rank))
+    else:
+        _serve()
