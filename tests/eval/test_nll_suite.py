@@ -4,7 +4,6 @@ import gzip
 import json
 import lzma
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -227,41 +226,3 @@ def test_load_texts_refuses_two_of_a_name(tmp_path: Path) -> None:
         load_texts([path, path], tokenizer())
     with pytest.raises(UserError, match="no documents"):
         load_texts([], tokenizer())
-
-
-def test_datasets_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
-    rows = [{"body": "A whale.", "id": "one"}, {"body": " ", "id": "empty"}, {"body": "A ship.", "id": "two"}]
-    split = datasets.Dataset.from_list(rows)
-    datasets.DatasetDict({"test": split, "train": split}).save_to_disk(tmp_path / "both")
-    split.rename_column("body", "text").remove_columns("id").save_to_disk(tmp_path / "one")
-    found = load_texts([f"hf:{tmp_path / 'both'}:train:body"], tokenizer(), domain="sea")
-    assert [(d.name, d.domain, tokenizer().decode(d.ids)) for d in found] == [
-        ("one", "sea", "A whale."),
-        ("two", "sea", "A ship."),
-    ]
-    assert [d.name for d in load_texts([f"hf:{tmp_path / 'one'}"], tokenizer())] == [
-        f"{tmp_path / 'one'}:test:0",
-        f"{tmp_path / 'one'}:test:2",
-    ]
-    monkeypatch.setattr("inplace_ttt.eval.suites.hub.MOST_ROWS", 1)
-    assert len(load_texts([f"hf:{tmp_path / 'one'}"], tokenizer())) == 1
-    for source, said in (
-        (f"hf:{tmp_path / 'both'}", "no column 'text' of text, only body, id"),
-        (f"hf:{tmp_path / 'both'}:validation", "cannot be read"),
-        (f"hf:{tmp_path}", "cannot be read"),
-        ("hf:", "write hf:NAME"),
-        ("hf:a:b:c:d", "write hf:NAME"),
-    ):
-        with pytest.raises(UserError, match=said):
-            load_texts([source], tokenizer())
-
-    def offline(*args: Any, **keywords: Any) -> None:
-        raise ConnectionError("Couldn't reach the Hub\nsecond line")
-
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(UserError, match=r"hf:owner/name: this dataset cannot be read \(Couldn't reach the Hub\)"):
-        load_texts(["hf:owner/name"], tokenizer())
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="pip install datasets"):
-        load_texts([f"hf:{tmp_path / 'one'}"], tokenizer())

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from inplace_ttt.errors import SourceError
 from inplace_ttt.train.prepare import prepare
 from inplace_ttt.train.recipe import make_recipe
 from inplace_ttt.train.schema import RecipeError
-from inplace_ttt.train.sources import SourceError, check_source, read_source
+from inplace_ttt.train.sources import check_source, read_source
 
 datasets = pytest.importorskip("datasets")
 TEXTS = [f"document {i}\n" * (i + 1) for i in range(5)]
@@ -50,6 +51,16 @@ def test_saved_datasets(tmp_path: Path) -> None:
         list(read_source(f"hf:{tmp_path}/splits?split=test"))
 
 
+def test_a_plus_is_no_space(folder: Path) -> None:
+    found = read_source(f"hf:{folder}?text=body&split=train+validation&streaming=false")
+    assert [d.text for d in found] == [*TEXTS, TEXTS[0]]
+
+
+def test_a_folder_may_be_called_anything(folder: Path) -> None:
+    odd = folder.rename(folder.with_name("me@home:data"))
+    assert [d.text for d in read_source(f"hf:{odd}?text=body")] == TEXTS
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -57,6 +68,8 @@ def test_saved_datasets(tmp_path: Path) -> None:
         ("hf:./nowhere", "there is no directory ./nowhere"),
         ("hf:a/b?splits=train", "no setting 'splits', only split, name"),
         ("hf:a/b?split", r"write settings as \?split=train"),
+        ("hf:?split=train", r"write hf:DATASET\?name=CONFIG&split=SPLIT&text=COLUMN"),
+        ("hf:a/b:train", r"write hf:DATASET\?name=CONFIG&split=SPLIT&text=COLUMN"),
         ("hf:a/b?streaming=yes", "streaming is true or false, not 'yes'"),
     ],
 )
@@ -67,7 +80,7 @@ def test_mistakes_are_told_before_anything_is_read(values: dict[str, Any], sourc
 
 
 def test_the_library_is_asked_for_plainly(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inplace_ttt.train.hub.find_spec", lambda name: None)
+    monkeypatch.setattr("inplace_ttt.hub.find_spec", lambda name: None)
     with pytest.raises(SourceError, match="needs the datasets library: pip install datasets"):
         check_source(f"hf:{folder}")
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from inplace_ttt.errors import SourceError
 from inplace_ttt.train import packages
 from inplace_ttt.train.packages import SplitRule, collect, installed
-from inplace_ttt.train.sources import SourceError
 
 
 def source(seed: int, size: int) -> str:

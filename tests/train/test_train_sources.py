@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from inplace_ttt.train.sources import Document, SourceError, check_source, read_source
+from inplace_ttt.errors import SourceError
+from inplace_ttt.train.sources import Document, check_source, read_source
 
 RECORDS = [{"id": "a", "text": "one\ntwo", "license": "CC0", "source": "s"}, {"text": "drei ü"}]
 

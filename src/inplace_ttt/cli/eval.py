@@ -26,7 +26,10 @@ def evaluate(
     ] = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="Text files, directories, .jsonl(.xz) with a text field, or hf:NAME:SPLIT. May be repeated."),
+        typer.Option(
+            help="Text files, directories, .jsonl(.xz) with a text field, or 'hf:DATASET?split=test&text=COLUMN'. "
+            "May be repeated."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory of the run; taken up again where it was broken off.")] = Path(
         "out/eval"

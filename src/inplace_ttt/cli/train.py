@@ -41,7 +41,7 @@ def train(
 def tokenizer(
     sources: Annotated[
         list[str],
-        typer.Argument(help="Text: jsonl:PATH (also .xz, .gz), text:PATH, hf:DATASET, packages:train."),
+        typer.Argument(help="Text: jsonl:PATH (also .xz, .gz), text:PATH, hf:DATASET?text=COLUMN, packages:train."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write.")],
     vocab_size: Annotated[int, typer.Option(help="Number of tokens.")] = 8192,

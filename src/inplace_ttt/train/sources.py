@@ -5,7 +5,7 @@ A source is written ``kind:where``:
 * ``jsonl:PATH`` one document a line, ``{"text": ..., "id": ..., "source": ..., "license": ...}`` (only ``text`` is
   needed); PATH may be a glob and may end in ``.xz`` or ``.gz``;
 * ``text:PATH`` one UTF-8 file a document; PATH may be a glob (``**`` reaches into folders);
-* ``hf:PLACE?split=train&text=COLUMN`` a dataset of the hub or of a folder, see `inplace_ttt.train.hub`;
+* ``hf:PLACE?split=train&text=COLUMN`` a dataset of the hub or of a folder, see `inplace_ttt.hub`;
 * ``packages:SPLIT`` the installed distributions that fall into SPLIT (train, validation or test), see
   `inplace_ttt.train.packages`.
 """
@@ -19,13 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from inplace_ttt.errors import UserError
+from inplace_ttt.errors import SourceError
+from inplace_ttt.hub import HubDataset, hub_dataset
 
 SPLITS = ("train", "validation", "test")
-
-
-class SourceError(UserError):
-    """A document source that cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +51,7 @@ def source_files(spec: str) -> list[Path]:
     if kind == "packages":
         return []
     if kind == "hf":
-        from inplace_ttt.train.hub import hub_files
-
-        return hub_files(spec)
+        return _dataset(spec).files()
     paths = [Path(where)] if Path(where).is_file() else sorted(map(Path, glob.glob(where, recursive=True)))
     files = [path for path in paths if path.is_file()]
     if not files:
@@ -68,9 +63,7 @@ def check_source(spec: str) -> None:
     """Raises SourceError when the source is misspelt or names no file. Reads nothing."""
     kind, _ = split_source(spec)
     if kind == "hf":
-        from inplace_ttt.train.hub import check_hub
-
-        check_hub(spec)
+        _dataset(spec)
     elif kind != "packages":
         source_files(spec)
 
@@ -84,12 +77,21 @@ def read_source(spec: str, packages: Callable[[str], list[Document]] | None = No
         yield from packages(where)
         return
     if kind == "hf":
-        from inplace_ttt.train.hub import read_hub
-
-        yield from read_hub(spec)
+        yield from _rows(_dataset(spec))
         return
     for path in source_files(spec):
         yield from _json_lines(path) if kind == "jsonl" else [_text_file(path)]
+
+
+def _dataset(spec: str) -> HubDataset:
+    return hub_dataset(spec, split="train")
+
+
+def _rows(dataset: HubDataset) -> Iterator[Document]:
+    for number, row in enumerate(dataset.rows(), 1):
+        label = row.get(dataset.id)
+        name = f"{Path(dataset.place).name}:{number}" if label is None else str(label)
+        yield Document(id=name, text=row[dataset.text], source=dataset.place)
 
 
 def _open(path: Path) -> IO[str]:

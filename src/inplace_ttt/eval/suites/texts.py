@@ -1,10 +1,11 @@
-"""Documents to measure on: text files, directories of them, and JSON lines, each document tokenised once."""
+"""Documents to measure on: text files, directories of them, JSON lines and datasets, each document tokenised once."""
 
 import gzip
 import json
 import lzma
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from ...demo.text import read_text
 from ...errors import UserError
-from .hub import PREFIX, dataset_texts
+from ...hub import PREFIX, hub_dataset
 
 TEXT_FILES = frozenset(
     [
@@ -39,6 +40,8 @@ TEXT_FILES = frozenset(
 )
 """What counts as a text file inside a directory. A file given by its own name may be called anything."""
 JSON_LINES = (".jsonl", ".jsonl.xz", ".jsonl.gz")
+MOST_ROWS = 1000
+"""Rows of a dataset that are read: an evaluation needs a few long documents, not millions of short ones."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ def load_texts(
       hidden files are left out; a text's domain is the directory's name;
     * a ``.jsonl``, ``.jsonl.xz`` or ``.jsonl.gz`` file: a document a line, ``{"text": ..., "id": ..., "domain": ...}``,
       only ``text`` is needed;
-    * ``hf:NAME[@CONFIG][:SPLIT[:COLUMN]]``: a Hugging Face dataset, see ``dataset_texts``.
+    * ``hf:PLACE?split=SPLIT&text=COLUMN``: a Hugging Face dataset, see `inplace_ttt.hub`: of the first ``MOST_ROWS``
+      rows those that are not empty; a column "domain" is used where there is one.
 
     Text that looks like special tokens is read as text, and none are added. Raises UserError for a source that is
     missing, empty, binary, not UTF-8 or not such JSON, and for two documents of one name.
@@ -70,7 +74,7 @@ def load_texts(
     found: dict[str, Document] = {}
     for source in sources:
         from_hub = str(source).startswith(PREFIX)
-        for name, where, text in dataset_texts(str(source), domain) if from_hub else _texts(Path(source), domain):
+        for name, where, text in _dataset(str(source), domain) if from_hub else _texts(Path(source), domain):
             if name in found:
                 raise UserError(f'{source}: a second document named {name!r}: give each document an "id" of its own')
             found[name] = Document(name, where, tokenize(tokenizer, text)[:tokens])
@@ -83,6 +87,16 @@ def tokenize(tokenizer: Any, text: str) -> np.ndarray:
     """Token ids int32 [n] of a text alone: nothing added, nothing in it special."""
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     return np.array(ids, np.int32)
+
+
+def _dataset(spec: str, domain: str) -> Iterator[tuple[str, str, str]]:
+    """Name, domain and text of a dataset's rows."""
+    dataset = hub_dataset(spec, split="test", id="id")
+    whole = f"{dataset.place}@{dataset.name}" if dataset.name else dataset.place
+    for number, row in enumerate(islice(dataset.rows(), MOST_ROWS)):
+        if row[dataset.text].strip():
+            name = row.get(dataset.id, f"{whole}:{dataset.split}:{number}")
+            yield str(name), str(row.get("domain", domain)), row[dataset.text]
 
 
 def _texts(source: Path, domain: str) -> Iterator[tuple[str, str, str]]:
