@@ -32,17 +32,18 @@ def tensors(B, n, c, D, F, dtype, given=None):
     ("mode", "flags"), [(m, f) for m in ("forward", "reverse") for f in (False, True)] + [("unwind", False)]
 )
 @pytest.mark.parametrize(("B", "n", "c", "D", "F"), [(1, 3, 64, 64, 96), (2, 4, 40, 48, 72), (1, 1, 7, 32, 33)])
-def test_equals_the_plain_walk(dtype, mode, flags, B, n, c, D, F):
+@pytest.mark.parametrize("begins", [True, False])
+def test_equals_the_plain_walk(begins, dtype, mode, flags, B, n, c, D, F):
     torch.manual_seed(0)
     updates = n if mode == "forward" else max(n - 1, 0)
     x, z, S, W = tensors(B, n, c, D, F, dtype)
     update = torch.rand(B, n, device=DEVICE) < 0.6 if flags else None
     reset = torch.rand(B, n, device=DEVICE) < 0.3 if flags else None
     keep = 0.9 if flags else 1.0
-    found = []
+    found, begin = [], S if begins else None
     for run, more in ((plain, {}), (walk, TILES)):
-        state, folds = S.clone(), torch.full((B, n, D, F), torch.nan, dtype=dtype, device=DEVICE)
-        run(state, folds, (x, z), W, update, reset, 0.3, keep, updates, mode=mode, **more)
+        state, folds = torch.full_like(S, torch.nan), torch.full((B, n, D, F), torch.nan, dtype=dtype, device=DEVICE)
+        run(state, begin, folds, (x, z), W, update, reset, 0.3, keep, updates, mode=mode, **more)
         found.append((state, folds))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(found[1][1].float(), found[0][1].float(), rtol=8e-3, atol=8e-3)
@@ -54,7 +55,7 @@ def test_slots_that_only_look(updates):
     found = []
     for run, more in ((plain, {}), (walk, TILES)):
         state, folds = S.clone(), torch.full((2, 3, 32, 64), torch.nan, dtype=torch.float16, device=DEVICE)
-        run(state, folds, (x, z) if updates else None, W, None, None, 0.3, 1.0, updates, **more)
+        run(state, state, folds, (x, z) if updates else None, W, None, None, 0.3, 1.0, updates, **more)
         found.append((state, folds))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(found[1][1], found[0][1], rtol=8e-3, atol=8e-3)

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCK_T, BLOCK_D, SPAN = 32, 128, 512
+BLOCK_T, BLOCK_D = 32, 128
+SPAN, SPAN_T = 256, 8
 
 
 @triton.jit
@@ -39,23 +40,26 @@ def _convolve_kernel(
 @triton.jit
 def _taps_kernel(
     u, g, part, N, D, C, lead, parts, u_row, u_token, g_row, g_token,
-    K: tl.constexpr, SPAN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    K: tl.constexpr, TAPS: tl.constexpr, SPAN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """``part[i, d, k] = sum_t g[t, d] * u[t + k - lead, d]`` over the i-th SPAN tokens; the order of sums is fixed."""
+    """``part[i, d, k] = sum_t g[t, d] * u[t + k - lead, d]`` over the i-th SPAN tokens; the order of sums is fixed.
+
+    TAPS: the power of two from K on.
+    """
     b = tl.program_id(2).to(tl.int64)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
-    for k in tl.static_range(K):
-        acc = tl.zeros((BT, BD), tl.float32)
-        for first in range(0, SPAN, BT):
-            t = tl.program_id(0) * SPAN + first + tl.arange(0, BT)
-            source = t + k - lead
-            same = (source >= 0) & (t < N) & (source < N) & (source // C == t // C)
-            mask = same[:, None] & (d < D)[None, :]
-            x = tl.load(u + b * u_row + source.to(tl.int64)[:, None] * u_token + d[None, :], mask=mask, other=0.0)
-            y = tl.load(g + b * g_row + t.to(tl.int64)[:, None] * g_token + d[None, :], mask=mask, other=0.0)
-            acc += x.to(tl.float32) * y.to(tl.float32)
-        at = part + ((b * parts + tl.program_id(0)) * D + d) * K + k
-        tl.store(at, tl.sum(acc, 0), mask=d < D)
+    d, k = tl.program_id(1) * BD + tl.arange(0, BD), tl.arange(0, TAPS)
+    acc = tl.zeros((TAPS, BT, BD), tl.float32)
+    for first in range(0, SPAN, BT):
+        t = tl.program_id(0) * SPAN + first + tl.arange(0, BT)
+        at = g + b * g_row + t.to(tl.int64)[:, None] * g_token + d[None, :]
+        y = tl.load(at, mask=(t < N)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        source = t[None, :] + k[:, None] - lead
+        same = (source >= 0) & (source < N) & (source // C == t[None, :] // C) & (t < N)[None, :] & (k < K)[:, None]
+        at = u + b * u_row + source.to(tl.int64)[:, :, None] * u_token + d[None, None, :]
+        x = tl.load(at, mask=same[:, :, None] & (d < D)[None, None, :], other=0.0).to(tl.float32)
+        acc += x * y[None, :, :]
+    at = part + ((b * parts + tl.program_id(0)) * D + d[None, :]) * K + k[:, None]
+    tl.store(at, tl.sum(acc, 1), mask=(k < K)[:, None] & (d < D)[None, :])
 
 
 def _run(u: Tensor, kappa: Tensor, C: int, lead: int, dtype: torch.dtype, sign: int) -> Tensor:
@@ -93,7 +97,7 @@ def convolve_backward_op(g: Tensor, u: Tensor, kappa: Tensor, chunk_size: int, l
     with torch.cuda.device_of(u):
         _taps_kernel[(parts, triton.cdiv(D, BLOCK_D), B)](
             u, g, part, N, D, chunk_size, lead, parts, u.stride(0), u.stride(1), g.stride(0), g.stride(1),
-            K=K, SPAN=SPAN, BT=BLOCK_T, BD=BLOCK_D,
+            K=K, TAPS=triton.next_power_of_2(K), SPAN=SPAN, BT=SPAN_T, BD=BLOCK_D,
         )  # fmt: skip
     return du, part.sum((0, 1)).to(kappa.dtype)
 

@@ -9,7 +9,7 @@ Shapes: B rows, T new tokens, P pending ones, F width of z, D output width; n sl
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -157,10 +157,23 @@ def _slots(z: Tensor, past: Tensor | None, rest: Sequence[int | Tensor | None], 
     return Slots(z, past, chunk_size, prefix, index, steps, updates, max(SEGMENT_BYTES // weight, 1))  # type: ignore[arg-type]
 
 
-def _start(z: Tensor, state: Tensor | None, width: int) -> Tensor:
-    if state is None:
-        return z.new_zeros(z.shape[0], width, z.shape[2], dtype=state_dtype(z.dtype))
-    return state.to(state_dtype(z.dtype), copy=True).contiguous()
+class Moving:
+    """S [B, D, F], or another such sum, on its way through the segments. What it begins with is only read."""
+
+    def __init__(self, z: Tensor, begin: Tensor | None, width: int) -> None:
+        dtype = state_dtype(z.dtype)
+        self.begin = None if begin is None else begin.to(dtype).contiguous()
+        self.S = z.new_empty(z.shape[0], width, z.shape[2], dtype=dtype)
+
+    def walk(self, folds: Tensor, *rest: Any, mode: str = "forward") -> None:
+        walk(self.S, self.begin, folds, *rest, mode=mode)
+        self.begin = self.S
+
+    def value(self) -> Tensor:
+        """Where it has come to."""
+        if self.begin is self.S:
+            return self.S
+        return self.S.zero_() if self.begin is None else self.S.copy_(self.begin)  # there was no segment
 
 
 def _flags(x_BM: Tensor | None, s: Segment) -> Tensor | None:
@@ -169,21 +182,19 @@ def _flags(x_BM: Tensor | None, s: Segment) -> Tensor | None:
 
 def folded(
     slots: Slots,
-    S: Tensor,
+    S: Moving,
     v: Tensor | None,
     weight: Tensor | None,
     update: Tensor | None,
     reset: Tensor | None,
     lr: float,
     decay: float,
-    *,
-    last_too: bool = True,
 ) -> Iterator[tuple[Segment, Tensor]]:
-    """Segment by segment the weights ``W0 + lr * S_m`` [B, n, D, F] its slots see; S [B, D, F] moves on in place.
+    """Segment by segment the weights ``W0 + lr * S_m`` [B, n, D, F] its slots see; S moves on.
 
     The weights are valid until the next segment is asked for.
     """
-    B, D, F = S.shape
+    B, D, F = S.S.shape
     buffer = None
     for s in slots.segments():
         n, u = s.last - s.first, slots.updating(s)
@@ -193,7 +204,7 @@ def folded(
         pairs = None
         if u and v is not None:
             pairs = v[:, s.first * slots.C : (s.first + u) * slots.C].unflatten(1, (u, slots.C)), slots.absorbed(s)
-        walk(S, folds, pairs, weight, _flags(update, s), _flags(reset, s), lr, 1.0 - decay, u if pairs else 0)
+        S.walk(folds, pairs, weight, _flags(update, s), _flags(reset, s), lr, 1.0 - decay, u if pairs else 0)
         yield s, folds
 
 
@@ -218,13 +229,13 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Outputs [B, T, D] and S [B, D, F] after the call. ``rest``: tokens in no slot, which see W0 alone."""
     slots = _slots(z, past, (chunk_size, prefix, index, steps, updates), width)
-    S, out = _start(z, state, width), slots.empty(width)
+    S, out = Moving(z, state, width), slots.empty(width)
     if rest is not None and len(rest):
         x = z.reshape(-1, z.shape[2])[rest]
         out[rest] = 0 if weight is None else torch.nn.functional.linear(x, weight, bias)
     for s, folds in folded(slots, S, v, weight, update, reset, lr, decay):
         slots.put(out, s, slots.applied(z, s), folds.mT, bias)
-    return slots.view(out), S
+    return slots.view(out), S.value()
 
 
 def backward(
@@ -265,7 +276,7 @@ def backward(
     dpast = None if past is None else past.new_zeros(past.shape)
 
     # H is held over lr, so that products need no factor.
-    H = _start(z, None if grad_state is None else grad_state / lr, D)
+    H = Moving(z, None if grad_state is None else grad_state / lr, D)
     buffer = None
     for s in reversed(slots.segments()):
         n, u = s.last - s.first, slots.updating(s)
@@ -273,7 +284,7 @@ def backward(
             buffer = z.new_empty(B, n, D, F)
         folds = buffer[:, :n]
         pairs = slots.applied(g, s), slots.applied(z, s)
-        walk(H, folds, pairs, None, _flags(update, s), _flags(reset, s), lr, 1.0 - decay, u, mode="reverse")
+        H.walk(folds, pairs, None, _flags(update, s), _flags(reset, s), lr, 1.0 - decay, u, mode="reverse")
         if u and v is not None and dv is not None:
             span = slice(s.first * chunk_size, (s.first + u) * chunk_size)
             product(slots.absorbed(s), folds[:, :u].mT, dv[:, span].unflatten(1, (u, chunk_size)))
@@ -281,10 +292,10 @@ def backward(
         _no_targets(slots, dz, s, u if v is not None else 0)
     del buffer
 
-    for s, folds in folded(slots, _start(z, state, D), v, weight, update, reset, lr, decay):
+    for s, folds in folded(slots, Moving(z, state, D), v, weight, update, reset, lr, decay):
         slots.add(dz, s, slots.applied(g, s), folds)
 
-    dstate = None if state is None else H.mul_(lr).to(state.dtype)
+    dstate = None if state is None else H.value().mul_(lr).to(state.dtype)
     return slots.view(dz), dv, dstate, dpast, None
 
 
@@ -312,8 +323,8 @@ def _backward_at_once(
     dz = slots.empty(F)
     dv = None if v is None else torch.empty_like(v)
     dpast = None if past is None else past.new_zeros(past.shape)
-    H = _start(z, None if grad_state is None else grad_state / lr, D)
-    N = _start(z, state if last is None else last, D).neg_()  # -S
+    H = Moving(z, None if grad_state is None else grad_state / lr, D)
+    S = Moving(z, state if last is None else last, D)
     buffer = None
     for s in reversed(slots.segments()):
         n, u = s.last - s.first, slots.updating(s) if v is not None else 0
@@ -321,7 +332,7 @@ def _backward_at_once(
             buffer = z.new_empty(slots.B, n, 2, D, F)
         both = buffer[:, :n]
         applied = slots.applied(g, s)
-        walk(H, both[:, :, 1], (applied, slots.applied(z, s)), None, None, None, lr, 1.0, u, mode="reverse")
+        H.walk(both[:, :, 1], (applied, slots.applied(z, s)), None, None, None, lr, 1.0, u, mode="reverse")
         pairs, left = None, applied.new_empty(*applied.shape[:3], 2 * D)  # [g | v]
         left[..., :D] = applied
         left[:, u:, :, D:] = 0
@@ -332,10 +343,10 @@ def _backward_at_once(
             left[:, :u, :, D:] = pairs[0][:, :, head:]
             if head and dpast is not None:
                 dpast[:, :head] = torch.bmm(pairs[0][:, 0, :head], both[:, 0, 1]).to(dpast.dtype)
-        walk(N, both[:, :, 0], pairs, weight, None, None, lr, 1.0, u, mode="unwind")
+        S.walk(both[:, :, 0], pairs, weight, None, None, lr, 1.0, u, mode="unwind")
         slots.put(dz, s, left, both.flatten(2, 3))
-    total = H.sum(0) if grad_state is None else None
-    dstate = None if state is None else H.mul_(lr).to(state.dtype)
+    total = H.value().sum(0) if grad_state is None else None
+    dstate = None if state is None else H.value().mul_(lr).to(state.dtype)
     return slots.view(dz), dv, dstate, dpast, total
 
 

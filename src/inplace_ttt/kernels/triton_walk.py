@@ -1,8 +1,9 @@
-"""``walk`` as one Triton kernel: S stays in registers from slot to slot.
+"""``walk`` as one Triton kernel: S, and the slow weight, stay in registers from slot to slot.
 
 Every program owns a tile of S [BM, BN] of one row and goes through all tokens of the segment; before a slot's first
 token it writes the tile of that slot's weight. Memory traffic per slot is one weight in half precision written, and x
 and z read as in any matrix product. The order of all sums is fixed, so results are the same from run to run.
+To unwind, the tile is held negated: products can only be added to it.
 
 Tiles come and go by Hopper's copy engine (tensor descriptors) where strides are multiples of 16 bytes, so that writing
 a weight overlaps with the next slot's products; else by masked loads and stores.
@@ -36,21 +37,16 @@ def _tile(
 
 @triton.jit
 def _write(
-    folds, weight, acc, scale, b, m, d0, f0, D, F, fold_row, fold_slot, w_out,
-    HAS_W: tl.constexpr, BULK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    folds, slow, acc, scale, b, m, d0, f0, D, F, fold_row, fold_slot,
+    BULK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The tile of slot m's weight: ``weight + scale * acc``."""
-    value = acc * scale
+    """The tile of slot m's weight: ``slow + scale * acc``."""
+    value = acc * scale + slow
     if BULK:
-        if HAS_W:
-            value += weight.load([d0, f0]).to(tl.float32)
         folds.store([b, m, d0, f0], value.to(folds.dtype).reshape(1, 1, BM, BN))
     else:
         d, f = d0 + tl.arange(0, BM), f0 + tl.arange(0, BN)
         mask = (d < D)[:, None] & (f < F)[None, :]
-        if HAS_W:
-            at = weight + d.to(tl.int64)[:, None] * w_out + f[None, :]
-            value += tl.load(at, mask=mask, other=0.0).to(tl.float32)
         at = folds + b.to(tl.int64) * fold_row + tl.cast(m, tl.int64) * fold_slot
         at = at + d.to(tl.int64)[:, None] * F + f[None, :]
         tl.store(at, value.to(folds.dtype.element_ty), mask=mask)
@@ -58,10 +54,10 @@ def _write(
 
 @triton.jit
 def _walk_kernel(
-    S, folds, x, z, weight, update, reset,
+    S, begin, folds, x, z, weight, update, reset,
     lr, keep, n, products, updates, c, D, F,
     fold_row, fold_slot, x_row, x_slot, x_token, z_row, z_slot, z_token, w_out, update_row, reset_row,
-    HAS_W: tl.constexpr, HAS_UPDATE: tl.constexpr, HAS_RESET: tl.constexpr, DECAYS: tl.constexpr,
+    BEGINS: tl.constexpr, HAS_W: tl.constexpr, HAS_UPDATE: tl.constexpr, HAS_RESET: tl.constexpr, DECAYS: tl.constexpr,
     REVERSE: tl.constexpr, UNWIND: tl.constexpr, BULK: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -71,9 +67,19 @@ def _walk_kernel(
     d, f = d0 + tl.arange(0, BM), f0 + tl.arange(0, BN)
     mask = (d < D)[:, None] & (f < F)[None, :]
     offsets = d.to(tl.int64)[:, None] * F + f[None, :]
-    S += b.to(tl.int64) * D * F
+    offsets += b.to(tl.int64) * D * F
 
-    acc = tl.load(S + offsets, mask=mask, other=0.0)
+    acc = tl.zeros((BM, BN), tl.float32)
+    if BEGINS:
+        acc = tl.load(begin + offsets, mask=mask, other=0.0)
+    if UNWIND:
+        acc = -acc
+    slow = 0.0
+    if HAS_W:
+        if BULK:
+            slow = weight.load([d0, f0])
+        else:
+            slow = tl.load(weight + d.to(tl.int64)[:, None] * w_out + f[None, :], mask=mask, other=0.0)
     for j in range(0, n):
         m = n - 1 - j if REVERSE or UNWIND else j
         acts = m < updates
@@ -83,7 +89,7 @@ def _walk_kernel(
             acc = tl.where(tl.load(reset + b * reset_row + m) != 0, 0.0, acc)
         if not UNWIND:
             scale = tl.where(acts, lr, 0.0) if REVERSE else lr
-            _write(folds, weight, acc, scale, b, m, d0, f0, D, F, fold_row, fold_slot, w_out, HAS_W, BULK, BM, BN)
+            _write(folds, slow, acc, scale, b, m, d0, f0, D, F, fold_row, fold_slot, BULK, BM, BN)
         if DECAYS:
             acc = acc * tl.where(acts, keep, 1.0)
         tokens = c
@@ -94,10 +100,10 @@ def _walk_kernel(
             z_tile = _tile(z, b, m, first, f0, c, F, z_row, z_slot, z_token, BULK, BK, BN)
             acc = tl.dot(tl.trans(x_tile), z_tile, acc)
         if UNWIND:
-            _write(folds, weight, acc, -lr, b, m, d0, f0, D, F, fold_row, fold_slot, w_out, HAS_W, BULK, BM, BN)
+            _write(folds, slow, acc, -lr, b, m, d0, f0, D, F, fold_row, fold_slot, BULK, BM, BN)
         if HAS_RESET and REVERSE:
             acc = tl.where(tl.load(reset + b * reset_row + m) != 0, 0.0, acc)
-    tl.store(S + offsets, acc, mask=mask)
+    tl.store(S + offsets, -acc if UNWIND else acc, mask=mask)
 
 
 @cache
@@ -125,6 +131,7 @@ def _aligned(*tensors: Tensor) -> bool:
 
 def walk(
     S: Tensor,
+    begin: Tensor | None,
     folds: Tensor,
     pairs: tuple[Tensor, Tensor] | None,
     weight: Tensor | None,
@@ -138,7 +145,7 @@ def walk(
     bulk: bool | None = None,
     **config: Any,
 ) -> None:
-    """As ``walk.walk``; x and z in half precision, S float32 and contiguous.
+    """As ``walk.walk``; x and z in half precision, S and ``begin`` float32 and contiguous.
 
     ``config``: tile sizes, and ``bulk`` the copy engine, instead of our choice.
     """
@@ -165,9 +172,9 @@ def walk(
     grid = (triton.cdiv(D, config["BM"]) * triton.cdiv(F, config["BN"]), B)
     with torch.cuda.device_of(S):
         _walk_kernel[grid](
-            S, *tensors, *flags,
+            S, S if begin is None else begin, *tensors, *flags,
             lr, keep, n, 0 if pairs is None else n if reverse else updates, updates, c, D, F,
             *folds.stride()[:2], *strides, weight.stride(0), flags[0].stride(0), flags[1].stride(0),
-            HAS_W=has_w, HAS_UPDATE=update is not None, HAS_RESET=reset is not None, DECAYS=keep != 1.0,
-            REVERSE=reverse, UNWIND=mode == "unwind", BULK=bulk, **config,
+            BEGINS=begin is not None, HAS_W=has_w, HAS_UPDATE=update is not None, HAS_RESET=reset is not None,
+            DECAYS=keep != 1.0, REVERSE=reverse, UNWIND=mode == "unwind", BULK=bulk, **config,
         )  # fmt: skip

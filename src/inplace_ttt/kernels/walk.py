@@ -3,8 +3,8 @@
 Forward, slot m: reset (S = 0); write ``W0 + lr * S``; ``S <- keep * S + sum_t x_t z_t^T`` where it updates.
 Reverse (H), slot m: write ``lr * S`` where the slot updates, else 0; ``S <- keep * S`` where it updates; add
 ``sum_t x_t z_t^T``; reset. That is the recurrence of H = dL/dS (core.scan) with x = g, held over lr.
-Unwind, slot m, last one first: ``S <- S - sum_t x_t z_t^T`` where it updated; write ``W0 + lr * S``. S is held negated,
-so that the products add to it. Without decay and resets this is forward, backwards.
+Unwind, slot m, last one first: ``S <- S - sum_t x_t z_t^T`` where it updated; write ``W0 + lr * S``. Without decay and
+resets this is forward, backwards.
 
 Shapes: B rows, n slots of c tokens, D and F the widths of x and z.
 """
@@ -20,6 +20,7 @@ Pairs = tuple[Tensor, Tensor]
 
 def walk(
     S_BDF: Tensor,
+    begin_BDF: Tensor | None,
     folds_BnDF: Tensor,
     pairs: Pairs | None,
     weight_DF: Tensor | None,
@@ -31,13 +32,14 @@ def walk(
     *,
     mode: str = "forward",
 ) -> None:
-    """S moves on through all slots and ``folds`` is written, both in place.
+    """S becomes what ``begin`` is after all slots, and ``folds`` is written.
 
+    begin: may be S itself; None: zero.
     mode: "forward", "reverse" or "unwind".
     pairs: x [B, n', c, D] and z [B, n', c, F] of the first n' slots (reverse: all; else those that may update).
     updates: slots below it may update; ``update`` says which rows do there, None: all.
     """
-    args = (S_BDF, folds_BnDF, pairs, weight_DF, update_Bn, reset_Bn, lr, keep, updates)
+    args = (S_BDF, begin_BDF, folds_BnDF, pairs, weight_DF, update_Bn, reset_Bn, lr, keep, updates)
     if folds_BnDF.is_cuda and folds_BnDF.dtype in (torch.bfloat16, torch.float16) and has_triton():
         from .triton_walk import walk as fused
 
@@ -48,6 +50,7 @@ def walk(
 
 def plain(
     S: Tensor,
+    begin: Tensor | None,
     folds: Tensor,
     pairs: Pairs | None,
     weight: Tensor | None,
@@ -61,11 +64,15 @@ def plain(
 ) -> None:
     """``walk`` in PyTorch, slot by slot; exact in any precision."""
     n = folds.shape[1]
+    if begin is None:
+        S.zero_()
+    elif begin is not S:
+        S.copy_(begin)
     if mode == "unwind":
         for m in reversed(range(n)):
             if pairs is not None and m < updates:
-                S += outer(pairs[0][:, m], pairs[1][:, m])
-            folds[:, m] = -lr * S if weight is None else weight - lr * S
+                S -= outer(pairs[0][:, m], pairs[1][:, m])
+            folds[:, m] = lr * S if weight is None else weight + lr * S
         return
     reverse = mode == "reverse"
     for m in reversed(range(n)) if reverse else range(n):
