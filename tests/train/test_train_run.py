@@ -138,6 +138,12 @@ def test_decay_spares_vectors_and_embeddings(values: dict[str, Any]) -> None:
     assert spared == {n for n in names.values() if "norm" in n or "embed" in n}
 
 
+def test_test_windows_that_no_document_fills_are_told_before_training(values: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"evaluation\.length: no document of data\.test\.text has 100000 tokens"):
+        train(values | {"evaluation": {"length": 100_000}})
+    assert not Path(values["output"]).exists()
+
+
 def test_rows_are_read_in_the_planned_order(values: dict[str, Any]) -> None:
     """Not shuffled once more: batches stay of one kind, and a longer run begins like a shorter one."""
     from inplace_ttt.train.run import _trainer

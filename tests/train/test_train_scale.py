@@ -92,6 +92,19 @@ def test_shipped_recipe_trains(
             assert trained.config.rope_parameters["rope_type"] == "yarn"
 
 
+@pytest.mark.parametrize(
+    "settings", [{"max_position_embeddings": "many"}, {"sliding_windw": 8}, {"rope_parameters": {"rope_type": "yarn"}}]
+)
+def test_settings_that_a_base_refuses_are_told_in_one_line(
+    values: dict[str, Any], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    base = tiny_base("mistral", tmp_path / "base", prepare(make_recipe(values)).tokenizer)
+    values |= {"model": {"base": str(base), "settings": settings}, "tokenizer": {}}
+    with pytest.raises(UserError, match=r"model\.base: cannot load .*(max_position|sliding_windw|factor)") as error:
+        train(make_recipe(values))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("trainable", ["adapter", "adapter_and_projections"])
 def test_adapter_only_leaves_the_base_alone(values: dict[str, Any], tmp_path: Path, trainable: str) -> None:
     base = tiny_base("mistral", tmp_path / "base", prepare(make_recipe(values)).tokenizer)

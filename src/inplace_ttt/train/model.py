@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -108,8 +109,10 @@ def _load_base(recipe: Recipe, attention: str) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_pretrained(base, **keywords)
     except UserError:
         raise
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"model.base: cannot load {base}: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"model.base: cannot load {base}: {' '.join(str(error).split())[:300]}") from None
+    except KeyError as error:  # of settings that are not complete
+        raise UserError(f"model.base: cannot load {base}: its settings lack {error}") from None
     assert isinstance(model, PreTrainedModel)
     return model
 

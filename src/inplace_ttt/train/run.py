@@ -82,6 +82,7 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
         return prepared.directory
     if place is not None and main:
         place.wait()
+    _check_windows(recipe, prepared)
 
     started = datetime.now(UTC)
     if main:
@@ -157,6 +158,16 @@ def _check_machine(recipe: Recipe) -> None:
         )
     if torch.cuda.device_count() > 1 and started == 1:
         raise UserError("one process uses one GPU: choose it with CUDA_VISIBLE_DEVICES=0, or use torchrun and parallel")
+
+
+def _check_windows(recipe: Recipe, prepared: Prepared) -> None:
+    """What the evaluation at the end would refuse, before anything is trained."""
+    for domain, store in prepared.stores("test").items():
+        if store.lengths.max(initial=0) < recipe.evaluation_length:
+            raise UserError(
+                f"evaluation.length: no document of data.test.{domain} has {recipe.evaluation_length} tokens: "
+                f"make it {store.lengths.max(initial=0)} or less, or leave data.test out"
+            )
 
 
 def out_of_memory(recipe: Recipe) -> str:
