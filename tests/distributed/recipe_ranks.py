@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch.distributed as dist
 from rich.console import Console
 
 from inplace_ttt.errors import UserError
@@ -24,6 +25,8 @@ def runs(several: list[tuple[dict[str, Any], bool, int]]) -> list[Any]:
                 output = run_module.run(make_recipe(values), resume=resume, console=Console(quiet=True))
         except UserError as error:
             found.append(str(error))
+            if dist.is_initialized():
+                dist.destroy_process_group()
             continue
         if os.environ.get("RANK", "0") == "0":
             found.append(json.loads((output / "run.json").read_text())["curve"])

@@ -100,12 +100,15 @@ def train_all(folder: Path) -> dict[str, Any]:
     tensor = recipe(folder, "tensor", parallel={"tensor": 2}, **base)
     assert half.is_dir()
     several += [(bf16, False, free_port()), (go_on, True, free_port())]
-    several += [(tensor, True, free_port()), (wrong, False, free_port())]
-    names = [*layouts, "bf16", "resumed", "tensor", "wrong"]
+    (folder / "bad.jsonl").write_text('{"text": 3}\n', encoding="utf-8")
+    unreadable = recipe(folder, "unreadable", parallel={"shard": 2})
+    unreadable["data"]["train"] = {"text": f"jsonl:{folder / 'bad.jsonl'}"}
+    several += [(tensor, True, free_port()), (wrong, False, free_port()), (unreadable, False, free_port())]
+    names = [*layouts, "bf16", "resumed", "tensor", "wrong", "unreadable"]
     assert resumed.is_dir()
     two = run_ranks("recipe_ranks", "runs", 2, several)
     found |= dict(zip(names, two[0], strict=True))
-    found["wrong on the other"] = two[1][-1]
+    found["others"] = dict(zip(names, two[1], strict=True))
     interrupted(folder / "context", 2, folder / "back")
     found["back"] = runs([(recipe(folder, "back"), True, 0)])[0]
     return found
@@ -152,9 +155,14 @@ def test_leaves_the_whole_model(name: str, folder: Path, results: dict[str, Any]
 
 
 def test_another_number_of_processes_is_refused(results: dict[str, Any]) -> None:
-    for message in (results["wrong"], results["wrong on the other"]):
+    for message in (results["wrong"], results["others"]["wrong"]):
         assert "need 4 processes, 2 were started" in message
         assert "--nproc_per_node 4" in message
+
+
+def test_what_the_first_process_cannot_read_is_told_by_all(results: dict[str, Any]) -> None:
+    for message in (results["unreadable"], results["others"]["unreadable"]):
+        assert 'bad.jsonl, line 1: no "text"' in message
 
 
 @pytest.mark.parametrize(

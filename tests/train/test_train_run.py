@@ -93,6 +93,22 @@ def test_resuming_is_refused_where_it_would_mix_runs(values: dict[str, Any]) -> 
         train(values | {"optimizer": {"lr": 1e-3}}, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        (None, {}, "were written without parallel: leave parallel out"),
+        ({}, None, "were written with parallel: set parallel={} for one process"),
+    ],
+)
+def test_checkpoints_of_the_other_kind_are_refused_with_the_fix(
+    values: dict[str, Any], first: Any, then: Any, message: str
+) -> None:
+    values |= {"save_every": 8}
+    train(values | {"parallel": first})
+    with pytest.raises(UserError, match=message):
+        train(values | {"parallel": then}, resume=True)
+
+
 def test_ttt_run_trains_saves_and_evaluates_fast_weights(values: dict[str, Any]) -> None:
     values |= {"ttt": TTT, "eval_every": 30, "steps": 30}
     record, output = train(values)

@@ -182,14 +182,22 @@ def test_one_relative_update_fits_every_target_width_and_chunk(target: str, widt
     assert (sizes[0] * sizes[1]) ** 0.5 == pytest.approx(3e-3, rel=0.06)
 
 
-def test_out_of_memory_is_said_plainly(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from inplace_ttt.train.trainer import PackedTrainer
+@pytest.mark.parametrize(
+    "where", ["train.trainer.PackedTrainer.training_step", "train.run._trainer", "train.run._evaluate"]
+)
+def test_out_of_memory_is_said_plainly(values: dict[str, Any], where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While training; and before, where the model is put on the device; and after."""
 
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(PackedTrainer, "training_step", full)
-    with pytest.raises(UserError, match=r"out of memory: set activation_checkpointing: true, or batch_size below 2"):
+    monkeypatch.setattr(f"inplace_ttt.{where}", full)
+    advice = (
+        "evaluation.batch_size below 2"
+        if "evaluate" in where
+        else "activation_checkpointing: true, or batch_size below 2"
+    )
+    with pytest.raises(UserError, match=f"out of memory.*: set {advice}"):
         train(make_recipe(values))
 
 

@@ -6,10 +6,11 @@ step reads the same rows: a recipe's ``batch_size`` is that of all processes tog
 """
 
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from inplace_ttt.train.parallel_spec import ParallelSpec
 from inplace_ttt.train.stream import StreamedRows
 from inplace_ttt.train.trainer import PackedTrainer
 
+T = TypeVar("T")
 SHARDED, SCHEDULER = "sharded", "scheduler.pt"
 
 
@@ -59,6 +61,21 @@ class Place:
         """Until all processes are here."""
         if not self.alone:
             dist.barrier()
+
+    def first(self, work: Callable[[], T]) -> T:
+        """``work()`` on the first process, then on the others; they raise the UserError that it raised there."""
+        done: list[T] = []
+        refusal: list[str | None] = [None]
+        if self.main:
+            try:
+                done.append(work())
+            except UserError as error:
+                refusal[0] = str(error)
+        if not self.alone:
+            dist.broadcast_object_list(refusal)
+        if refusal[0] is not None:
+            raise UserError(refusal[0])
+        return done[0] if done else work()
 
     def distribute(
         self, model: PreTrainedModel, precision: torch.dtype | None, checkpointing: bool = False

@@ -74,14 +74,10 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
 
         place = start(recipe.parallel)
     main = place is None or place.main
-    if place is not None and not main:
-        console.quiet = True
-        place.wait()  # the first process makes the tokens
-    prepared = prepare(recipe, say)
+    console.quiet = console.quiet or not main
+    prepared = prepare(recipe, say) if place is None else place.first(lambda: prepare(recipe, say))
     if prepare_only:
         return prepared.directory
-    if place is not None and main:
-        place.wait()
     _check_windows(recipe, prepared)
 
     started = datetime.now(UTC)
@@ -89,15 +85,15 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "recipe.json", recipe.raw)
         (output / "packages.json").write_bytes((prepared.directory / "packages.json").read_bytes())
-    trainer, rows = _trainer(recipe, prepared, checkpoints, place, say)
-    quiet(trainer, console)
-    model = trainer.model
-    assert isinstance(model, PreTrainedModel)
-    say(
-        f"{recipe.name}: {count_parameters(model) / 1e6:.2f}M parameters on {trainer.args.device}, "
-        f"{model.config._attn_implementation}; {rows.describe()}"
-    )
     try:
+        trainer, rows = _trainer(recipe, prepared, checkpoints, place, say)
+        quiet(trainer, console)
+        model = trainer.model
+        assert isinstance(model, PreTrainedModel)
+        say(
+            f"{recipe.name}: {count_parameters(model) / 1e6:.2f}M parameters on {trainer.args.device}, "
+            f"{model.config._attn_implementation}; {rows.describe()}"
+        )
         trainer.train(resume_from_checkpoint=last)
     except torch.OutOfMemoryError:
         raise UserError(out_of_memory(recipe)) from None
@@ -125,7 +121,13 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
     say(f"saved {output / 'model'} ({_size(output / 'model') / 1e6:.1f} MB)")
     warnings = [] if trainer.monitor is None else trainer.monitor.warnings
     del trainer, model
-    results = _evaluate(recipe, prepared, output / "model", attached, device, console)
+    try:
+        results = _evaluate(recipe, prepared, output / "model", attached, device, console)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"the device is out of memory evaluating {output / 'model'}: set evaluation.batch_size below "
+            f"{recipe.evaluation.batch_size} or evaluation.piece below {recipe.evaluation.piece}, with --resume"
+        ) from None
     write_json(output / "evaluation.json", {domain: result.to_dict() for domain, result in results.items()})
     record = run_record(
         recipe.raw,
@@ -199,6 +201,10 @@ def _start_from(recipe: Recipe, checkpoints: Path, resume: bool) -> str | None:
     changed = [k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in _FREE_ON_RESUME]
     if changed:
         raise UserError(f"cannot resume: {', '.join(sorted(changed))} changed since the run in {checkpoints.parent}")
+    if last is not None and (Path(last) / "sharded").exists() != (recipe.parallel is not None):
+        fix = "leave parallel out" if recipe.parallel is not None else "set parallel={} for one process"
+        kind = "without" if recipe.parallel is not None else "with"
+        raise UserError(f"cannot resume: the checkpoints in {checkpoints} were written {kind} parallel: {fix}")
     return last
 
 
