@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import inplace_ttt
 from inplace_ttt.errors import UserError
 from inplace_ttt.eval.nll import token_losses
+from inplace_ttt.hf.convert import convert
 from inplace_ttt.train.prepare import prepare
 from inplace_ttt.train.recipe import make_recipe
 from inplace_ttt.train.run import run
@@ -122,6 +123,17 @@ def test_ttt_run_trains_saves_and_evaluates_fast_weights(values: dict[str, Any])
     kappa = [p for n, p in model.named_parameters() if "ttt_conv" in n]
     assert len(kappa) == 2
     assert all(p.abs().max() > 0 for p in kappa), "the convolution starts at zero and learns"
+
+
+def test_a_checkpoint_on_the_way_becomes_a_model(values: dict[str, Any], tmp_path: Path) -> None:
+    """Of several processes' kind, with nothing but the checkpoint at hand, as after a run that never ended."""
+    _, output = train(values | {"ttt": TTT, "parallel": {}, "save_every": 8})
+    checkpoint = (output / "checkpoints" / "checkpoint-8").rename(tmp_path / "checkpoint-8")
+    convert(checkpoint, tmp_path / "model", "model")
+    expected, got = (inplace_ttt.from_pretrained(folder) for folder in (output / "model", tmp_path / "model"))
+    assert inplace_ttt.fast_settings(got) == inplace_ttt.fast_settings(expected)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(got.state_dict()[name].to(tensor.dtype), tensor), name
 
 
 def test_base_model_goes_on_training(values: dict[str, Any], tmp_path: Path) -> None:

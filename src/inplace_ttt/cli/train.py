@@ -26,6 +26,9 @@ def train(
     from inplace_ttt.train.recipe import load_recipe
     from inplace_ttt.train.run import run
 
+    from .usage import quiet_libraries
+
+    quiet_libraries()
     console = Console()
     checked = load_recipe(recipe, overrides or [])
     if plan:

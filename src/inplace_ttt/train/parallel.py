@@ -227,10 +227,11 @@ class ParallelTrainer(PackedTrainer):
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A checkpoint on the way: nothing here, ``_save_optimizer_and_scheduler`` writes all."""
+        """A checkpoint on the way: its shape, for ``convert``; ``_save_optimizer_and_scheduler`` writes the tensors."""
         assert output_dir is not None
+        assert isinstance(self.model, PreTrainedModel)
         if self.place.main:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            self.model.config.save_pretrained(output_dir)
         self.place.wait()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
