@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UserError
+
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file of the run, such as recipes/tiny-cpu.yaml.")],
@@ -32,6 +34,8 @@ def train(
     console = Console()
     checked = load_recipe(recipe, overrides or [])
     if plan:
+        if tflops <= 0 or not 0 < mfu <= 1:
+            raise UserError(f"--tflops must be above 0 and --mfu between 0 and 1, got {tflops:g} and {mfu:g}")
         from inplace_ttt.train.plan import plan as planned
 
         for line in planned(checked).lines(tflops, mfu):

@@ -1,8 +1,8 @@
 """Between formats: whole models, adapters, the authors' release format, and sharded checkpoints.
 
-A sharded checkpoint is a directory of torch.distributed.checkpoint (with ``.metadata``), as `inplace_ttt.train` writes it
-(``sharded``, with ``config.json`` beside it) and the Trainer and accelerate do under FSDP (``pytorch_model_fsdp_0``). It
-holds tensors only: the shape comes from that file or from another saved model.
+A sharded checkpoint is a directory of torch.distributed.checkpoint (with ``.metadata``): `inplace_ttt.train` calls it
+``sharded`` and puts ``config.json`` beside it, the Trainer and accelerate call it ``pytorch_model_fsdp_0``. It holds
+tensors only: the shape comes from that file, or from another saved model.
 """
 
 import json
