@@ -11,6 +11,7 @@ from recipe_ranks import interrupted, runs
 from safetensors.torch import load_file
 from spawn import free_port, run_ranks
 
+from inplace_ttt.config import InPlaceTTTConfig
 from inplace_ttt.errors import UserError
 from inplace_ttt.train.recipe import make_recipe
 
@@ -100,11 +101,15 @@ def train_all(folder: Path) -> dict[str, Any]:
     tensor = recipe(folder, "tensor", parallel={"tensor": 2}, **base)
     assert half.is_dir()
     several += [(bf16, False, free_port()), (go_on, True, free_port())]
+    fitted = {"ttt": {k: v for k, v in alone["ttt"].items() if k != "lr"}, "ttt_relative_update": 0.1}
+    found["fitted alone"] = runs([(recipe(folder, "fitted alone", **fitted), False, 0)])[0]
+    layout = {"context": 2}
+    several += [(recipe(folder, "fitted", **fitted, parallel=layout), False, free_port())]
     (folder / "bad.jsonl").write_text('{"text": 3}\n', encoding="utf-8")
     unreadable = recipe(folder, "unreadable", parallel={"shard": 2})
     unreadable["data"]["train"] = {"text": f"jsonl:{folder / 'bad.jsonl'}"}
     several += [(tensor, True, free_port()), (wrong, False, free_port()), (unreadable, False, free_port())]
-    names = [*layouts, "bf16", "resumed", "tensor", "wrong", "unreadable"]
+    names = [*layouts, "bf16", "resumed", "fitted", "tensor", "wrong", "unreadable"]
     assert resumed.is_dir()
     two = run_ranks("recipe_ranks", "runs", 2, several)
     found |= dict(zip(names, two[0], strict=True))
@@ -133,6 +138,15 @@ def test_logs_the_sizes_of_the_fast_weights(results: dict[str, Any]) -> None:
         assert losses(results["shard"], key) == pytest.approx(expected, rel=1e-3)
         assert len(losses(results["context"], key)) == (4 if key.startswith("update") else 0)
         assert max(losses(results["tensor"], key)) == 2, "of the run in one process that it goes on from"
+
+
+def test_several_processes_choose_the_inner_lr_of_one(folder: Path, results: dict[str, Any]) -> None:
+    found = [
+        json.loads((folder / name / "model" / "inplace_ttt.json").read_text())["inplace_ttt"]["lr"]
+        for name in ("fitted alone", "fitted")
+    ]
+    assert found[0] == found[1] != InPlaceTTTConfig().lr
+    assert losses(results["fitted"]) == pytest.approx(losses(results["fitted alone"]), abs=2e-5)
 
 
 def test_mixed_precision_learns_alike(results: dict[str, Any]) -> None:

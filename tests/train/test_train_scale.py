@@ -182,6 +182,18 @@ def test_one_relative_update_fits_every_target_width_and_chunk(target: str, widt
     assert (sizes[0] * sizes[1]) ** 0.5 == pytest.approx(3e-3, rel=0.06)
 
 
+def test_a_run_that_goes_on_keeps_the_inner_lr_that_it_chose(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values |= {"ttt": {k: v for k, v in TTT.items() if k != "lr"}, "ttt_relative_update": 3e-3, "save_every": 8}
+    train(make_recipe(values))
+    chosen = inplace_ttt.fast_settings(inplace_ttt.from_pretrained(Path(values["output"]) / "model"))["lr"]
+    monkeypatch.setattr("inplace_ttt.train.run.fitting_lr", lambda *_: pytest.fail("measured again"))
+    train(make_recipe(values), resume=True)
+    again = inplace_ttt.fast_settings(inplace_ttt.from_pretrained(Path(values["output"]) / "model"))["lr"]
+    assert again == chosen
+
+
 @pytest.mark.parametrize(
     "where", ["train.trainer.PackedTrainer.training_step", "train.run._trainer", "train.run._evaluate"]
 )

@@ -77,25 +77,30 @@ class Place:
             raise UserError(refusal[0])
         return done[0] if done else work()
 
-    def distribute(
+    def shard(
         self, model: PreTrainedModel, precision: torch.dtype | None, checkpointing: bool = False
     ) -> PreTrainedModel:
-        """Shards a built model and cuts its rows, as the settings say. ``checkpointing``: recompute activations."""
+        """Shards a built model, which still reads whole rows. ``checkpointing``: recompute activations."""
         if checkpointing:
             enable: Any = model.gradient_checkpointing_enable
             enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.meshes is not None:
             shard_layers(model, self.meshes.parameters, precision=precision)
-            if self.meshes.context > 1:
-                self.context = enable_context_parallel(
-                    model,
-                    self.meshes.slices,
-                    head_tail=self.spec.slices == "head_tail",
-                    attention=self.spec.attention,
-                )
+        elif self.alone:
+            model.to(self.device)  # type: ignore[arg-type]
         model.__dict__["_is_accelerate_prepared"] = not self.alone
         model.__dict__["_is_distributed_loading_by_transformers"] = False  # checkpoints are written here
         return model
+
+    def cut_rows(self, model: PreTrainedModel) -> None:
+        """From now on the model reads slices, where the settings say so."""
+        if self.meshes is not None and self.meshes.context > 1:
+            self.context = enable_context_parallel(
+                model,
+                self.meshes.slices,
+                head_tail=self.spec.slices == "head_tail",
+                attention=self.spec.attention,
+            )
 
     def end(self) -> None:
         """Ends the communication: each process goes on by itself."""

@@ -86,7 +86,7 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
         write_json(output / "recipe.json", recipe.raw)
         (output / "packages.json").write_bytes((prepared.directory / "packages.json").read_bytes())
     try:
-        trainer, rows = _trainer(recipe, prepared, checkpoints, place, say)
+        trainer, rows = _trainer(recipe, prepared, checkpoints, place, say, last)
         quiet(trainer, console)
         model = trainer.model
         assert isinstance(model, PreTrainedModel)
@@ -220,6 +220,7 @@ def _trainer(
     checkpoints: Path,
     place: "Place | None" = None,
     say: Callable[[str], None] = lambda line: None,
+    last: str | None = None,
 ) -> tuple[PackedTrainer, PackedRows | StreamedRows]:
     tokenizer, length = prepared.tokenizer, recipe.sequence_length
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -234,21 +235,24 @@ def _trainer(
         domain: first_rows(store, length, recipe.evaluation.rows, pad, align, cut)
         for domain, store in prepared.stores("validation").items()
     }
-    if recipe.ttt_relative_update is not None:
-        first = {name: value[None] for name, value in rows[0].items()}
-        configure(model, lr=fitting_lr(model, first, recipe.ttt_relative_update))
-    warm_up = is_attached(model) and recipe.ttt_lr_warmup_steps > 0
-    inner_lr = fast_settings(model)["lr"] if warm_up else 0.0
     flops, peak = flops_per_token(recipe, model, recomputed=False), peak_flops(recipe)
     devices = 1 if recipe.parallel is None else recipe.parallel.processes
     kind: Any = PackedTrainer
-    if place is not None:
+    if place is None:
+        model.to(arguments.device)  # type: ignore[arg-type]
+    else:
         from inplace_ttt.train.parallel import ParallelTrainer
 
-        model = place.distribute(
+        model = place.shard(
             model, torch.bfloat16 if recipe.precision == "bf16" else None, recipe.activation_checkpointing
         )
         kind = partial(ParallelTrainer, place=place, rows_per_batch=recipe.batch_size)
+    if recipe.ttt_relative_update is not None:  # where the model is trained: a CPU would take hours for a large one
+        configure(model, lr=_chosen_lr(recipe, model, rows, last))
+    if place is not None:
+        place.cut_rows(model)
+    warm_up = is_attached(model) and recipe.ttt_lr_warmup_steps > 0
+    inner_lr = fast_settings(model)["lr"] if warm_up else 0.0
     watched = is_attached(model) and not recipe.compile  # compiled layers call no hooks
     trainer: PackedTrainer = kind(
         model=model,
@@ -265,6 +269,16 @@ def _trainer(
     if warm_up:
         trainer.add_callback(InnerLrWarmup(model, inner_lr, recipe.ttt_lr_warmup_steps))
     return trainer, rows
+
+
+def _chosen_lr(
+    recipe: Recipe, model: PreTrainedModel, rows: PackedRows | StreamedRows, checkpoint: str | None
+) -> float:
+    """The inner learning rate by measurement on the first row; a run that goes on keeps the one that it has."""
+    if checkpoint is not None and (found := Path(checkpoint) / "config.json").is_file():
+        return float(json.loads(found.read_text(encoding="utf-8"))["inplace_ttt"]["lr"])
+    assert recipe.ttt_relative_update is not None
+    return fitting_lr(model, {name: value[None] for name, value in rows[0].items()}, recipe.ttt_relative_update)
 
 
 def _rows(recipe: Recipe, prepared: Prepared, pad: int) -> PackedRows | StreamedRows:
