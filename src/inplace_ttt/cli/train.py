@@ -1,5 +1,6 @@
 """``inplace-ttt train`` and ``inplace-ttt tokenizer``."""
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Annotated
@@ -31,7 +32,7 @@ def train(
     from .usage import quiet_libraries
 
     quiet_libraries()
-    console = Console()
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
     checked = load_recipe(recipe, overrides or [])
     if plan:
         if tflops <= 0 or not 0 < mfu <= 1:
@@ -39,10 +40,10 @@ def train(
         from inplace_ttt.train.plan import plan as planned
 
         for line in planned(checked).lines(tflops, mfu):
-            console.print(line, highlight=False)
+            console.print(line, highlight=False, soft_wrap=True)
         return
     where = run(checked, resume=resume, prepare_only=prepare_only, console=console)
-    console.print(f"done: {where}", highlight=False)
+    console.print(f"done: {where}", highlight=False, soft_wrap=True)
 
 
 def tokenizer(

@@ -59,7 +59,7 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
     console = console or Console()
 
     def say(line: str) -> None:
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
 
     transformers_logging.set_verbosity(logging.ERROR)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
