@@ -312,9 +312,9 @@ def replicas() -> dict[str, float]:
 
 
 def everything(names: list[str], folder: str, others: list[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"context": context(names)}
     if dist.get_world_size() == 2:
-        found |= {"context": context(names), "refusals": refusals(), "bf16": bf16(), "replicas": replicas()}
+        found |= {"refusals": refusals(), "bf16": bf16(), "replicas": replicas()}
     losses, expected, batches = train_alone()
     found["layouts"] = layouts(folder, losses, expected, batches)
     found["resume"] = resume(folder, others, expected[1], batches)

@@ -24,9 +24,10 @@ def results(once: Any) -> Any:
     return get
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("name", CASES)
-def test_context_parallel_equals_one_process(name: str, results: Any) -> None:
-    for result in results(2):
+def test_context_parallel_equals_one_process(name: str, ranks: int, results: Any) -> None:
+    for result in results(ranks):
         found = result["context"][name]
         assert found["loss"] < 1e-10
         assert found["gradients"] < 1e-6  # families with norms in float32 differ by its rounding
