@@ -18,7 +18,10 @@ from inplace_ttt.hf.sharding import whole
 
 SETTINGS: dict[str, Any] = {"layers": "0::2", "chunk_size": C, "lr": 0.03, "decay": 0.1}
 
-CHANGES = {"vocab_size": VOCAB + 1}  # transformers 5.17 wants it even
+
+def changes() -> dict[str, int]:
+    """So that every process gets whole heads and as many words."""
+    return {"vocab_size": VOCAB + 3, "num_key_value_heads": dist.get_world_size()}
 
 
 def everything(folder: str, families: list[str]) -> dict[str, Any]:
@@ -28,10 +31,10 @@ def everything(folder: str, families: list[str]) -> dict[str, Any]:
 def one(folder: str, family: str) -> dict[str, Any]:
     target = "hidden_states" if family == "starcoder2" else "input_embed"
     settings = SETTINGS | {"target": target}
-    alone = adapted(family, changes=CHANGES, **settings)
+    alone = adapted(family, changes=changes(), **settings)
     base, attached = folder.format("base"), folder.format("attached")
     if dist.get_rank() == 0:
-        plain(family, changes=CHANGES).save_pretrained(base)
+        plain(family, changes=changes()).save_pretrained(base)
         ittt.save_pretrained(alone, attached)
     dist.barrier()
     split = {"distributed_config": DistributedConfig(tp_plan="auto"), "dtype": torch.float64}
