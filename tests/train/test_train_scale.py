@@ -1,6 +1,7 @@
 """Training at scale, at tiny size: every shipped recipe, adapters, accumulation, packed documents."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -223,21 +224,34 @@ def test_activation_checkpointing_and_tensorboard(
     for a, b in zip(curve(plain), curve(checkpointed), strict=True):
         assert a == pytest.approx(b, rel=1e-5)
     assert list((tmp_path / "b").rglob("events.out.tfevents*"))
+    assert not list(Path(values["output"]).rglob("events.out.tfevents*")), "off by default"
 
 
-def test_trl_trains_packed_rows(tmp_path: Path, values: dict[str, Any], corpus: Path) -> None:
+def test_trl_trains_packed_rows_whose_documents_are_apart(tmp_path: Path, values: dict[str, Any], corpus: Path) -> None:
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     tokenizer = prepare(make_recipe(values)).tokenizer
     model = LlamaForCausalLM(LlamaConfig(**SHAPE))
     inplace_ttt.attach(model, inplace_ttt.InPlaceTTTConfig(**TTT))
-    texts = [json.loads(line)["text"][:600] for line in (corpus / "train.jsonl").read_text().splitlines()] * 2
+    lines = (corpus / "train.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"][:length] for line in lines for length in (600, 120, 250)]
     arguments = trl.SFTConfig(
         output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=2, max_length=128, packing=True,
         report_to="none", use_cpu=True, bf16=False, logging_steps=1, learning_rate=5e-3, save_strategy="no",
     )  # fmt: skip
     data = datasets.Dataset.from_dict({"text": texts})
     trainer = trl.SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
+    given: list[dict[str, Any]] = []
+    watch = model.register_forward_pre_hook(lambda module, args, kwargs: given.append(kwargs), with_kwargs=True)
     trainer.train()
+    watch.remove()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     assert all(layer.mlp.ttt_conv.weight.abs().max() > 0 for layer in model.model.layers)
+    names = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    batch = max(given, key=lambda kwargs: len(kwargs["cu_seq_lens_q"]))
+    bounds, ids = batch["cu_seq_lens_q"].tolist(), batch["input_ids"]
+    assert len(bounds) > 1 + 2, "more documents than rows"
+    with torch.no_grad():
+        packed = model(ids, **{name: batch[name] for name in names}, use_cache=False).logits
+        parts = [model(ids[:, a:b], use_cache=False).logits for a, b in pairwise(bounds)]
+    torch.testing.assert_close(packed, torch.cat(parts, 1))
