@@ -16,7 +16,7 @@ from families import VOCAB, C, adapted, tokens
 
 import inplace_ttt as ittt
 from inplace_ttt.hf.parallel import disable_context_parallel, enable_context_parallel
-from inplace_ttt.hf.sharding import load_sharded, make_meshes, save_sharded, shard_layers, whole
+from inplace_ttt.hf.sharding import load_sharded, make_meshes, save_sharded, shard_layers, whole, whole_state
 
 T = 16 * C
 
@@ -230,6 +230,7 @@ def layouts(folder: str, losses: list[Tensor], expected: list[dict[str, Tensor]]
             if step_ == 0:
                 save_sharded(f"{folder}/{name}", model, optimizer)
         worst["sharded"] = sum(hasattr(p, "full_tensor") for p in model.parameters()) / len(list(model.parameters()))
+        worst["kept"] = len(whole_state(model))
         ittt.save_pretrained(model, f"{folder}/{name}-whole")
         parameters = {n: whole(p) for n, p in model.named_parameters()}
         if dist.get_rank() == 0:

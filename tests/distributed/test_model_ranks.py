@@ -61,6 +61,9 @@ def test_layouts_train_like_one_process(ranks: int, layout: str, results: Any) -
         assert found["sharded"] == 1.0
         assert max(found["loss"]) < 1e-8
         assert max(found["parameters"]) < 1e-6  # AdamW divides by small gradients
+    kept = [result["layouts"][layout]["kept"] for result in results(ranks)]
+    assert kept[0] > 0
+    assert not any(kept[1:]), "one process alone holds the whole model"
     assert results(ranks)[0]["layouts"][layout]["saved"] == 0.0
 
 
