@@ -58,6 +58,8 @@ def test_values_and_defaults(values: dict[str, Any]) -> None:
         ("tokenizer=./nowhere", "tokenizer.path: there is no directory ./nowhere"),
         ("tokenizer={path: recipes}", "tokenizer.path: there is no tokenizer in recipes"),
         ("tokenizer.path=x", "tokenizer: give either path or train"),
+        ("output=README.md", "output: README.md is a file, name a directory"),
+        ("data.cache=README.md", "data.cache: README.md is a file"),
         ("data.train={}", "data.train: give at least one domain"),
         ("data.train.text=[]", "data.train.text: no sources"),
         ("data.train.text=jsonl:/nowhere/*.jsonl", "data.train.text: .*no such file"),

@@ -250,6 +250,12 @@ def test_accelerate_is_asked_for_plainly(values: dict[str, Any], monkeypatch: py
         train(values)
 
 
+def test_attention_that_a_cpu_cannot_train_is_refused(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="attn_implementation: flex_attention trains on CUDA devices only"):
+        train(values | {"attn_implementation": "flex_attention"})
+
+
 def test_torchrun_is_refused(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="does not say how they share the run"):

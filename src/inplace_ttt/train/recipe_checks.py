@@ -160,6 +160,9 @@ def _check_data(recipe: "Recipe") -> None:
     data = recipe.data
     if not data.train:
         raise RecipeError("data.train: give at least one domain, such as books: jsonl:books.jsonl")
+    for name, folder in (("output", recipe.output), ("data.cache", data.cache)):
+        if Path(folder).is_file():
+            raise RecipeError(f"{name}: {folder} is a file, name a directory")
     if recipe.eval_every and not data.validation:
         raise RecipeError("eval_every: needs data.validation (or set it to 0)")
     for split in SPLITS:

@@ -152,6 +152,8 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
 def _check_machine(recipe: Recipe) -> None:
     if importlib.util.find_spec("accelerate") is None:
         raise UserError("training needs accelerate: pip install 'inplace-ttt[train]'")
+    if recipe.attn_implementation == "flex_attention" and not torch.cuda.is_available():
+        raise UserError("attn_implementation: flex_attention trains on CUDA devices only, leave it out (auto)")
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and recipe.parallel is None:
         raise UserError(
