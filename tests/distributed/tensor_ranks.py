@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from torch.distributed.tensor.debug import CommDebugMode
 from transformers.distributed.configuration_utils import DistributedConfig
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "contract"))
@@ -53,6 +54,11 @@ def one(folder: str, family: str) -> dict[str, Any]:
         expected = alone(ids, use_cache=False).logits
         found["logits"] = float((model(ids, use_cache=False).logits - expected).abs().max())
         found["loaded"] = float((loaded(ids, use_cache=False).logits - expected).abs().max())
+        with CommDebugMode() as on:
+            model(ids, use_cache=False)
+        with CommDebugMode() as off, ittt.updates_off(model):
+            model(ids, use_cache=False)
+        found["communications"] = (on.get_total_counts(), off.get_total_counts())
         with ittt.updates_off(alone):
             found["updates"] = float((alone(ids, use_cache=False).logits - expected).abs().max())
         cache = model(ids).past_key_values

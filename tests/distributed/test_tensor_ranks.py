@@ -47,6 +47,14 @@ def test_each_process_holds_its_share_of_the_state(ranks: int, family: str, resu
 
 
 @each
+def test_updates_communicate_nothing(ranks: int, family: str, results: Any) -> None:
+    """A forward with updates sends as often as one without."""
+    for result in results(ranks):
+        on, off = result[family]["communications"]
+        assert on == off > 0
+
+
+@each
 def test_clipping_and_sessions_are_refused(ranks: int, family: str, results: Any) -> None:
     for result in results(ranks):
         assert "without tensor parallelism" in result[family]["session"]

@@ -195,3 +195,50 @@ def test_baseline_differs_from_ttt_in_ttt_alone() -> None:
     differing = {key for key in with_ttt.keys() | without.keys() if with_ttt.get(key) != without.get(key)}
     assert differing == {"name", "output", "ttt"}
     assert without["ttt"] is None
+
+
+def shipped(name: str) -> Any:
+    return yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "lr", "tokens", "batch"),
+    [
+        ("scratch-500m", (1024, 3072, 24, 8, 2048), 5e-4, 20e9, 2**21),
+        ("scratch-1.5b", (2048, 6144, 24, 16, 4096), 3e-4, 60e9, 2**22),
+    ],
+)
+def test_from_scratch_recipes_have_the_papers_settings(
+    name: str, shape: tuple[int, ...], lr: float, tokens: float, batch: int
+) -> None:
+    """Its Table 3."""
+    recipe = shipped(name)
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "sliding_window")
+    assert tuple(recipe["model"]["config"][key] for key in names) == shape
+    assert recipe["model"]["config"]["rope_theta"] == 1e6
+    assert recipe["tokenizer"]["train"]["vocab_size"] == 32_000
+    assert recipe["sequence_length"] == 32_768
+    assert recipe["batch_size"] * recipe["gradient_accumulation"] * recipe["sequence_length"] == batch
+    assert recipe["steps"] * batch == pytest.approx(tokens, rel=1e-3)
+    optimizer = recipe["optimizer"]
+    assert (optimizer["lr"], optimizer["weight_decay"], optimizer["max_grad_norm"]) == (lr, 0.1, 1.0)
+    assert optimizer["warmup_steps"] == 1024
+
+
+@pytest.mark.parametrize(("stage", "length", "tokens"), [("32k", 32_768, 20e9), ("128k", 131_072, 15e9)])
+@pytest.mark.parametrize("base", ["qwen3-4b", "qwen3-14b", "llama-3.1-8b"])
+def test_continual_recipes_have_the_papers_settings(base: str, stage: str, length: int, tokens: float) -> None:
+    recipe = shipped(f"continual-{base}-{stage}")
+    optimizer, steps = recipe["optimizer"], recipe["steps"]
+    assert recipe["sequence_length"] == length
+    rows = recipe["batch_size"] * recipe["gradient_accumulation"]
+    assert steps * rows * length == pytest.approx(tokens, rel=1e-3)
+    assert (optimizer["lr"], optimizer["schedule"], optimizer["weight_decay"]) == (5e-6, "cosine", 0.1)
+    assert optimizer["max_grad_norm"] == 1.0
+    assert optimizer["warmup_steps"] == pytest.approx(0.02 * steps, abs=1)
+    assert recipe["ttt"]["layers"] == "0::6"
+    if stage == "128k":
+        rope = recipe["model"]["settings"]["rope_parameters"]
+        assert rope["rope_type"] == "yarn"
+        assert rope["factor"] * rope["original_max_position_embeddings"] == length
+        assert recipe["model"]["base"] == f"{shipped(f'continual-{base}-32k')['output']}/model"
