@@ -1,6 +1,7 @@
 """What the processes of test_tensor_ranks.py do: a model split over F by transformers, with fast weights."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,6 @@ def one(folder: str, family: str) -> dict[str, Any]:
         expected = alone(ids, use_cache=False).logits
         found["logits"] = float((model(ids, use_cache=False).logits - expected).abs().max())
         found["loaded"] = float((loaded(ids, use_cache=False).logits - expected).abs().max())
-        with CommDebugMode() as on:
-            model(ids, use_cache=False)
-        with CommDebugMode() as off, ittt.updates_off(model):
-            model(ids, use_cache=False)
-        found["communications"] = (on.get_total_counts(), off.get_total_counts())
         with ittt.updates_off(alone):
             found["updates"] = float((alone(ids, use_cache=False).logits - expected).abs().max())
         cache = model(ids).past_key_values
@@ -68,6 +64,7 @@ def one(folder: str, family: str) -> dict[str, Any]:
         beams = {"num_beams": 2, **rules}
         found["beams"] = bool((model.generate(**prompt, **beams) == alone.generate(**prompt, **beams)).all())
 
+    found["communications"] = [_communications(model, ids, training) for training in (False, True)]
     for each in (alone, model):
         each.train()
         each(ids, labels=ids, use_cache=False).loss.backward()
@@ -96,6 +93,16 @@ def _agree(model: Any) -> bool:
     both = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
     dist.all_gather(both, flat)
     return bool((both[0] == both[1]).all()) and bool((flat != 0).any())
+
+
+def _communications(model: Any, ids: torch.Tensor, training: bool) -> list[int]:
+    """How often a forward sends, with updates and without; transformers has one way for training and another."""
+    counts = []
+    for context in (nullcontext(), ittt.updates_off(model)):
+        with torch.set_grad_enabled(training), context, CommDebugMode() as sent:
+            model(ids, use_cache=False)
+        counts.append(sent.get_total_counts())
+    return counts
 
 
 def _message(attempt: Any) -> str:
