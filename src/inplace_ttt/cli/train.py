@@ -21,7 +21,9 @@ def train(
     ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print memory and time of the run, then stop.")] = False,
     tflops: Annotated[float, typer.Option(help="With --plan: the device's TFLOP/s (989: an H100 in bf16).")] = 989,
-    mfu: Annotated[float, typer.Option(help="With --plan: the share of them that is reached.")] = 0.35,
+    mfu: Annotated[
+        float, typer.Option(help="With --plan: the share of them that is reached, recomputation counted.")
+    ] = 0.35,
 ) -> None:
     """Train a model from a recipe: tokens, training, the saved model, its test losses, a plot and run.json."""
     from rich.console import Console
