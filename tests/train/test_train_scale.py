@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 import inplace_ttt
 from inplace_ttt.errors import UserError
 from inplace_ttt.train.inner_lr import fitting_lr, update_sizes
+from inplace_ttt.train.model import build_model
 from inplace_ttt.train.prepare import prepare
 from inplace_ttt.train.recipe import load_recipe, make_recipe
 from inplace_ttt.train.run import _trainer, run
@@ -104,6 +105,14 @@ def test_settings_that_a_base_refuses_are_told_in_one_line(
     with pytest.raises(UserError, match=r"model\.base: cannot load .*(max_position|sliding_windw|factor)") as error:
         train(make_recipe(values))
     assert "\n" not in str(error.value)
+
+
+def test_heads_that_cannot_be_split_are_told_before_loading(values: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = prepare(make_recipe(values)).tokenizer
+    base = tiny_base("mistral", tmp_path / "base", tokenizer)
+    recipe = make_recipe(values | {"model": {"base": str(base)}, "tokenizer": {}, "parallel": {"tensor": 4}})
+    with pytest.raises(UserError, match=r"parallel\.tensor: 4 does not divide num_attention_heads of .* \(2\)"):
+        build_model(recipe, tokenizer, "sdpa")
 
 
 @pytest.mark.parametrize("trainable", ["adapter", "adapter_and_projections"])
