@@ -16,7 +16,7 @@ from families import VOCAB, C, adapted, tokens
 
 import inplace_ttt as ittt
 from inplace_ttt.hf.parallel import disable_context_parallel, enable_context_parallel
-from inplace_ttt.hf.sharding import load_sharded, make_meshes, save_sharded, shard_layers, whole
+from inplace_ttt.hf.sharding import load_sharded, make_meshes, save_sharded, shard_layers, whole, whole_state
 
 T = 16 * C
 
@@ -230,6 +230,7 @@ def layouts(folder: str, losses: list[Tensor], expected: list[dict[str, Tensor]]
             if step_ == 0:
                 save_sharded(f"{folder}/{name}", model, optimizer)
         worst["sharded"] = sum(hasattr(p, "full_tensor") for p in model.parameters()) / len(list(model.parameters()))
+        worst["kept"] = len(whole_state(model))
         ittt.save_pretrained(model, f"{folder}/{name}-whole")
         parameters = {n: whole(p) for n, p in model.named_parameters()}
         if dist.get_rank() == 0:
@@ -312,9 +313,9 @@ def replicas() -> dict[str, float]:
 
 
 def everything(names: list[str], folder: str, others: list[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"context": context(names)}
     if dist.get_world_size() == 2:
-        found |= {"context": context(names), "refusals": refusals(), "bf16": bf16(), "replicas": replicas()}
+        found |= {"refusals": refusals(), "bf16": bf16(), "replicas": replicas()}
     losses, expected, batches = train_alone()
     found["layouts"] = layouts(folder, losses, expected, batches)
     found["resume"] = resume(folder, others, expected[1], batches)

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch.distributed as dist
 from rich.console import Console
 
 from inplace_ttt.errors import UserError
+from inplace_ttt.hf.sharding import is_sharded
 from inplace_ttt.train import run as run_module
+from inplace_ttt.train.inner_lr import fitting_lr
 from inplace_ttt.train.recipe import make_recipe
 
 
@@ -20,16 +23,24 @@ def runs(several: list[tuple[dict[str, Any], bool, int]]) -> list[Any]:
     for values, resume, port in several:
         os.environ["MASTER_PORT"] = str(port)
         try:
-            with patch.object(run_module, "plot_losses"):
+            with patch.object(run_module, "plot_losses"), patch.object(run_module, "fitting_lr", on_the_device):
                 output = run_module.run(make_recipe(values), resume=resume, console=Console(quiet=True))
         except UserError as error:
             found.append(str(error))
+            if dist.is_initialized():
+                dist.destroy_process_group()
             continue
         if os.environ.get("RANK", "0") == "0":
             found.append(json.loads((output / "run.json").read_text())["curve"])
         else:
             found.append(None)
     return found
+
+
+def on_the_device(model: Any, *arguments: Any) -> float:
+    """The measurement of an inner learning rate is made where the training is: on shards, not on whole copies."""
+    assert is_sharded(model) == (os.environ.get("WORLD_SIZE", "1") != "1")
+    return fitting_lr(model, *arguments)
 
 
 runs.starts_itself = True  # type: ignore[attr-defined]

@@ -1,12 +1,14 @@
 """What the processes of test_tensor_ranks.py do: a model split over F by transformers, with fast weights."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
+from torch.distributed.tensor.debug import CommDebugMode
 from transformers.distributed.configuration_utils import DistributedConfig
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "contract"))
@@ -18,7 +20,10 @@ from inplace_ttt.hf.sharding import whole
 
 SETTINGS: dict[str, Any] = {"layers": "0::2", "chunk_size": C, "lr": 0.03, "decay": 0.1}
 
-CHANGES = {"vocab_size": VOCAB + 1}  # transformers 5.17 wants it even
+
+def changes() -> dict[str, int]:
+    """So that every process gets whole heads and as many words."""
+    return {"vocab_size": VOCAB + 3, "num_key_value_heads": dist.get_world_size()}
 
 
 def everything(folder: str, families: list[str]) -> dict[str, Any]:
@@ -28,10 +33,10 @@ def everything(folder: str, families: list[str]) -> dict[str, Any]:
 def one(folder: str, family: str) -> dict[str, Any]:
     target = "hidden_states" if family == "starcoder2" else "input_embed"
     settings = SETTINGS | {"target": target}
-    alone = adapted(family, changes=CHANGES, **settings)
+    alone = adapted(family, changes=changes(), **settings)
     base, attached = folder.format("base"), folder.format("attached")
     if dist.get_rank() == 0:
-        plain(family, changes=CHANGES).save_pretrained(base)
+        plain(family, changes=changes()).save_pretrained(base)
         ittt.save_pretrained(alone, attached)
     dist.barrier()
     split = {"distributed_config": DistributedConfig(tp_plan="auto"), "dtype": torch.float64}
@@ -59,6 +64,7 @@ def one(folder: str, family: str) -> dict[str, Any]:
         beams = {"num_beams": 2, **rules}
         found["beams"] = bool((model.generate(**prompt, **beams) == alone.generate(**prompt, **beams)).all())
 
+    found["communications"] = [_communications(model, ids, training) for training in (False, True)]
     for each in (alone, model):
         each.train()
         each(ids, labels=ids, use_cache=False).loss.backward()
@@ -87,6 +93,16 @@ def _agree(model: Any) -> bool:
     both = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
     dist.all_gather(both, flat)
     return bool((both[0] == both[1]).all()) and bool((flat != 0).any())
+
+
+def _communications(model: Any, ids: torch.Tensor, training: bool) -> list[int]:
+    """How often a forward sends, with updates and without; transformers has one way for training and another."""
+    counts = []
+    for context in (nullcontext(), ittt.updates_off(model)):
+        with torch.set_grad_enabled(training), context, CommDebugMode() as sent:
+            model(ids, use_cache=False)
+        counts.append(sent.get_total_counts())
+    return counts
 
 
 def _message(attempt: Any) -> str:

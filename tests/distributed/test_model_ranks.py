@@ -24,9 +24,10 @@ def results(once: Any) -> Any:
     return get
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("name", CASES)
-def test_context_parallel_equals_one_process(name: str, results: Any) -> None:
-    for result in results(2):
+def test_context_parallel_equals_one_process(name: str, ranks: int, results: Any) -> None:
+    for result in results(ranks):
         found = result["context"][name]
         assert found["loss"] < 1e-10
         assert found["gradients"] < 1e-6  # families with norms in float32 differ by its rounding
@@ -60,6 +61,9 @@ def test_layouts_train_like_one_process(ranks: int, layout: str, results: Any) -
         assert found["sharded"] == 1.0
         assert max(found["loss"]) < 1e-8
         assert max(found["parameters"]) < 1e-6  # AdamW divides by small gradients
+    kept = [result["layouts"][layout]["kept"] for result in results(ranks)]
+    assert kept[0] > 0
+    assert not any(kept[1:]), "one process alone holds the whole model"
     assert results(ranks)[0]["layouts"][layout]["saved"] == 0.0
 
 

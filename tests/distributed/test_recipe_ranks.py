@@ -11,6 +11,7 @@ from recipe_ranks import interrupted, runs
 from safetensors.torch import load_file
 from spawn import free_port, run_ranks
 
+from inplace_ttt.config import InPlaceTTTConfig
 from inplace_ttt.errors import UserError
 from inplace_ttt.train.recipe import make_recipe
 
@@ -100,12 +101,19 @@ def train_all(folder: Path) -> dict[str, Any]:
     tensor = recipe(folder, "tensor", parallel={"tensor": 2}, **base)
     assert half.is_dir()
     several += [(bf16, False, free_port()), (go_on, True, free_port())]
-    several += [(tensor, True, free_port()), (wrong, False, free_port())]
-    names = [*layouts, "bf16", "resumed", "tensor", "wrong"]
+    fitted = {"ttt": {k: v for k, v in alone["ttt"].items() if k != "lr"}, "ttt_relative_update": 0.1}
+    found["fitted alone"] = runs([(recipe(folder, "fitted alone", **fitted), False, 0)])[0]
+    layout = {"context": 2}
+    several += [(recipe(folder, "fitted", **fitted, parallel=layout), False, free_port())]
+    (folder / "bad.jsonl").write_text('{"text": 3}\n', encoding="utf-8")
+    unreadable = recipe(folder, "unreadable", parallel={"shard": 2})
+    unreadable["data"]["train"] = {"text": f"jsonl:{folder / 'bad.jsonl'}"}
+    several += [(tensor, True, free_port()), (wrong, False, free_port()), (unreadable, False, free_port())]
+    names = [*layouts, "bf16", "resumed", "fitted", "tensor", "wrong", "unreadable"]
     assert resumed.is_dir()
     two = run_ranks("recipe_ranks", "runs", 2, several)
     found |= dict(zip(names, two[0], strict=True))
-    found["wrong on the other"] = two[1][-1]
+    found["others"] = dict(zip(names, two[1], strict=True))
     interrupted(folder / "context", 2, folder / "back")
     found["back"] = runs([(recipe(folder, "back"), True, 0)])[0]
     return found
@@ -132,6 +140,15 @@ def test_logs_the_sizes_of_the_fast_weights(results: dict[str, Any]) -> None:
         assert max(losses(results["tensor"], key)) == 2, "of the run in one process that it goes on from"
 
 
+def test_several_processes_choose_the_inner_lr_of_one(folder: Path, results: dict[str, Any]) -> None:
+    found = [
+        json.loads((folder / name / "model" / "inplace_ttt.json").read_text())["inplace_ttt"]["lr"]
+        for name in ("fitted alone", "fitted")
+    ]
+    assert found[0] == found[1] != InPlaceTTTConfig().lr
+    assert losses(results["fitted"]) == pytest.approx(losses(results["fitted alone"]), abs=2e-5)
+
+
 def test_mixed_precision_learns_alike(results: dict[str, Any]) -> None:
     assert losses(results["bf16"])[4] == pytest.approx(losses(results["alone"])[4], abs=0.05)
 
@@ -152,9 +169,14 @@ def test_leaves_the_whole_model(name: str, folder: Path, results: dict[str, Any]
 
 
 def test_another_number_of_processes_is_refused(results: dict[str, Any]) -> None:
-    for message in (results["wrong"], results["wrong on the other"]):
+    for message in (results["wrong"], results["others"]["wrong"]):
         assert "need 4 processes, 2 were started" in message
         assert "--nproc_per_node 4" in message
+
+
+def test_what_the_first_process_cannot_read_is_told_by_all(results: dict[str, Any]) -> None:
+    for message in (results["unreadable"], results["others"]["unreadable"]):
+        assert 'bad.jsonl, line 1: no "text"' in message
 
 
 @pytest.mark.parametrize(

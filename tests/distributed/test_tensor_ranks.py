@@ -1,5 +1,6 @@
 """Tensor parallelism by transformers: the same logits, text, gradients and files as one process."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,17 +8,24 @@ from spawn import run_ranks
 
 pytestmark = pytest.mark.xdist_group("processes")  # one launcher serves them all
 
-FAMILIES = ["llama", "starcoder2"]
+FAMILIES = {2: ["llama", "starcoder2"], 4: ["llama"]}
+each = pytest.mark.parametrize(("ranks", "family"), [(n, family) for n, named in FAMILIES.items() for family in named])
 
 
 @pytest.fixture
 def results(once: Any) -> Any:
-    return once("tensor", lambda folder: run_ranks("tensor_ranks", "everything", 2, str(folder), FAMILIES))
+    def get(ranks: int) -> Any:
+        def all_of_them(folder: Path) -> Any:
+            return run_ranks("tensor_ranks", "everything", ranks, str(folder), FAMILIES[ranks])
+
+        return once(f"tensor{ranks}", all_of_them)
+
+    return get
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_equals_one_process(family: str, results: Any) -> None:
-    for result in results:
+@each
+def test_equals_one_process(ranks: int, family: str, results: Any) -> None:
+    for result in results(ranks):
         found = result[family]
         assert found["identity"] == 0.0
         assert found["initial"], "the added parameters differ between processes"
@@ -31,16 +39,24 @@ def test_equals_one_process(family: str, results: Any) -> None:
         assert found["detached"] == 0.0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_each_process_holds_its_share_of_the_state(family: str, results: Any) -> None:
-    for result in results:
+@each
+def test_each_process_holds_its_share_of_the_state(ranks: int, family: str, results: Any) -> None:
+    for result in results(ranks):
         (B, D, F), whole = result[family]["state"]
-        assert whole == [B, D, 2 * F]
+        assert whole == [B, D, ranks * F]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_clipping_and_sessions_are_refused(family: str, results: Any) -> None:
-    for result in results:
+@each
+def test_updates_communicate_nothing(ranks: int, family: str, results: Any) -> None:
+    """A forward with updates sends as often as one without."""
+    for result in results(ranks):
+        for on, off in result[family]["communications"]:
+            assert on == off > 0
+
+
+@each
+def test_clipping_and_sessions_are_refused(ranks: int, family: str, results: Any) -> None:
+    for result in results(ranks):
         assert "without tensor parallelism" in result[family]["session"]
         assert "tensor parallelism" in result[family]["clip"]
         assert "tensor parallelism" in result[family]["clip at attach"]

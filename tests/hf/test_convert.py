@@ -30,6 +30,7 @@ def model(tmp_path: Path) -> LlamaForCausalLM:
 def test_there_and_back(model: LlamaForCausalLM, tmp_path: Path, to: str) -> None:
     result = CliRunner().invoke(app, ["convert", str(tmp_path / "model"), str(tmp_path / "x"), "--to", to])
     assert result.exit_code == 0, result.exception
+    assert result.output.splitlines() == [f"done: {tmp_path / 'x'}"]
     convert(tmp_path / "x", tmp_path / "back", "model", base=str(tmp_path / "base") if to == "adapter" else None)
     back = inplace_ttt.from_pretrained(tmp_path / "back")
     assert inplace_ttt.fast_settings(back) == inplace_ttt.fast_settings(model)

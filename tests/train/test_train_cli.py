@@ -1,5 +1,6 @@
 """The two commands, as typer calls them."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ def recipe(values: dict[str, Any], tmp_path: Path) -> Path:
 
 
 def test_train_with_overrides(recipe: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["train", str(recipe), "steps=3", f"output={tmp_path}/other"])
+    arguments = ["train", str(recipe), "steps=3", f"output={tmp_path}/other", "ttt={chunk_size: 16, layers: [0]}"]
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert f"done: {tmp_path}/other" in result.output.replace("\n", "")
-    assert "step      3  loss" in result.output
+    assert result.output.splitlines()[-1] == f"done: {tmp_path}/other"
+    assert re.search(r"^step      3  loss .* tokens/s .*  S/W0 \S+$", result.output, re.MULTILINE), "one line a step"
     assert (tmp_path / "other" / "model").is_dir()
 
 
@@ -36,6 +38,14 @@ def test_prepare_only(recipe: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["train", str(recipe), f"data.cache={tmp_path}/tokens", "--prepare-only"])
     assert result.exit_code == 0, result.output
     assert list((tmp_path / "tokens").glob("*/summary.json"))
+
+
+def test_one_of_several_processes_speaks(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        result = CliRunner().invoke(app, ["train", str(recipe), "--plan"])
+        assert result.exit_code == 0, result.output
+        assert bool(result.output) == (rank == "0")
 
 
 def test_mistakes_are_user_errors(recipe: Path) -> None:

@@ -1,6 +1,7 @@
 """Recipes: checked before anything loads, one plain line for every mistake."""
 
 import copy
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ def test_values_and_defaults(values: dict[str, Any]) -> None:
         ("optimizer.schedule=step", "optimizer.schedule: 'step' is none of cosine"),
         ("optimizer.warmup_steps=8", "optimizer.warmup_steps: 8 must be below steps"),
         ("optimizer={lr: 0.1, schedule: linear, min_lr_ratio: 0.1}", "only the cosine schedule"),
+        ("optimizer.min_lr_ratio=2", "optimizer.min_lr_ratio: 2.0 must be at most 1"),
+        ("optimizer.beta1=1", "optimizer.beta1: 1.0 must be at least 0 and below 1"),
+        ("seed=-1", "seed: -1 is too small"),
         ("steps=0", "steps: 0 is too small"),
         ("steps=1.5", "steps: expected a whole number"),
         ("steps=true", "steps: expected a whole number"),
@@ -47,10 +51,15 @@ def test_values_and_defaults(values: dict[str, Any]) -> None:
         ("model.config.model_type=t5", "'t5' is no causal language model"),
         ("model.config.hidden_sise=64", "mistral has no such setting, did you mean hidden_size"),
         ("model.config.hidden_size=wide", "model.config: .*hidden_size"),
+        ("model.config.num_key_value_heads=3", r"num_key_value_heads: 3 must divide num_attention_heads \(2\)"),
+        ("model.config.rope_parameters={rope_type: yarm}", "rope_parameters.rope_type: 'yarm' is none of default, "),
         ("model.config.vocab_size=9", "vocab_size: comes from the tokenizer"),
         ("tokenizer={}", "tokenizer: missing"),
         ("tokenizer=./nowhere", "tokenizer.path: there is no directory ./nowhere"),
+        ("tokenizer={path: recipes}", "tokenizer.path: there is no tokenizer in recipes"),
         ("tokenizer.path=x", "tokenizer: give either path or train"),
+        ("output=README.md", "output: README.md is a file, name a directory"),
+        ("data.cache=README.md", "data.cache: README.md is a file"),
         ("data.train={}", "data.train: give at least one domain"),
         ("data.train.text=[]", "data.train.text: no sources"),
         ("data.train.text=jsonl:/nowhere/*.jsonl", "data.train.text: .*no such file"),
@@ -69,13 +78,18 @@ def test_values_and_defaults(values: dict[str, Any]) -> None:
         ("trainable=adapter", "trainable: adapter needs ttt"),
         ("trainable=some", "trainable: 'some' is none of all, adapter"),
         ("report_to=[mlflow]", "report_to: 'mlflow' is none of"),
+        ("report_to=wandb", "report_to: wandb is not installed: pip install wandb"),
         ("model.settings={a: 1}", "model.settings: only a base has settings"),
         ("nonsense", "write key=value"),
         ("a b=3", "write key=value"),
         ("steps=[", "the value is not YAML"),
     ],
 )
-def test_mistakes(values: dict[str, Any], override: str, message: str) -> None:
+def test_mistakes(values: dict[str, Any], override: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(RECIPES.parent)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+
     def read() -> None:
         apply_override(values, override)
         make_recipe(values)
@@ -83,6 +97,33 @@ def test_mistakes(values: dict[str, Any], override: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message) as error:
         read()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"base": "recipes"}, "model.base: there is no model in recipes"),
+        ({"base": "out/a/b"}, "model.base: there is no directory out/a/b"),
+        ({"base": "{model}"}, "tokenizer: there is no tokenizer in .*model"),
+        ({"base": "a/b", "settings": {"rope_parameters": {"rope_type": "yarm"}}}, "model.settings.rope_parameters"),
+    ],
+)
+def test_mistakes_about_a_base(
+    values: dict[str, Any], model: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(RECIPES.parent)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    model["base"] = model["base"].format(model=tmp_path / "model")
+    with pytest.raises(RecipeError, match=message):
+        make_recipe(values | {"model": model, "tokenizer": {}})
+
+
+def test_a_family_without_a_known_projection_is_refused(values: dict[str, Any]) -> None:
+    values |= {"model": {"config": {"model_type": "mamba"}}, "ttt": {"chunk_size": 16}}
+    with pytest.raises(RecipeError, match="ttt: mamba is not in the table of families"):
+        make_recipe(values)
+    make_recipe(values | {"ttt": {"chunk_size": 16, "layers_path": "layers", "projection_path": "mlp.down"}})
 
 
 def test_needs_validation_data_to_validate(values: dict[str, Any]) -> None:
@@ -143,7 +184,7 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
 def test_shipped_recipes_are_valid(path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INPLACE_TTT_DATA", str(shared / "data"))
     monkeypatch.chdir(RECIPES.parent)
-    overrides = [f"model.base={RECIPES}"] if path.stem.endswith("-128k") else []  # stage 1's model is not there
+    overrides = ["model.base=owner/stage-1"] if path.stem.endswith("-128k") else []  # stage 1's model is not there
     assert load_recipe(path, overrides).name == path.stem
 
 
@@ -154,3 +195,50 @@ def test_baseline_differs_from_ttt_in_ttt_alone() -> None:
     differing = {key for key in with_ttt.keys() | without.keys() if with_ttt.get(key) != without.get(key)}
     assert differing == {"name", "output", "ttt"}
     assert without["ttt"] is None
+
+
+def shipped(name: str) -> Any:
+    return yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "lr", "tokens", "batch"),
+    [
+        ("scratch-500m", (1024, 3072, 24, 8, 2048), 5e-4, 20e9, 2**21),
+        ("scratch-1.5b", (2048, 6144, 24, 16, 4096), 3e-4, 60e9, 2**22),
+    ],
+)
+def test_from_scratch_recipes_have_the_papers_settings(
+    name: str, shape: tuple[int, ...], lr: float, tokens: float, batch: int
+) -> None:
+    """Its Table 3."""
+    recipe = shipped(name)
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "sliding_window")
+    assert tuple(recipe["model"]["config"][key] for key in names) == shape
+    assert recipe["model"]["config"]["rope_theta"] == 1e6
+    assert recipe["tokenizer"]["train"]["vocab_size"] == 32_000
+    assert recipe["sequence_length"] == 32_768
+    assert recipe["batch_size"] * recipe["gradient_accumulation"] * recipe["sequence_length"] == batch
+    assert recipe["steps"] * batch == pytest.approx(tokens, rel=1e-3)
+    optimizer = recipe["optimizer"]
+    assert (optimizer["lr"], optimizer["weight_decay"], optimizer["max_grad_norm"]) == (lr, 0.1, 1.0)
+    assert optimizer["warmup_steps"] == 1024
+
+
+@pytest.mark.parametrize(("stage", "length", "tokens"), [("32k", 32_768, 20e9), ("128k", 131_072, 15e9)])
+@pytest.mark.parametrize("base", ["qwen3-4b", "qwen3-14b", "llama-3.1-8b"])
+def test_continual_recipes_have_the_papers_settings(base: str, stage: str, length: int, tokens: float) -> None:
+    recipe = shipped(f"continual-{base}-{stage}")
+    optimizer, steps = recipe["optimizer"], recipe["steps"]
+    assert recipe["sequence_length"] == length
+    rows = recipe["batch_size"] * recipe["gradient_accumulation"]
+    assert steps * rows * length == pytest.approx(tokens, rel=1e-3)
+    assert (optimizer["lr"], optimizer["schedule"], optimizer["weight_decay"]) == (5e-6, "cosine", 0.1)
+    assert optimizer["max_grad_norm"] == 1.0
+    assert optimizer["warmup_steps"] == pytest.approx(0.02 * steps, abs=1)
+    assert recipe["ttt"]["layers"] == "0::6"
+    if stage == "128k":
+        rope = recipe["model"]["settings"]["rope_parameters"]
+        assert rope["rope_type"] == "yarn"
+        assert rope["factor"] * rope["original_max_position_embeddings"] == length
+        assert recipe["model"]["base"] == f"{shipped(f'continual-{base}-32k')['output']}/model"

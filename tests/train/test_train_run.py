@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import inplace_ttt
 from inplace_ttt.errors import UserError
 from inplace_ttt.eval.nll import token_losses
+from inplace_ttt.hf.convert import convert
 from inplace_ttt.train.prepare import prepare
 from inplace_ttt.train.recipe import make_recipe
 from inplace_ttt.train.run import run
@@ -93,6 +94,22 @@ def test_resuming_is_refused_where_it_would_mix_runs(values: dict[str, Any]) -> 
         train(values | {"optimizer": {"lr": 1e-3}}, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        (None, {}, "were written without parallel: leave parallel out"),
+        ({}, None, "were written with parallel: set parallel={} for one process"),
+    ],
+)
+def test_checkpoints_of_the_other_kind_are_refused_with_the_fix(
+    values: dict[str, Any], first: Any, then: Any, message: str
+) -> None:
+    values |= {"save_every": 8}
+    train(values | {"parallel": first})
+    with pytest.raises(UserError, match=message):
+        train(values | {"parallel": then}, resume=True)
+
+
 def test_ttt_run_trains_saves_and_evaluates_fast_weights(values: dict[str, Any]) -> None:
     values |= {"ttt": TTT, "eval_every": 30, "steps": 30}
     record, output = train(values)
@@ -106,6 +123,17 @@ def test_ttt_run_trains_saves_and_evaluates_fast_weights(values: dict[str, Any])
     kappa = [p for n, p in model.named_parameters() if "ttt_conv" in n]
     assert len(kappa) == 2
     assert all(p.abs().max() > 0 for p in kappa), "the convolution starts at zero and learns"
+
+
+def test_a_checkpoint_on_the_way_becomes_a_model(values: dict[str, Any], tmp_path: Path) -> None:
+    """Of several processes' kind, with nothing but the checkpoint at hand, as after a run that never ended."""
+    _, output = train(values | {"ttt": TTT, "parallel": {}, "save_every": 8})
+    checkpoint = (output / "checkpoints" / "checkpoint-8").rename(tmp_path / "checkpoint-8")
+    convert(checkpoint, tmp_path / "model", "model")
+    expected, got = (inplace_ttt.from_pretrained(folder) for folder in (output / "model", tmp_path / "model"))
+    assert inplace_ttt.fast_settings(got) == inplace_ttt.fast_settings(expected)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(got.state_dict()[name].to(tensor.dtype), tensor), name
 
 
 def test_base_model_goes_on_training(values: dict[str, Any], tmp_path: Path) -> None:
@@ -136,6 +164,12 @@ def test_decay_spares_vectors_and_embeddings(values: dict[str, Any]) -> None:
     spared = {names[id(p)] for g in trainer.optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]}
     assert decayed | spared == set(names.values())
     assert spared == {n for n in names.values() if "norm" in n or "embed" in n}
+
+
+def test_test_windows_that_no_document_fills_are_told_before_training(values: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"evaluation\.length: no document of data\.test\.text has 100000 tokens"):
+        train(values | {"evaluation": {"length": 100_000}})
+    assert not Path(values["output"]).exists()
 
 
 def test_rows_are_read_in_the_planned_order(values: dict[str, Any]) -> None:
@@ -214,6 +248,12 @@ def test_accelerate_is_asked_for_plainly(values: dict[str, Any], monkeypatch: py
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "accelerate" else find(name))
     with pytest.raises(UserError, match=r"pip install 'inplace-ttt\[train\]'"):
         train(values)
+
+
+def test_attention_that_a_cpu_cannot_train_is_refused(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="attn_implementation: flex_attention trains on CUDA devices only"):
+        train(values | {"attn_implementation": "flex_attention"})
 
 
 def test_torchrun_is_refused(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

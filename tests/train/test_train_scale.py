@@ -1,6 +1,7 @@
 """Training at scale, at tiny size: every shipped recipe, adapters, accumulation, packed documents."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 import inplace_ttt
 from inplace_ttt.errors import UserError
 from inplace_ttt.train.inner_lr import fitting_lr, update_sizes
+from inplace_ttt.train.model import build_model
 from inplace_ttt.train.prepare import prepare
 from inplace_ttt.train.recipe import load_recipe, make_recipe
 from inplace_ttt.train.run import _trainer, run
@@ -92,6 +94,27 @@ def test_shipped_recipe_trains(
             assert trained.config.rope_parameters["rope_type"] == "yarn"
 
 
+@pytest.mark.parametrize(
+    "settings", [{"max_position_embeddings": "many"}, {"sliding_windw": 8}, {"rope_parameters": {"rope_type": "yarn"}}]
+)
+def test_settings_that_a_base_refuses_are_told_in_one_line(
+    values: dict[str, Any], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    base = tiny_base("mistral", tmp_path / "base", prepare(make_recipe(values)).tokenizer)
+    values |= {"model": {"base": str(base), "settings": settings}, "tokenizer": {}}
+    with pytest.raises(UserError, match=r"model\.base: cannot load .*(max_position|sliding_windw|factor)") as error:
+        train(make_recipe(values))
+    assert "\n" not in str(error.value)
+
+
+def test_heads_that_cannot_be_split_are_told_before_loading(values: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = prepare(make_recipe(values)).tokenizer
+    base = tiny_base("mistral", tmp_path / "base", tokenizer)
+    recipe = make_recipe(values | {"model": {"base": str(base)}, "tokenizer": {}, "parallel": {"tensor": 4}})
+    with pytest.raises(UserError, match=r"parallel\.tensor: 4 does not divide num_attention_heads of .* \(2\)"):
+        build_model(recipe, tokenizer, "sdpa")
+
+
 @pytest.mark.parametrize("trainable", ["adapter", "adapter_and_projections"])
 def test_adapter_only_leaves_the_base_alone(values: dict[str, Any], tmp_path: Path, trainable: str) -> None:
     base = tiny_base("mistral", tmp_path / "base", prepare(make_recipe(values)).tokenizer)
@@ -169,14 +192,34 @@ def test_one_relative_update_fits_every_target_width_and_chunk(target: str, widt
     assert (sizes[0] * sizes[1]) ** 0.5 == pytest.approx(3e-3, rel=0.06)
 
 
-def test_out_of_memory_is_said_plainly(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from inplace_ttt.train.trainer import PackedTrainer
+def test_a_run_that_goes_on_keeps_the_inner_lr_that_it_chose(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values |= {"ttt": {k: v for k, v in TTT.items() if k != "lr"}, "ttt_relative_update": 3e-3, "save_every": 8}
+    train(make_recipe(values))
+    chosen = inplace_ttt.fast_settings(inplace_ttt.from_pretrained(Path(values["output"]) / "model"))["lr"]
+    monkeypatch.setattr("inplace_ttt.train.run.fitting_lr", lambda *_: pytest.fail("measured again"))
+    train(make_recipe(values), resume=True)
+    again = inplace_ttt.fast_settings(inplace_ttt.from_pretrained(Path(values["output"]) / "model"))["lr"]
+    assert again == chosen
+
+
+@pytest.mark.parametrize(
+    "where", ["train.trainer.PackedTrainer.training_step", "train.run._trainer", "train.run._evaluate"]
+)
+def test_out_of_memory_is_said_plainly(values: dict[str, Any], where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While training; and before, where the model is put on the device; and after."""
 
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(PackedTrainer, "training_step", full)
-    with pytest.raises(UserError, match=r"out of memory: set activation_checkpointing: true, or batch_size below 2"):
+    monkeypatch.setattr(f"inplace_ttt.{where}", full)
+    advice = (
+        "evaluation.batch_size below 2"
+        if "evaluate" in where
+        else "activation_checkpointing: true, or batch_size below 2"
+    )
+    with pytest.raises(UserError, match=f"out of memory.*: set {advice}"):
         train(make_recipe(values))
 
 
@@ -190,21 +233,34 @@ def test_activation_checkpointing_and_tensorboard(
     for a, b in zip(curve(plain), curve(checkpointed), strict=True):
         assert a == pytest.approx(b, rel=1e-5)
     assert list((tmp_path / "b").rglob("events.out.tfevents*"))
+    assert not list(Path(values["output"]).rglob("events.out.tfevents*")), "off by default"
 
 
-def test_trl_trains_packed_rows(tmp_path: Path, values: dict[str, Any], corpus: Path) -> None:
+def test_trl_trains_packed_rows_whose_documents_are_apart(tmp_path: Path, values: dict[str, Any], corpus: Path) -> None:
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     tokenizer = prepare(make_recipe(values)).tokenizer
     model = LlamaForCausalLM(LlamaConfig(**SHAPE))
     inplace_ttt.attach(model, inplace_ttt.InPlaceTTTConfig(**TTT))
-    texts = [json.loads(line)["text"][:600] for line in (corpus / "train.jsonl").read_text().splitlines()] * 2
+    lines = (corpus / "train.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"][:length] for line in lines for length in (600, 120, 250)]
     arguments = trl.SFTConfig(
         output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=2, max_length=128, packing=True,
         report_to="none", use_cpu=True, bf16=False, logging_steps=1, learning_rate=5e-3, save_strategy="no",
     )  # fmt: skip
     data = datasets.Dataset.from_dict({"text": texts})
     trainer = trl.SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
+    given: list[dict[str, Any]] = []
+    watch = model.register_forward_pre_hook(lambda module, args, kwargs: given.append(kwargs), with_kwargs=True)
     trainer.train()
+    watch.remove()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     assert all(layer.mlp.ttt_conv.weight.abs().max() > 0 for layer in model.model.layers)
+    names = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    batch = max(given, key=lambda kwargs: len(kwargs["cu_seq_lens_q"]))
+    bounds, ids = batch["cu_seq_lens_q"].tolist(), batch["input_ids"]
+    assert len(bounds) > 1 + 2, "more documents than rows"
+    with torch.no_grad():
+        packed = model(ids, **{name: batch[name] for name in names}, use_cache=False).logits
+        parts = [model(ids[:, a:b], use_cache=False).logits for a, b in pairwise(bounds)]
+    torch.testing.assert_close(packed, torch.cat(parts, 1))

@@ -1,10 +1,14 @@
-"""``torchrun -m inplace_ttt`` without starting Python anew for every process: torchrun's own launcher, which forks."""
+"""``torchrun`` and ``accelerate launch`` without starting Python anew for each process: their launcher, which forks."""
 
 import os
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
+from accelerate.commands.launch import launch_command, launch_command_parser
+from spawn import free_port
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 
@@ -21,6 +25,23 @@ def torchrun(processes: int, folder: str, arguments: list[str]) -> list[str]:
 
 
 torchrun.starts_itself = True  # type: ignore[attr-defined]
+
+
+def accelerate_launch(processes: int, folder: str, arguments: list[str]) -> list[str]:
+    """The same by accelerate's command, which hands over to torchrun's."""
+    command = ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", str(free_port()), "-m"]
+    given = launch_command_parser().parse_args([*command, "inplace_ttt", *arguments])
+
+    def forking(config: LaunchConfig, entrypoint: Any) -> Any:
+        config.start_method, config.monitor_interval = "fork", 0.05
+        return lambda *started: elastic_launch(config, _command)(folder, list(started[started.index("train") :]))
+
+    with patch("torch.distributed.run.elastic_launch", forking):
+        launch_command(given)
+    return [(Path(folder) / f"printed{rank}.txt").read_text() for rank in range(processes)]
+
+
+accelerate_launch.starts_itself = True  # type: ignore[attr-defined]
 
 
 def _command(folder: str, arguments: list[str]) -> None:

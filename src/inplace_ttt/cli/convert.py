@@ -32,5 +32,8 @@ def convert(
     """Convert between whole models, adapters, the authors' format and sharded checkpoints (torch.distributed)."""
     from inplace_ttt.hf.convert import convert as run
 
+    from .usage import quiet_libraries
+
+    quiet_libraries()
     run(source, out, to.value, base=base, config=config, projections=projections)
     typer.echo(f"done: {out}")

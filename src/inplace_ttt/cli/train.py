@@ -1,10 +1,13 @@
 """``inplace-ttt train`` and ``inplace-ttt tokenizer``."""
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from ..errors import UserError
 
 
 def train(
@@ -18,7 +21,9 @@ def train(
     ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print memory and time of the run, then stop.")] = False,
     tflops: Annotated[float, typer.Option(help="With --plan: the device's TFLOP/s (989: an H100 in bf16).")] = 989,
-    mfu: Annotated[float, typer.Option(help="With --plan: the share of them that is reached.")] = 0.35,
+    mfu: Annotated[
+        float, typer.Option(help="With --plan: the share of them that is reached, recomputation counted.")
+    ] = 0.35,
 ) -> None:
     """Train a model from a recipe: tokens, training, the saved model, its test losses, a plot and run.json."""
     from rich.console import Console
@@ -26,16 +31,21 @@ def train(
     from inplace_ttt.train.recipe import load_recipe
     from inplace_ttt.train.run import run
 
-    console = Console()
+    from .usage import quiet_libraries
+
+    quiet_libraries()
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
     checked = load_recipe(recipe, overrides or [])
     if plan:
+        if tflops <= 0 or not 0 < mfu <= 1:
+            raise UserError(f"--tflops must be above 0 and --mfu between 0 and 1, got {tflops:g} and {mfu:g}")
         from inplace_ttt.train.plan import plan as planned
 
         for line in planned(checked).lines(tflops, mfu):
-            console.print(line, highlight=False)
+            console.print(line, highlight=False, soft_wrap=True)
         return
     where = run(checked, resume=resume, prepare_only=prepare_only, console=console)
-    console.print(f"done: {where}", highlight=False)
+    console.print(f"done: {where}", highlight=False, soft_wrap=True)
 
 
 def tokenizer(

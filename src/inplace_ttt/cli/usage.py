@@ -70,12 +70,15 @@ def print_version(wanted: bool) -> None:
 
 def quiet_libraries() -> None:
     """No progress bars and no advice from libraries: the commands report for themselves."""
+    import warnings
+
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process is meant to be
 
 
 def size(count: int) -> str:

@@ -1,7 +1,8 @@
 """Between formats: whole models, adapters, the authors' release format, and sharded checkpoints.
 
-A sharded checkpoint is a directory of torch.distributed.checkpoint (with ``.metadata``), as the Trainer and accelerate
-write under FSDP (``pytorch_model_fsdp_0``). It holds tensors only: the shape comes from another saved model.
+A sharded checkpoint is a directory of torch.distributed.checkpoint (with ``.metadata``): `inplace_ttt.train` calls it
+``sharded`` and puts ``config.json`` beside it, the Trainer and accelerate call it ``pytorch_model_fsdp_0``. It holds
+tensors only: the shape comes from that file, or from another saved model.
 """
 
 import json
@@ -45,7 +46,7 @@ def convert(
 
 def sharded_directory(source: Path) -> Path | None:
     """The directory of shards: ``source`` itself, or one inside it."""
-    found = [source, *sorted(source.glob("pytorch_model_fsdp_*"))]
+    found = [source, source / "sharded", *sorted(source.glob("pytorch_model_fsdp_*"))]
     return next((path for path in found if (path / ".metadata").is_file()), None)
 
 
@@ -70,7 +71,10 @@ def _from_shards(shards: Path, config: Path | None) -> Any:
     own = unwrap(model).state_dict()
     missing, extra = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
     if missing or extra:
-        raise UserError(f"{shards} is of another model: lacks {missing[:3]}, has {extra[:3]} too many")
+        raise UserError(
+            f"{shards} is of another model (lacks {missing[:3]}, has {extra[:3]} too many): name one of its shape with "
+            "--config"
+        )
     for name, tensor in tensors.items():
         if own[name].shape != tensor.shape:
             raise UserError(f"{shards}: {name} has shape {tuple(tensor.shape)}, the model {tuple(own[name].shape)}")

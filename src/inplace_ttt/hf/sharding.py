@@ -69,21 +69,30 @@ def is_sharded(model: nn.Module) -> bool:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a distributed tensor on the CPU (all its ranks call this), any other tensor on the CPU."""
+    return gathered(tensor).cpu()
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a distributed tensor where it is (all its ranks call this), any other tensor itself."""
     full = getattr(tensor.detach(), "full_tensor", None)
-    return (tensor.detach() if full is None else full()).cpu()
+    return tensor.detach() if full is None else full()
 
 
 def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The whole state dict on the CPU, tied parameters once under all their names. All ranks call it together."""
+    """The whole state dict on the CPU of the first rank, tied parameters once under all their names; {} on the others.
+
+    All ranks call it together. The others keep nothing, so that a machine's memory need not hold a copy for each.
+    """
+    writes = dist.get_rank() == 0
     known: dict[Any, torch.Tensor] = {}
     state = {}
     for name, tensor in model.state_dict().items():
         local = getattr(tensor, "_local_tensor", tensor)
         key = (local.data_ptr(), tuple(tensor.shape)) if local.numel() else name
         if key not in known:
-            known[key] = whole(tensor)
+            known[key] = whole(tensor) if writes else gathered(tensor).new_empty(0)
         state[name] = known[key]
-    return state
+    return state if writes else {}
 
 
 @dataclass(frozen=True)

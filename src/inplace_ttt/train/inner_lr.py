@@ -25,7 +25,8 @@ def update_sizes(model: nn.Module, row: Mapping[str, Tensor], *, probe: bool = F
     """
     device = next(model.parameters()).device
     with torch.no_grad(), measuring(model, probe=probe, states=False) as sizes:
-        model(**{n: row[n].to(device) for n in ("input_ids", "position_ids") if n in row}, use_cache=False)
+        given = {n: row[n].to(device) for n in ("input_ids", "position_ids") if n in row}
+        model(**given, use_cache=False, logits_to_keep=1)
     if not sizes:
         raise UserError("ttt_relative_update: no chunk completes in the first row: make ttt.chunk_size smaller")
     return {layer: statistics.median(found.updates.tolist()) for layer, found in sorted(sizes.items())}

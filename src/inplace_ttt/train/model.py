@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -96,6 +97,7 @@ def _load_base(recipe: Recipe, attention: str) -> PreTrainedModel:
     if tensor > 1:
         if attached:
             raise UserError(f"parallel.tensor: {base} has fast weights, which cannot be split while it is loaded")
+        _check_heads(base, tensor)
         from transformers.distributed.configuration_utils import DistributedConfig
 
         keywords["distributed_config"] = DistributedConfig(tp_size=tensor, tp_plan="auto")
@@ -108,10 +110,23 @@ def _load_base(recipe: Recipe, attention: str) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_pretrained(base, **keywords)
     except UserError:
         raise
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"model.base: cannot load {base}: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"model.base: cannot load {base}: {' '.join(str(error).split())[:300]}") from None
+    except KeyError as error:  # of settings that are not complete
+        raise UserError(f"model.base: cannot load {base}: its settings lack {error}") from None
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def _check_heads(base: str, tensor: int) -> None:
+    try:
+        config = AutoConfig.from_pretrained(base).get_text_config()
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.base: cannot load {base}: {' '.join(str(error).split())[:300]}") from None
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, name, None)
+        if isinstance(heads, int) and heads % tensor:
+            raise UserError(f"parallel.tensor: {tensor} does not divide {name} of {base} ({heads}): take one that does")
 
 
 def _from_scratch(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, attention: str) -> PreTrainedModel:

@@ -6,10 +6,11 @@ step reads the same rows: a recipe's ``batch_size`` is that of all processes tog
 """
 
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from inplace_ttt.train.parallel_spec import ParallelSpec
 from inplace_ttt.train.stream import StreamedRows
 from inplace_ttt.train.trainer import PackedTrainer
 
+T = TypeVar("T")
 SHARDED, SCHEDULER = "sharded", "scheduler.pt"
 
 
@@ -60,25 +62,45 @@ class Place:
         if not self.alone:
             dist.barrier()
 
-    def distribute(
+    def first(self, work: Callable[[], T]) -> T:
+        """``work()`` on the first process, then on the others; they raise the UserError that it raised there."""
+        done: list[T] = []
+        refusal: list[str | None] = [None]
+        if self.main:
+            try:
+                done.append(work())
+            except UserError as error:
+                refusal[0] = str(error)
+        if not self.alone:
+            dist.broadcast_object_list(refusal)
+        if refusal[0] is not None:
+            raise UserError(refusal[0])
+        return done[0] if done else work()
+
+    def shard(
         self, model: PreTrainedModel, precision: torch.dtype | None, checkpointing: bool = False
     ) -> PreTrainedModel:
-        """Shards a built model and cuts its rows, as the settings say. ``checkpointing``: recompute activations."""
+        """Shards a built model, which still reads whole rows. ``checkpointing``: recompute activations."""
         if checkpointing:
             enable: Any = model.gradient_checkpointing_enable
             enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.meshes is not None:
             shard_layers(model, self.meshes.parameters, precision=precision)
-            if self.meshes.context > 1:
-                self.context = enable_context_parallel(
-                    model,
-                    self.meshes.slices,
-                    head_tail=self.spec.slices == "head_tail",
-                    attention=self.spec.attention,
-                )
+        elif self.alone:
+            model.to(self.device)  # type: ignore[arg-type]
         model.__dict__["_is_accelerate_prepared"] = not self.alone
         model.__dict__["_is_distributed_loading_by_transformers"] = False  # checkpoints are written here
         return model
+
+    def cut_rows(self, model: PreTrainedModel) -> None:
+        """From now on the model reads slices, where the settings say so."""
+        if self.meshes is not None and self.meshes.context > 1:
+            self.context = enable_context_parallel(
+                model,
+                self.meshes.slices,
+                head_tail=self.spec.slices == "head_tail",
+                attention=self.spec.attention,
+            )
 
     def end(self) -> None:
         """Ends the communication: each process goes on by itself."""
@@ -210,10 +232,11 @@ class ParallelTrainer(PackedTrainer):
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A checkpoint on the way: nothing here, ``_save_optimizer_and_scheduler`` writes all."""
+        """A checkpoint on the way: its shape, for ``convert``; ``_save_optimizer_and_scheduler`` writes the tensors."""
         assert output_dir is not None
+        assert isinstance(self.model, PreTrainedModel)
         if self.place.main:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            self.model.config.save_pretrained(output_dir)
         self.place.wait()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -1,7 +1,8 @@
 """What a run will need before it starts: memory on one device, arithmetic and time, from formulas.
 
 Symbols: N parameters (n of them trained), B rows, T tokens a row, L layers, D hidden size, F intermediate size, V
-vocabulary, H heads of width d. Optimizer state and gradients are those of AdamW in float32 without sharding.
+vocabulary, H heads of width d, G of them for keys and values. Gradients and optimizer state are AdamW's in float32.
+Several processes: what they share is divided by them, what FSDP2 gathers for a while is added.
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from inplace_ttt.errors import UserError
 from inplace_ttt.train.flops import flops_per_token
 from inplace_ttt.train.model import count_parameters, prepare_trainable
+from inplace_ttt.train.parallel_spec import ParallelSpec
 from inplace_ttt.train.recipe import Recipe
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -36,13 +38,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on one device, FLOPs of one trained token (forward and backward), tokens of the run."""
+    """Bytes on one device, FLOPs of one trained token (forward and backward), tokens that one process reads."""
 
     parameters: int
     trained: int
     memory: dict[str, int]
     flops_per_token: float
     tokens: int
+    processes: int = 1
 
     @property
     def total(self) -> int:
@@ -55,17 +58,22 @@ class Plan:
 
     def lines(self, tflops: float, mfu: float) -> list[str]:
         """For people."""
-        GiB = 2**30
-        parts = [f"  {name:<24}{size / GiB:10.2f} GiB" for name, size in self.memory.items()]
         hours = self.seconds(tflops * 1e12, mfu) / 3600
+        size, unit = (2**30, "GiB") if self.total >= 2**30 else (2**20, "MiB")
+        parts = {**self.memory, "together": self.total}
         return [
-            f"parameters {self.parameters / 1e9:.3f}B, trained {self.trained / 1e9:.3f}B",
-            "memory of one device, nothing sharded:",
-            *parts,
-            f"  {'together':<24}{self.total / GiB:10.2f} GiB",
-            f"{self.flops_per_token / 1e9:.2f} GFLOP a token, {self.tokens / 1e9:.3f}B tokens a process",
+            f"parameters {_count(self.parameters)}, trained {_count(self.trained)}",
+            "memory of one device" + (f", one of {self.processes}:" if self.processes > 1 else ":"),
+            *(f"  {name:<32}{value / size:10.2f} {unit}" for name, value in parts.items()),
+            f"{self.flops_per_token / 1e9:.4g} GFLOP a token, {_count(self.tokens)} tokens a process",
             f"{hours:,.2f} hours at {tflops:g} TFLOP/s and an MFU of {mfu:.0%} (assumed)",
         ]
+
+
+def _count(number: int) -> str:
+    if number < 1e6:
+        return f"{number:,}"
+    return f"{number / 1e9:.3f}B" if number >= 1e9 else f"{number / 1e6:.3f}M"
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -77,34 +85,46 @@ def plan(recipe: Recipe) -> Plan:
     prepare_trainable(model, recipe)
     config = model.config
     N, n = count_parameters(model), count_parameters(model, trainable=True)
-    B, T, L, D, F, V = (
-        _rows(recipe), recipe.sequence_length, config.num_hidden_layers, config.hidden_size,
-        config.intermediate_size, config.vocab_size,
+    B, T, L, D, V = (
+        _rows(recipe), recipe.sequence_length, config.num_hidden_layers, config.hidden_size, config.vocab_size,
     )  # fmt: skip
-    H, G = config.num_attention_heads, config.num_key_value_heads
+    F = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * D
+    H = config.num_attention_heads
+    G = getattr(config, "num_key_value_heads", None) or H
     d = getattr(config, "head_dim", None) or D // H
     half = 2 if recipe.precision == "bf16" else 4
     adapting = 0 if ttt is None else len(ttt.layer_indices(L))
+    spec = recipe.parallel or ParallelSpec()
+    sharers = spec.shard * spec.context * spec.tensor
+    own = T // spec.context
+    kept = 1 if recipe.activation_checkpointing else L  # layers whose activations are there at once
+    adapting_kept = min(kept, adapting)
 
     # Of one layer and token, kept for the backward: two norms in float32, their outputs, queries, keys, values, the
     # attention's output and the MLP's gate, up, activation and product.
     per_token = 2 * 2 * 4 * D + half * (2 * D + 2 * (H + G) * d + 4 * F)
-    extra = (D * 8 + F * half) if adapting else 0  # targets and, in the backward, the keys again
-    if recipe.activation_checkpointing:
-        activations = B * T * (L * 4 * D + per_token + extra)
-    else:
-        activations = B * T * (L * per_token + adapting * extra)
+    extra = D * 8 + F * half  # targets and, in the backward, the keys again
+    activations = B * own * (kept * per_token + adapting_kept * extra)
+    if recipe.activation_checkpointing:  # the input of every layer: float32 under autocast
+        activations += B * own * L * D * (4 if spec.processes == 1 else half)
     memory = {
-        "weights": 4 * N,
-        "gradients": 4 * n,
-        "optimizer state": 8 * n,
-        "weights in bf16 (autocast)": 2 * N if half == 2 else 0,
+        "weights": 4 * N // sharers,
+        "gradients": 4 * n // sharers,
+        "optimizer state": 8 * n // sharers,
+        "weights in bf16 (autocast)": 2 * N if half == 2 and spec.processes == 1 else 0,
         "activations": activations,
         "fast weights": 2 * 4 * B * D * F if adapting else 0,  # S, and its gradient in the backward
-        "logits and their gradient": B * T * V * (half + 4 + 4),
+        "logits and their gradient": B * own * V * (half + 4 + 4),
     }
+    if spec.processes > 1 and spec.tensor == 1:  # the embeddings' and two layers' weights, and their gradients
+        embeddings = V * D * (1 if config.tie_word_embeddings else 2)
+        memory["gathered by FSDP2"] = 2 * half * (embeddings + 2 * (N - embeddings) // L)
+    if spec.context > 1:
+        pieces = 2 if spec.slices == "head_tail" else 1
+        memory["fast weights"] *= pieces * adapting_kept
+        memory["keys and values of whole rows"] = half * B * T * 2 * G * d * kept
     flops = flops_per_token(recipe, model, recomputed=True)
-    return Plan(N, n, memory, flops, recipe.steps * B * recipe.gradient_accumulation * T)
+    return Plan(N, n, memory, flops, recipe.steps * B * recipe.gradient_accumulation * own, spec.processes)
 
 
 def _rows(recipe: Recipe) -> int:

@@ -3,7 +3,7 @@
 import difflib
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,7 @@ def _check_numbers(recipe: "Recipe") -> None:
             "optimizer.weight_decay": optimizer.weight_decay,
             "optimizer.max_grad_norm": optimizer.max_grad_norm,
             "optimizer.min_lr_ratio": optimizer.min_lr_ratio,
+            "seed": recipe.seed,
         },
     }
     for smallest, settings in at_least.items():
@@ -67,6 +68,11 @@ def _check_numbers(recipe: "Recipe") -> None:
         raise RecipeError(f"peak_tflops: {recipe.peak_tflops} must be above 0 (989: an H100 in bf16)")
     if not 0 < optimizer.lr < 1:
         raise RecipeError(f"optimizer.lr: {optimizer.lr} must lie between 0 and 1")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(optimizer, name) < 1:
+            raise RecipeError(f"optimizer.{name}: {getattr(optimizer, name)} must be at least 0 and below 1")
+    if optimizer.min_lr_ratio > 1:
+        raise RecipeError(f"optimizer.min_lr_ratio: {optimizer.min_lr_ratio} must be at most 1, it is a share of lr")
     if optimizer.min_lr_ratio and optimizer.schedule != "cosine":
         raise RecipeError("optimizer.min_lr_ratio: only the cosine schedule has one")
     if optimizer.warmup_steps >= recipe.steps:
@@ -89,13 +95,12 @@ def _check_model(recipe: "Recipe") -> None:
         raise RecipeError("tokenizer: missing, a model trained from scratch needs path or train")
     if model.base is not None and tokenizer.train is not None:
         raise RecipeError("tokenizer.train: a base model keeps its own tokenizer, leave this out")
-    for name, place in (("model.base", model.base), ("tokenizer.path", tokenizer.path)):
-        if place is not None and re.match(r"[./~]", place) and not Path(place).is_dir():
-            raise RecipeError(f"{name}: there is no directory {place}")
-    if model.base is not None and model.base.count("/") > 1 and not Path(model.base).is_dir():
-        raise RecipeError(f"model.base: there is no directory {model.base}")
+    _check_place("model.base", model.base, ("config.json", "inplace_ttt.json"), "model")
+    path = tokenizer.path or model.base
+    _check_place("tokenizer.path" if tokenizer.path else "tokenizer", path, ("*token*", "vocab*"), "tokenizer")
     if model.settings and model.base is None:
         raise RecipeError("model.settings: only a base has settings to replace, write them in model.config")
+    _check_rope("model.settings", model.settings)
     for name in recipe.report_to:
         if name not in ("tensorboard", "wandb"):
             raise RecipeError(f"report_to: {name!r} is none of tensorboard, wandb")
@@ -103,6 +108,27 @@ def _check_model(recipe: "Recipe") -> None:
             raise RecipeError(f"report_to: {name} is not installed: pip install {name}")
     if model.config is not None:
         _check_config(model.config)
+
+
+def _check_place(name: str, place: str | None, files: Sequence[str], what: str) -> None:
+    """A directory must be there and hold one of ``files``; other names are the hub's, OWNER/NAME at most."""
+    if place is None:
+        return
+    folder = Path(place)
+    if (re.match(r"[./~]", place) or place.count("/") > 1) and not folder.is_dir():
+        raise RecipeError(f"{name}: there is no directory {place}")
+    if folder.is_dir() and not any(next(folder.glob(file), None) for file in files):
+        raise RecipeError(f"{name}: there is no {what} in {place}, give a directory that holds one")
+
+
+def _check_rope(where: str, values: Mapping[str, Any]) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    for name in ("rope_parameters", "rope_scaling"):
+        kind = values[name].get("rope_type", "default") if isinstance(values.get(name), Mapping) else "default"
+        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+            known = ", ".join(sorted({"default", *ROPE_INIT_FUNCTIONS}))
+            raise RecipeError(f"{where}.{name}.rope_type: {kind!r} is none of {known}")
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
@@ -120,16 +146,23 @@ def _check_config(config: Mapping[str, Any]) -> None:
             close = difflib.get_close_matches(key, default.to_dict(), 1)
             hint = f", did you mean {close[0]}?" if close else ""
             raise RecipeError(f"model.config.{key}: {model_type} has no such setting{hint}")
+    _check_rope("model.config", config)
     try:
-        CONFIG_MAPPING[model_type](**{key: value for key, value in config.items() if key != "model_type"})
+        built = CONFIG_MAPPING[model_type](**{key: value for key, value in config.items() if key != "model_type"})
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise RecipeError(f"model.config: {' '.join(str(error).split())[:300]}") from None
+    heads, shared = getattr(built, "num_attention_heads", None), getattr(built, "num_key_value_heads", None)
+    if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
+        raise RecipeError(f"model.config.num_key_value_heads: {shared} must divide num_attention_heads ({heads})")
 
 
 def _check_data(recipe: "Recipe") -> None:
     data = recipe.data
     if not data.train:
         raise RecipeError("data.train: give at least one domain, such as books: jsonl:books.jsonl")
+    for name, folder in (("output", recipe.output), ("data.cache", data.cache)):
+        if Path(folder).is_file():
+            raise RecipeError(f"{name}: {folder} is a file, name a directory")
     if recipe.eval_every and not data.validation:
         raise RecipeError("eval_every: needs data.validation (or set it to 0)")
     for split in SPLITS:
@@ -176,6 +209,15 @@ def _check_ttt(recipe: "Recipe") -> None:
     except UserError as error:
         raise RecipeError(f"ttt: {error}") from None
     assert config is not None
+    if recipe.model.config is not None and (config.layers_path is None or config.projection_path is None):
+        from inplace_ttt.hf.families import FAMILIES
+
+        model_type = recipe.model.config["model_type"]
+        if model_type not in FAMILIES:
+            raise RecipeError(
+                f"ttt: {model_type} is not in the table of families: say where its projections are with "
+                "ttt.layers_path and ttt.projection_path"
+            )
     if recipe.sequence_length <= config.chunk_size:
         raise RecipeError(
             f"sequence_length: {recipe.sequence_length} tokens never see an update with ttt.chunk_size "

@@ -59,7 +59,7 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
     console = console or Console()
 
     def say(line: str) -> None:
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
 
     transformers_logging.set_verbosity(logging.ERROR)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -74,29 +74,26 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
 
         place = start(recipe.parallel)
     main = place is None or place.main
-    if place is not None and not main:
-        console.quiet = True
-        place.wait()  # the first process makes the tokens
-    prepared = prepare(recipe, say)
+    console.quiet = console.quiet or not main
+    prepared = prepare(recipe, say) if place is None else place.first(lambda: prepare(recipe, say))
     if prepare_only:
         return prepared.directory
-    if place is not None and main:
-        place.wait()
+    _check_windows(recipe, prepared)
 
     started = datetime.now(UTC)
     if main:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "recipe.json", recipe.raw)
         (output / "packages.json").write_bytes((prepared.directory / "packages.json").read_bytes())
-    trainer, rows = _trainer(recipe, prepared, checkpoints, place, say)
-    quiet(trainer, console)
-    model = trainer.model
-    assert isinstance(model, PreTrainedModel)
-    say(
-        f"{recipe.name}: {count_parameters(model) / 1e6:.2f}M parameters on {trainer.args.device}, "
-        f"{model.config._attn_implementation}; {rows.describe()}"
-    )
     try:
+        trainer, rows = _trainer(recipe, prepared, checkpoints, place, say, last)
+        quiet(trainer, console)
+        model = trainer.model
+        assert isinstance(model, PreTrainedModel)
+        say(
+            f"{recipe.name}: {count_parameters(model) / 1e6:.2f}M parameters on {trainer.args.device}, "
+            f"{model.config._attn_implementation}; {rows.describe()}"
+        )
         trainer.train(resume_from_checkpoint=last)
     except torch.OutOfMemoryError:
         raise UserError(out_of_memory(recipe)) from None
@@ -124,7 +121,13 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
     say(f"saved {output / 'model'} ({_size(output / 'model') / 1e6:.1f} MB)")
     warnings = [] if trainer.monitor is None else trainer.monitor.warnings
     del trainer, model
-    results = _evaluate(recipe, prepared, output / "model", attached, device, console)
+    try:
+        results = _evaluate(recipe, prepared, output / "model", attached, device, console)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"the device is out of memory evaluating {output / 'model'}: set evaluation.batch_size below "
+            f"{recipe.evaluation.batch_size} or evaluation.piece below {recipe.evaluation.piece}, with --resume"
+        ) from None
     write_json(output / "evaluation.json", {domain: result.to_dict() for domain, result in results.items()})
     record = run_record(
         recipe.raw,
@@ -149,6 +152,8 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
 def _check_machine(recipe: Recipe) -> None:
     if importlib.util.find_spec("accelerate") is None:
         raise UserError("training needs accelerate: pip install 'inplace-ttt[train]'")
+    if recipe.attn_implementation == "flex_attention" and not torch.cuda.is_available():
+        raise UserError("attn_implementation: flex_attention trains on CUDA devices only, leave it out (auto)")
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and recipe.parallel is None:
         raise UserError(
@@ -157,6 +162,16 @@ def _check_machine(recipe: Recipe) -> None:
         )
     if torch.cuda.device_count() > 1 and started == 1:
         raise UserError("one process uses one GPU: choose it with CUDA_VISIBLE_DEVICES=0, or use torchrun and parallel")
+
+
+def _check_windows(recipe: Recipe, prepared: Prepared) -> None:
+    """What the evaluation at the end would refuse, before anything is trained."""
+    for domain, store in prepared.stores("test").items():
+        if store.lengths.max(initial=0) < recipe.evaluation_length:
+            raise UserError(
+                f"evaluation.length: no document of data.test.{domain} has {recipe.evaluation_length} tokens: "
+                f"make it {store.lengths.max(initial=0)} or less, or leave data.test out"
+            )
 
 
 def out_of_memory(recipe: Recipe) -> str:
@@ -188,6 +203,10 @@ def _start_from(recipe: Recipe, checkpoints: Path, resume: bool) -> str | None:
     changed = [k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in _FREE_ON_RESUME]
     if changed:
         raise UserError(f"cannot resume: {', '.join(sorted(changed))} changed since the run in {checkpoints.parent}")
+    if last is not None and (Path(last) / "sharded").exists() != (recipe.parallel is not None):
+        fix = "leave parallel out" if recipe.parallel is not None else "set parallel={} for one process"
+        kind = "without" if recipe.parallel is not None else "with"
+        raise UserError(f"cannot resume: the checkpoints in {checkpoints} were written {kind} parallel: {fix}")
     return last
 
 
@@ -203,6 +222,7 @@ def _trainer(
     checkpoints: Path,
     place: "Place | None" = None,
     say: Callable[[str], None] = lambda line: None,
+    last: str | None = None,
 ) -> tuple[PackedTrainer, PackedRows | StreamedRows]:
     tokenizer, length = prepared.tokenizer, recipe.sequence_length
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -217,21 +237,24 @@ def _trainer(
         domain: first_rows(store, length, recipe.evaluation.rows, pad, align, cut)
         for domain, store in prepared.stores("validation").items()
     }
-    if recipe.ttt_relative_update is not None:
-        first = {name: value[None] for name, value in rows[0].items()}
-        configure(model, lr=fitting_lr(model, first, recipe.ttt_relative_update))
-    warm_up = is_attached(model) and recipe.ttt_lr_warmup_steps > 0
-    inner_lr = fast_settings(model)["lr"] if warm_up else 0.0
     flops, peak = flops_per_token(recipe, model, recomputed=False), peak_flops(recipe)
     devices = 1 if recipe.parallel is None else recipe.parallel.processes
     kind: Any = PackedTrainer
-    if place is not None:
+    if place is None:
+        model.to(arguments.device)  # type: ignore[arg-type]
+    else:
         from inplace_ttt.train.parallel import ParallelTrainer
 
-        model = place.distribute(
+        model = place.shard(
             model, torch.bfloat16 if recipe.precision == "bf16" else None, recipe.activation_checkpointing
         )
         kind = partial(ParallelTrainer, place=place, rows_per_batch=recipe.batch_size)
+    if recipe.ttt_relative_update is not None:  # where the model is trained: a CPU would take hours for a large one
+        configure(model, lr=_chosen_lr(recipe, model, rows, last))
+    if place is not None:
+        place.cut_rows(model)
+    warm_up = is_attached(model) and recipe.ttt_lr_warmup_steps > 0
+    inner_lr = fast_settings(model)["lr"] if warm_up else 0.0
     watched = is_attached(model) and not recipe.compile  # compiled layers call no hooks
     trainer: PackedTrainer = kind(
         model=model,
@@ -248,6 +271,16 @@ def _trainer(
     if warm_up:
         trainer.add_callback(InnerLrWarmup(model, inner_lr, recipe.ttt_lr_warmup_steps))
     return trainer, rows
+
+
+def _chosen_lr(
+    recipe: Recipe, model: PreTrainedModel, rows: PackedRows | StreamedRows, checkpoint: str | None
+) -> float:
+    """The inner learning rate by measurement on the first row; a run that goes on keeps the one that it has."""
+    if checkpoint is not None and (found := Path(checkpoint) / "config.json").is_file():
+        return float(json.loads(found.read_text(encoding="utf-8"))["inplace_ttt"]["lr"])
+    assert recipe.ttt_relative_update is not None
+    return fitting_lr(model, {name: value[None] for name, value in rows[0].items()}, recipe.ttt_relative_update)
 
 
 def _rows(recipe: Recipe, prepared: Prepared, pad: int) -> PackedRows | StreamedRows:

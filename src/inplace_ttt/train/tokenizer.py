@@ -65,7 +65,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer at {path}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"no tokenizer at {path}: {' '.join(str(error).split())[:300]}") from None
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer at {path} cannot be used: training needs a fast one with an end-of-text token")
     return tokenizer

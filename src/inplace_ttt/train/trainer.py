@@ -210,7 +210,7 @@ class ProgressLines(TrainerCallback):
             self.progress.update(self.task, completed=state.global_step)
         line = log_line(logs or {})
         if line:
-            self.console.print(f"step {state.global_step:>6}  {line}", highlight=False)
+            self.console.print(f"step {state.global_step:>6}  {line}", highlight=False, soft_wrap=True)
 
 
 def log_line(logs: Mapping[str, float]) -> str:
