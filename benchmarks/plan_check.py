@@ -47,8 +47,10 @@ def check(length: int, checkpointing: bool, text: str, tokenizer: str, tiny: boo
         predicted = plan(recipe)
         record = json.loads((run(recipe, console=Console(quiet=True)) / "run.json").read_text())
     measured = record["peak_memory_bytes"] if torch.cuda.is_available() else None
+    kept = {name: value for name, value in recipe.raw.items() if name not in ("data", "output")}
     rate = predicted.flops_per_token * record["tokens_per_second"]
     return {
+        "recipe": kept | {"output": "out/plan-check"},
         "sequence_length": length,
         "activation_checkpointing": checkpointing,
         "predicted_bytes": predicted.total,

@@ -21,9 +21,9 @@ def train(
     ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print memory and time of the run, then stop.")] = False,
     tflops: Annotated[float, typer.Option(help="With --plan: the device's TFLOP/s (989: an H100 in bf16).")] = 989,
-    mfu: Annotated[
-        float, typer.Option(help="With --plan: the share of them that is reached, recomputation counted.")
-    ] = 0.35,
+    bandwidth: Annotated[
+        float, typer.Option(help="With --plan: its memory's TB/s (3.35: an H100, 4.8: an H200).")
+    ] = 3.35,
 ) -> None:
     """Train a model from a recipe: tokens, training, the saved model, its test losses, a plot and run.json."""
     from rich.console import Console
@@ -37,11 +37,11 @@ def train(
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     checked = load_recipe(recipe, overrides or [])
     if plan:
-        if tflops <= 0 or not 0 < mfu <= 1:
-            raise UserError(f"--tflops must be above 0 and --mfu between 0 and 1, got {tflops:g} and {mfu:g}")
+        if tflops <= 0 or bandwidth <= 0:
+            raise UserError(f"--tflops and --bandwidth must be above 0, got {tflops:g} and {bandwidth:g}")
         from inplace_ttt.train.plan import plan as planned
 
-        for line in planned(checked).lines(tflops, mfu):
+        for line in planned(checked).lines(tflops, bandwidth):
             console.print(line, highlight=False, soft_wrap=True)
         return
     where = run(checked, resume=resume, prepare_only=prepare_only, console=console)

@@ -25,17 +25,28 @@ def flops_per_token(recipe: Recipe, model: PreTrainedModel, *, recomputed: bool)
 
     ``recomputed`` counts what activation checkpointing computes again: it does, and MFU by convention does not.
     """
+    return products_per_token(recipe, model, recomputed=recomputed) + attention_per_token(
+        recipe, model, recomputed=recomputed
+    )
+
+
+def attention_per_token(recipe: Recipe, model: PreTrainedModel, *, recomputed: bool) -> float:
+    """The part of ``flops_per_token`` that is attention's."""
+    passes = 4 if recomputed and recipe.activation_checkpointing else 3
+    return passes * _attention_products(model.config.get_text_config(), recipe.sequence_length)
+
+
+def products_per_token(recipe: Recipe, model: PreTrainedModel, *, recomputed: bool) -> float:
+    """The part of ``flops_per_token`` that is not attention's."""
     config = model.config.get_text_config()
     N = sum(p.numel() for p in model.parameters())
     embeddings: Any = model.get_input_embeddings()
     products = N - (0 if config.tie_word_embeddings else embeddings.weight.numel())
-    attention = _attention_products(config, recipe.sequence_length)
     scan = 2 * sum(math.prod(layer.shape) for layer in inspect(model)) if is_attached(model) else 0
     flops: float = (4 if recipe.trainable != "all" else 6) * products  # no gradients of frozen weights
-    flops += 3 * attention
     flops += scan * (1 + 3)  # one more product forward, three more backward
     if recomputed and recipe.activation_checkpointing:
-        flops += 2 * products + attention + scan
+        flops += 2 * products + scan
     return flops
 
 

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from inplace_ttt.errors import UserError
-from inplace_ttt.train.flops import flops_per_token
+from inplace_ttt.train.duration import LOGIT_BYTES, Work, layer_bytes
+from inplace_ttt.train.flops import attention_per_token, products_per_token
 from inplace_ttt.train.model import count_parameters, prepare_trainable
 from inplace_ttt.train.parallel_spec import ParallelSpec
 from inplace_ttt.train.recipe import Recipe
@@ -38,12 +39,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on one device, FLOPs of one trained token (forward and backward), tokens that one process reads."""
+    """Bytes on one device, what one process computes and moves for a trained token, tokens that it reads."""
 
     parameters: int
     trained: int
     memory: dict[str, int]
-    flops_per_token: float
+    work: Work
     tokens: int
     processes: int = 1
 
@@ -52,13 +53,14 @@ class Plan:
         """Bytes at the peak."""
         return sum(self.memory.values())
 
-    def seconds(self, flops_per_second: float, mfu: float) -> float:
-        """Time of the run on one device of this rate, of which the share ``mfu`` is reached."""
-        return self.flops_per_token * self.tokens / (flops_per_second * mfu)
+    @property
+    def flops_per_token(self) -> float:
+        """What is computed again included."""
+        return self.work.products + self.work.attention
 
-    def lines(self, tflops: float, mfu: float) -> list[str]:
-        """For people."""
-        hours = self.seconds(tflops * 1e12, mfu) / 3600
+    def lines(self, tflops: float, bandwidth: float) -> list[str]:
+        """For people; ``tflops`` and ``bandwidth`` (TB/s) of one device by its data sheet."""
+        each = self.work.seconds_per_token(tflops, bandwidth)
         size, unit = (2**30, "GiB") if self.total >= 2**30 else (2**20, "MiB")
         parts = {**self.memory, "together": self.total}
         return [
@@ -66,7 +68,8 @@ class Plan:
             "memory of one device" + (f", one of {self.processes}:" if self.processes > 1 else ":"),
             *(f"  {name:<32}{value / size:10.2f} {unit}" for name, value in parts.items()),
             f"{self.flops_per_token / 1e9:.4g} GFLOP a token, {_count(self.tokens)} tokens a process",
-            f"{hours:,.2f} hours at {tflops:g} TFLOP/s and an MFU of {mfu:.0%} (assumed)",
+            f"{self.tokens * each / 3600:,.2f} hours, {self.processes / each:,.0f} tokens a second, on devices of "
+            f"{tflops:g} TFLOP/s and {bandwidth:g} TB/s",
         ]
 
 
@@ -76,8 +79,11 @@ def _count(number: int) -> str:
     return f"{number / 1e9:.3f}B" if number >= 1e9 else f"{number / 1e6:.3f}M"
 
 
-def plan(recipe: Recipe) -> Plan:
-    """The plan of a recipe. Builds the model without weights; UserError when its shape cannot be known."""
+def plan(recipe: Recipe, *, logit_tokens: int | None = None) -> Plan:
+    """The plan of a recipe. Builds the model without weights; UserError when its shape cannot be known.
+
+    ``logit_tokens``: how many tokens' logits are there at once; None: those of a whole batch.
+    """
     with torch.device("meta"):
         make: Any = AutoModelForCausalLM.from_config
         model = make(_shape(recipe), dtype=torch.float32)
@@ -97,24 +103,29 @@ def plan(recipe: Recipe) -> Plan:
     spec = recipe.parallel or ParallelSpec()
     sharers = spec.shard * spec.context * spec.tensor
     own = T // spec.context
-    kept = 1 if recipe.activation_checkpointing else L  # layers whose activations are there at once
+    checkpointing, casts = recipe.activation_checkpointing, half == 2 and spec.processes == 1
+    kept = 1 if checkpointing else L  # layers whose activations are there at once
     adapting_kept = min(kept, adapting)
 
-    # Of one layer and token, kept for the backward: two norms in float32, their outputs, queries, keys, values, the
-    # attention's output and the MLP's gate, up, activation and product.
-    per_token = 2 * 2 * 4 * D + half * (2 * D + 2 * (H + G) * d + 4 * F)
+    # Of one layer and token, kept for the backward: two norms in float32, their outputs (autocast casts them for each
+    # of five projections), queries, keys, values, the attention's output, and the MLP's gate, up, activation, product.
+    per_token = 2 * 2 * 4 * D + half * ((5 if casts else 2) * D + 2 * (H + G) * d + 4 * F)
+    head_norms = any(name.endswith("q_norm") for name, _ in model.named_modules())
+    if head_norms:
+        per_token += (2 * 4 + half) * (H + G) * d
     extra = D * 8 + F * half  # targets and, in the backward, the keys again
-    activations = B * own * (kept * per_token + adapting_kept * extra)
-    if recipe.activation_checkpointing:  # the input of every layer: float32 under autocast
-        activations += B * own * L * D * (4 if spec.processes == 1 else half)
+    layers = B * own * (kept * per_token + adapting_kept * extra)
+    inputs = B * own * L * D * (4 if spec.processes == 1 else half) if checkpointing else 0  # float32 under autocast
+    logits = (logit_tokens or B * own) * V * (half + 4 + 4)
     memory = {
         "weights": 4 * N // sharers,
-        "gradients": 4 * n // sharers,
         "optimizer state": 8 * n // sharers,
-        "weights in bf16 (autocast)": 2 * N if half == 2 and spec.processes == 1 else 0,
-        "activations": activations,
+        "weights in bf16 (autocast)": 2 * N if casts else 0,
+        "inputs of all layers": inputs,
+        # With checkpointing the logits are gone before the first layer is computed again.
+        "activations": max(layers - logits, 0) if checkpointing else layers,
+        "logits and their gradient": logits,
         "fast weights": 2 * 4 * B * D * F if adapting else 0,  # S, and its gradient in the backward
-        "logits and their gradient": B * own * V * (half + 4 + 4),
     }
     if spec.processes > 1 and spec.tensor == 1:  # the embeddings' and two layers' weights, and their gradients
         embeddings = V * D * (1 if config.tie_word_embeddings else 2)
@@ -123,8 +134,20 @@ def plan(recipe: Recipe) -> Plan:
         pieces = 2 if spec.slices == "head_tail" else 1
         memory["fast weights"] *= pieces * adapting_kept
         memory["keys and values of whole rows"] = half * B * T * 2 * G * d * kept
-    flops = flops_per_token(recipe, model, recomputed=True)
-    return Plan(N, n, memory, flops, recipe.steps * B * recipe.gradient_accumulation * own, spec.processes)
+    # Gradients take the place of activations on the way back, unless they wait for the next batch of a step.
+    gradients, room = 4 * n // sharers, sum(memory.values()) - 4 * N // sharers - 8 * n // sharers
+    memory["gradients"] = gradients if recipe.gradient_accumulation > 1 else max(gradients - room, 0)
+    passes = 4 if checkpointing else 3
+    per_layer = layer_bytes(D, F, H * d, G * d, half, casts=casts, head_norms=head_norms)
+    work = Work(
+        products=products_per_token(recipe, model, recomputed=True),
+        attention=attention_per_token(recipe, model, recomputed=True),
+        token_bytes=passes * L * per_layer + LOGIT_BYTES * V,
+        step_bytes=34 * n // sharers + (3 * half * N if casts else 0),  # gradients' norm, AdamW, autocast's copies
+        tokens_per_step=B * own * recipe.gradient_accumulation,
+        packed=recipe.attn_implementation in ("auto", "varlen"),
+    )
+    return Plan(N, n, memory, work, recipe.steps * B * recipe.gradient_accumulation * own, spec.processes)
 
 
 def _rows(recipe: Recipe) -> int:
