@@ -9,7 +9,7 @@ from pathlib import Path
 from inplace_ttt.bench.plots import prefill
 
 ROOT = Path(__file__).resolve().parent.parent
-RECORDS = ("prefill", "prefill-128k", "prefill-window")
+RECORDS = ("prefill", "prefill-window")
 
 
 def main() -> None:
