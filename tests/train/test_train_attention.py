@@ -110,7 +110,8 @@ def test_model_with_varlen_equals_sdpa(
         loss.backward()
         losses.append(float(loss.detach()))
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert len(calls) == 2, "one call a layer"
+    undivided = window is None and all(len(row) == 1 for row in rows)
+    assert len(calls) == (0 if undivided else 2), "one call a layer; whole rows go by sdpa"
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.999
 

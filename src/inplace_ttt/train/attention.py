@@ -1,10 +1,10 @@
 """Attention over packed rows on CUDA: sliding window and document boundaries without a mask.
 
 ``varlen`` runs PyTorch's own flash attention for documents laid end to end (`torch.nn.attention.varlen`), which reads
-the window and the document bounds directly. transformers' ``flex_attention`` builds a block mask in every forward
-instead, and its ``sdpa`` a dense [B, 1, T, T] one. Under autocast, rotary embeddings return queries and keys in float32
-beside half-precision values; both implementations here cast them back first (flex_attention would otherwise fail, or
-run in float32, depending on the version of PyTorch).
+the window and the document bounds directly; whole rows without a window go by sdpa. transformers' ``flex_attention``
+builds a block mask in every forward instead, and its ``sdpa`` a dense [B, 1, T, T] one. Under autocast, rotary
+embeddings return queries and keys in float32 beside half-precision values; both implementations here cast them back
+first (flex_attention would otherwise fail, or run in float32, depending on the version of PyTorch).
 """
 
 import inspect
@@ -92,8 +92,8 @@ def varlen_attention(
 ) -> tuple[Tensor, None]:
     """query [B, H, T, d], key and value [B, H or fewer, T, d] -> [B, T, H, d]; documents from ``position_ids`` [B, T].
 
-    Falls back to transformers' sdpa where a mask is given or the numbers are float32. Raises NotImplementedError for
-    what flash attention lacks (dropout, capped logits, attention sinks).
+    By transformers' sdpa where a mask is given, the numbers are float32, or no row is divided and there is no window.
+    Raises NotImplementedError for what flash attention lacks (dropout, capped logits, attention sinks).
     """
     B, H, T, d = query.shape
     dtype = _half(query.device, value.dtype)
@@ -102,10 +102,14 @@ def varlen_attention(
     for name in ("dropout", "softcap", "s_aux", "position_bias"):
         if isinstance(rest.get(name), Tensor) or rest.get(name):
             raise NotImplementedError(f"varlen attention has no {name}: choose attn_implementation: flex_attention")
+    bounds = document_bounds(position_ids, B, T, query.device)
+    if bounds.numel() == B + 1 and (sliding_window is None or sliding_window >= T):
+        # Whole rows: the kernel that PyTorch has for them is about twice as fast on Hopper.
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **rest)
     if key.shape[1] != H:  # the flag for grouped heads is not in every supported version
         key, value = (x.repeat_interleave(H // x.shape[1], 1) for x in (key, value))
     flat = [x.to(dtype).transpose(1, 2).reshape(B * T, H, d) for x in (query, key, value)]
-    bounds = document_bounds(position_ids, B, T, query.device)
     left = -1 if sliding_window is None else sliding_window - 1
     # T bounds the longest document without asking the device for it.
     out = _varlen(*flat, bounds, bounds, T, T, scale=scaling, window_size=(left, 0))
