@@ -71,6 +71,14 @@ def test_families_table_is_the_code_s():
     assert table in README
 
 
+def test_speed_tables_are_the_records():
+    pages = "\n".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("results.md", "parallel.md"))
+    tables = run("benchmarks/summarise_bench.py").strip().split("\n\n")
+    assert len(tables) == 3
+    for table in [*tables, run("benchmarks/summarise_adapter.py").strip()]:
+        assert table in pages
+
+
 def test_results_tables_are_the_records():
     table = run("benchmarks/summarise_books_and_code.py").strip()
     assert table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
