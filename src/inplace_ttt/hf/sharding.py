@@ -4,6 +4,7 @@ The parameters that ``attach`` adds lie in the MLP, so they are sharded and gath
 communicates is FSDP2's own: nothing of the fast weights (they are activations).
 """
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
@@ -47,6 +53,36 @@ def shard_layers(
         fully_shard(layer, **settings)
     fully_shard(root, **settings)
     return root
+
+
+def from_first(model: PreTrainedModel | None) -> PreTrainedModel:
+    """The first rank's model there; on the others, which give None, a copy with its parameters on the meta device.
+
+    Buffers, settings and fast weights are copied, the random state too. All ranks call it, then ``shard_from_first``.
+    """
+    sent: list[Any] = [None, None, None]
+    if model is not None:
+        empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
+        sent = [copy.deepcopy(model, empty), torch.initial_seed(), torch.get_rng_state()]
+    dist.broadcast_object_list(sent)
+    if model is None:
+        model = sent[0]
+        torch.manual_seed(sent[1])  # of the GPU too
+        torch.set_rng_state(sent[2])
+    return model
+
+
+def shard_from_first(model: PreTrainedModel, mesh: Any, **settings: Any) -> PreTrainedModel:
+    """``shard_layers`` of what ``from_first`` returned: no rank but the first ever holds all of the weights."""
+    first = dist.get_rank() == 0
+    weights: dict[str, Any] = {n: p.detach() for n, p in model.named_parameters()} if first else {}
+    root: Any = shard_layers(model, mesh, **settings)
+    if not first:
+        root._apply(lambda x: torch.empty_like(x, device=mesh.device_type) if x.is_meta else x)  # not the buffers
+    # Not strict: of parameters with several names (tied ones), the first name is there.
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(root, weights, options=options)
+    return model
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:

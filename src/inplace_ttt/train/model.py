@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -110,7 +111,7 @@ def _load_base(recipe: Recipe, attention: str) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_pretrained(base, **keywords)
     except UserError:
         raise
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+    except (OSError, ValueError, TypeError, StrictDataclassError, SafetensorError) as error:
         raise UserError(f"model.base: cannot load {base}: {' '.join(str(error).split())[:300]}") from None
     except KeyError as error:  # of settings that are not complete
         raise UserError(f"model.base: cannot load {base}: its settings lack {error}") from None

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from inplace_ttt.errors import UserError
 from inplace_ttt.hf.parallel import ContextParallel, enable_context_parallel
-from inplace_ttt.hf.sharding import Meshes, load_sharded, make_meshes, save_sharded, shard_layers
+from inplace_ttt.hf.sharding import Meshes, from_first, load_sharded, make_meshes, save_sharded, shard_from_first
 from inplace_ttt.train.packing import IGNORED, PackedRows
 from inplace_ttt.train.parallel_spec import ParallelSpec
 from inplace_ttt.train.stream import StreamedRows
@@ -77,6 +77,12 @@ class Place:
             raise UserError(refusal[0])
         return done[0] if done else work()
 
+    def build(self, work: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+        """``work()``, for ``shard``: on the first process alone where that gives the others their parts of it."""
+        if self.meshes is None:
+            return work()
+        return from_first(self.first(lambda: work() if self.main else None))
+
     def shard(
         self, model: PreTrainedModel, precision: torch.dtype | None, checkpointing: bool = False
     ) -> PreTrainedModel:
@@ -85,7 +91,7 @@ class Place:
             enable: Any = model.gradient_checkpointing_enable
             enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.meshes is not None:
-            shard_layers(model, self.meshes.parameters, precision=precision)
+            shard_from_first(model, self.meshes.parameters, precision=precision)
         elif self.alone:
             model.to(self.device)  # type: ignore[arg-type]
         model.__dict__["_is_accelerate_prepared"] = not self.alone

@@ -229,9 +229,9 @@ def _trainer(
     assert isinstance(pad, int)
     arguments = _arguments(recipe, checkpoints, place)
     torch.set_float32_matmul_precision("high")
-    model = build_model(
-        recipe, tokenizer, choose_attention(recipe.attn_implementation, arguments.device, recipe.compile)
-    )
+    attention = choose_attention(recipe.attn_implementation, arguments.device, recipe.compile)
+    build = partial(build_model, recipe, tokenizer, attention)
+    model = build() if place is None else place.build(build)
     rows, align, cut = _rows(recipe, prepared, pad), recipe.alignment, recipe.cut
     validation = {
         domain: first_rows(store, length, recipe.evaluation.rows, pad, align, cut)
