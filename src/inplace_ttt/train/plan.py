@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from inplace_ttt.errors import UserError
 from inplace_ttt.train.flops import flops_per_token
+from inplace_ttt.train.loss import tokens_at_once, why_whole
 from inplace_ttt.train.model import count_parameters, prepare_trainable
 from inplace_ttt.train.parallel_spec import ParallelSpec
 from inplace_ttt.train.recipe import Recipe
@@ -107,6 +108,9 @@ def plan(recipe: Recipe) -> Plan:
     activations = B * own * (kept * per_token + adapting_kept * extra)
     if recipe.activation_checkpointing:  # the input of every layer: float32 under autocast
         activations += B * own * L * D * (4 if spec.processes == 1 else half)
+    scored = B * own  # tokens whose logits are there at once
+    if spec.tensor == 1 and why_whole(model) is None:
+        scored = min(scored, tokens_at_once(V))
     memory = {
         "weights": 4 * N // sharers,
         "gradients": 4 * n // sharers,
@@ -114,8 +118,10 @@ def plan(recipe: Recipe) -> Plan:
         "weights in bf16 (autocast)": 2 * N if half == 2 and spec.processes == 1 else 0,
         "activations": activations,
         "fast weights": 2 * 4 * B * D * F if adapting else 0,  # S, and its gradient in the backward
-        "logits and their gradient": B * own * V * (half + 4 + 4),
+        "logits and their gradient": scored * V * (half + 4 + 4),
     }
+    if scored < B * own and recipe.trainable == "all":  # a piece's gradient, and their sum in float32 or its cast
+        memory["the head's gradient, by piece"] = V * D * (8 if half == 2 else 4)
     if spec.processes > 1 and spec.tensor == 1:  # the embeddings' and two layers' weights, and their gradients
         embeddings = V * D * (1 if config.tie_word_embeddings else 2)
         memory["gathered by FSDP2"] = 2 * half * (embeddings + 2 * (N - embeddings) // L)
