@@ -23,13 +23,11 @@ def runs(several: list[tuple[dict[str, Any], bool, int]]) -> list[Any]:
     found: list[Any] = []
     for values, resume, port in several:
         os.environ["MASTER_PORT"] = str(port)
-        # Several processes take the loss in pieces of rows, one process whole: the same numbers.
-        size = 48 if os.environ.get("WORLD_SIZE", "1") != "1" else 10**6
         try:
             with (
                 patch.object(run_module, "plot_losses"),
                 patch.object(run_module, "fitting_lr", on_the_device),
-                patch.object(loss_module, "tokens_at_once", lambda vocabulary: size),
+                patch.object(loss_module, "tokens_at_once", piece),
             ):
                 output = run_module.run(make_recipe(values), resume=resume, console=Console(quiet=True))
         except UserError as error:
@@ -42,6 +40,11 @@ def runs(several: list[tuple[dict[str, Any], bool, int]]) -> list[Any]:
         else:
             found.append(None)
     return found
+
+
+def piece(vocabulary: int) -> int:
+    """Several processes take the loss from pieces of their rows, one process from whole ones: the same numbers."""
+    return 48 if os.environ.get("WORLD_SIZE", "1") != "1" else 10**6
 
 
 def on_the_device(model: Any, *arguments: Any) -> float:

@@ -120,7 +120,7 @@ def test_every_family(family: str) -> None:
 
 
 def test_in_half_precision_gradients_are_no_further_from_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of weights in bf16 (as FSDP2 gathers them) and under autocast; a sum in bf16 would be twice as far."""
+    """Of weights in bf16 (as FSDP2 gathers them) and under autocast; sums in bf16 would be."""
     monkeypatch.setattr(module, "LEAST_TOKENS", 1)
     batch, exact, half = packed(), llama(), llama(torch.bfloat16)
     exact.load_state_dict(half.state_dict())
@@ -131,9 +131,9 @@ def test_in_half_precision_gradients_are_no_further_from_the_truth(monkeypatch: 
         gradient = numbers(model, batch, pieces)[1 + names.index("lm_head.weight")]
         return float((gradient.float() - truth).norm() / truth.norm())
 
-    assert error(half, True) < 1.3 * error(half, False)
+    assert error(half, True) < 1.1 * error(half, False)
     with torch.autocast("cpu", torch.bfloat16):
-        assert error(exact, True) < 1.3 * error(exact, False)
+        assert error(exact, True) < 1.1 * error(exact, False)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -165,8 +165,20 @@ def test_whole_logits_are_never_made(autocast: bool) -> None:
     assert pieces_only < T * V, "not of one row alone"
 
 
-def test_pieces() -> None:
-    assert tokens_at_once(10) == PIECE
+def test_no_piece_keeps_its_logits_for_the_backward() -> None:
+    kept: list[torch.Size] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x.shape)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        numbers(llama(), packed(), False)
+        assert (2 * T, V) in kept
+        kept.clear()
+        numbers(llama(), packed(), True)
+    assert kept
+    assert not [shape for shape in kept if shape[-1:] == (V,)]
 
 
 def test_pieces_of_real_vocabularies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,9 +322,10 @@ def test_a_run_logs_the_same_losses(
     assert curves[0] == pytest.approx(curves[1], rel=2e-2 if name == "bf16" else 1e-4)
 
 
-@pytest.mark.parametrize("family", ["granite", "mistral"])
+@pytest.mark.parametrize("family", ["gemma2", "mistral"])
 def test_a_run_says_once_where_it_needs_whole_logits(values: dict[str, Any], family: str) -> None:
     values["model"]["config"]["model_type"] = family
+    values["attn_implementation"] = "eager"
     console = Console(record=True, width=200, file=io.StringIO())
     run(make_recipe(values | {"steps": 3}), console=console)
     assert console.export_text().count("the loss needs whole logits") == (1 if family in WHOLE else 0)
