@@ -106,8 +106,8 @@ def _piece(
 def _aliases(weight: Tensor) -> Iterator[Tensor]:
     """The weight for one piece after another; gradients of a half-precision one are summed in float32.
 
-    In bf16 the sum over 74 pieces (128k tokens of Qwen3) is six times as far from the truth as one product: docs/log.md.
-    A float32 copy of the weight would do, at 8 bytes more a number.
+    Summed in bf16 over 74 pieces (128k tokens of Qwen3) it is six times as far from the truth as one product's, see
+    docs/log.md. A float32 copy of the weight would do, at 8 bytes more a number.
     """
     if weight.dtype.itemsize > 2 or not weight.requires_grad:
         yield from repeat(weight)
