@@ -16,6 +16,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from typer.testing import CliRunner
 
 from inplace_ttt.cli import app
+from inplace_ttt.train.loss import tokens_at_once
 from inplace_ttt.train.plan import Plan, plan
 from inplace_ttt.train.recipe import make_recipe
 
@@ -61,7 +62,8 @@ PLANNED = sorted((ROOT / "benchmarks" / "results" / "plan").glob("*.json"))
 @pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.parent.name)
 def test_memory_is_within_a_fifth_of_recorded_runs(path: Path) -> None:
     record = json.loads(path.read_text())
-    planned = plan(make_recipe(record["recipe"]))
+    recipe = make_recipe(record["recipe"])
+    planned = plan(recipe, logit_tokens=recipe.batch_size * recipe.sequence_length)  # those runs made whole logits
     assert planned.total == pytest.approx(record["peak_memory_bytes"], rel=0.2)
     assert planned.tokens == record["tokens_seen"]
 
@@ -101,6 +103,16 @@ def test_memory_and_time_of_several_processes_are_within_a_fifth_of_recorded_run
     if record["processes"] > 1:  # alone, the benchmark shards over one, which is not what a recipe does
         assert planned.total == pytest.approx(record["peak_bytes"], rel=0.2)
     assert seconds(planned, record) == pytest.approx(1 / record["tokens_per_second"], rel=0.2)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_logits_are_those_of_a_piece_where_the_loss_needs_no_more(values: dict[str, Any], family: str) -> None:
+    values["tokenizer"] = {"train": {"vocab_size": 2**20}}
+    values["model"]["config"]["model_type"] = family
+    lines = [plan(make_recipe(values | {"batch_size": rows})).memory for rows in (1, 8)]
+    counts = [memory["logits and their gradient"] // (2**20 * 12) for memory in lines]
+    assert counts == ([128, tokens_at_once(2**20)] if family == "mistral" else [128, 8 * 128])
+    assert [memory.get("the head's gradient, by piece", 0) > 0 for memory in lines] == [False, family == "mistral"]
 
 
 def test_records_were_found() -> None:

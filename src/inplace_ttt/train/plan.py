@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from inplace_ttt.errors import UserError
 from inplace_ttt.train.duration import LOGIT_BYTES, Work, layer_bytes
 from inplace_ttt.train.flops import attention_per_token, products_per_token
+from inplace_ttt.train.loss import tokens_at_once, why_whole
 from inplace_ttt.train.model import count_parameters, prepare_trainable
 from inplace_ttt.train.parallel_spec import ParallelSpec
 from inplace_ttt.train.recipe import Recipe
@@ -82,7 +83,7 @@ def _count(number: int) -> str:
 def plan(recipe: Recipe, *, logit_tokens: int | None = None) -> Plan:
     """The plan of a recipe. Builds the model without weights; UserError when its shape cannot be known.
 
-    ``logit_tokens``: how many tokens' logits are there at once; None: those of a whole batch.
+    ``logit_tokens``: how many tokens' logits are there at once; None: as many as `inplace_ttt.train.loss` makes.
     """
     with torch.device("meta"):
         make: Any = AutoModelForCausalLM.from_config
@@ -116,7 +117,10 @@ def plan(recipe: Recipe, *, logit_tokens: int | None = None) -> Plan:
     extra = D * 8 + F * half  # targets and, in the backward, the keys again
     layers = B * own * (kept * per_token + adapting_kept * extra)
     inputs = B * own * L * D * (4 if spec.processes == 1 else half) if checkpointing else 0  # float32 under autocast
-    logits = (logit_tokens or B * own) * V * (half + 4 + 4)
+    scored = logit_tokens or B * own
+    if logit_tokens is None and spec.tensor == 1 and why_whole(model) is None:
+        scored = min(scored, tokens_at_once(V))
+    by_piece, logits = logit_tokens is None and scored < B * own, scored * V * (half + 4 + 4)
     memory = {
         "weights": 4 * N // sharers,
         "optimizer state": 8 * n // sharers,
@@ -127,6 +131,8 @@ def plan(recipe: Recipe, *, logit_tokens: int | None = None) -> Plan:
         "logits and their gradient": logits,
         "fast weights": 2 * 4 * B * D * F if adapting else 0,  # S, and its gradient in the backward
     }
+    if by_piece and recipe.trainable == "all":  # a piece's gradient, and their sum in float32 or its cast
+        memory["the head's gradient, by piece"] = V * D * (8 if half == 2 else 4)
     if spec.processes > 1 and spec.tensor == 1:  # the embeddings' and two layers' weights, and their gradients
         embeddings = V * D * (1 if config.tie_word_embeddings else 2)
         memory["gathered by FSDP2"] = 2 * half * (embeddings + 2 * (N - embeddings) // L)
@@ -140,9 +146,10 @@ def plan(recipe: Recipe, *, logit_tokens: int | None = None) -> Plan:
     passes = 4 if checkpointing else 3
     per_layer = layer_bytes(D, F, H * d, G * d, half, casts=casts, head_norms=head_norms)
     work = Work(
-        products=products_per_token(recipe, model, recomputed=True),
+        products=products_per_token(recipe, model, recomputed=True)
+        + (0 if checkpointing or not by_piece else 2 * V * D),
         attention=attention_per_token(recipe, model, recomputed=True),
-        token_bytes=passes * L * per_layer + LOGIT_BYTES * V,
+        token_bytes=passes * L * per_layer + LOGIT_BYTES * V * (4 if by_piece else 3) // 3,
         step_bytes=34 * n // sharers + (3 * half * N if casts else 0),  # gradients' norm, AdamW, autocast's copies
         tokens_per_step=B * own * recipe.gradient_accumulation,
         packed=recipe.attn_implementation in ("auto", "varlen"),

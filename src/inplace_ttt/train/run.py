@@ -1,6 +1,5 @@
 """A recipe from beginning to end: tokens, model, training, the saved model, its evaluation, the record."""
 
-import dataclasses
 import importlib.util
 import json
 import logging
@@ -14,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from inplace_ttt import configure, fast_settings, is_attached
 from inplace_ttt.errors import UserError
 from inplace_ttt.eval.nll import DomainResult, Text, evaluate_documents
+from inplace_ttt.train.arguments import training_arguments
 from inplace_ttt.train.attention import choose_attention
 from inplace_ttt.train.flops import flops_per_token, peak_flops
 from inplace_ttt.train.inner_lr import fitting_lr
@@ -227,7 +227,7 @@ def _trainer(
     tokenizer, length = prepared.tokenizer, recipe.sequence_length
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     assert isinstance(pad, int)
-    arguments = _arguments(recipe, checkpoints, place)
+    arguments = training_arguments(recipe, checkpoints, place)
     torch.set_float32_matmul_precision("high")
     attention = choose_attention(recipe.attn_implementation, arguments.device, recipe.compile)
     build = partial(build_model, recipe, tokenizer, attention)
@@ -266,6 +266,7 @@ def _trainer(
         flops_per_token=flops,
         peak_flops=peak and peak * devices,
         monitor=FastWeightMonitor(model, recipe.log_every, say) if watched else None,
+        say=say,
     )
     trainer.add_callback(MarkComplete())
     if warm_up:
@@ -295,66 +296,6 @@ def _rows(recipe: Recipe, prepared: Prepared, pad: int) -> PackedRows | Streamed
     return PackedRows(
         store, length, count, seed=recipe.seed, pad_id=pad, group=layout.group, align=layout.align, cut=layout.cut
     )
-
-
-def _arguments(recipe: Recipe, checkpoints: Path, place: "Place | None" = None) -> TrainingArguments:
-    optimizer, cuda = recipe.optimizer, torch.cuda.is_available()
-    schedule: dict[str, Any] = {"lr_scheduler_type": optimizer.schedule}
-    if optimizer.schedule == "constant":
-        schedule = {"lr_scheduler_type": "constant_with_warmup"}
-    elif optimizer.min_lr_ratio:
-        schedule = {
-            "lr_scheduler_type": "cosine_with_min_lr",
-            "lr_scheduler_kwargs": {"min_lr_rate": optimizer.min_lr_ratio},
-        }
-    kind, share = TrainingArguments, 1
-    if place is not None and not place.alone:
-        from inplace_ttt.train.parallel import PlacedArguments
-
-        kind, share = PlacedArguments, place.readers
-    return kind(
-        output_dir=str(checkpoints),
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size // share,
-        per_device_eval_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.gradient_accumulation,
-        learning_rate=optimizer.lr,
-        warmup_steps=optimizer.warmup_steps,
-        weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.beta1,
-        adam_beta2=optimizer.beta2,
-        max_grad_norm=optimizer.max_grad_norm,
-        optim="adamw_torch_fused" if cuda else "adamw_torch",
-        bf16=recipe.precision == "bf16" and (place is None or place.alone),  # else sharding's own
-        average_tokens_across_devices=False,
-        torch_compile=recipe.compile,
-        logging_steps=recipe.log_every,
-        logging_nan_inf_filter=False,  # it would wait for the device in every step; the log's own check stops the run
-        eval_strategy="steps" if recipe.eval_every else "no",
-        eval_steps=recipe.eval_every or None,
-        save_strategy="steps" if recipe.save_every else "no",
-        save_steps=recipe.save_every or 500,
-        save_total_limit=2,
-        seed=recipe.seed,
-        use_cpu=not cuda,
-        dataloader_num_workers=(1 if recipe.data.tokenise == "while_training" else 2) if cuda else 0,
-        dataloader_pin_memory=cuda,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        disable_tqdm=True,
-        report_to=list(recipe.report_to) or "none",
-        **({} if place is not None else _checkpointing(recipe)),
-        **schedule,
-    )
-
-
-def _checkpointing(recipe: Recipe) -> dict[str, Any]:
-    """Under the name that this version of transformers gives it."""
-    if not recipe.activation_checkpointing:
-        return {}
-    names = {field.name for field in dataclasses.fields(TrainingArguments)}
-    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def _evaluate(

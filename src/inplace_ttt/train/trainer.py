@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
+    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -23,6 +24,7 @@ from transformers import (
 
 from inplace_ttt import is_attached
 from inplace_ttt.errors import UserError
+from inplace_ttt.train.loss import loss_in_pieces
 from inplace_ttt.train.monitor import FastWeightMonitor
 from inplace_ttt.train.packing import IGNORED, PackedRows
 from inplace_ttt.train.report import peak_memory
@@ -37,7 +39,7 @@ class PackedTrainer(Trainer):
     """``validation`` maps domains to rows; ``tokens_per_step`` is what one optimizer step reads.
 
     ``flops_per_token``, ``peak_flops`` (FLOP/s of all devices together; None: unknown): for the log's MFU. ``monitor``:
-    what the log says of the fast weights.
+    what the log says of the fast weights. ``say`` gets a line where the loss needs whole logits (`loss_in_pieces`).
     """
 
     def __init__(
@@ -49,12 +51,14 @@ class PackedTrainer(Trainer):
         flops_per_token: float = 0.0,
         peak_flops: float | None = None,
         monitor: FastWeightMonitor | None = None,
+        say: Callable[[str], None] = lambda line: None,
         **arguments: Any,
     ) -> None:
         self.validation = dict(validation or {})
         self.tokens_per_step = tokens_per_step
         self.decay_embeddings = decay_embeddings
         self.flops_per_token, self.peak_flops, self.monitor = flops_per_token, peak_flops, monitor
+        self.say = say
         self._clock: tuple[int, float] | None = None  # step and time of the last line of the log
         self._paused = 0.0  # seconds spent on validation since then
         super().__init__(eval_dataset=[] if validation else None, **arguments)
@@ -104,9 +108,11 @@ class PackedTrainer(Trainer):
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Starts the clock of the throughput."""
+        """Starts the clock of the throughput. Losses come from pieces of the tokens, until training ends."""
         self._clock = None
-        return super().train(*args, **kwargs)
+        assert isinstance(self.model, PreTrainedModel)
+        with loss_in_pieces(self.model, self.say):
+            return super().train(*args, **kwargs)
 
     def evaluate(
         self,
