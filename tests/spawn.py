@@ -8,6 +8,7 @@ per device does not survive a fork.
 import atexit
 import json
 import os
+import random
 import select
 import signal
 import socket
@@ -25,10 +26,20 @@ TIMEOUT = 100  # seconds for one group of processes, starting them included
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
+    """Another one in every call, below the ports that connections are given: nobody takes it before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 30_000)
+        with socket.socket() as free:
+            try:
+                free.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        if port not in _given:
+            _given.add(port)
+            return port
+
+
+_given: set[int] = set()
 
 
 def run_ranks(

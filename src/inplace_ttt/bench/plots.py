@@ -6,8 +6,14 @@ from typing import Any
 
 from ..plots import OFF, ON
 
-WIDTH = 0.38
-"""Of a bar; a length has two."""
+WAYS = {
+    "no TTT": ("without TTT", OFF),
+    "ours": ("In-Place TTT", ON),
+    "materialised": ("one weight per chunk (the authors' release)", "#d6b38a"),
+}
+"""Label and colour of a bar."""
+WIDTH = 0.27
+"""Of a bar; a length has three."""
 
 
 def prefill(records: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -28,15 +34,15 @@ def prefill(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     for line, (window, rows) in zip(panels, groups.items(), strict=True):
         lengths = sorted(rows)
         name = "full attention" if window is None else f"window {window:,}"
-        speeds = {k: [n / rows[n]["seconds"][k] / 1000 for n in lengths] for k in ("no TTT", "ours")}
+        speeds = {k: [n / rows[n]["seconds"][k] / 1000 for n in lengths] for k in WAYS}
         over = [f"time {100 * (rows[n]['over_no_ttt'] - 1):+.1f}%" for n in lengths]
         _bars(line[0], lengths, speeds, f"throughput, {name}", "1,000 tokens/s", over)
         if memory:
-            peaks = {k: [rows[n]["peak_bytes"][k] / 2**30 for n in lengths] for k in ("no TTT", "ours")}
+            peaks = {k: [rows[n]["peak_bytes"][k] / 2**30 for n in lengths] for k in WAYS}
             more = [f"{b - a:+.2f}" for a, b in zip(peaks["no TTT"], peaks["ours"], strict=True)]
             _bars(line[1], lengths, peaks, f"peak memory, {name}", "GiB", more)
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=200)
 
@@ -49,13 +55,12 @@ def _bars(
     unit: str,
     notes: Sequence[str],
 ) -> None:
-    """Two bars for each length, and over the second one what it adds."""
-    for at, (name, colour) in ((-0.5, ("no TTT", OFF)), (0.5, ("ours", ON))):
-        label = "without TTT" if name == "no TTT" else "In-Place TTT"
+    """A bar for each way and length, and above them what ours adds."""
+    for at, (name, (label, colour)) in enumerate(WAYS.items(), start=-1):
         axes.bar([i + at * WIDTH for i in range(len(lengths))], values[name], WIDTH, color=colour, label=label)
     for i, note in enumerate(notes):
         top = max(series[i] for series in values.values())
-        axes.annotate(note, (i, top), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+        axes.annotate(note, (i, top), (0, 2), textcoords="offset points", ha="center", fontsize=7, color=ON)
     axes.set_xticks(range(len(lengths)), [f"{n // 1024}k" if n % 1024 == 0 else f"{n:,}" for n in lengths])
     axes.set_title(title, fontsize=9)
     axes.set_xlabel("prompt (tokens)", fontsize=8)
