@@ -80,6 +80,76 @@ def _count(number: int) -> str:
     return f"{number / 1e9:.3f}B" if number >= 1e9 else f"{number / 1e6:.3f}M"
 
 
+@dataclass(frozen=True)
+class Symbols:
+    """The symbols above of a recipe, for one of its processes, and the settings that the formulas ask for."""
+
+    spec: ParallelSpec
+    N: int
+    n: int
+    B: int
+    T: int
+    own: int
+    """Tokens of a row that this process has."""
+    L: int
+    adapting: int
+    D: int
+    F: int
+    V: int
+    H: int
+    G: int
+    d: int
+    half: int
+    """Bytes of a number in products."""
+    tied: bool
+    head_norms: bool
+    checkpointing: bool
+    logit_tokens: int
+    """Tokens whose logits are there at once."""
+    by_piece: bool
+
+    @property
+    def sharers(self) -> int:
+        """Processes that share weights, gradients and optimizer state."""
+        return self.spec.shard * self.spec.context * self.spec.tensor
+
+    @property
+    def casts(self) -> bool:
+        """Whether autocast runs: FSDP2 has its own mixed precision."""
+        return self.half == 2 and self.spec.processes == 1
+
+    @classmethod
+    def of(cls, recipe: Recipe, model: Any, logit_tokens: int | None) -> "Symbols":
+        config, ttt, spec = model.config, recipe.ttt_config(), recipe.parallel or ParallelSpec()
+        L, D, H, V = config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.vocab_size
+        B, own = recipe.batch_size // (spec.data * spec.shard), recipe.sequence_length // spec.context
+        scored = logit_tokens or B * own
+        if logit_tokens is None and spec.tensor == 1 and why_whole(model) is None:
+            scored = min(scored, tokens_at_once(V))
+        return cls(
+            spec=spec,
+            N=count_parameters(model),
+            n=count_parameters(model, trainable=True),
+            B=B,
+            T=recipe.sequence_length,
+            own=own,
+            L=L,
+            adapting=0 if ttt is None else len(ttt.layer_indices(L)),
+            D=D,
+            F=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * D,
+            V=V,
+            H=H,
+            G=getattr(config, "num_key_value_heads", None) or H,
+            d=getattr(config, "head_dim", None) or D // H,
+            half=2 if recipe.precision == "bf16" else 4,
+            tied=config.tie_word_embeddings,
+            head_norms=any(name.endswith("q_norm") for name, _ in model.named_modules()),
+            checkpointing=recipe.activation_checkpointing,
+            logit_tokens=scored,
+            by_piece=logit_tokens is None and scored < B * own,
+        )
+
+
 def plan(recipe: Recipe, *, logit_tokens: int | None = None) -> Plan:
     """The plan of a recipe. Builds the model without weights; UserError when its shape cannot be known.
 
@@ -88,79 +158,64 @@ def plan(recipe: Recipe, *, logit_tokens: int | None = None) -> Plan:
     with torch.device("meta"):
         make: Any = AutoModelForCausalLM.from_config
         model = make(_shape(recipe), dtype=torch.float32)
-    ttt = recipe.ttt_config()
     prepare_trainable(model, recipe)
-    config = model.config
-    N, n = count_parameters(model), count_parameters(model, trainable=True)
-    B, T, L, D, V = (
-        _rows(recipe), recipe.sequence_length, config.num_hidden_layers, config.hidden_size, config.vocab_size,
-    )  # fmt: skip
-    F = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * D
-    H = config.num_attention_heads
-    G = getattr(config, "num_key_value_heads", None) or H
-    d = getattr(config, "head_dim", None) or D // H
-    half = 2 if recipe.precision == "bf16" else 4
-    adapting = 0 if ttt is None else len(ttt.layer_indices(L))
-    spec = recipe.parallel or ParallelSpec()
-    sharers = spec.shard * spec.context * spec.tensor
-    own = T // spec.context
-    checkpointing, casts = recipe.activation_checkpointing, half == 2 and spec.processes == 1
-    kept = 1 if checkpointing else L  # layers whose activations are there at once
-    adapting_kept = min(kept, adapting)
-
-    # Of one layer and token, kept for the backward: two norms in float32, their outputs (autocast casts them for each
-    # of five projections), queries, keys, values, the attention's output, and the MLP's gate, up, activation, product.
-    per_token = 2 * 2 * 4 * D + half * ((5 if casts else 2) * D + 2 * (H + G) * d + 4 * F)
-    head_norms = any(name.endswith("q_norm") for name, _ in model.named_modules())
-    if head_norms:
-        per_token += (2 * 4 + half) * (H + G) * d
-    extra = D * 8 + F * half  # targets and, in the backward, the keys again
-    layers = B * own * (kept * per_token + adapting_kept * extra)
-    inputs = B * own * L * D * (4 if spec.processes == 1 else half) if checkpointing else 0  # float32 under autocast
-    scored = logit_tokens or B * own
-    if logit_tokens is None and spec.tensor == 1 and why_whole(model) is None:
-        scored = min(scored, tokens_at_once(V))
-    by_piece, logits = logit_tokens is None and scored < B * own, scored * V * (half + 4 + 4)
-    memory = {
-        "weights": 4 * N // sharers,
-        "optimizer state": 8 * n // sharers,
-        "weights in bf16 (autocast)": 2 * N if casts else 0,
-        "inputs of all layers": inputs,
-        # With checkpointing the logits are gone before the first layer is computed again.
-        "activations": max(layers - logits, 0) if checkpointing else layers,
-        "logits and their gradient": logits,
-        "fast weights": 2 * 4 * B * D * F if adapting else 0,  # S, and its gradient in the backward
-    }
-    if by_piece and recipe.trainable == "all":  # a piece's gradient, and their sum in float32 or its cast
-        memory["the head's gradient, by piece"] = V * D * (8 if half == 2 else 4)
-    if spec.processes > 1 and spec.tensor == 1:  # the embeddings' and two layers' weights, and their gradients
-        embeddings = V * D * (1 if config.tie_word_embeddings else 2)
-        memory["gathered by FSDP2"] = 2 * half * (embeddings + 2 * (N - embeddings) // L)
-    if spec.context > 1:
-        pieces = 2 if spec.slices == "head_tail" else 1
-        memory["fast weights"] *= pieces * adapting_kept
-        memory["keys and values of whole rows"] = half * B * T * 2 * G * d * kept
-    # Gradients take the place of activations on the way back, unless they wait for the next batch of a step.
-    gradients, room = 4 * n // sharers, sum(memory.values()) - 4 * N // sharers - 8 * n // sharers
-    memory["gradients"] = gradients if recipe.gradient_accumulation > 1 else max(gradients - room, 0)
-    passes = 4 if checkpointing else 3
-    per_layer = layer_bytes(D, F, H * d, G * d, half, casts=casts, head_norms=head_norms)
+    s = Symbols.of(recipe, model, logit_tokens)
+    a_step = s.B * s.own * recipe.gradient_accumulation
+    memory = _memory(s, keeps_gradients=recipe.gradient_accumulation > 1, trains_head=recipe.trainable == "all")
+    again = 0 if s.checkpointing or not s.by_piece else 2 * s.V * s.D  # of the pieces' logits
     work = Work(
-        products=products_per_token(recipe, model, recomputed=True)
-        + (0 if checkpointing or not by_piece else 2 * V * D),
+        products=products_per_token(recipe, model, recomputed=True) + again,
         attention=attention_per_token(recipe, model, recomputed=True),
-        token_bytes=passes * L * per_layer + LOGIT_BYTES * V * (4 if by_piece else 3) // 3,
-        step_bytes=34 * n // sharers + (3 * half * N if casts else 0),  # gradients' norm, AdamW, autocast's copies
-        tokens_per_step=B * own * recipe.gradient_accumulation,
+        token_bytes=_token_bytes(s),
+        step_bytes=34 * s.n // s.sharers + (3 * s.half * s.N if s.casts else 0),  # norm, AdamW, autocast's copies
+        tokens_per_step=a_step,
         packed=recipe.attn_implementation in ("auto", "varlen"),
     )
-    return Plan(N, n, memory, work, recipe.steps * B * recipe.gradient_accumulation * own, spec.processes)
+    return Plan(s.N, s.n, memory, work, recipe.steps * a_step, s.spec.processes)
 
 
-def _rows(recipe: Recipe) -> int:
-    """Rows that one process reads at a time."""
-    spec = recipe.parallel
-    return recipe.batch_size // (1 if spec is None else spec.data * spec.shard)
+def _memory(s: Symbols, *, keeps_gradients: bool, trains_head: bool) -> dict[str, int]:
+    """Bytes at the peak, the beginning of the backward, by what holds them."""
+    tokens = s.B * s.own
+    kept = 1 if s.checkpointing else s.L  # layers whose activations are there at once
+    adapting_kept = min(kept, s.adapting)
+    # Of one layer and token, kept for the backward: two norms in float32, their outputs (autocast casts them for each
+    # of five projections), queries, keys, values, the attention's output, and the MLP's gate, up, activation, product.
+    heads = (s.H + s.G) * s.d
+    of_layer = 2 * 2 * 4 * s.D + s.half * ((5 if s.casts else 2) * s.D + 2 * heads + 4 * s.F)
+    of_layer += (2 * 4 + s.half) * heads if s.head_norms else 0
+    of_targets = s.D * 8 + s.F * s.half  # and, in the backward, the keys again
+    layers = tokens * (kept * of_layer + adapting_kept * of_targets)
+    logits = s.logit_tokens * s.V * (s.half + 4 + 4)
+    memory = {
+        "weights": 4 * s.N // s.sharers,
+        "optimizer state": 8 * s.n // s.sharers,
+        "weights in bf16 (autocast)": 2 * s.N if s.casts else 0,
+        # float32 under autocast
+        "inputs of all layers": tokens * s.L * s.D * (4 if s.spec.processes == 1 else s.half) if s.checkpointing else 0,
+        # With checkpointing the logits are gone before the first layer is computed again.
+        "activations": max(layers - logits, 0) if s.checkpointing else layers,
+        "logits and their gradient": logits,
+        "fast weights": 2 * 4 * s.B * s.D * s.F if s.adapting else 0,  # S, and its gradient in the backward
+    }
+    if s.by_piece and trains_head:  # a piece's gradient, and their sum in float32 or its cast
+        memory["the head's gradient, by piece"] = s.V * s.D * (8 if s.half == 2 else 4)
+    if s.spec.processes > 1 and s.spec.tensor == 1:  # the embeddings' and two layers' weights, and their gradients
+        embeddings = s.V * s.D * (1 if s.tied else 2)
+        memory["gathered by FSDP2"] = 2 * s.half * (embeddings + 2 * (s.N - embeddings) // s.L)
+    if s.spec.context > 1:
+        memory["fast weights"] *= (2 if s.spec.slices == "head_tail" else 1) * adapting_kept
+        memory["keys and values of whole rows"] = s.half * s.B * s.T * 2 * s.G * s.d * kept
+    # Gradients take the place of activations on the way back, unless they wait for the next batch of a step.
+    gradients, lasting = 4 * s.n // s.sharers, memory["weights"] + memory["optimizer state"]
+    memory["gradients"] = gradients if keeps_gradients else max(gradients + lasting - sum(memory.values()), 0)
+    return memory
+
+
+def _token_bytes(s: Symbols) -> int:
+    """What element-wise operations move for a token, forward and backward; the loss's last, again by pieces."""
+    layer = layer_bytes(s.D, s.F, s.H * s.d, s.G * s.d, s.half, casts=s.casts, head_norms=s.head_norms)
+    return (4 if s.checkpointing else 3) * s.L * layer + LOGIT_BYTES * s.V * (4 if s.by_piece else 3) // 3
 
 
 def _shape(recipe: Recipe) -> Any:
