@@ -144,6 +144,7 @@ def _start_ranks(folder: Path, module: Any, function: str, ranks: int) -> int:
         elif (child := os.fork()) == 0:
             code = 1
             try:
+                torch.set_num_threads(1)  # renews PyTorch's pool, which threads of this process would race to do
                 _rank(folder, getattr(module, function), rank)
                 code = 0
             except BaseException:
