@@ -54,7 +54,7 @@ def _backward(
 
 def _merge(own: _Block, before: _Block) -> tuple[Tensor, Tensor]:
     """Output and logarithm of the sum over both blocks' keys."""
-    share = torch.sigmoid(before.log_sum - own.log_sum).to(own.log_sum.dtype)
+    share = torch.sigmoid(before.log_sum - own.log_sum)
     out = torch.lerp(own.out.to(share.dtype), before.out.to(share.dtype), share).to(own.out.dtype)
     return out, torch.logaddexp(own.log_sum, before.log_sum)
 
@@ -88,7 +88,8 @@ class _Pieces(torch.autograd.Function):
         wide = torch.promote_types(keys.dtype, torch.float32)
         dk, dv = (torch.zeros_like(x, dtype=wide) for x in (keys, values))
         dq = []
-        parts = zip(ctx.pieces, query.split(t, 2), grad.split(t, 2), saved[::2], saved[1::2], ctx.rests, strict=True)
+        split = (x.chunk(len(ctx.pieces), 2) for x in (query, grad))
+        parts = zip(ctx.pieces, *split, saved[::2], saved[1::2], ctx.rests, strict=True)
         for piece, q, g, out, log_sum, rests in parts:
             begin, end = piece * t, (piece + 1) * t
             shares = []

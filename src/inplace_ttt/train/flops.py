@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from inplace_ttt import inspect, is_attached
+from inplace_ttt.train.model import count_parameters
 from inplace_ttt.train.recipe import Recipe
 
 PEAK_TFLOPS: dict[str, tuple[float, float]] = {
@@ -39,9 +40,8 @@ def attention_per_token(recipe: Recipe, model: PreTrainedModel, *, recomputed: b
 def products_per_token(recipe: Recipe, model: PreTrainedModel, *, recomputed: bool) -> float:
     """The part of ``flops_per_token`` that is not attention's."""
     config = model.config.get_text_config()
-    N = sum(p.numel() for p in model.parameters())
     embeddings: Any = model.get_input_embeddings()
-    products = N - (0 if config.tie_word_embeddings else embeddings.weight.numel())
+    products = count_parameters(model) - (0 if config.tie_word_embeddings else embeddings.weight.numel())
     scan = 2 * sum(math.prod(layer.shape) for layer in inspect(model)) if is_attached(model) else 0
     flops: float = (4 if recipe.trainable != "all" else 6) * products  # no gradients of frozen weights
     flops += scan * (1 + 3)  # one more product forward, three more backward
