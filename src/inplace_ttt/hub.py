@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from .errors import SourceError
+from .errors import SourceError, in_one_line
 
 PREFIX = "hf:"
 
@@ -59,7 +59,7 @@ class HubDataset:
         except SourceError:
             raise
         except Exception as error:  # of many kinds: the network's, parsers', pyarrow's, the library's own
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            reason = f"{type(error).__name__}: {in_one_line(error)}"
             raise SourceError(f"{self.spec}, after row {number}: {reason}") from None
 
     def _open(self) -> Iterable[dict[str, Any]]:

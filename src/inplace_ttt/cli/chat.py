@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import UserError
+from ..errors import UserError, in_one_line
 from .inspect_session import stats_lines
 from .read import Saver, Source, deferred_interrupt, next_line, read_one
 from .sessions import Device, Model, State, Template, Window, check_place, open_session
@@ -99,7 +99,7 @@ class Chat:
                 self.do(line)
             self.saver.sometimes()
         except UserError as error:
-            self.say(f"error: {' '.join(str(error).split())}")
+            self.say(f"error: {in_one_line(error, None)}")
         except KeyboardInterrupt:
             self.say("\nstopped; nothing has changed")
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from inplace_ttt import is_attached
 from inplace_ttt.config import InPlaceTTTConfig
-from inplace_ttt.errors import UserError
+from inplace_ttt.errors import UserError, in_one_line
 from inplace_ttt.train.recipe import Recipe
 
 
@@ -112,7 +112,7 @@ def _load_base(recipe: Recipe, attention: str) -> PreTrainedModel:
     except UserError:
         raise
     except (OSError, ValueError, TypeError, StrictDataclassError, SafetensorError) as error:
-        raise UserError(f"model.base: cannot load {base}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"model.base: cannot load {base}: {in_one_line(error)}") from None
     except KeyError as error:  # of settings that are not complete
         raise UserError(f"model.base: cannot load {base}: its settings lack {error}") from None
     assert isinstance(model, PreTrainedModel)
@@ -123,7 +123,7 @@ def _check_heads(base: str, tensor: int) -> None:
     try:
         config = AutoConfig.from_pretrained(base).get_text_config()
     except (OSError, ValueError) as error:
-        raise UserError(f"model.base: cannot load {base}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"model.base: cannot load {base}: {in_one_line(error)}") from None
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(config, name, None)
         if isinstance(heads, int) and heads % tensor:
@@ -145,7 +145,7 @@ def _from_scratch(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, attention:
         make: Any = AutoModelForCausalLM.from_config
         model = make(config, attn_implementation=attention, dtype=torch.float32)
     except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"model.config: {model_type} cannot be built: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"model.config: {model_type} cannot be built: {in_one_line(error)}") from None
     assert isinstance(model, PreTrainedModel)
     return model
 

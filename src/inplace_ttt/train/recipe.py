@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
+from inplace_ttt.errors import in_one_line
 from inplace_ttt.train.packages import SplitRule
 from inplace_ttt.train.parallel_spec import ParallelSpec
 from inplace_ttt.train.recipe_checks import check
@@ -195,7 +196,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+        raise RecipeError(f"{path}: not YAML ({in_one_line(error, None)})") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected settings (key: value)")
     for override in overrides:
@@ -219,7 +220,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     try:
         value = load_yaml(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{override!r}: the value is not YAML ({' '.join(str(error).split())})") from None
+        raise RecipeError(f"{override!r}: the value is not YAML ({in_one_line(error, None)})") from None
     *folders, last = key.split(".")
     for folder in folders:
         if not isinstance(values.get(folder), dict):

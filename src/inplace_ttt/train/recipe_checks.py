@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inplace_ttt.errors import UserError
+from inplace_ttt.errors import UserError, in_one_line
 from inplace_ttt.train.parallel_spec import check_parallel
 from inplace_ttt.train.schema import RecipeError
 from inplace_ttt.train.sources import SPLITS, check_source, split_source
@@ -150,7 +150,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
     try:
         built = CONFIG_MAPPING[model_type](**{key: value for key, value in config.items() if key != "model_type"})
     except (TypeError, ValueError, StrictDataclassError) as error:
-        raise RecipeError(f"model.config: {' '.join(str(error).split())[:300]}") from None
+        raise RecipeError(f"model.config: {in_one_line(error)}") from None
     heads, shared = getattr(built, "num_attention_heads", None), getattr(built, "num_key_value_heads", None)
     if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
         raise RecipeError(f"model.config.num_key_value_heads: {shared} must divide num_attention_heads ({heads})")

@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from inplace_ttt.errors import UserError
+from inplace_ttt.errors import UserError, in_one_line
 from inplace_ttt.train.domain import hash_of
 from inplace_ttt.train.sources import Document
 
@@ -65,7 +65,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer at {path}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"no tokenizer at {path}: {in_one_line(error)}") from None
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer at {path} cannot be used: training needs a fast one with an end-of-text token")
     return tokenizer
