@@ -43,9 +43,9 @@ def adapter_state(model: nn.Module, projections: bool = False) -> dict[str, Tens
     tensors = {}
     for site in runtime.sites:
         prefix = names[id(site.mlp)]
-        for name in ("ttt_conv", "ttt_proj"):
-            if (module := getattr(site.mlp, name, None)) is not None:
-                tensors[f"{prefix}.{name}.weight"] = module.weight
+        for name, child in site.bound_target().named_children():
+            for inner, parameter in child.named_parameters():
+                tensors[f"{prefix}.ttt_{name}.{inner}"] = parameter
         if projections:
             projection = site.projection()
             for name, parameter in projection.named_parameters(recurse=False):
@@ -155,7 +155,7 @@ def from_pretrained(directory: str | Path, model: nn.Module | None = None, **kwa
 
 def is_added(name: str) -> bool:
     """Whether a parameter's name is one that attach adds."""
-    return ".ttt_conv." in name or ".ttt_proj." in name
+    return ".ttt_" in name
 
 
 def load_added(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
