@@ -63,11 +63,11 @@ class InPlaceTTTConfig:
     objective: str = "learned"
     """The target: "learned" (convolution), a fixed shift ("next_token", "reconstruction"), "loss" (the gradient of the
     next-token loss itself: nothing to train), or the name of a registered one."""
-    objective_options: Mapping[str, Any] = field(default_factory=dict)
+    objective_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Options of the target, checked by it: "gates", "ridge" of the shipped ones."""
     rule: str = "sum"
     """How the fast weights are read and written: "sum" (the paper), "delta", "momentum", "muon", or a registered one."""
-    rule_options: Mapping[str, Any] = field(default_factory=dict)
+    rule_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Options of the rule, checked by it: "soft_cap" of "sum", "beta" of "momentum"."""
     projection: bool = True
     """Whether P, the target projection, is used."""
@@ -90,7 +90,7 @@ class InPlaceTTTConfig:
 
     def __post_init__(self) -> None:
         for name, value in (LOSS_DEFAULTS if self.objective == "loss" else DEFAULTS).items():
-            taken = name == "update_size" and (self.rule != "sum" or self.clip is not None or self.rule_options)
+            taken = name == "update_size" and (self.rule != "sum" or self.clip is not None or "soft_cap" in self.rule_options)
             if getattr(self, name) is None and not taken:
                 object.__setattr__(self, name, value)
         if not isinstance(self.layers, str):

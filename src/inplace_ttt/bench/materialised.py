@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..core.scan import FORCED, Call, Path, Result
+from ..core.scan import PATHS, Call, Path, Result
 from ..errors import UserError
 from ..hf.attach import runtime_of, set_lr, updates_off
 from ..hf.cache import cache_of
@@ -53,12 +53,13 @@ def run(call: Call) -> Result:
 
 @contextmanager
 def formula() -> Iterator[None]:
-    """Inside, adapting layers of this thread use the materialised formula."""
-    token = FORCED.set(Path("materialised", lambda call: True, run))
+    """Inside, adapting layers use the materialised formula."""
+    path = Path("materialised", lambda call: True, run)
+    PATHS.insert(0, path)
     try:
         yield
     finally:
-        FORCED.reset(token)
+        PATHS.remove(path)
 
 
 def weighty_lr(model: nn.Module, ids_1T: Tensor) -> float:

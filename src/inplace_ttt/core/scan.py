@@ -8,7 +8,6 @@ Shapes: B rows, T new tokens, P pending tokens, U chunks that may update, C toke
 
 import logging
 from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -66,15 +65,10 @@ class Path(NamedTuple):
 
 PATHS: list[Path] = []
 """Registered fast paths; the first that supports a call runs it."""
-FORCED: ContextVar[Path | None] = ContextVar("inplace_ttt_path", default=None)
-"""A path that runs every call, for comparisons."""
 
 
 def path_for(call: Call) -> Path:
     """Return the path that will run ``call``."""
-    forced = FORCED.get()
-    if forced is not None:
-        return forced
     return next((path for path in PATHS if path.supports(call)), GENERIC)
 
 

@@ -133,9 +133,10 @@ class FastWeights:
             if v_BND is not None:
                 chunks = {"z": chunked(z_BTF, past_z, table), "u": chunked(u_BTD, past_u, table), "v": v_BND}
             self._remember(slots, restarted, chunks, before)
-            self._absorb_chunks(slots, restarted, chunks)
         if new is not None and (self.tensors is not None or table.updates):
             self.tensors = new
+        if table.updates or any(table.restarted):
+            self._absorb_chunks(slots, restarted, chunks)
         self._set_pending(table, z_BTF, u_BTD)
         self._count(table.tokens, table.real, table.seen)
 

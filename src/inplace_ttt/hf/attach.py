@@ -207,7 +207,7 @@ def configure(model: nn.Module, **settings: Any) -> None:
     root, runtime = unwrap(model), runtime_of(model)
     if wrong := sorted(set(settings) - set(READING)):
         raise UserError(f"cannot change {', '.join(wrong)} of an attached model, only {', '.join(READING)}")
-    runtime.configure(replace(runtime.config, **settings))
+    runtime.configure(config=replace(runtime.config, **settings))
     root.config.inplace_ttt = runtime.config.to_dict()
 
 

@@ -44,6 +44,8 @@ def adapter_state(model: nn.Module, projections: bool = False) -> dict[str, Tens
     for site in runtime.sites:
         prefix = names[id(site.mlp)]
         for name, child in site.bound_target().named_children():
+            if hasattr(child, "modules_to_save"):  # peft's wrapper
+                child = child.modules_to_save[child.active_adapters[0]]
             for inner, parameter in child.named_parameters():
                 tensors[f"{prefix}.ttt_{name}.{inner}"] = parameter
         if projections:

@@ -83,9 +83,14 @@ class Runtime:
         """Whether this thread's calls adapt."""
         return self.settings.enabled
 
-    def configure(self, config: InPlaceTTTConfig) -> None:
-        """Set how the model reads, in all threads that have no settings of their own."""
-        self._settings.default = replace(self._settings.default, config=config)
+    @property
+    def current(self) -> CallContext | None:
+        """The call that runs in this thread."""
+        return self._current.get()
+
+    def configure(self, **values: Any) -> None:
+        """Set how the model reads (fields of ``Settings``), in all threads that have no settings of their own."""
+        self._settings.default = replace(self._settings.default, **values)
 
     @contextmanager
     def override(self, **values: Any) -> Iterator[None]:

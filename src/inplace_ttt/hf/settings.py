@@ -71,7 +71,9 @@ class PerThread(Generic[Value]):
 _NOTHING: Any = object()
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _thread() -> int:
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+    """Number of this thread; of the one that traced it, in compiled code."""
+    return threading.get_ident()
 
 
