@@ -256,6 +256,19 @@ class Reconstruction(Shift):
     shift = 0
 
 
+@register_target("loss")
+class Loss(Target):
+    """``v_t = -dL/do_t``, L the next-token losses inside the chunk: no parameters. hf/loss.py computes it.
+
+    Mikolov et al. 2010; Krause et al. 2018 (dynamic evaluation); TTT-E2E, arXiv 2512.23675 (as a layer's update).
+    """
+
+    source = "loss"
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+
+
 # -- arithmetic --------------------------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,8 @@ class Settings:
     form: str | int = "dense"
     enabled: bool = True
     disabled_layers: frozenset[int] = frozenset()
+    learn: Any = True
+    """Which tokens are learned: all, none, or a mask [B, T] of the calls to come (objective "loss")."""
     rule: Rule = field(init=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -62,6 +62,8 @@ class Step:
         ``vouched``: the token is known to be real in every row, so that no mask has to be read from the device.
         """
         cache, settings = given["past_key_values"], runtime.settings
+        if runtime.loss_forward is not None:
+            return None
         sites = {site.index: site for site in runtime.running_sites()}
         if not sites or max(sites) >= len(cache.layers):
             return None
