@@ -108,7 +108,7 @@ def values_of(
     past_z, past_u = past
     u = chunked(u_BTD, past_u, table).unflatten(1, (U, C))
     z = chunked(z_BTF, past_z, table).unflatten(1, (U, C)) if getattr(target, "needs_keys", False) else None
-    found = target(u, z)
+    found = target.forward(u, z) if isinstance(target, nn.Module) else target(u, z)  # it is no module of the model
     v, keep = found if isinstance(found, tuple) else (found, None)
     return v.flatten(1, 2), keep
 

@@ -17,7 +17,7 @@ from .context import LayerSite, Runtime
 from .families import Place, attention_of, decoder_layers, family_of, place
 from .linear import FastWeight, check_replaceable, make_fast, make_slow, output_size
 from .loss import LossForward
-from .tensor_parallel import is_split
+from .tensor_parallel import check_split, is_split
 
 Model = TypeVar("Model", bound=nn.Module)
 RUNTIME = "_inplace_ttt"
@@ -96,11 +96,8 @@ def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
     settings = {**config.settings, "init_std": _std(root, config)}
     for holder in holders:
         check_replaceable(getattr(*holder))
-        if is_split(getattr(*holder).weight) and runtime.settings.rule.whole:
-            raise UserError(
-                f"the updates of rule {config.rule!r} need the norm of whole updates (clip, update_size, soft_cap), which "
-                "tensor parallelism splits: leave it out (decay works)"
-            )
+        if is_split(getattr(*holder).weight):
+            check_split(runtime.settings.rule)
     targets = [
         _target(config, width, settings, getattr(*holder), root) for width, holder in zip(widths, holders, strict=True)
     ]
