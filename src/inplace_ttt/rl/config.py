@@ -15,7 +15,7 @@ if _found.split(".")[:2] != ["1", "16"]:  # OTBTrainer overrides private methods
     _what = f"trl {_found} is installed" if _found else "trl is not installed"
     raise UserError(f"OTBTrainer needs trl 1.16, {_what}: pip install 'inplace-ttt[rl]'")
 
-from trl import GRPOConfig
+from trl.trainer.grpo_config import GRPOConfig
 
 
 @dataclass
@@ -91,7 +91,7 @@ class OTBConfig(GRPOConfig):
                 'changes the variance that the baseline minimises: "dr_grpo" does not',
                 stacklevel=3,
             )
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         groups = self.generation_batch_size // self.num_generations  # type: ignore[operator]
         if self.noise_every and groups < 2:
             raise UserError("noise_every compares two halves of the prompts: generate for at least 2 prompts at a time")

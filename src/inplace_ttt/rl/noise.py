@@ -30,9 +30,9 @@ def half_gradients(
     """
     found = [[torch.zeros_like(p) for p in parameters] for _ in range(2 * len(advantages))]
     for h in (0, 1):
-        for rows in (half == h).nonzero().flatten().split(batch_size):
-            if len(rows) == 0:
-                continue
+        chosen = (half == h).nonzero().flatten()
+        for start in range(0, len(chosen), batch_size):
+            rows = chosen[start : start + batch_size]
             with torch.enable_grad():
                 log_probs = score(rows)
                 for k, values in enumerate(advantages):

@@ -4,7 +4,9 @@ Overrides private methods of trl 1.16; tests/rl/test_trl_contract.py fails when 
 """
 
 import copy
+import inspect
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,14 +15,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from ..errors import UserError
-from ..hf.attach import is_attached
+from ..hf.attach import is_attached, unwrap
+from ..hf.checkpoint import SETTINGS
 from .baselines import USES_ENERGY, Advantages, energy_proxy, realised_energy, token_advantages
 from .config import OTBConfig
 from .noise import half_gradients, noise_and_signal, shrinkage
 
-from trl import GRPOTrainer  # isort: skip  (after .config, which says plainly when trl is missing)
-from trl.models.utils import disable_gradient_checkpointing  # isort: skip
+from trl.models.utils import disable_gradient_checkpointing  # isort: skip  (after .config, which checks trl's version)
 from trl.trainer.callbacks import SyncRefModelCallback  # isort: skip
+from trl.trainer.grpo_trainer import GRPOTrainer  # isort: skip
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, nanstd  # isort: skip
 
 _MULTIMODAL = (
@@ -40,9 +43,10 @@ _MULTIMODAL = (
 class OTBTrainer(GRPOTrainer):
     """GRPOTrainer whose advantages [B, T] come from the baseline that its `OTBConfig` names.
 
-    Takes the arguments of trl's GRPOTrainer. ``model`` may have fast weights (`inplace_ttt.attach`): completions are
-    then generated and scored with updates on, and the reference model of ``beta`` > 0 is a copy of the model as it
-    was given, fast weights included. vLLM and continuous batching know nothing of fast weights and are refused.
+    Takes the arguments of trl's GRPOTrainer, by name from the fifth on. ``model`` may have fast weights
+    (`inplace_ttt.attach`): completions are then generated and scored with updates on, and the reference model of
+    ``beta`` > 0 is a copy of the model as it was given, fast weights included. vLLM and continuous batching know
+    nothing of fast weights and are refused.
 
     Logs, beside GRPO's metrics: ``otb/w`` (mean energy of a token), ``otb/energy`` (mean energy of a completion),
     ``otb/baseline`` (mean over tokens), ``otb/lone_tail`` (share of tokens where one completion of a group is left),
@@ -57,9 +61,9 @@ class OTBTrainer(GRPOTrainer):
     num_generations: Any
     num_generations_eval: Any
     _logs: Any
-    _tag_names = ("trl", "grpo", "otb")
+    _tag_names: Any = ["trl", "grpo", "otb"]  # noqa: RUF012
     _name = "OTB"
-    _paper = {  # noqa: RUF012 (as trl's own trainers have it)
+    _paper: Any = {  # noqa: RUF012
         "title": "Optimal Token Baseline",
         "id": "2602.07078",
         "citation": textwrap.dedent("""\
@@ -77,7 +81,8 @@ class OTBTrainer(GRPOTrainer):
         model: Any,
         reward_funcs: Any = None,
         args: OTBConfig | None = None,
-        *more: Any,
+        train_dataset: Any = None,
+        *,
         peft_config: Any = None,
         **others: Any,
     ) -> None:
@@ -92,10 +97,11 @@ class OTBTrainer(GRPOTrainer):
         if copied:  # trl would load the reference from the checkpoint's path, without fast weights
             args.beta, args.sync_ref_model = 0.0, False
         try:
-            super().__init__(model, reward_funcs, args, *more, peft_config=peft_config, **others)
+            super().__init__(model, reward_funcs, args, train_dataset, peft_config=peft_config, **others)
         finally:
             args.beta, args.sync_ref_model = beta, sync
-        self._add_head(self._root(), ("log_probs", "entropy", "log_sum_sq_probs"))
+        root = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        self._add_head(root, ("log_probs", "entropy", "log_sum_sq_probs"))
         if reference is not None:
             self._add_reference(reference)
         if args.noise_every and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -103,11 +109,7 @@ class OTBTrainer(GRPOTrainer):
         self._rewards_per_func: Tensor | None = None
         self._rollouts = 0
 
-    def _root(self) -> nn.Module:
-        root: nn.Module = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        return root
-
-    def _add_head(self, model: nn.Module, outputs: tuple[str, ...]) -> None:
+    def _add_head(self, model: Any, outputs: tuple[str, ...]) -> None:
         add_fused_lm_head(
             model,
             temperature=self.temperature,
@@ -115,7 +117,7 @@ class OTBTrainer(GRPOTrainer):
             outputs=outputs,
         )
 
-    def _add_reference(self, reference: nn.Module) -> None:
+    def _add_reference(self, reference: Any) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise UserError("beta > 0 on a model with fast weights needs one copy per process: no FSDP, no DeepSpeed")
         if self.args.cast_lm_head_to_fp32:
@@ -222,6 +224,14 @@ class OTBTrainer(GRPOTrainer):
         )[0]
         return log_probs
 
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Count positions from the first real token, as ``generate`` does; trl counts the padding before it."""
+        handle = unwrap(model).base_model.register_forward_pre_hook(_add_positions, with_kwargs=True)
+        try:
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        finally:
+            handle.remove()
+
     # -- what is logged ------------------------------------------------------------------------------------------------
 
     def _log_baseline(self, mode: str, found: Advantages, w: Tensor, mask: Tensor) -> None:
@@ -277,11 +287,20 @@ def _sampled(output: dict[str, Any]) -> Tensor:
     return (mask * output["tool_mask"] if "tool_mask" in output else mask).float()
 
 
+def _add_positions(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    mask = kwargs.get("attention_mask")
+    takes = "position_ids" in inspect.signature(module.forward).parameters
+    if mask is None or kwargs.get("position_ids") is not None or kwargs.get("pixel_values") is not None or not takes:
+        return None
+    return args, kwargs | {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+
 def _has_fast_weights(model: Any) -> bool:
     if not isinstance(model, str):
         return is_attached(model)
-    if getattr(AutoConfig.from_pretrained(model), "inplace_ttt", None) is not None:
-        raise UserError(f"{model} has fast weights: pass inplace_ttt.from_pretrained({model!r}) instead of its name")
+    saved = Path(model, SETTINGS).exists()
+    if saved or getattr(AutoConfig.from_pretrained(model), "inplace_ttt", None) is not None:
+        raise UserError(f"{model} has fast weights: load it (inplace_ttt.from_pretrained) and pass the model itself")
     return False
 
 
