@@ -33,7 +33,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "instant": {"baseline": "instant"},
 }
 ATTACHED_VARIANTS = ("rloo", "otb", "rloo-scaled")
-LEARNING_RATE = 1e-4
+RATES = (1e-5, 3e-5, 1e-4, 3e-4)
+"""Learning rates that ``tune`` tries."""
 MIDDLE = 1  # the level that learning starts from
 
 
@@ -76,7 +77,9 @@ def supervised(work: Path, size: Size, device: str, kind: str) -> dict[str, Any]
             level = left.pop(0)
             solved = success(model, size.final, size, 10_000, device)
             levels[str(level)] = {"step": step, "success": solved} | effect_of_updates(model, kind, size, device)
-            torch.save(model.state_dict(), checkpoint(work, kind, level))
+            path = checkpoint(work, kind, level)
+            torch.save(model.state_dict(), path.with_suffix(".part"))
+            path.with_suffix(".part").rename(path)  # whole or not at all: other jobs wait for it
         if not left:
             break
     return {"parameters": sum(p.numel() for p in model.parameters()), "levels": levels, "curve": curve}
@@ -218,39 +221,50 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     return float((x @ y) / (x.norm() * y.norm()).clamp(min=1e-12))
 
 
+def tune(work: Path, size: Size, device: str, kind: str, lr: float) -> dict[str, Any]:
+    """Reinforce with leave-one-out means and a learning rate, in the smallest groups, half as long as ``learning``."""
+    run = reinforce(work, size, device, kind, "rloo", min(size.sizes), lr, size.learning[0] // 2, seed=1000)
+    last = run["success"][-max(len(run["success"]) // 4, 1) :]
+    return {"lr": lr, "last_quarter": sum(last) / len(last), "run": run}
+
+
 def learning(work: Path, size: Size, device: str, kind: str, variant: str, n: int, steps: int) -> dict[str, Any]:
-    """Reinforce from the middle level, one run per seed; success is that of the completions that are learned from."""
-    settings = dict(VARIANTS[variant])
-    lr = LEARNING_RATE
-    if settings.pop("scaled", False):
+    """Reinforce from the middle level, one run per seed, with the learning rate that suits leave-one-out means best."""
+    tuned = [json.loads((work / f"{job_name('tune', kind, lr)}.json").read_text()) for lr in RATES]
+    lr = max(tuned, key=lambda found: found["last_quarter"])["lr"]
+    if "scaled" in VARIANTS[variant]:
         measured = json.loads((work / f"{job_name('noise', kind, size.levels[MIDDLE])}.json").read_text())
         asked = {"baseline": "otb", "leave_one_out": False, "n": n}
         (found,) = [r for r in measured["results"] if asked.items() <= r.items()]
         lr *= found["shrinkage"] or 1.0
-    runs = []
-    for seed in range(size.learning[2]):
-        model = load(work, kind, size.levels[MIDDLE], size, device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-        names, generator = random.Random(100 + seed), torch.Generator(device).manual_seed(100 + seed)
-        solved, norms, tokens = [], [], []
-        for _ in range(steps):
-            rolled = roll_out(model, make_prompts(names, size.learning[1], size), n, size, generator)
-            log_probs, w = rolled.score(model)
-            found = token_advantages(rolled.rewards, rolled.completion_mask, w, group_size=n, **settings)
-            loss = -(found.values * log_probs).sum() / found.values.numel()
-            optimizer.zero_grad()
-            loss.backward()
-            norms.append(squared_norm([p.grad for p in model.parameters() if p.grad is not None]).sqrt())
-            optimizer.step()
-            solved.append(rolled.rewards.mean())
-            tokens.append(rolled.completion_mask.sum())
-        runs.append(
-            {
-                "seed": seed,
-                "success": [round(x, 5) for x in torch.stack(solved).tolist()],
-                "gradient_norm": [float(f"{x:.4g}") for x in torch.stack(norms).tolist()],
-                "tokens": torch.stack(tokens).tolist(),
-                "final_success": success(model, size.final, size, 20_000, device),
-            }
-        )
+    runs = [reinforce(work, size, device, kind, variant, n, lr, steps, seed) for seed in range(size.learning[2])]
     return {"learning_rate": lr, "steps": steps, "prompts_of_a_step": size.learning[1], "runs": runs}
+
+
+def reinforce(
+    work: Path, size: Size, device: str, kind: str, variant: str, n: int, lr: float, steps: int, seed: int
+) -> dict[str, Any]:
+    """Run on-policy policy gradients from the middle level; success is that of the completions learned from."""
+    settings = {name: value for name, value in VARIANTS[variant].items() if name != "scaled"}
+    model = load(work, kind, size.levels[MIDDLE], size, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    names, generator = random.Random(100 + seed), torch.Generator(device).manual_seed(100 + seed)
+    solved, norms, tokens = [], [], []
+    for _ in range(steps):
+        rolled = roll_out(model, make_prompts(names, size.learning[1], size), n, size, generator)
+        log_probs, w = rolled.score(model)
+        found = token_advantages(rolled.rewards, rolled.completion_mask, w, group_size=n, **settings)
+        loss = -(found.values * log_probs).sum() / found.values.numel()
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(squared_norm([p.grad for p in model.parameters() if p.grad is not None]).sqrt())
+        optimizer.step()
+        solved.append(rolled.rewards.mean())
+        tokens.append(rolled.completion_mask.sum())
+    return {
+        "seed": seed,
+        "success": [round(x, 5) for x in torch.stack(solved).tolist()],
+        "gradient_norm": [float(f"{x:.4g}") for x in torch.stack(norms).tolist()],
+        "tokens": torch.stack(tokens).tolist(),
+        "final_success": success(model, size.final, size, 20_000, device),
+    }

@@ -10,8 +10,9 @@ worked answers and is saved at about 10, 40 and 80 % success. From there:
 * noise: the covariance of a group's gradient, its expectation and its shrinkage, for every baseline on the same
   completions of 256 prompts, in groups of 4, 8 and 32;
 * proxy: rank correlation of w and W with the squared norms of the true gradients, token by token;
-* learning: reinforcement from the middle level in groups of 4 and 32, three seeds, every baseline, and leave-one-out
-  means with the learning rate times the shrinkage that was measured for the Optimal Token Baseline.
+* tune: the learning rate that suits leave-one-out means best, out of four;
+* learning: reinforcement from the middle level in groups of 4 and 32, three seeds, every baseline at that rate, and
+  leave-one-out means at the rate times the shrinkage that was measured for the Optimal Token Baseline.
 
 Parts are jobs, each a process on one GPU. Writes one record per part and pictures to ``benchmarks/results/rl``.
 """
@@ -31,13 +32,13 @@ import rl_parts
 import torch
 from plot_rl import draw
 from rich.console import Console
-from rl_parts import ATTACHED_VARIANTS, LEARNING_RATE, MIDDLE, VARIANTS, checkpoint, job_name
+from rl_parts import ATTACHED_VARIANTS, MIDDLE, RATES, VARIANTS, checkpoint, job_name
 from rl_policy import KINDS, SIZES, TTT
 
 from inplace_ttt.train.report import git_commit, hardware, versions, write_json
 
 OUT = Path(__file__).parent / "results" / "rl"
-PARTS = ("supervised", "noise", "proxy", "learning")
+PARTS = ("supervised", "tune", "noise", "proxy", "learning")
 Job = tuple[str, tuple[Any, ...], list[str]]
 """A part, its arguments after the device, and the files in the work folder that it needs."""
 
@@ -46,16 +47,18 @@ def make_jobs(size_name: str, parts: list[str], steps: int | None, plain_learnin
     """Return all jobs, those first that others wait for."""
     size = SIZES[size_name]
     jobs: list[Job] = [("supervised", (kind,), []) for kind in KINDS]
+    middle = {kind: checkpoint(Path(), kind, size.levels[MIDDLE]).name for kind in KINDS}
+    jobs += [("tune", (kind, lr), [middle[kind]]) for kind in KINDS[: 1 if plain_learning else None] for lr in RATES]
     for level in sorted(size.levels, key=lambda x: x != size.levels[MIDDLE]):
         jobs += [("noise", (kind, level), [checkpoint(Path(), kind, level).name]) for kind in KINDS]
     for n in (min(size.sizes), max(size.sizes)):
-        for kind, variants in zip(KINDS, (tuple(VARIANTS), ATTACHED_VARIANTS), strict=True):
+        for kind, variants in (("attached", ATTACHED_VARIANTS), ("plain", tuple(VARIANTS))):  # the longest first
             if kind == "attached" and plain_learning:
                 continue
-            needs = checkpoint(Path(), kind, size.levels[MIDDLE]).name
+            needs = [middle[kind], *(f"{job_name('tune', kind, lr)}.json" for lr in RATES)]
             for variant in variants:
                 also = [f"{job_name('noise', kind, size.levels[MIDDLE])}.json"] if "scaled" in VARIANTS[variant] else []
-                jobs.append(("learning", (kind, variant, n, steps or size.learning[0]), [needs, *also]))
+                jobs.append(("learning", (kind, variant, n, steps or size.learning[0]), [*needs, *also]))
     for level in size.levels:
         jobs += [("proxy", (kind, level), [checkpoint(Path(), kind, level).name]) for kind in KINDS]
     return [job for job in jobs if job[0] in parts]
@@ -66,8 +69,8 @@ def run_job(work: Path, size_name: str, device: str, part: str, words: list[Any]
     torch.set_float32_matmul_precision("high")
     started = time.monotonic()
     found = getattr(rl_parts, part)(work, SIZES[size_name], device, *words)
-    names = {"supervised": ("kind",), "noise": ("kind", "level"), "proxy": ("kind", "level")}
-    about = dict(zip(names.get(part, ("kind", "variant", "n", "steps")), words, strict=True))
+    names = ("kind", "variant", "n", "steps") if part == "learning" else ("kind", "lr" if part == "tune" else "level")
+    about = dict(zip(names, words, strict=False))
     path = work / f"{job_name(part, *words)}.json"
     path.with_suffix(".part").write_text(json.dumps(about | found | {"seconds": round(time.monotonic() - started, 1)}))
     path.with_suffix(".part").rename(path)
@@ -78,7 +81,8 @@ def run_all(jobs: list[Job], work: Path, size: str, device: str, gpus: int, per_
     console, started = Console(stderr=True), time.monotonic()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device == "cuda" else []
     cards = [c for c in visible if c] or [str(i) for i in range(gpus)]
-    waiting, running, missing = list(jobs), list[tuple[subprocess.Popen[bytes], Job, str, float]](), list[str]()
+    to_do = [job for job in jobs if not (work / f"{job_name(job[0], *job[1])}.json").exists()]
+    waiting, running, missing = to_do, list[tuple[subprocess.Popen[bytes], Job, str, float]](), list[str]()
 
     def name(job: Job) -> str:
         return job_name(job[0], *job[1])
@@ -137,9 +141,7 @@ def main() -> None:
     parser.add_argument("--plain-learning", action="store_true", help="no learning curves of the attached model")
     parser.add_argument("--minutes", type=float, default=9, help="what is not done by then is left out, and named")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument(
-        "--work", type=Path, help="where policies and outputs of jobs lie; kept, so that parts can follow"
-    )
+    parser.add_argument("--work", type=Path, help="keeps policies and outputs of jobs: what is there is not done again")
     parser.add_argument("--job", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job:
@@ -164,7 +166,6 @@ def main() -> None:
             "seconds": round(time.monotonic() - started, 1),
             "size": vars(SIZES[arguments.size]),
             "ttt": TTT,
-            "learning_rate": LEARNING_RATE,
         }
         arguments.out.mkdir(parents=True, exist_ok=True)
         for part in arguments.parts:

@@ -139,9 +139,14 @@ def test_parts_follow_each_other_and_are_drawn(tmp_path):
             (tmp_path / f"{name}.json").write_text(json.dumps(found))
             jobs["noise"].append({"kind": kind, "level": level} | found)
             jobs["proxy"].append({"kind": kind, "level": level} | rl_parts.proxy(tmp_path, TINY, "cpu", kind, level))
+        for lr in rl_parts.RATES:
+            found = rl_parts.tune(tmp_path, TINY, "cpu", kind, lr)
+            name = rl_parts.job_name("tune", kind, lr)
+            (tmp_path / f"{name}.json").write_text(json.dumps(found | {"last_quarter": lr if lr < 1e-4 else 0}))
         for variant in ("otb", "rloo-scaled"):
             found = rl_parts.learning(tmp_path, TINY, "cpu", kind, variant, 4, 2)
             assert len(found["runs"]) == 2
+            assert found["learning_rate"] == 3e-5 or variant == "rloo-scaled"
             jobs["learning"].append({"kind": kind, "variant": variant, "n": 4} | found)
     tables = (plot_rl.noise_table, plot_rl.proxy_table, plot_rl.learning_table)
     for (part, found), table in zip(jobs.items(), tables, strict=True):
