@@ -76,13 +76,11 @@ def make_prompts(generator: random.Random, count: int, size: Size) -> list[str]:
 
 def padded(texts: Sequence[str], length: int, side: str, device: Any) -> tuple[Tensor, Tensor]:
     """Return ids and mask [R, length] of texts, padded on the ``side``."""
-    ids = torch.full((len(texts), length), running_sums.PAD_ID)
-    mask = torch.zeros_like(ids)
-    for i, text in enumerate(texts):
-        row = torch.tensor(running_sums.encode(text))
-        place = slice(length - len(row), length) if side == "left" else slice(0, len(row))
-        ids[i, place], mask[i, place] = row, 1
-    return ids.to(device), mask.to(device)
+    justified = [
+        getattr(text, "rjust" if side == "left" else "ljust")(length, running_sums.ALPHABET[0]) for text in texts
+    ]
+    ids = torch.tensor([running_sums.encode(text) for text in justified], device=device)
+    return ids, (ids != running_sums.PAD_ID).long()
 
 
 def encode_prompts(prompts: Sequence[str], size: Size, device: Any) -> tuple[Tensor, Tensor]:
@@ -175,7 +173,7 @@ class Rollout:
 def roll_out(model: Any, prompts: Sequence[str], n: int, size: Size, generator: torch.Generator) -> Rollout:
     """Return ``n`` completions of every prompt."""
     repeated = [p for p in prompts for _ in range(n)]
-    ids, mask = encode_prompts(repeated, size, generator.device)
+    ids, mask = (x.repeat_interleave(n, 0) for x in encode_prompts(prompts, size, generator.device))
     completions, completion_mask = sample(model, ids, mask, size, generator)
     return Rollout(ids, mask, completions, completion_mask, rewards_of(repeated, completions))
 

@@ -87,9 +87,9 @@ def token_advantages(
     in ``USES_ENERGY``. ``group_size``: N, rows [0, N) are the first group. ``ratios`` [R, T]: importance ratios; w is
     multiplied by their squares.
 
-    A row is part of its own baseline unless ``leave_one_out``: without it the expected gradient is too small, by
-    exactly (N - 1) / N for ``mean`` and by more for baselines that are weighted by energy. A group with a single row
-    has B = 0.
+    A row is part of its own baseline unless ``leave_one_out``: without it the expected gradient is too small, by the
+    factor (N - 1) / N for ``mean``; for weighted baselines by another one, and its direction changes a little. A group
+    with a single row has B = 0.
 
     Advantages have the rewards' type, at least float32. Raises UserError on unknown names and shapes that do not fit.
     """

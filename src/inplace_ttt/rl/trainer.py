@@ -226,7 +226,8 @@ class OTBTrainer(GRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """Count positions from the first real token, as ``generate`` does; trl counts the padding before it."""
-        handle = unwrap(model).base_model.register_forward_pre_hook(_add_positions, with_kwargs=True)
+        root = unwrap(self.accelerator.unwrap_model(model))
+        handle = root.base_model.register_forward_pre_hook(_add_positions, with_kwargs=True)
         try:
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         finally:
@@ -275,8 +276,8 @@ class OTBTrainer(GRPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the shrinkage since the last log, as a ratio of means, which single measurements are too noisy for."""
         metrics = self._metrics["train"]
-        cross, unbiased = (metrics.pop(f"otb/{name}", []) for name in ("cross", "unbiased_signal_sq"))
-        if cross:
+        if self.model.training and metrics.get("otb/cross"):
+            cross, unbiased = (metrics.pop(f"otb/{name}") for name in ("cross", "unbiased_signal_sq"))
             metrics["otb/shrinkage"] = [shrinkage(cross, unbiased)]
         super().log(logs, start_time)
 
