@@ -59,7 +59,7 @@ def supervised(work: Path, size: Size, device: str, kind: str) -> dict[str, Any]
     """Train on worked answers; save where success first reaches each level, or at the end."""
     lr, steps, rows, every = size.supervised
     model, prompts = build(kind, size, 0, device), random.Random(1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=device == "cuda")
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
     left, curve, levels = list(size.levels), [], {}
     for step in range(1, steps + 1):
@@ -198,7 +198,7 @@ def proxy(work: Path, size: Size, device: str, kind: str, level: float) -> dict[
         "W_with_cumulative_norm": spearman(pooled["W"], pooled["cumulative"]),
         "W_with_cumulative_norm_within_rows": within("W", "cumulative"),
         "W_with_cumulative_norm_at_ends": spearman([r["W"][-1] for r in rows], [r["cumulative"][-1] for r in rows]),
-        "points": {name: [float(f"{x:.4g}") for x in values[:1500]] for name, values in pooled.items()},
+        "points": {name: [float(f"{x:.4g}") for x in values[:400]] for name, values in pooled.items()},
     }
 
 
@@ -247,7 +247,7 @@ def reinforce(
     """Run on-policy policy gradients from the middle level; success is that of the completions learned from."""
     settings = {name: value for name, value in VARIANTS[variant].items() if name != "scaled"}
     model = load(work, kind, size.levels[MIDDLE], size, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=device == "cuda")
     names, generator = random.Random(100 + seed), torch.Generator(device).manual_seed(100 + seed)
     solved, norms, tokens = [], [], []
     for _ in range(steps):

@@ -1,11 +1,13 @@
 """OTBTrainer: advantages, gradients, what is logged, references, refusals."""
 
+import math
 import re
 
 import pandas
 import peft
 import pytest
 import torch
+from datasets import Dataset
 from rl.tiny import TOKENS, config, count_digits, rollout, tiny_model, trainer
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -210,6 +212,14 @@ class TestTraining:
         made = trainer(tmp_path, gradient_checkpointing=True, noise_every=1)
         made.train()
         assert made.state.global_step == 2
+
+    def test_evaluates_in_groups_of_their_own(self, tmp_path):
+        data = Dataset.from_dict({"prompt": ["1+1=", "2+2+2="]})
+        made = trainer(tmp_path, eval_dataset=data, num_generations_eval=2, per_device_eval_batch_size=4, noise_every=1)
+        assert math.isfinite(made.evaluate()["eval_loss"])
+        logged = made.state.log_history[-1]
+        assert logged["eval_otb/w"] > 0
+        assert "eval_otb/noise_sq" not in logged
 
 
 class TestReference:

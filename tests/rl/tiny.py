@@ -51,7 +51,7 @@ def config(folder: Path, **changes: Any) -> OTBConfig:
 
 def trainer(folder: Path, model: Any = None, reward: Any = count_digits, **changes: Any) -> OTBTrainer:
     """The trainer, with settings of `config` or of trl's trainer."""
-    others = {name: changes.pop(name) for name in ("peft_config", "rollout_func") if name in changes}
+    others = {name: changes.pop(name) for name in ("peft_config", "rollout_func", "eval_dataset") if name in changes}
     return OTBTrainer(
         tiny_model() if model is None else model,
         reward,

@@ -64,13 +64,15 @@ class OTBTrainer(GRPOTrainer):
     _tag_names: Any = ["trl", "grpo", "otb"]  # noqa: RUF012
     _name = "OTB"
     _paper: Any = {  # noqa: RUF012
-        "title": "Optimal Token Baseline",
+        "title": "The Optimal Token Baseline: Variance Reduction for Long-Horizon LLM-RL",
         "id": "2602.07078",
         "citation": textwrap.dedent("""\
-            @inproceedings{li2026otb,
-                title     = {{Optimal Token Baseline}},
-                author    = {Li and Xu and Li and others},
-                booktitle = {ICML},
+            @inproceedings{li2026optimal,
+                title     = {{The Optimal Token Baseline: Variance Reduction for Long-Horizon LLM-RL}},
+                author    = {Yingru Li and Jiawei Xu and Ziniu Li and Jiacai Liu and Wei Liu and Yuxuan Tong and
+                             Longtao Zheng and Zhenghai Xue and Yaxiang Zhang and Tianle Cai and Ge Zhang and
+                             Qian Liu and Baoxiang Wang},
+                booktitle = {International Conference on Machine Learning},
                 year      = 2026,
                 eprint    = {arXiv:2602.07078},
             }"""),
