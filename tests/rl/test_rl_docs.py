@@ -15,6 +15,8 @@ PAGE = (ROOT / "docs" / "rl.md").read_text(encoding="utf-8")
 
 @pytest.mark.slow
 def test_the_example_runs(tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    pytest.importorskip("datasets")
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     tokenizer = AutoTokenizer.from_pretrained(ittt.DEFAULT_MODEL)
     tokenizer.save_pretrained(tmp_path / "model")

@@ -6,12 +6,14 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # trl would otherwise announce itself
 
+import pytest
 import torch
 from contract.families import adapted, plain
-from datasets import Dataset
 
-from inplace_ttt.rl import OTBConfig, OTBTrainer
 from inplace_ttt.rl.running_sums import ALPHABET, END_ID, PAD_ID, make_tokenizer
+
+pytest.importorskip("trl")
+Dataset = pytest.importorskip("datasets").Dataset
 
 PROMPTS = ["3+8=", "1+2+3+4=", "9+9+9=", "5+5+5+5+5="]
 TOKENS = 9
@@ -29,7 +31,7 @@ def count_digits(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [sum(2 <= i < 12 for i in ids) / 4 for ids in completion_ids]
 
 
-def config(folder: Path, **changes: Any) -> OTBConfig:
+def config(folder: Path, **changes: Any) -> Any:
     """Two micro-batches of four, two prompts with four completions each, one generation per step."""
     values: dict[str, Any] = {
         "per_device_train_batch_size": 4,
@@ -46,12 +48,16 @@ def config(folder: Path, **changes: Any) -> OTBConfig:
         "save_strategy": "no",
         "gradient_checkpointing": False,
     }
+    from inplace_ttt.rl import OTBConfig
+
     return OTBConfig(str(folder), **(values | changes))
 
 
-def trainer(folder: Path, model: Any = None, reward: Any = count_digits, **changes: Any) -> OTBTrainer:
+def trainer(folder: Path, model: Any = None, reward: Any = count_digits, **changes: Any) -> Any:
     """The trainer, with settings of `config` or of trl's trainer."""
     others = {name: changes.pop(name) for name in ("peft_config", "rollout_func", "eval_dataset") if name in changes}
+    from inplace_ttt.rl import OTBTrainer
+
     return OTBTrainer(
         tiny_model() if model is None else model,
         reward,
@@ -62,7 +68,7 @@ def trainer(folder: Path, model: Any = None, reward: Any = count_digits, **chang
     )
 
 
-def rollout(made: OTBTrainer) -> dict[str, Any]:
+def rollout(made: Any) -> dict[str, Any]:
     """What one generation of the first two prompts becomes, as the training loop would ask for it."""
     made.model.train()
     return made._generate_and_score_completions([{"prompt": p} for p in PROMPTS[:2] for _ in range(4)])

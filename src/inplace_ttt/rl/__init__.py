@@ -14,12 +14,12 @@ __all__ = ["OTBConfig", "OTBTrainer"]
 
 
 def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .config import OTBConfig  # first: it says plainly when trl is missing
+
     if name == "OTBConfig":
-        from .config import OTBConfig
-
         return OTBConfig
-    if name == "OTBTrainer":
-        from .trainer import OTBTrainer
+    from .trainer import OTBTrainer
 
-        return OTBTrainer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return OTBTrainer

@@ -13,6 +13,10 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.callbacks import SyncRefModelCallback
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, nanstd
 
 from ..errors import UserError
 from ..hf.attach import is_attached, unwrap
@@ -20,11 +24,6 @@ from ..hf.checkpoint import SETTINGS
 from .baselines import USES_ENERGY, Advantages, energy_proxy, realised_energy, token_advantages
 from .config import OTBConfig
 from .noise import half_gradients, noise_and_signal, shrinkage
-
-from trl.models.utils import disable_gradient_checkpointing  # isort: skip  (after .config, which checks trl's version)
-from trl.trainer.callbacks import SyncRefModelCallback  # isort: skip
-from trl.trainer.grpo_trainer import GRPOTrainer  # isort: skip
-from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, nanstd  # isort: skip
 
 _MULTIMODAL = (
     "pixel_values",
@@ -290,10 +289,11 @@ def _sampled(output: dict[str, Any]) -> Tensor:
     return (mask * output["tool_mask"] if "tool_mask" in output else mask).float()
 
 
-def _add_positions(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+def _add_positions(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     mask = kwargs.get("attention_mask")
+    is_text = module.config.get_text_config() is module.config  # others may count positions in several dimensions
     takes = "position_ids" in inspect.signature(module.forward).parameters
-    if mask is None or kwargs.get("position_ids") is not None or kwargs.get("pixel_values") is not None or not takes:
+    if mask is None or kwargs.get("position_ids") is not None or not is_text or not takes:
         return None
     return args, kwargs | {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 

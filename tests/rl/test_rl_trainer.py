@@ -3,12 +3,9 @@
 import math
 import re
 
-import pandas
-import peft
 import pytest
 import torch
-from datasets import Dataset
-from rl.tiny import TOKENS, config, count_digits, rollout, tiny_model, trainer
+from rl.tiny import TOKENS, Dataset, config, count_digits, rollout, tiny_model, trainer
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 import inplace_ttt as ittt
@@ -17,7 +14,7 @@ from inplace_ttt.rl.baselines import BASELINES, energy_proxy, log_sum_of_squares
 from inplace_ttt.rl.config import OTBConfig
 from inplace_ttt.rl.running_sums import END_ID
 
-LORA = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+LORA = pytest.importorskip("peft").LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
 
 
 def scored(model, output, temperature=1.0):
@@ -266,6 +263,8 @@ class TestLog:
         outputs, original = [], made._generate_and_score_completions
         made._generate_and_score_completions = lambda inputs: outputs.append(original(inputs)) or outputs[-1]
         made.train()
+        import pandas
+
         table = pandas.read_parquet(next((tmp_path / "completions").glob("*.parquet")))
         mask = outputs[0]["completion_mask"]
         expected = (outputs[0]["advantages"] * mask).sum(1) / mask.sum(1)
