@@ -60,7 +60,9 @@ def draw_noise(record: dict[str, Any], path: Path) -> None:
                     x, y = [r["n"] for r in rows], [r["noise_to_signal"] for r in rows]
                     plot.plot(x, y, style, color=colour, ms=3, lw=1.2, label=label)
         plot.set(xscale="log", yscale="log", xlabel="completions of a group")
-        plot.set_xticks(job_sizes := sorted({r["n"] for r in job["results"]}), labels=map(str, job_sizes), minor=False)
+        sizes = sorted({r["n"] for r in job["results"]})
+        plot.set_xticks(sizes, labels=[str(n) for n in sizes])
+        plot.set_xticks([], minor=True)
         plot.set_title(f"{job['kind']}, {job['success']:.0%} success", fontsize=9, loc="left")
     axes[0][0].set_ylabel("noise / signal of one group")
     handles, labels = axes[0][0].get_legend_handles_labels()

@@ -236,7 +236,9 @@ def learning(work: Path, size: Size, device: str, kind: str, variant: str, n: in
         measured = json.loads((work / f"{job_name('noise', kind, size.levels[MIDDLE])}.json").read_text())
         asked = {"baseline": "otb", "leave_one_out": False, "n": n}
         (found,) = [r for r in measured["results"] if asked.items() <= r.items()]
-        lr *= found["shrinkage"] or 1.0
+        if found["shrinkage"] is None:
+            raise SystemExit("the shrinkage was lost in noise, so there is no rate to scale by")
+        lr *= found["shrinkage"]
     runs = [reinforce(work, size, device, kind, variant, n, lr, steps, seed) for seed in range(size.learning[2])]
     return {"learning_rate": lr, "steps": steps, "prompts_of_a_step": size.learning[1], "runs": runs}
 
