@@ -1,6 +1,6 @@
 """What a pretrained model gains when it learns from what it reads, with the loss as objective and nothing trained.
 
-    python benchmarks/reading_by_loss.py --model DIR_OR_FILE.gguf --window 512 --name NAME --jobs JOBS.yaml --out DIR
+    python benchmarks/reading_by_loss.py --model DIR_OR_FILE.gguf --window 512 --name NAME --jobs JOBS.yaml --run RUN --out DIR
 
 Reads the same documents of two domains (books, and modules of Python's standard library) as rows of one batch, once
 without updates and once for every setting in the file of jobs, and writes one JSON record for each: losses by document
@@ -30,7 +30,7 @@ from inplace_ttt.hf.cache import cache_name, cache_of
 from inplace_ttt.hf.window import clear
 from inplace_ttt.train.report import git_commit, hardware, versions
 
-PIECE = 2048
+PIECE = 1024
 MODULES = ("argparse", "ast", "inspect", "tarfile", "turtle", "typing", "subprocess", "zipfile")
 """Long modules of the standard library."""
 
@@ -168,7 +168,8 @@ def main() -> None:
     parser.add_argument("--books", type=Path, required=True, help="JSON lines, xz")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--documents", type=int, default=None, help="of each domain, at most")
-    parser.add_argument("--jobs", type=Path, required=True, help="YAML: a list of settings, each with a name")
+    parser.add_argument("--jobs", type=Path, default=Path(__file__).parent / "reading_jobs.yaml")
+    parser.add_argument("--run", required=True, help="which list of the file of jobs")
     parser.add_argument("--share", default="0/1")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=1e9, help="no new job after so many")
@@ -179,7 +180,7 @@ def main() -> None:
     data = {k: rows(v, tokenizer, arguments.tokens)[: arguments.documents].to(device) for k, v in texts.items()}
     off = {domain: read(model, ids)[0] for domain, ids in data.items()}
     print({k: (tuple(v.shape), round(float(off[k].mean()), 4)) for k, v in data.items()}, flush=True)
-    jobs = yaml.safe_load(arguments.jobs.read_text())
+    jobs = yaml.safe_load(arguments.jobs.read_text())[arguments.run]
     own, of = map(int, arguments.share.split("/"))
     random.seed(0)
     for job in jobs[own::of]:
@@ -193,7 +194,7 @@ def main() -> None:
             "date": time.strftime("%Y-%m-%d"),
         }  # fmt: skip
         arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / f"{arguments.name}-{job['name']}.json").write_text(json.dumps(record, indent=1) + "\n")
+        (arguments.out / f"{arguments.run}-{job['name']}.json").write_text(json.dumps(record, indent=1) + "\n")
         say = {
             d: (
                 round(r["gain"], 3),
