@@ -31,7 +31,7 @@ from inplace_ttt.hf.window import clear
 from inplace_ttt.train.report import git_commit, hardware, versions
 
 PIECE = 1024
-MODULES = ("argparse", "ast", "inspect", "tarfile", "turtle", "typing", "subprocess", "zipfile")
+MODULES = ("argparse", "ast", "inspect", "tarfile", "turtle", "typing", "subprocess", "doctest")
 """Long modules of the standard library."""
 
 
