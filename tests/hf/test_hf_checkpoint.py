@@ -8,7 +8,7 @@ import pytest
 import torch
 from contract.families import C, adapted, logits, plain, randomise, tokens
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import inplace_ttt as ittt
 from inplace_ttt.hf.attach import runtime_of

@@ -1,12 +1,13 @@
 """How transformers' Auto classes see this library's directories.
 
 Their ``config.json`` has a model type of its own. Where this library is not imported, transformers does not know it and
-refuses; where it is, ``AutoModelForCausalLM`` (by which trl, peft, pipelines and others load) gives the whole model. Two
-kinds of directory have such a file:
+refuses; where it is, ``AutoModelForCausalLM`` (by which trl, peft, pipelines and others load) gives the whole model.
+Two kinds of directory have such a file:
 
 * what ``save_pretrained`` of this library writes: the file holds nothing else;
 * what transformers' own ``save_pretrained`` (the Trainer's) writes of an attached model: weights under the names of the
-  base and of the added parameters, and in the file the fast weights' settings beside ``base_config``.
+  base and of the added parameters, and in the file the fast weights' settings beside ``base_config`` (without its
+  model type, by which ``LlamaForCausalLM`` would find it).
 """
 
 import json
@@ -24,9 +25,11 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import UserError
-from .names import SAVE_FIRST, base_in_memory
+from .names import SAVE_FIRST, UNSAVED, base_in_memory
 
 MODEL_TYPE, ARCHITECTURE, CONFIG = "inplace_ttt", "InPlaceTTTForCausalLM", "config.json"
+LOAD_WHOLE = "this directory has fast weights: load it with inplace_ttt.from_pretrained"
+"""Where a model's own configuration class reads a number first, so that it refuses."""
 CLASSIFIER = "ForSequenceClassification"
 
 
@@ -69,8 +72,8 @@ class InPlaceTTTForCausalLM:
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
         raise UserError(
-            "a directory's configuration alone does not say how to build the model: use inplace_ttt.from_pretrained, or "
-            "build the base and call inplace_ttt.attach"
+            "the configuration of a directory does not say how to build its model: use inplace_ttt.from_pretrained, "
+            "or build the base and call inplace_ttt.attach"
         )
 
 
@@ -87,7 +90,9 @@ class FolderTokenizer(PreTrainedTokenizerFast):
         from .checkpoint import tokenizer_places
 
         if (Path(directory) / CONFIG).is_file() and read_json(Path(directory) / CONFIG).get("unsaved"):
-            return AutoTokenizer.from_pretrained(base_in_memory(), *args, **kwargs)
+            return AutoTokenizer.from_pretrained(
+                base_in_memory(str(directory).removeprefix(str(UNSAVED))), *args, **kwargs
+            )
         if any(Path(directory).glob("tokenizer*")) or not Path(directory).is_dir():
             return PreTrainedTokenizerFast.from_pretrained(directory, *args, **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in ("_commit_hash", "_from_auto")}
@@ -131,7 +136,9 @@ def mark_config(directory: Path) -> None:
     values = read_json(directory / CONFIG)
     if "inplace_ttt" in values and values.get("model_type") in CONFIG_MAPPING and "base_config" not in values:
         kept = {name: values[name] for name in ("transformers_version", "dtype") if name in values}
-        write_config(directory, inplace_ttt=values.pop("inplace_ttt"), **kept, base_config=values)
+        settings, kind = values.pop("inplace_ttt"), values.pop("model_type")
+        kept |= {"inplace_ttt": settings, "base_model_type": kind, "base_config": values}
+        write_config(directory, hidden_size=LOAD_WHOLE, **kept)
 
 
 def split_config(values: dict[str, Any], path: Path) -> tuple[PretrainedConfig, dict[str, Any] | None]:
@@ -141,7 +148,7 @@ def split_config(values: dict[str, Any], path: Path) -> tuple[PretrainedConfig, 
     values = dict(values)
     settings = values.pop("inplace_ttt", None)
     if values.get("model_type") == MODEL_TYPE:
-        values = dict(values.get("base_config") or {})
+        values = {**(values.get("base_config") or {}), "model_type": values.get("base_model_type")}
     kind = values.get("model_type")
     if kind not in CONFIG_MAPPING:
         raise UserError(f"{path} names the model type {kind!r}, which this version of transformers does not have")

@@ -32,7 +32,11 @@ def card(name: str, settings: Mapping[str, Any], results: Mapping[str, Mapping[s
     if on_hub:
         about["base_model"] = origin
     revision = f", revision `{base['revision']}`" if base.get("revision") else ""
-    what = f"an adapter for `{origin or base['model_type']}`{revision}" if is_adapter else f"a `{base['model_type']}` model"
+    what = (
+        f"an adapter for `{origin or base['model_type']}`{revision}"
+        if is_adapter
+        else f"a `{base['model_type']}` model"
+    )
     load = f'model = inplace_ttt.from_pretrained("{name}")'
     if is_adapter and not origin:
         load = f'model = inplace_ttt.from_pretrained("{name}", model=base)  # base: the model that it was made for'

@@ -9,7 +9,6 @@ The base's own name is kept beside it, for adapters and for default tokenizers.
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 from transformers import PreTrainedModel
 
@@ -18,10 +17,11 @@ from ..errors import UserError
 BASE_MODEL = "_inplace_ttt_base"
 UNSAVED = Path(__file__).with_name("unsaved")
 SAVE_FIRST = (
-    "this model was given fast weights in memory, so its name cannot load it again: call inplace_ttt.save_pretrained and "
-    "inplace_ttt.from_pretrained first, or pass the object that is wanted (a reference model, a tokenizer)"
+    "this model was given fast weights in memory, so its name cannot load it again: call inplace_ttt.save_pretrained "
+    "and inplace_ttt.from_pretrained first, or pass the object that is wanted (a reference model, a tokenizer)"
 )
-_in_memory: "WeakSet[PreTrainedModel]" = WeakSet()
+_bases: list[str] = []
+"""Bases of models that were attached in memory. UNSAVED/./. (so many dots) is the name of those on the second one."""
 
 
 @dataclass(frozen=True)
@@ -46,30 +46,29 @@ def rename_attached(model: PreTrainedModel) -> None:
     base = _base_by_config(model)
     model.__dict__[BASE_MODEL] = base
     if base.name:
-        _set_name(model, str(UNSAVED))
-        _in_memory.add(model)
+        if base.name not in _bases:
+            _bases.append(base.name)
+        _set_name(model, str(UNSAVED) + "/." * (_bases.index(base.name) + 1))
 
 
 def rename_loaded(model: PreTrainedModel, name: str, base: BaseModel) -> None:
     """Give an attached model the name of the directory or hub id that holds it whole."""
     model.__dict__[BASE_MODEL] = base
     _set_name(model, name)
-    _in_memory.discard(model)
 
 
 def rename_detached(model: PreTrainedModel) -> None:
     """Give a model that is plain again its base's name."""
     base: BaseModel = model.__dict__.pop(BASE_MODEL)
     _set_name(model, base.place or base.name)
-    _in_memory.discard(model)
 
 
-def base_in_memory() -> str:
-    """The name of the base of the models that were attached in memory. Raises UserError unless it is one name."""
-    names = {base_of(model).name for model in _in_memory}
-    if len(names) != 1:
+def base_in_memory(name: str) -> str:
+    """The base of a model that has this name since it was attached. Raises UserError in another process."""
+    index = name.count("/.") - 1
+    if not 0 <= index < len(_bases):
         raise UserError(SAVE_FIRST)
-    return names.pop()
+    return _bases[index]
 
 
 def _base_by_config(model: PreTrainedModel) -> BaseModel:
