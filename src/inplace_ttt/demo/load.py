@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..errors import UserError
-from ..hf.checkpoint import SETTINGS, from_pretrained, load_plain, tokenizer_places
+from ..hf.checkpoint import from_pretrained, has_fast_weights, load_plain, tokenizer_places
 from ..hf.hub_files import require_hub_id
 from ..shipped import DEFAULT_MODEL
 
@@ -32,7 +32,7 @@ def load_baseline(model: str | Path, device: str | None = None) -> PreTrainedMod
     place = _device(device)
     dtype: Any = torch.float32 if place.type == "cpu" else "auto"
     path = Path(model).expanduser()
-    if (path / SETTINGS).is_file():
+    if has_fast_weights(path):
         return from_pretrained(path, dtype=dtype).to(place).eval()  # type: ignore[no-any-return]
     if not path.is_dir():
         require_hub_id(str(model))

@@ -282,6 +282,19 @@ def stored_added(path: Path, variant: str | None = None) -> dict[str, Tensor]:
     return {k: v for file in files for k, v in load_file(file).items() if is_added(k)}
 
 
+def has_fast_weights(directory: Path) -> bool:
+    """Whether ``from_pretrained`` reads a local directory."""
+    if (directory / SETTINGS).is_file() or not (directory / CONFIG).is_file():
+        return (directory / SETTINGS).is_file()
+    values = read_json(directory / CONFIG)
+    return "inplace_ttt" in values or is_release(values)
+
+
+def add_results(directory: Path, results: Mapping[str, Mapping[str, float]]) -> None:
+    """Write the model card of a saved directory again, with results (see ``save_pretrained``)."""
+    write_card(directory, read_json(directory / SETTINGS), results=results)
+
+
 def tokenizer_places(directory: str | Path) -> list[tuple[str, dict[str, str]]]:
     """Where the tokenizer of a directory (or hub id) may be: places, each with revision and subfolder on the hub."""
     path = Path(directory).expanduser()

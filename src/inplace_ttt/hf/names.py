@@ -57,6 +57,11 @@ def rename_loaded(model: PreTrainedModel, name: str, base: BaseModel) -> None:
     _set_name(model, name)
 
 
+def keep_base(model: PreTrainedModel, base: BaseModel) -> None:
+    """Say that a loaded model's base is where this is, and not in the directory that it was loaded from."""
+    model.__dict__[BASE_MODEL] = base
+
+
 def rename_detached(model: PreTrainedModel) -> None:
     """Give a model that is plain again its base's name."""
     base: BaseModel = model.__dict__.pop(BASE_MODEL)

@@ -193,13 +193,13 @@ class Recipe:
 def find_recipe(name: str | Path) -> Path:
     """A file, or one of the shipped recipes: NAME, NAME.yaml or recipes/NAME.yaml. Raises RecipeError."""
     path = Path(name)
-    plain = str(path) in (path.stem, f"{path.stem}.yaml", str(Path("recipes", f"{path.stem}.yaml")))
-    if path.is_file() or not plain:
+    stem = path.name.removesuffix(".yaml")
+    if path.is_file() or str(path) not in (stem, f"{stem}.yaml", str(Path("recipes", f"{stem}.yaml"))):
         return path
     folders = (Path(inplace_ttt.__file__).parent / "recipes", Path(inplace_ttt.__file__).parents[2] / "recipes")
     shipped = {file.stem: file for folder in reversed(folders) for file in folder.glob("*.yaml")}
-    if path.stem in shipped:
-        return shipped[path.stem]
+    if stem in shipped:
+        return shipped[stem]
     raise RecipeError(f"{name}: no such file, nor a recipe of that name, only {', '.join(sorted(shipped))}")
 
 
