@@ -19,11 +19,14 @@ from transformers import (
     LlamaForSequenceClassification,
     Trainer,
     TrainingArguments,
+    pipeline,
 )
 
 import inplace_ttt as ittt
+from inplace_ttt.cli.preview import preview
 from inplace_ttt.hf.attach import runtime_of
-from inplace_ttt.hf.checkpoint import SETTINGS
+from inplace_ttt.hf.auto import base_config
+from inplace_ttt.hf.checkpoint import SETTINGS, has_fast_weights
 
 IDS = tokens(2, 2 * C + 3)
 
@@ -262,3 +265,37 @@ def test_running_settings_are_saved(whole, tmp_path):
         again = load(tmp_path / place)
         assert ittt.fast_settings(again) == ittt.fast_settings(model)
         assert_close(logits(again, IDS), logits(model, IDS), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapter", "trainer", "old"])
+def test_the_base_s_shape_without_weights(kind, whole, tmp_path):
+    """What ``inspect`` and a plan look at, in every format."""
+    model = load(whole)
+    ittt.save_pretrained(model, tmp_path / "adapter", adapter_only=True)
+    model.save_pretrained(tmp_path / "trainer")
+    type(model).save_pretrained(model, tmp_path / "old")
+    config, _ = base_config(str(tmp_path / kind))
+    assert (config.model_type, config.hidden_size) == ("llama", 32)
+    found = preview(str(tmp_path / kind), {})
+    assert (found.attached, found.model_type) == (True, "llama")
+    assert [layer.index for layer in found.layers] == [0, 2]
+    assert has_fast_weights(tmp_path / kind)
+    assert not has_fast_weights(whole / "base")
+
+
+def test_an_adapter_without_a_base_has_no_shape(tmp_path):
+    ittt.save_pretrained(adapted("llama"), tmp_path, adapter_only=True)
+    with pytest.raises(ittt.UserError, match="is an adapter without its base model's name"):
+        base_config(str(tmp_path))
+    with pytest.raises(ittt.UserError, match="an adapter without its base model's name: pass model="):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_pipelines_by_name(whole):
+    want = load(whole)
+    ids = tokenizer()("def whale(self):", return_tensors="pt")
+    written = want.generate(**ids, max_new_tokens=9, do_sample=False)[0, ids.input_ids.shape[1] :]
+    pipe = pipeline("text-generation", model=str(whole), dtype=torch.float32)
+    (found,) = pipe("def whale(self):", max_new_tokens=9, do_sample=False, return_full_text=False)
+    assert ittt.is_attached(pipe.model)
+    assert found["generated_text"] == tokenizer().decode(written)

@@ -33,7 +33,7 @@ LOAD_WHOLE = "this directory has fast weights: load it with inplace_ttt.from_pre
 CLASSIFIER = "ForSequenceClassification"
 
 
-class FastWeightsConfig(PretrainedConfig):
+class FastWeightsConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """The ``config.json`` of a directory. The model's own configuration is another one, see ``model.config``."""
 
     model_type = MODEL_TYPE
@@ -66,7 +66,12 @@ class InPlaceTTTForCausalLM:
         kind = type(model).__name__
         if kind.endswith(CLASSIFIER) != (cls is not InPlaceTTTForCausalLM):
             raise UserError(f"{directory} holds a {kind}: load it with inplace_ttt.from_pretrained")
-        report = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        report: dict[str, Any] = {
+            "missing_keys": set(),
+            "unexpected_keys": set(),
+            "mismatched_keys": set(),
+            "error_msgs": [],
+        }
         return (model, report) if wants_report else model
 
     @classmethod
@@ -85,7 +90,7 @@ class FolderTokenizer(PreTrainedTokenizerFast):
     """Load a tokenizer where transformers asks for a class: a directory's own, or its base's."""
 
     @classmethod
-    def from_pretrained(cls, directory: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, directory: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """The tokenizer as transformers loads it from where its files are."""
         from .checkpoint import tokenizer_places
 
@@ -101,11 +106,11 @@ class FolderTokenizer(PreTrainedTokenizerFast):
 
 
 AutoConfig.register(MODEL_TYPE, FastWeightsConfig, exist_ok=True)
-AutoModelForCausalLM.register(FastWeightsConfig, InPlaceTTTForCausalLM, exist_ok=True)  # type: ignore[no-untyped-call]
-AutoModelForSequenceClassification.register(  # type: ignore[no-untyped-call]
-    FastWeightsConfig, InPlaceTTTForSequenceClassification, exist_ok=True
+AutoModelForCausalLM.register(FastWeightsConfig, InPlaceTTTForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(FastWeightsConfig, InPlaceTTTForSequenceClassification, exist_ok=True)
+AutoTokenizer.register(  # type: ignore[no-untyped-call]
+    FastWeightsConfig, fast_tokenizer_class=FolderTokenizer, exist_ok=True
 )
-AutoTokenizer.register(FastWeightsConfig, fast_tokenizer_class=FolderTokenizer, exist_ok=True)
 
 
 # -- config.json -------------------------------------------------------------------------------------------------------
@@ -135,7 +140,7 @@ def mark_config(directory: Path) -> None:
     """
     values = read_json(directory / CONFIG)
     if "inplace_ttt" in values and values.get("model_type") in CONFIG_MAPPING and "base_config" not in values:
-        kept = {name: values[name] for name in ("transformers_version", "dtype") if name in values}
+        kept: dict[str, Any] = {name: values[name] for name in ("transformers_version", "dtype") if name in values}
         settings, kind = values.pop("inplace_ttt"), values.pop("model_type")
         kept |= {"inplace_ttt": settings, "base_model_type": kind, "base_config": values}
         write_config(directory, hidden_size=LOAD_WHOLE, **kept)
@@ -149,8 +154,30 @@ def split_config(values: dict[str, Any], path: Path) -> tuple[PretrainedConfig, 
     settings = values.pop("inplace_ttt", None)
     if values.get("model_type") == MODEL_TYPE:
         values = {**(values.get("base_config") or {}), "model_type": values.get("base_model_type")}
-    kind = values.get("model_type")
+    kind = str(values.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise UserError(f"{path} names the model type {kind!r}, which this version of transformers does not have")
     config: PretrainedConfig = CONFIG_MAPPING[kind].from_dict(values)
     return config, settings
+
+
+def base_config(name: str, **where: str) -> tuple[PretrainedConfig, dict[str, Any] | None]:
+    """The base's configuration and the fast weights' settings (None: a plain model) of a directory or hub id.
+
+    ``where``: revision and subfolder on the hub. Of an adapter: what it says about its base. Raises UserError, OSError
+    or ValueError where they cannot be read.
+    """
+    from .checkpoint import BASE, tokenizer_places
+
+    config = AutoConfig.from_pretrained(name, **where)
+    if not isinstance(config, FastWeightsConfig):
+        settings = config.__dict__.pop("inplace_ttt", None)
+        return config, settings
+    if "base_config" in config.__dict__ or "unsaved" in config.__dict__:
+        return split_config(config.to_dict(), Path(name))
+    if Path(name).is_dir() and not (Path(name) / BASE).is_dir():
+        place, place_where = tokenizer_places(name)[-1]
+        if place == str(Path(name)):
+            raise UserError(f"{name} is an adapter without its base model's name: name the base model instead")
+        return base_config(place, **place_where)
+    return AutoConfig.from_pretrained(name, **{**where, "subfolder": BASE}), None
