@@ -267,6 +267,19 @@ def test_running_settings_are_saved(whole, tmp_path):
         assert_close(logits(again, IDS), logits(model, IDS), atol=1e-6, rtol=0)
 
 
+def test_saving_over_another_model(in_memory, whole, tmp_path):
+    """Never over the base; over what was saved there before, in either format, the newer one counts."""
+    for keywords in ({}, {"adapter_only": True}):
+        with pytest.raises(ittt.UserError, match="base holds another model: choose another directory"):
+            ittt.save_pretrained(in_memory, tmp_path / "base", **keywords)
+    assert not ittt.is_attached(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    model = load(whole)
+    for number, is_trainer_s in enumerate((False, True, False)):
+        ittt.configure(model, lr=0.1 + number)
+        model.save_pretrained(whole) if is_trainer_s else ittt.save_pretrained(model, whole)
+        assert ittt.fast_settings(load(whole))["lr"] == 0.1 + number
+
+
 @pytest.mark.parametrize("kind", ["whole", "adapter", "trainer", "old"])
 def test_the_base_s_shape_without_weights(kind, whole, tmp_path):
     """What ``inspect`` and a plan look at, in every format."""

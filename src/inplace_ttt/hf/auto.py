@@ -127,6 +127,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def check_free(directory: Path) -> None:
+    """UserError when a directory has the ``config.json`` of a plain model (the base's own?), which must not be lost."""
+    if (directory / CONFIG).is_file() and read_json(directory / CONFIG).get("model_type") != MODEL_TYPE:
+        raise UserError(f"{directory} holds another model: choose another directory")
+
+
 def write_config(directory: Path, **values: Any) -> None:
     """Write the ``config.json`` of a directory of this library."""
     text = json.dumps({"model_type": MODEL_TYPE, "architectures": [ARCHITECTURE], **values}, indent=2) + "\n"

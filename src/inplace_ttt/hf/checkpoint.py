@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 from ..config import InPlaceTTTConfig
 from ..errors import UserError, in_one_line
 from .attach import attach, detach, is_attached, plain_config, runtime_of, unwrap, unwrap_to_save
-from .auto import CONFIG, MODEL_TYPE, read_json, split_config, write_config
+from .auto import CONFIG, MODEL_TYPE, check_free, read_json, split_config, write_config
 from .card import write_card
 from .hub_files import FETCHING, UPLOADING, fetch, take, upload
 from .names import BaseModel, base_of, rename_loaded
@@ -96,10 +96,11 @@ def save_pretrained(
     ``push_to_hub`` uploads the directory, with transformers' keywords (``repo_id``, ``token``, ``private``,
     ``commit_message``, ``revision``, ``create_pr``). Further keywords (``variant``, ``max_shard_size``, ...) go to
     transformers' ``save_pretrained``. A sharded model (FSDP2, tensor parallelism) is saved whole: all ranks call this,
-    one writes. Raises UserError when nothing is attached.
+    one writes. Raises UserError when nothing is attached, and where ``directory`` is another model's.
     """
     root, runtime = unwrap(model) if adapter_only else unwrap_to_save(model), runtime_of(model)
     path, sharded, uploading = Path(directory), is_sharded(root), take(kwargs, UPLOADING)
+    check_free(path)
     kind: dict[str, Any] = {"model_type": root.config.model_type, "architecture": plain_class(root).__name__}
     settings = {
         "inplace_ttt": runtime.config.to_dict(),

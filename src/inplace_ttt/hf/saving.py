@@ -33,6 +33,7 @@ class SavePretrained:
         path = Path(save_directory)
         if writes and (path / CONFIG).is_file():
             mark_config(path)
+            (path / "inplace_ttt.json").unlink(missing_ok=True)  # of a model that was saved there before
         if writes and push_to_hub:
             upload(path, **uploading)
 

@@ -62,7 +62,7 @@ def holding(path: Path | None) -> Iterator[None]:
     if place is None or place in _held or not place.parent.is_dir():
         yield
         return
-    with suppress(PermissionError):  # the command says so itself, in other words
+    with suppress(OSError):  # not writable: the command says so itself, in other words
         lock = _lock(place)
         if lock is None:
             raise UserError(
