@@ -4,24 +4,41 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
 
+if TYPE_CHECKING:
+    from .core import Rule
+
 FORMAT_VERSION = 1
 TARGETS = ("input_embed", "hidden_states")
-OBJECTIVES = ("learned", "next_token", "reconstruction")
+OBJECTIVES = ("learned", "loss", "next_token", "reconstruction")
+RULES = ("delta", "momentum", "muon", "sum")
+DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {"layers": "0::6", "chunk_size": 1024, "lr": 0.1, "decay": 0.0, "update_size": None}
+)
+"""Defaults that depend on the objective: what all but "loss" have."""
+LOSS_DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {"layers": "0::3", "chunk_size": 256, "lr": 1.0, "decay": 0.0, "update_size": 3e-3}
+)
+"""What "loss" has: the best single set over the models of docs/reading.md."""
 _KINDS = (
     (("chunk_size", "conv_kernel", "lookahead"), Integral, "a whole number"),
-    (("lr", "decay", "clip", "init_std"), Real, "a number"),
+    (("lr", "decay", "clip", "init_std", "update_size"), Real, "a number"),
     (("projection", "clip_relative"), bool, "true or false"),
 )
 
 
+_LATER = ("objective_options", "rule", "rule_options", "update_size")
+"""Fields that files of the first release do not have: left out while they are as there, so that it can read them."""
+
+
 def _is(value: Any, kind: type) -> bool:
-    """``isinstance``, where a truth value is no number."""
+    """Like ``isinstance``, but treats bool as not a number."""
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
@@ -29,12 +46,13 @@ def _is(value: Any, kind: type) -> bool:
 class InPlaceTTTConfig:
     """Settings of In-Place TTT. Raises UserError on a value out of range. Symbols: docs/method.md.
 
-    The last two fields describe a model whose ``model_type`` is not in the table of families.
+    Where a default is None, the objective decides (``DEFAULTS``, ``LOSS_DEFAULTS``), and the field holds its value. The
+    last two fields describe a model whose ``model_type`` is not in the table of families.
     """
 
-    layers: str | tuple[int, ...] = "0::6"
+    layers: str | tuple[int, ...] = None  # type: ignore[assignment]
     """Which decoder layers adapt: a slice ("0::6", "2:10", ":"), or numbers (negative ones count from the end)."""
-    chunk_size: int = 1024
+    chunk_size: int = None  # type: ignore[assignment]
     """C: tokens between updates. The paper finds 512 and 1024 best."""
     conv_kernel: int = 5
     """K: taps of the target's convolution."""
@@ -43,17 +61,26 @@ class InPlaceTTTConfig:
     target: str = "input_embed"
     """u: "input_embed" (token embeddings) or "hidden_states" (the MLP's own input, unit RMS: needs far less lr)."""
     objective: str = "learned"
-    """"learned" (convolution), or a fixed shift: "next_token", "reconstruction"."""
+    """The target: "learned" (convolution), a fixed shift ("next_token", "reconstruction"), "loss" (the gradient of the
+    next-token loss itself: nothing to train), or the name of a registered one."""
+    objective_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Options of the target, checked by it: "gates", "ridge" of the shipped ones."""
+    rule: str = "sum"
+    """How the fast weights are read and written: "sum" (the paper), "delta", "momentum", "muon", or a registered one."""
+    rule_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Options of the rule, checked by it: "soft_cap" of "sum", "beta" of "momentum"."""
     projection: bool = True
     """Whether P, the target projection, is used."""
-    lr: float = 0.1
+    lr: float = None  # type: ignore[assignment]
     """eta: the inner learning rate. 1.0 made training from scratch fail at rows of 16,384 tokens (docs/log.md)."""
-    decay: float = 0.0
+    decay: float = None  # type: ignore[assignment]
     """S shrinks by ``1 - decay`` at every update; 0 is the paper's plain sum."""
     clip: float | None = None
     """tau: largest Frobenius norm of one chunk's update; None: no clipping."""
     clip_relative: bool = False
     """Whether ``clip`` is a fraction of the slow weight's norm."""
+    update_size: float | None = None
+    """r: every chunk's update is scaled to ``r * ||W0||_F`` (of S, before lr); None: updates are as large as they are."""
     init_std: float | None = None
     """sigma of P's diagonal at the start; None: the model's ``initializer_range``."""
     layers_path: str | None = None
@@ -62,6 +89,10 @@ class InPlaceTTTConfig:
     """The last projection inside a decoder layer, e.g. "mlp.down_proj"; None: the table of families knows."""
 
     def __post_init__(self) -> None:
+        for name, value in (LOSS_DEFAULTS if self.objective == "loss" else DEFAULTS).items():
+            taken = name == "update_size" and (self.rule != "sum" or self.clip is not None or "soft_cap" in self.rule_options)
+            if getattr(self, name) is None and not taken:
+                object.__setattr__(self, name, value)
         if not isinstance(self.layers, str):
             listed = isinstance(self.layers, Sequence) and all(_is(i, Integral) for i in self.layers)
             if not listed:
@@ -82,10 +113,6 @@ class InPlaceTTTConfig:
                 f"lookahead must be from 0 to conv_kernel - 1 = {self.conv_kernel - 1}, got {self.lookahead}",
             ),
             (self.target not in TARGETS, f"target must be one of {', '.join(TARGETS)}, got {self.target!r}"),
-            (
-                self.objective not in OBJECTIVES,
-                f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}",
-            ),
             (not 0 <= self.decay < 1, f"decay must be in [0, 1), got {self.decay}"),
             (self.clip is not None and self.clip <= 0, f"clip must be positive or None, got {self.clip}"),
             (self.init_std is not None and self.init_std < 0, f"init_std must not be negative, got {self.init_std}"),
@@ -96,6 +123,27 @@ class InPlaceTTTConfig:
         ):
             if wrong:
                 raise UserError(say)
+        for name in ("objective_options", "rule_options"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise UserError(f"{name} must be a mapping, got {getattr(self, name)!r}")
+            object.__setattr__(self, name, dict(getattr(self, name)))
+        if self.objective not in OBJECTIVES or self.objective_options:
+            from .core import targets
+
+            targets.target_options(self.objective, self.objective_options, self.settings)
+        if self.rule not in RULES or self.rule_options or self.clip or self.update_size:
+            self.make_rule()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields by name, for rules and targets whose own are named alike."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def make_rule(self) -> "Rule":
+        """Return the rule with its options. Raises UserError where they are wrong."""
+        from .core import make_rule
+
+        return make_rule(self.rule, self.rule_options, self.settings)
 
     def layer_indices(self, count: int) -> tuple[int, ...]:
         """The adapting layers of a model with ``count`` layers, ascending. UserError when one does not exist."""
@@ -123,6 +171,8 @@ class InPlaceTTTConfig:
         """JSON-ready, with the format's version."""
         values = asdict(self)
         values["layers"] = self.layers if isinstance(self.layers, str) else list(self.layers)
+        default = {f.name for f in fields(self) if f.name in _LATER and getattr(self, f.name) in (None, {}, "sum")}
+        values = {name: value for name, value in values.items() if name not in default}
         return {"format_version": FORMAT_VERSION, **values}
 
     @classmethod

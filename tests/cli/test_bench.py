@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from inplace_ttt.bench import materialised, mlp
 from inplace_ttt.cli import app
-from inplace_ttt.core.decoding import StepBuffers
+from inplace_ttt.fast.decoding import StepBuffers
 from inplace_ttt.errors import UserError
 
 

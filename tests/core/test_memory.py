@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from inplace_ttt.core import ChunkTable, scan
+from inplace_ttt.core import ChunkTable
+from inplace_ttt.fast import scan
 
 D, F, C = 128, 512, 64
 

@@ -6,8 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from inplace_ttt.core import reference, target
-from inplace_ttt.core.ranks import Slices, SliceTable, exclusive_scan, scan_slice
+from inplace_ttt.core import Sum, reference
+from inplace_ttt.core.layer import written
+from method import target
+from inplace_ttt.fast.ranks import Slices, SliceTable, exclusive_scan, scan_slice
 
 C, D, F, K = 4, 6, 10, 5
 LR = 0.3
@@ -54,13 +56,14 @@ def whole(T: int, docs: Tensor | None, decay: float, clip: float | None) -> list
 def sliced(slices: Slices, T: int, docs: Tensor | None, decay: float, clip: float | None) -> list[Tensor]:
     """This rank's part of the same; gradients of the parameters are summed over the ranks."""
     (z, u, weight, kappa, proj), g = inputs(T)
-    table = SliceTable.build(slices, 2, T, C, documents=docs, decay=decay)
+    table = SliceTable.build(slices, 2, T, C, documents=docs, keep=1 - decay)
     mine = [slices.cut(x.detach()).requires_grad_() for x in (z, u)]
     R, t = table.table.rows, table.table.tokens
     z_R, u_R = (x.reshape(R, t, x.shape[-1]) for x in mine)
     v = target(u_R, kappa, proj, table.table)
-    limit = None if clip is None else torch.tensor(clip, dtype=torch.float64)
-    out = scan_slice(z_R, v, weight, table, dist.group.WORLD, lr=LR, decay=decay, clip=limit).view(2, -1, D)
+    rule = Sum(lr=LR, decay=decay, clip=clip)
+    v = None if v is None else written(rule, z_R, v, table.table, None, weight)
+    out = scan_slice(z_R, v, table, dist.group.WORLD, rule=rule, width=D, weight=weight).view(2, -1, D)
     leaves = [*mine, weight, kappa, proj]
     grads = torch.autograd.grad((out * slices.cut(g)).sum(), leaves, allow_unused=True)
     grads = [torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, leaves, strict=True)]
@@ -93,7 +96,7 @@ def refusals(head_tail: bool) -> list[str]:
     packed[:, C // 2 :] = 1  # every chunk of the second document crosses the boundaries
     for tokens, docs in ((slices.pieces * (C + 1), None), (T, packed), (T + 1, None)):
         try:
-            SliceTable.build(slices, 1, tokens, C, documents=docs, decay=0.0)
+            SliceTable.build(slices, 1, tokens, C, documents=docs, keep=1.0)
             messages.append("")
         except ValueError as error:
             messages.append(str(error))
@@ -128,7 +131,7 @@ def traffic(rows: int, D: int, F: int, head_tail: bool) -> dict[str, int]:
         setattr(dist, name, forbidden)
     try:
         slices = Slices(ranks, rank, head_tail)
-        table = SliceTable.build(slices, rows, slices.pieces * C, C, documents=None, decay=0.0)
+        table = SliceTable.build(slices, rows, slices.pieces * C, C, documents=None, keep=1.0)
         totals = torch.randn(rows * slices.own, D, F).requires_grad_()
         states = exclusive_scan(totals, table, dist.group.WORLD)
         forward = dict(sent)

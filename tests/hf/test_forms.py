@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 import inplace_ttt as ittt
 from inplace_ttt.hf.attach import runtime_of
+from inplace_ttt.hf.settings import Settings
 from inplace_ttt.hf.cache import fast_layers
 
 NEW = 3 * C
@@ -25,7 +26,7 @@ families = pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 
 def formed(model_type, form, **settings):
     model = adapted(model_type, **settings)
-    runtime_of(model).form = form
+    runtime_of(model).configure(form=form)
     return model
 
 
@@ -113,20 +114,20 @@ def test_a_cache_keeps_its_form():
     """Also over a reset with other rows; the runtime's form is that of caches that begin."""
     model, old, new = formed("llama", "auto"), DynamicCache(), DynamicCache()
     read(model, old, tokens(2, C))
-    runtime_of(model).form = 7
+    runtime_of(model).configure(form=7)
     for cache, form in ((old, "auto"), (new, 7)):
         read(model, cache, tokens(2, C))
         assert all(state.form == form and state.S is None for state in states(cache))
         for state in states(cache):
             state.reset()
-        fast_layers(cache, list(ittt.fast_weights(cache)), 3, C, 0.0, "dense")
+        fast_layers(cache, dict.fromkeys(ittt.fast_weights(cache), False), 3, Settings(runtime_of(model).config))
         assert all(state.form == form and state.rows == 3 for state in states(cache))
 
 
 def test_the_usual_form_is_dense():
     model, cache = adapted("llama"), DynamicCache()
     read(model, cache, tokens(1, C))
-    assert all(state.form == "dense" and state.S is not None and state.left is None for state in states(cache))
+    assert all(state.form == "dense" and state.S is not None and not hasattr(state, "left") for state in states(cache))
 
 
 class FastTensors(TorchDispatchMode):

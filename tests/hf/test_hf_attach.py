@@ -189,7 +189,7 @@ def test_an_exception_in_a_forward_leaves_nothing_behind():
     broken.remove()
     runtime = runtime_of(model)
     assert runtime.current is None
-    assert all(site.context is None and site.mlp_input is None for site in runtime.sites)
+    assert all(site.context is None and site._input.get() is None for site in runtime.sites)
     assert torch.equal(logits(model, IDS), want)
     with pytest.raises(RuntimeError, match="outside the model's forward"):
         model.model.layers[0].mlp(torch.randn(2, 3, 32, dtype=torch.float64))

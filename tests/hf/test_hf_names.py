@@ -257,7 +257,8 @@ def test_an_adapter_names_its_base_for_any_directory(in_memory, whole, tmp_path,
 def test_running_settings_are_saved(whole, tmp_path):
     """What ``fast_settings`` shows is what a saved model reads with, in every format."""
     model = load(whole)
-    ittt.configure(model, chunk_size=2 * C, decay=0.25, lr=0.5, clip=0.125)
+    ittt.configure(model, chunk_size=2 * C, decay=0.25, lr=0.1, clip=0.125)
+    ittt.set_lr(model, 0.5)
     ittt.save_pretrained(model, tmp_path / "saved")
     ittt.save_pretrained(model, tmp_path / "adapter", adapter_only=True)
     model.save_pretrained(tmp_path / "trainer")

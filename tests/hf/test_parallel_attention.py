@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inplace_ttt.core.ranks import Slices
+from inplace_ttt.fast.ranks import Slices
 from inplace_ttt.hf import parallel_attention
 from inplace_ttt.hf.parallel_attention import RowSlices, attend, working_ways
 

@@ -182,7 +182,7 @@ def test_the_clip_goes_along():
     caches = [filled(model, n) for n in (0, 3, 9)]
     merged, mask = merge(caches, model.config)
     for cache in (merged, split(merged, mask, 2)):
-        assert all(float(cache.layers[i].clip) == 0.5 for i in ittt.fast_weights(cache))
+        assert all(fast.rule.clip == 0.5 for fast in ittt.fast_weights(cache).values())
     check(model, caches, (0, 3, 9))
 
 

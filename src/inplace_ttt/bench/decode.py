@@ -69,7 +69,7 @@ def measure(
     UserError where steps differ from one pass by more than ``WORSE`` times what they do without fast weights.
     """
     model = build(shape, layers, C, None, device, dtype)
-    plain = plain_twin(model)
+    plain, lr = plain_twin(model), runtime_of(model).config.lr
     many = tokens or C
     few = max(8, many // 16)
     text, ids = (torch.randint(0, model.config.vocab_size, (1, n), device=device) for n in (prompt, C + C // 2))
@@ -90,7 +90,7 @@ def measure(
         floor = 1e-5 if dtype == torch.float32 else 0.0
         if not errors["ours"] <= WORSE * max(errors["no TTT"], floor):
             raise UserError(f"no speed of wrong results: steps differ from one pass by {errors['ours']:.2e}")
-        set_lr(model, runtime_of(model).config.lr)
+        set_lr(model, lr)
         times, peaks = time_all(runs, text, device, rounds)
     found = {name: whole / runs[name][1] for name, whole in times.items()}
     row = {

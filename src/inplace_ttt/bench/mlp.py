@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from ..core import ChunkTable, scan, target
-from ..core.target import convolve
+from ..core import ChunkTable
+from ..core.targets import convolve, convolved
 from ..errors import UserError
+from ..fast import scan
 from .materialised import product
 from .timing import interleaved, peak_bytes, rates
 
@@ -56,7 +57,7 @@ class Block:
     def ours(self, C: int) -> Tensor:
         z = self.z()
         table = ChunkTable.build(1, z.shape[1], C)
-        v = target(self.u, self.kappa, self.proj, table, lookahead=LOOKAHEAD)
+        v = target(self.u, self.kappa, self.proj, table)
         return scan(z, v, self.down, table, lr=LR)[0]
 
     def materialised(self, C: int) -> Tensor:
@@ -65,6 +66,13 @@ class Block:
         u = self.u.view(-1, C, self.u.shape[2])
         v = convolve(u.float(), self.kappa.float(), LOOKAHEAD).to(z.dtype) @ self.proj
         return product(z, v[:-1].flatten(0, 1)[None], self.down, C, LR)[0]
+
+
+def target(u_BTD: Tensor, kappa: Tensor, proj: Tensor, table: ChunkTable) -> Tensor:
+    """Return the learned target's values [B, U * C, D] of the chunks that update."""
+    n = table.updates * table.chunk_size
+    c = convolved(u_BTD[:, :n].unflatten(1, (-1, table.chunk_size)), kappa, LOOKAHEAD, proj.dtype)
+    return (c.to(proj.dtype) @ proj).flatten(1, 2)
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -86,7 +94,7 @@ def errors(shape: Shape, C: int, device: torch.device, dtype: torch.dtype, share
     half = {name: x.to(device, dtype) for name, x in half.items()}
     table = ChunkTable.build(1, T, C)
     with torch.no_grad():
-        half["v"] = target(half["u"], half["kappa"], half["proj"], table)  # type: ignore[assignment]
+        half["v"] = target(half["u"], half["kappa"], half["proj"], table)
         fast = scan(half["z"], half["v"], None, table, lr=LR)[0][:, -C:].norm()
         half["v"] *= share * linear(half["z"][:, -C:], half["weight"]).norm() / fast
     exact = {name: x.double() for name, x in half.items()}
@@ -102,7 +110,7 @@ def errors(shape: Shape, C: int, device: torch.device, dtype: torch.dtype, share
         )
         yield (
             "target",
-            lambda u, kappa, proj: target(u, kappa, proj, table, lookahead=LOOKAHEAD),
+            lambda u, kappa, proj: target(u, kappa, proj, table),
             ["u", "kappa", "proj"],
             x["v"],
         )

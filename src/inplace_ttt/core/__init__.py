@@ -1,9 +1,31 @@
 """The method on plain tensors: torch only, state explicit in and out, nothing here knows who called it."""
 
+from . import rules_more as rules_more
 from .chunks import ChunkTable, document_ids
+from .layer import complete, read
 from .reference import ReferenceState, reference
-from .scan import scan
+from .rules import RULES, Rule, Sum, make_rule, register_rule
+from .scan import Call, scan
 from .state import FastWeights
-from .target import target
+from .targets import TARGETS, Target, make_target, register_target
 
-__all__ = ["ChunkTable", "FastWeights", "ReferenceState", "document_ids", "reference", "scan", "target"]
+__all__ = [
+    "RULES",
+    "TARGETS",
+    "Call",
+    "ChunkTable",
+    "FastWeights",
+    "ReferenceState",
+    "Rule",
+    "Sum",
+    "Target",
+    "complete",
+    "document_ids",
+    "make_rule",
+    "make_target",
+    "read",
+    "reference",
+    "register_rule",
+    "register_target",
+    "scan",
+]

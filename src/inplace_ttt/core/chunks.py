@@ -83,7 +83,8 @@ class ChunkTable:
     *Regular* (``index`` is None): T real tokens of one document in every row, and chunk m is extended positions
     m*C .. (m+1)*C - 1, cut at P + T, in all of them. Otherwise ``index`` lists the positions.
 
-    Only chunks that matter are listed: a chunk that sees S = 0 and whose update nobody uses is left out.
+    Only chunks that matter are listed: a chunk that sees the initial state and whose update nobody uses is left out,
+    unless that state adds something to the output (``from_zero`` is False).
     """
 
     chunk_size: int
@@ -146,11 +147,13 @@ class ChunkTable:
         documents: Tensor | None = None,
         seen: Sequence[int] | None = None,
         keep_state: bool = False,
+        from_zero: bool = True,
     ) -> "ChunkTable":
         """Table of a call of ``rows`` x ``tokens``.
 
         ``documents``: as ``document_ids`` gives them. ``seen``: tokens already read of each row's current document
-        (None: nothing); a row's first document in the call continues it.
+        (None: nothing); a row's first document in the call continues it. ``from_zero``: the initial state adds nothing to
+        the output (``Rule.from_zero``).
         """
         before = (0,) * rows if seen is None else tuple(seen)
         if len(before) != rows:
@@ -173,12 +176,14 @@ class ChunkTable:
             )
         if documents is None:
             documents = torch.zeros(rows, tokens, dtype=torch.int64)
-        table: ChunkTable = _irregular(documents, C, before, keep_state)
+        table: ChunkTable = _irregular(documents, C, before, keep_state, from_zero)
         return table
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _irregular(documents: Tensor, C: int, before: tuple[int, ...], keep_state: bool) -> ChunkTable:
+def _irregular(
+    documents: Tensor, C: int, before: tuple[int, ...], keep_state: bool, from_zero: bool
+) -> ChunkTable:
     B, T = documents.shape
     seen = torch.tensor(before)
     pending = seen % C
@@ -231,7 +236,7 @@ def _irregular(documents: Tensor, C: int, before: tuple[int, ...], keep_state: b
     restarted = (count > 0) & (number.max(1).values > 0)
 
     # Keep the slots that matter, in order.
-    matter = exists & ((slot_chunk > 0) | update | wanted)
+    matter = exists & ((slot_chunk > 0) | update | wanted) if from_zero else exists
     place = matter.long().cumsum(1) - 1
     steps = int(matter.sum(1).max())
     rows_, slots_ = matter.nonzero(as_tuple=True)

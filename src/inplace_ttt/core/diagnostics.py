@@ -41,9 +41,9 @@ class LayerDiagnostics:
     key_overlap: float | None
     """``key_overlap`` of the last chunk's keys with what was learned before it."""
     update_norm: float | None
-    """lr * ||dW||_F / ||W0||_F of the last chunk, before clipping."""
+    """lr * ||dW||_F / ||W0||_F of the last chunk, as it was written."""
     clipped: bool | None
-    """Whether that update was longer than the clip; None also without clipping."""
+    """Whether that update is as long as the clip allows; None also without clipping."""
 
 
 def relative_norm(S_DF: Tensor, weight_DF: Tensor, lr: float) -> float | None:

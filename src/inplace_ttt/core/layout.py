@@ -43,6 +43,18 @@ class Layout:
         value = torch.where(self._new[:, m], torch.bmm(a_BCM, b_BMW), 0)
         out_BTW.view(-1, out_BTW.shape[-1]).index_add_(0, self._flat[:, m].flatten(), value.flatten(0, 1), alpha=scale)
 
+    def add_all(self, out_BTW: Tensor, parts: list[Tensor]) -> Tensor:
+        """Return ``out`` plus each slot's part [B, <= C, W] at that slot's new tokens, in order. Differentiable."""
+        if not parts:
+            return out_BTW
+        if self.index is None:
+            joined = torch.cat(parts, 1)
+            rest = out_BTW.shape[1] - joined.shape[1]
+            return out_BTW + torch.nn.functional.pad(joined, (0, 0, 0, rest))
+        new, flat = self._new[:, : len(parts)], self._flat[:, : len(parts)]
+        value = torch.where(new, torch.stack(parts, 1).to(out_BTW.dtype), 0)
+        return out_BTW.flatten(0, 1).index_add(0, flat.flatten(), value.flatten(0, 2)).view_as(out_BTW)
+
     def absorbed(self, m: int) -> Tensor:
         """z of slot m's tokens, pending ones included, [B, C, F]; zero where there is none."""
         z = self.applied(self.z, m)

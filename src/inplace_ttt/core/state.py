@@ -1,46 +1,73 @@
 """What a reader carries from call to call: the fast weights and the tokens whose chunk is not complete yet."""
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .algebra import accumulate, outer
 from .chunks import ChunkTable
-from .factors import HeldState, completed
-from .scan import advance, clip_factor, outer
-from .target import chunked
-
-Triple = tuple[Tensor, Tensor, Tensor]
+from .rules import Rule, State, Sum
+from .targets import chunked
 
 ROLLBACK_TOKENS = 128
 """Completed chunks are kept for at least this many tokens, so that rejected drafts can be taken back."""
 
-_NUMBERS = ("seen", "kept", "count", "raw", "lost")
 
+class FastWeights:
+    """State of one layer for B rows, under one rule.
 
-class FastWeights(HeldState):
-    """State of one layer for B rows.
+    ``tensors``: the rule's state, [B, ...] each, None while every row is where a document begins; pending inputs z
+    [B, C, F] and u [B, C, D], of which row b's first ``seen[b] % C`` are filled; ``history``: the last completed
+    chunks for ``rollback``, [B, R * C, W] each: z, u and v as written where an update can be subtracted again, else z, u
+    and the states before them, [B, R, ...] under "state.NAME".
 
-    S [B, D, F] float32 (float64 for float64 models), None while zero; pending inputs z [B, C, F] and u [B, C, D], of
-    which row b's first ``seen[b] % C`` are filled; the last completed chunks (z, u, v) for ``rollback``.
+    ``snapshots``: keep states in the history even if the rule is additive (gated targets). ``form``: "dense" here;
+    others are subclasses (``fast.factors``).
 
-    ``form``: how S is held. "dense": as ``S``. "auto": as the pairs (v_t, z_t), ``left`` and ``right``, while they are
-    fewer than D * F / (D + F), then dense until ``reset``. A number r: as factors, cut to the best r when a row has
-    more than 2 * r, at most once in max(r, C) tokens: lossy (``truncation``), save for what a call's later tokens see
-    of its own chunks. ``dense()`` gives S in every form.
+    All tensors are replaced, never written into, but for the pending buffers beyond what counts as filled.
     """
 
-    def __init__(self, rows: int, chunk_size: int, *, decay: float = 0.0, form: str | int = "dense") -> None:
-        super().__init__(rows, chunk_size, decay, form)
+    numbers: tuple[str, ...] = ("seen", "kept")
+    """Attributes with one number per row."""
+    parts: tuple[str, ...] = ("z", "u")
+    """Attributes that are tensors [B, ...] or None."""
+
+    def __init__(self, rows: int, chunk_size: int, rule: Rule | None = None, *, snapshots: bool = False) -> None:
+        self.rows, self.chunk_size, self.rule = rows, chunk_size, Sum() if rule is None else rule
+        self.form: str | int = "dense"
+        self.snapshots = snapshots or not self.rule.additive or self.rule.keep == 0
+        self.tensors: State | None = None
         self.z: Tensor | None = None
         self.u: Tensor | None = None
-        self.history: Triple | None = None
+        self.history: dict[str, Tensor] = {}
+        self.slow: Tensor | None = None
+        """W0 as the last call gave it, for undoing updates that depend on it. Not part of the state."""
         self.seen: tuple[int, ...] = (0,) * rows
         self.kept: tuple[int, ...] = (0,) * rows
         self.real: Tensor | None = None
         self.fed = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "slow": None}
+
+    def new(self, rows: int) -> "FastWeights":
+        """Return an empty state of the same kind."""
+        return FastWeights(rows, self.chunk_size, self.rule, snapshots=self.snapshots)
+
+    @property
+    def S(self) -> Tensor | None:
+        """S [B, D, F] of a linear rule; None while zero."""
+        return None if self.tensors is None else self.tensors.get("S")
+
+    def dense(self) -> Tensor | None:
+        """Return S [B, D, F] of a linear rule in whatever form it is held; None while zero. UserError otherwise."""
+        self.rule.need("linear", "a matrix of fast weights")
+        return self.S
 
     @property
     def updates(self) -> tuple[int, ...]:
@@ -50,16 +77,41 @@ class FastWeights(HeldState):
     @property
     def nbytes(self) -> int:
         """Bytes held, all rows."""
-        tensors = [self.S, self.left, self.right, self.z, self.u, *(self.history or ())]
-        return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+        return sum(x.numel() * x.element_size() for x in self.all_tensors().values())
+
+    def all_tensors(self) -> dict[str, Tensor]:
+        """Return every tensor by a name of its own."""
+        found = {name: getattr(self, name) for name in self.parts if getattr(self, name) is not None}
+        found |= {f"tensors.{name}": x for name, x in (self.tensors or {}).items()}
+        return found | {f"history.{name}": x for name, x in self.history.items()}
 
     def past(self, table: ChunkTable) -> tuple[Tensor | None, Tensor | None]:
-        """Pending z [B, P, F] and u [B, P, D] that the table's prefix speaks of."""
+        """Return pending z [B, P, F] and u [B, P, D] that the table's prefix speaks of."""
         if not table.prefix or self.z is None or self.u is None:
             return None, None
         return self.z[:, : table.prefix], self.u[:, : table.prefix]
 
-    # -- after a call ---------------------------------------------------------------------------------------------
+    # -- around a call --------------------------------------------------------------------------------------------
+
+    def begin(self, rule: Rule, table: ChunkTable, z_BTF: Tensor, v_BND: Tensor | None) -> ChunkTable:
+        """Return the table to scan a call with, from ``tensors``. ``rule``: as it is from now on."""
+        self.rule = rule
+        return table
+
+    def recall(self, table: ChunkTable, z_BTF: Tensor) -> Tensor | None:
+        """Return what a state in another form adds, ``S z_t`` [B, T, D] in S's precision; None for nothing."""
+        return None
+
+    def wanted_snapshots(self, table: ChunkTable) -> set[int]:
+        """Return the slots whose state before them goes into the history."""
+        if not self.snapshots:
+            return set()
+        return {m for own in completed(table) for m in own[-self.reach :]}
+
+    @property
+    def reach(self) -> int:
+        """R: chunks of a row that the history holds."""
+        return -(-ROLLBACK_TOKENS // self.chunk_size)
 
     def absorb(
         self,
@@ -67,31 +119,34 @@ class FastWeights(HeldState):
         z_BTF: Tensor,
         u_BTD: Tensor,
         v_BND: Tensor | None,
-        S: Tensor | None,
-        clip: Tensor | None = None,
+        keep_BU: Tensor | None,
+        new: State | None,
+        before: dict[int, State],
+        slow: Tensor | None,
     ) -> None:
-        """Takes over what a call with ``table`` left: the new S, its pending tokens and its completed chunks.
-
-        Where S is held in factors ``S`` is None, and the chunks' updates join them, clipped to ``clip``.
-        """
+        """Update the state after a call with ``table``: the new tensors, its pending tokens, its completed chunks."""
+        self.slow = slow if self.rule.additive and not self.rule.outer else None
         if table.updates or any(table.restarted):
             past_z, past_u = self.past(table)
             slots, restarted = completed(table), [b for b, again in enumerate(table.restarted) if again]
-            chunks: Triple | None = None
+            chunks: dict[str, Tensor] | None = None
             if v_BND is not None:
-                chunks = (chunked(z_BTF, past_z, table), chunked(u_BTD, past_u, table), v_BND)
-            self._remember(slots, restarted, chunks)
-            if restarted:
-                self.clear(restarted)
-            if S is None and self.S is None and self.form != "dense" and chunks is not None:
-                self.extend(slots, chunks[0], chunks[2], clip)
-        if S is not None and (self.S is not None or table.updates):
-            self.S = S
+                chunks = {"z": chunked(z_BTF, past_z, table), "u": chunked(u_BTD, past_u, table), "v": v_BND}
+            self._remember(slots, restarted, chunks, before)
+        if new is not None and (self.tensors is not None or table.updates):
+            self.tensors = new
+        if table.updates or any(table.restarted):
+            self._absorb_chunks(slots, restarted, chunks)
         self._set_pending(table, z_BTF, u_BTD)
         self._count(table.tokens, table.real, table.seen)
 
+    def _absorb_chunks(
+        self, slots: list[list[int]], restarted: list[int], chunks: dict[str, Tensor] | None
+    ) -> None:
+        """Take completed chunks into a state that the scan does not carry."""
+
     def _count(self, tokens: int, real: Tensor | None, seen: tuple[int, ...]) -> None:
-        """Notes positions that were fed, and which of them are tokens (bool [B, tokens]; None: all)."""
+        """Note positions that were fed, and which of them are tokens (bool [B, tokens]; None: all)."""
         most = ROLLBACK_TOKENS + 2 * self.chunk_size
         if real is not None or self.real is not None:
             old = torch.ones(self.rows, self.fed, dtype=torch.bool) if self.real is None else self.real
@@ -108,7 +163,7 @@ class FastWeights(HeldState):
             self.z, self.u = _tail(table, z_BTF, past_z), _tail(table, u_BTD, past_u)
 
     def _append(self, buffer: Tensor | None, x_BTW: Tensor) -> Tensor:
-        """The pending buffer with ``x`` after each row's pending tokens; written in place where autograd allows."""
+        """Return the pending buffer with ``x`` after each row's tokens; written in place where autograd allows."""
         B, T, W = x_BTW.shape
         if buffer is None:
             buffer = x_BTW.new_zeros(B, self.chunk_size, W)
@@ -122,120 +177,158 @@ class FastWeights(HeldState):
             buffer[torch.arange(B, device=x_BTW.device)[:, None], where] = x_BTW.to(buffer.dtype)
         return buffer
 
-    def _remember(self, slots: list[list[int]], restarted: list[int], new: Triple | None) -> None:
-        """Keeps each row's last completed chunks of its current document, newest at the right."""
-        C, R = self.chunk_size, -(-ROLLBACK_TOKENS // self.chunk_size)
+    def _remember(
+        self,
+        slots: list[list[int]],
+        restarted: list[int],
+        chunks: dict[str, Tensor] | None,
+        before: dict[int, State],
+    ) -> None:
+        """Keep each row's last completed chunks of its current document, newest at the right."""
+        C, R = self.chunk_size, self.reach
         old = [0 if b in restarted else k for b, k in enumerate(self.kept)]
         self.kept = tuple(min(k + len(own), R) for k, own in zip(old, slots, strict=True))
-        if new is None:
+        if chunks is None:
             return
         # Chunk numbers in [history | new slots]: the last R of each row.
-        H = 0 if self.history is None else self.history[0].shape[1] // C
+        H = 0 if not self.history else self.history["z"].shape[1] // C
         pick = []
         for own in slots:
-            chunks = [*range(H), *(H + m for m in own)][-R:]
-            pick.append([0] * (R - len(chunks)) + chunks)
-        kept = []
-        for old_BHW, new_BNW in zip(self.history or (None, None, None), new, strict=True):
+            numbers = [*range(H), *(H + m for m in own)][-R:]
+            pick.append([0] * (R - len(numbers)) + numbers)
+        kept = {}
+        for name in ("z", "u") if self.snapshots else ("z", "u", "v"):
+            old_BHW, new_BNW = self.history.get(name), chunks[name]
             # Slices, not an index from the host, for which a GPU would wait.
-            chunks = [_chunk(old_BHW, new_BNW, m, C)[b] for b, own in enumerate(pick) for m in own]
-            kept.append(torch.cat(chunks).view(self.rows, R * C, -1))
-        self.history = (kept[0], kept[1], kept[2])
+            found = [_chunk(old_BHW, new_BNW, m, C)[b] for b, own in enumerate(pick) for m in own]
+            kept[name] = torch.cat(found).view(self.rows, R * C, -1)
+        if self.snapshots and (before or H):
+            names = [f"state.{name}" for name in next(iter(before.values()))] if before else []
+            names = names or [name for name in self.history if name.startswith("state.")]
+            for name in names:
+                states = {H + m: state[name.removeprefix("state.")] for m, state in before.items()}
+                states |= {h: self.history[name][:, h] for h in range(H)}
+                like = next(iter(states.values()))
+                rows = [torch.stack([states.get(m, like)[b] for m in own]) for b, own in enumerate(pick)]
+                kept[name] = torch.stack(rows)
+        self.history = kept
 
     # -- one token at a time --------------------------------------------------------------------------------------
 
     @property
     def can_step(self) -> bool:
         """Whether the next token can be taken by a step: something was read, and S is dense."""
-        dense = self.S is not None or self.form == "dense"
-        return dense and self.z is not None and self.u is not None and self.z.shape[1] == self.chunk_size
+        return self.rule.linear and self.z is not None and self.u is not None and self.z.shape[1] == self.chunk_size
 
     def end_step(self) -> list[int]:
-        """Counts a step's token; the rows whose chunk it completed, for ``complete``."""
+        """Count a step's token; return the rows whose chunk it completed, for ``core.layer.complete``."""
         self._count(1, None, tuple(n + 1 for n in self.seen))
         return [b for b, n in enumerate(self.seen) if n % self.chunk_size == 0]
 
-    def complete(self, rows: list[int], v_BCD: Tensor, clip: Tensor | None) -> None:
-        """The full pending chunks of some rows, with targets v, change S: ``S <- (1 - decay) * S + clipped(dW)``."""
+    def complete(self, rows: list[int], rule: Rule, v_BCD: Tensor, keep_B1: Tensor | None, slow: Tensor | None) -> None:
+        """Take in the full pending chunks of some rows, with targets v (as written, for outer rules)."""
         assert self.z is not None
         assert self.u is not None
+        self.rule, self.slow = rule, slow if rule.additive and not rule.outer else None
         index = torch.tensor(rows, device=self.z.device)
-        old = None if self.S is None else self.S.index_select(0, index)  # a copy: others may hold S
         z, v = (x.index_select(0, index) for x in (self.z, v_BCD.to(self.z.dtype)))
-        new = advance(old, z, v, 1 - self.decay, clip)
-        if len(rows) < self.rows:
-            whole = new.new_zeros(self.rows, *new.shape[1:]) if self.S is None else self.S
-            new = whole.index_copy(0, index, new)
-        self.S = new
-        self._remember([[0] if b in rows else [] for b in range(self.rows)], [], (self.z, self.u, v_BCD))
+        start = rule.init(self.rows, v.shape[-1], z.shape[-1], z) if self.tensors is None else self.tensors
+        old = {name: x.index_select(0, index) for name, x in start.items()}  # a copy: others may hold them
+        if rule.outer and keep_B1 is None:
+            new = {"S": accumulate(None if self.tensors is None else old["S"], z, v, rule.keep)}
+        else:
+            with torch.autocast(z.device.type, enabled=False):
+                shrunk = old if keep_B1 is None else _scaled(old, keep_B1.index_select(0, index)[:, 0])
+                new = rule.update(shrunk, z, v, slow)
+        before = {0: start} if self.snapshots else {}
+        whole = len(rows) == self.rows
+        self.tensors = new if whole else {name: x.index_copy(0, index, new[name]) for name, x in start.items()}
+        slots = [[0] if b in rows else [] for b in range(self.rows)]
+        self._remember(slots, [], {"z": self.z, "u": self.u, "v": v_BCD}, before)
 
     # -- what a cache does to its rows ----------------------------------------------------------------------------
 
     def select(self, rows: Tensor | Sequence[int]) -> None:
-        """Row b becomes the old row ``rows[b]`` (beam reorder, batch selection or repetition)."""
+        """Make row b the old row ``rows[b]`` (beam reorder, batch selection or repetition)."""
         index = torch.as_tensor(rows)
         order: list[int] = index.tolist()
-        held = max((self.count[b] for b in order), default=0)
-        self.left, self.right = (None if x is None else x[:, :held] for x in (self.left, self.right))
         self._map(lambda x: x.index_select(0, index.to(x.device)))
         self.real = None if self.real is None else self.real[order]
-        for name in _NUMBERS:
+        for name in self.numbers:
             setattr(self, name, tuple(getattr(self, name)[b] for b in order))
         self.rows = len(order)
-        self.S = self.S if any(self.updates) else None  # what other rows made it hold
-        self.history = self.history if any(self.kept) else None
+        self.tensors = self.tensors if any(self.updates) else None  # what other rows made it hold
+        self.history = self.history if any(self.kept) else {}
 
-    @classmethod
-    def stack(cls, parts: Sequence["FastWeights"]) -> "FastWeights":
-        """The rows of several states side by side, copied; positions a shorter row never had count as padding.
+    @staticmethod
+    def stack(parts: Sequence["FastWeights"]) -> "FastWeights":
+        """Put the rows of several states side by side, copied; positions that a shorter row never had are padding.
 
-        Dense where one of them is. Raises ValueError for no states, or for states of different chunk size or decay.
+        Dense where one of them is. Raises ValueError for no states, or for states of different chunk size or rule.
         """
-        kinds = {(part.chunk_size, part.decay) for part in parts}
-        if len(kinds) != 1:
-            raise ValueError(f"states side by side need one chunk size and decay, got {sorted(kinds)}")
-        ((chunk_size, decay),) = kinds
-        forms = {part.form for part in parts}
-        form = next((x for x in ("dense", "auto") if x in forms), None) or max(forms)  # the one that loses least
+        first = next((x for x in parts if type(x) is FastWeights), parts[0] if parts else None)
+        kinds = {part.chunk_size for part in parts}
+        if first is None or len(kinds) != 1:
+            raise ValueError(f"states side by side need one chunk size, got {sorted(kinds)}")
+        if wrong := next((why for x in parts if (why := x.rule.difference(first.rule))), None):
+            raise ValueError(f"states side by side need one rule: a state was made {wrong}")
         rows = [part.rows for part in parts]
-        new = cls(sum(rows), chunk_size, decay=decay, form=form)
-        for name in _NUMBERS:
+        new = first.new(sum(rows))
+        new._stack(parts, rows)
+        for name in FastWeights.numbers:
             setattr(new, name, tuple(n for part in parts for n in getattr(part, name)))
-        new.z, new.u = _stack([part.z for part in parts], rows), _stack([part.u for part in parts], rows)
-        if form == "dense" or any(part.S is not None for part in parts):
-            new.S, new.count, new.raw = _stack([part.dense() for part in parts], rows), (0,) * new.rows, (0,) * new.rows
-        else:
-            new.left, new.right = _stack([x.left for x in parts], rows), _stack([x.right for x in parts], rows)
-        z, u, v = (_stack([x.history and x.history[i] for x in parts], rows) for i in range(3))
-        new.history = None if z is None or u is None or v is None else (z, u, v)
+        new.z, new.u = stacked([part.z for part in parts], rows), stacked([part.u for part in parts], rows)
+        names = sorted({name for part in parts for name in part.history})
+        found = {name: stacked([part.history.get(name) for part in parts], rows) for name in names}
+        new.history = {name: x for name, x in found.items() if x is not None}
         new.fed = max(part.fed for part in parts)
         if any(part.real is not None or part.fed != new.fed for part in parts):
             reals = [torch.ones(x.rows, x.fed, dtype=torch.bool) if x.real is None else x.real for x in parts]
-            new.real = _stack(reals, rows, side="left")
+            new.real = stacked(reals, rows, side="left")
         return new
 
+    def _stack(self, parts: Sequence["FastWeights"], rows: Sequence[int]) -> None:
+        """Take over the states of ``parts``, dense."""
+        states = [part.as_dense() for part in parts]
+        known = next((state for state in states if state is not None), None)
+        if known is None:
+            return
+        z, u = next((part.z, part.u) for part in parts if part.z is not None and part.u is not None)
+        start = [
+            self.rule.init(n, u.shape[-1], z.shape[-1], z) if x is None else x for x, n in zip(states, rows, strict=True)
+        ]
+        found = {name: stacked([x[name] for x in start], rows) for name in known}
+        self.tensors = {name: x for name, x in found.items() if x is not None}
+
+    def as_dense(self) -> State | None:
+        """Return the rule's tensors; None while they are as at a beginning."""
+        return self.tensors
+
     def reset(self) -> None:
-        """Forgets everything: the next token begins a document."""
-        self.__init__(self.rows, self.chunk_size, decay=self.decay, form=self.form)  # type: ignore[misc]
+        """Forget everything: the next token begins a document."""
+        self.__dict__.update(self.new(self.rows).__dict__)
 
     def fork(self) -> "FastWeights":
-        """An independent copy."""
-        copy = FastWeights(self.rows, self.chunk_size, decay=self.decay, form=self.form)
-        copy.__dict__.update(self.__dict__)
-        copy._map(torch.clone)
-        return copy
+        """Return an independent copy."""
+        twin = copy.copy(self)
+        twin.slow = self.slow
+        twin._map(torch.clone)
+        return twin
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Every tensor of all rows goes through ``function``."""
-        for name in ("S", "left", "right", "z", "u"):
+        """Send every tensor of all rows through ``function``."""
+        for name in self.parts:
             if getattr(self, name) is not None:
                 setattr(self, name, function(getattr(self, name)))
-        if self.history is not None:
-            z, u, v = self.history
-            self.history = function(z), function(u), function(v)
+        self.tensors = None if self.tensors is None else {name: function(x) for name, x in self.tensors.items()}
+        self.history = {name: function(x) for name, x in self.history.items()}
 
-    def rollback(self, tokens: int, clip: Tensor | None = None) -> None:
-        """Takes back the last ``tokens`` positions fed to every row; padding among them is skipped.
+    def detach(self) -> None:
+        """Cut the state off the graph that made it (truncated backpropagation through time)."""
+        self._map(torch.Tensor.detach)
+
+    def rollback(self, tokens: int) -> None:
+        """Take back the last ``tokens`` positions fed to every row; padding among them is skipped.
 
         Raises ValueError, changing nothing, when they reach further back than the kept chunks.
         """
@@ -253,7 +346,7 @@ class FastWeights(HeldState):
                 )
         for b, chunks in enumerate(back):
             if chunks:
-                self._reopen(b, chunks, clip)
+                self._reopen(b, chunks)
         self.seen = tuple(n - d for n, d in zip(self.seen, drop, strict=True))
         self.real = None if self.real is None else self.real[:, : self.real.shape[1] - tokens]
         self.fed = max(self.fed - tokens, 0)
@@ -266,43 +359,67 @@ class FastWeights(HeldState):
         counts: list[int] = self.real[:, self.real.shape[1] - tokens :].sum(1).tolist()
         return counts
 
-    def _reopen(self, b: int, chunks: int, clip: Tensor | None) -> None:
-        """Row b's last completed chunks become pending again; their updates leave S."""
-        assert self.history is not None
+    def last_chunk(self, b: int, n: int = 1) -> dict[str, Tensor]:
+        """Return row b's n-th last completed chunk: z [1, C, F], u and, where kept, v [1, C, D]."""
+        C = self.chunk_size
+        found = {name: x for name, x in self.history.items() if not name.startswith("state.")}
+        return {name: x[b : b + 1, x.shape[1] - n * C : x.shape[1] - (n - 1) * C] for name, x in found.items()}
+
+    def before(self, b: int, chunks: int = 1) -> State | None:
+        """Return row b's state before its last completed chunks, [1, ...]; None where it cannot be told."""
+        if self.snapshots:
+            return {
+                name.removeprefix("state."): x[b : b + 1, x.shape[1] - chunks]
+                for name, x in self.history.items()
+                if name.startswith("state.")
+            }
+        if self.tensors is None:
+            return None
+        S = self.tensors["S"][b : b + 1]
+        for n in range(1, chunks + 1):
+            chunk = self.last_chunk(b, n)
+            z, v = chunk["z"], chunk["v"].to(chunk["z"].dtype)
+            S = (S - (outer(v, z) if self.rule.outer else self.rule.write(z, v, self.slow))) / self.rule.keep
+        return {"S": S}
+
+    def _reopen(self, b: int, chunks: int) -> None:
+        """Make row b's last completed chunks pending again; their updates leave the state."""
         assert self.z is not None
         assert self.u is not None
-        C = self.chunk_size
-        z, u, v = (x[b : b + 1] for x in self.history)
-        S = None if self.S is None else self.S.clone()
-        for n in range(1, chunks + 1):
-            span = slice(z.shape[1] - n * C, z.shape[1] - (n - 1) * C)
-            if S is None:
-                self.take_back(b, z[:, span], v[:, span], clip)
-            else:
-                dW = outer(v[:, span].to(z.dtype), z[:, span])
-                S[b : b + 1] = (S[b] - (dW if clip is None else dW * clip_factor(dW, clip))) / (1 - self.decay)
-        span = slice(z.shape[1] - chunks * C, z.shape[1] - (chunks - 1) * C)
-        self.S, self.z, self.u = S, self.z.clone(), self.u.clone()
-        self.z[b], self.u[b] = z[0, span], u[0, span]
-        shifted = []
-        for x in self.history:
+        self._undo(b, chunks)
+        first = self.last_chunk(b, chunks)
+        self.z, self.u = self.z.clone(), self.u.clone()
+        self.z[b], self.u[b] = first["z"][0], first["u"][0]
+        shifted = {}
+        for name, x in self.history.items():
             x = x.clone()
-            x[b] = x[b].roll(chunks * C, 0)
-            shifted.append(x)
-        self.history = (shifted[0], shifted[1], shifted[2])
+            x[b] = x[b].roll(chunks * (1 if name.startswith("state.") else self.chunk_size), 0)
+            shifted[name] = x
+        self.history = shifted
         self.kept = tuple(k - chunks if row == b else k for row, k in enumerate(self.kept))
 
+    def _undo(self, b: int, chunks: int) -> None:
+        """Take row b's last updates out of the state."""
+        old = self.before(b, chunks)
+        if old is None or self.tensors is None:
+            return
+        index = torch.tensor([b], device=next(iter(old.values())).device)
+        self.tensors = {name: x.index_copy(0, index, old[name].to(x.dtype)) for name, x in self.tensors.items()}
 
-def _chunk(old_BHW: Tensor | None, new_BNW: Tensor, m: int, C: int) -> Tensor:
-    """Chunk m of [old | new], [B, C, W], in old's dtype."""
-    if old_BHW is None:
-        return new_BNW[:, m * C : (m + 1) * C]
-    H = old_BHW.shape[1] // C
-    return old_BHW[:, m * C : (m + 1) * C] if m < H else new_BNW[:, (m - H) * C : (m - H + 1) * C].to(old_BHW.dtype)
+
+def completed(table: ChunkTable) -> list[list[int]]:
+    """Return per row the slots that its current document completes in a call."""
+    if table.update is None or table.reset is None:
+        return [list(range(table.updates))] * table.rows
+    slots = []
+    for update, reset, again in zip(table.update.tolist(), table.reset.tolist(), table.restarted, strict=True):
+        begin = max((m for m, r in enumerate(reset) if r), default=0) if again else 0
+        slots.append([m for m, u in enumerate(update[: table.updates]) if u and m >= begin])
+    return slots
 
 
-def _stack(parts: Sequence[Tensor | None], rows: Sequence[int], side: str = "right") -> Tensor | None:
-    """Tensors [rows, n, ...] joined along the rows, zero where one is None or has a smaller n; None where all are."""
+def stacked(parts: Sequence[Tensor | None], rows: Sequence[int], side: str = "right") -> Tensor | None:
+    """Join tensors [rows, n, ...] along the rows, zero where one is None or has a smaller n; None where all are."""
     known = [x for x in parts if x is not None]
     if not known:
         return None
@@ -311,8 +428,20 @@ def _stack(parts: Sequence[Tensor | None], rows: Sequence[int], side: str = "rig
     return pad_sequence([row.to(dtype) for x in whole for row in x], batch_first=True, padding_side=side)
 
 
+def _scaled(state: State, keep_B: Tensor) -> State:
+    return {name: x * keep_B.to(x.dtype).view(-1, *[1] * (x.dim() - 1)) for name, x in state.items()}
+
+
+def _chunk(old_BHW: Tensor | None, new_BNW: Tensor, m: int, C: int) -> Tensor:
+    """Return chunk m of [old | new], [B, C, W], in old's dtype."""
+    if old_BHW is None:
+        return new_BNW[:, m * C : (m + 1) * C]
+    H = old_BHW.shape[1] // C
+    return old_BHW[:, m * C : (m + 1) * C] if m < H else new_BNW[:, (m - H) * C : (m - H + 1) * C].to(old_BHW.dtype)
+
+
 def _tail(table: ChunkTable, x_BTW: Tensor, past_BPW: Tensor | None) -> Tensor:
-    """The tokens left pending, [B, C, W], zero where there is none."""
+    """Return the tokens left pending, [B, C, W], zero where there is none."""
     T, W = x_BTW.shape[1:]
     C, P = table.chunk_size, table.prefix
     if table.tail is None:

@@ -86,7 +86,7 @@ class InPlaceTTTLM(HFLM):  # type: ignore[misc]
         self._settings = None
         if is_attached(model):
             runtime = runtime_of(model)
-            self._settings = replace(runtime.config, **{"lr": runtime.lr, **settings})
+            self._settings = replace(runtime.config, **settings)
         elif settings:
             raise UserError(f"the model has no fast weights, so no {', '.join(settings)} either")
         self._piece = int(piece)
@@ -112,12 +112,8 @@ class InPlaceTTTLM(HFLM):  # type: ignore[misc]
                 yield
             return
         runtime = runtime_of(self.model)
-        enabled, runtime.enabled = runtime.enabled, True
-        try:
-            with runtime.reading(self._settings):
-                yield
-        finally:
-            runtime.enabled = enabled
+        with runtime.override(enabled=True, config=self._settings, form="dense"):
+            yield
 
     def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
         """Logits of rows that may have padding at their end: no real token sees what follows it."""

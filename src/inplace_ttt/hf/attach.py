@@ -12,15 +12,16 @@ from transformers import PreTrainedModel
 
 from ..config import InPlaceTTTConfig
 from ..errors import UserError
-from .context import CLIP_SPLIT, LayerSite, Runtime
+from ..core import Target, make_target
+from .context import LayerSite, Runtime
 from .families import Place, attention_of, decoder_layers, family_of, place
-from .linear import FastWeight, TargetConv, TargetProjection, check_replaceable, make_fast, make_slow, output_size
+from .linear import FastWeight, check_replaceable, make_fast, make_slow, output_size
 from .saving import after_attach, before_detach
 from .tensor_parallel import is_split
 
 Model = TypeVar("Model", bound=nn.Module)
 RUNTIME = "_inplace_ttt"
-READING = ("chunk_size", "lr", "decay", "clip", "clip_relative")
+READING = ("chunk_size", "lr", "decay", "clip", "clip_relative", "update_size")
 """Settings that need no other parameters."""
 
 
@@ -74,13 +75,13 @@ def is_attached(model: nn.Module) -> bool:
 def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
     """Gives ``model`` fast weights in place and returns it; outputs stay the same, bit for bit, until it is trained.
 
-    The last projection of each chosen MLP becomes a ``FastWeight`` module around the same parameters; beside it the
-    MLP gets ``ttt_conv`` [D, 1, K] (zero) and ``ttt_proj`` [D, D] (diagonal, N(0, sigma^2)), section 2 of
-    docs/method.md. With a fixed objective there is no convolution and the projection starts at zero instead; a fixed
-    objective without a projection has nothing that could be zero, so there the outputs do change.
+    The last projection of each chosen MLP becomes a ``FastWeight`` module around the same parameters; the modules of
+    the target stand beside it as ``mlp.ttt_NAME``: of the learned one ``ttt_conv`` [D, 1, K] (zero) and ``ttt_proj``
+    [D, D] (diagonal, N(0, sigma^2)), section 2 of docs/method.md. A fixed target has no convolution and its projection
+    starts at zero; a fixed target without a projection has nothing that could be zero, so there the outputs do change.
 
     Raises UserError, changing nothing, when the model's family is unknown, a chosen layer does not exist or cannot
-    adapt, or the model is attached already.
+    adapt, the rule or the target refuses its options, or the model is attached already.
     """
     config = InPlaceTTTConfig() if config is None else config
     root = unwrap(model)
@@ -91,18 +92,28 @@ def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
     places = [place(layers, i, family) for i in config.layer_indices(len(layers))]
     runtime = Runtime(root, config)
     holders = [_holder(p) for p in places]
-    sites = [LayerSite(runtime, p.index, p.mlp) for p in places]
     widths = [output_size(getattr(*h)) for h in holders]
+    settings = {**config.settings, "init_std": _std(root, config)}
     for holder in holders:
         check_replaceable(getattr(*holder))
-        if config.clip is not None and is_split(getattr(*holder).weight):
-            raise UserError(CLIP_SPLIT)
+        if is_split(getattr(*holder).weight) and runtime.settings.rule.whole:
+            raise UserError(
+                f"the updates of rule {config.rule!r} need the norm of whole updates (clip, update_size, soft_cap), which "
+                "tensor parallelism splits: leave it out (decay works)"
+            )
+    targets = [
+        _target(config, width, settings, getattr(*holder), root) for width, holder in zip(widths, holders, strict=True)
+    ]
+    sites = [
+        LayerSite(runtime, p.index, p.mlp, target, width)
+        for p, target, width in zip(places, targets, widths, strict=True)
+    ]
     fasts = [make_fast(getattr(*h), site) for h, site in zip(holders, sites, strict=True)]
 
-    std = config.init_std if config.init_std is not None else getattr(root.config, "initializer_range", 0.02)
-    for where, holder, site, fast, width in zip(places, holders, sites, fasts, widths, strict=True):
+    for where, holder, site, fast in zip(places, holders, sites, fasts, strict=True):
         setattr(*holder, fast)
-        _add_parameters(where.mlp, fast, root, config, width, std)
+        for name in sorted(site.names):
+            setattr(where.mlp, f"ttt_{name}", getattr(site.target, name))
         runtime.sites.append(site)
         runtime.handles += [
             where.attention.register_forward_pre_hook(site.before_attention, with_kwargs=True),
@@ -132,9 +143,8 @@ def detach(model: Model) -> Model:
     for handle in runtime.handles:
         handle.remove()
     for site in runtime.sites:
-        for name in ("ttt_conv", "ttt_proj"):
-            if hasattr(site.mlp, name):
-                delattr(site.mlp, name)
+        for name in site.names:
+            delattr(site.mlp, f"ttt_{name}")
     for parent in list(root.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, FastWeight):
@@ -153,37 +163,45 @@ def _holder(where: Place) -> tuple[nn.Module, str]:
     return module, name
 
 
-def _add_parameters(
-    mlp: nn.Module, fast: nn.Module, root: PreTrainedModel, config: InPlaceTTTConfig, width: int, std: float
-) -> None:
-    weight: torch.Tensor = fast.weight  # type: ignore[assignment]
+def _std(root: PreTrainedModel, config: InPlaceTTTConfig) -> float:
+    """sigma of P's diagonal at the start."""
+    text = root.config.get_text_config(decoder=True)
+    std: float = config.init_std if config.init_std is not None else getattr(text, "initializer_range", 0.02)
+    return std
+
+
+def _target(
+    config: InPlaceTTTConfig, width: int, settings: dict[str, Any], projection: nn.Module, root: PreTrainedModel
+) -> Target:
+    """A layer's target with parameters in the projection's precision and place, the same on all processes."""
+    weight: torch.Tensor = projection.weight  # type: ignore[assignment]
     dtype = weight.dtype if weight.is_floating_point() else root.get_input_embeddings().weight.dtype
-    factory: dict[str, Any] = {"device": weight.device, "dtype": dtype}
-    if config.objective == "learned":
-        mlp.ttt_conv = TargetConv(width, config.conv_kernel, **factory)
-    if config.projection:
-        mlp.ttt_proj = TargetProjection(width, std if config.objective == "learned" else 0.0, **factory)
-        if is_split(weight):  # the processes' random numbers differ
-            group = weight.device_mesh.get_group()  # type: ignore[attr-defined]
-            torch.distributed.broadcast(mlp.ttt_proj.weight.data, group=group, group_src=0)
+    with torch.device("cpu"):
+        target = make_target(config.objective, width, config.objective_options, settings)
+    target.to(device=weight.device, dtype=dtype)
+    if is_split(weight):  # the processes' random numbers differ
+        group = weight.device_mesh.get_group()  # type: ignore[attr-defined]
+        for parameter in target.parameters():
+            torch.distributed.broadcast(parameter.data, group=group, group_src=0)
+    return target
 
 
 # -- settings of an attached model ------------------------------------------------------------------------------------
 
 
 def set_lr(model: nn.Module, lr: float) -> None:
-    """Sets the inner learning rate from the next forward on (for a warm-up, say); 0 takes the updates' effect away."""
-    runtime_of(model).lr = float(lr)
+    """Set the inner learning rate from the next forward on (for a warm-up, say); 0 takes the updates' effect away."""
+    configure(model, lr=float(lr))
 
 
 def fast_settings(model: nn.Module) -> dict[str, Any]:
-    """How an attached model reads at present: what ``configure`` can change."""
+    """Return how an attached model reads at present: what ``configure`` can change."""
     config = runtime_of(model).config
     return {name: getattr(config, name) for name in READING}
 
 
 def configure(model: nn.Module, **settings: Any) -> None:
-    """Changes how an attached model reads: ``chunk_size``, ``lr``, ``decay``, ``clip``, ``clip_relative``.
+    """Change how an attached model reads: ``chunk_size``, ``lr``, ``decay``, ``clip``, ``clip_relative``, ...
 
     From the next forward on, and in what ``save_pretrained`` writes. The parameters stay as they are, so a model can be
     read in other chunks than it was trained in. A cache filled before cannot be continued with another chunk size or
@@ -192,37 +210,25 @@ def configure(model: nn.Module, **settings: Any) -> None:
     root, runtime = unwrap(model), runtime_of(model)
     if wrong := sorted(set(settings) - set(READING)):
         raise UserError(f"cannot change {', '.join(wrong)} of an attached model, only {', '.join(READING)}")
-    runtime.config = replace(runtime.config, **settings)
-    runtime.lr = runtime.config.lr if "lr" in settings else runtime.lr
+    runtime.configure(config=replace(runtime.config, **settings))
     root.config.inplace_ttt = runtime.config.to_dict()
 
 
-@contextmanager
-def updates_off(model: nn.Module) -> Iterator[None]:
-    """Inside, the model reads with its slow weights alone. A cache filled inside cannot be continued outside."""
-    runtime = runtime_of(model)
-    before, runtime.enabled = runtime.enabled, False
-    try:
-        yield
-    finally:
-        runtime.enabled = before
+def updates_off(model: nn.Module) -> Any:
+    """Inside, this thread reads with the slow weights alone. A cache filled inside cannot be continued outside."""
+    return runtime_of(model).override(enabled=False)
 
 
-@contextmanager
-def layers_off(model: nn.Module, layers: Collection[int]) -> Iterator[None]:
-    """Inside, these layers read with their slow weights alone, the others go on adapting: which layers help?
+def layers_off(model: nn.Module, layers: Collection[int]) -> Any:
+    """Inside, these layers read with their slow weights alone in this thread, the others adapt: which layers help?
 
-    A cache is good for one choice of layers. UserError for a layer that does not adapt.
+    Do not reuse a cache with a different set of layers. UserError for a layer that does not adapt.
     """
     runtime = runtime_of(model)
     known = {site.index for site in runtime.sites}
     if unknown := sorted(set(layers) - known):
         raise UserError(f"layers {unknown} do not adapt, only {sorted(known)}")
-    before, runtime.silent = runtime.silent, frozenset(layers)
-    try:
-        yield
-    finally:
-        runtime.silent = before
+    return runtime.override(disabled_layers=frozenset(layers))
 
 
 # -- inspection --------------------------------------------------------------------------------------------------------
@@ -249,6 +255,6 @@ def inspect(model: nn.Module) -> list[LayerInfo]:
         fast = site.projection()
         D = output_size(fast)
         F = next(s for s in (getattr(fast, n, None) for n in ("in_features", "nx")) if isinstance(s, int))
-        extra = sum(p.numel() for n, p in site.mlp.named_parameters() if n.startswith(("ttt_conv.", "ttt_proj.")))
+        extra = sum(p.numel() for n, p in site.mlp.named_parameters() if n.startswith("ttt_"))
         infos.append(LayerInfo(site.index, names[id(fast)], type(fast).__name__, (D, F), extra, 4 * D * F))
     return infos

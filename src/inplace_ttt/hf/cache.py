@@ -11,7 +11,9 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache
 
 from ..core import FastWeights
-from ..core.decoding import StepBuffers
+from ..fast.decoding import StepBuffers
+from ..fast.factors import fast_weights
+from .settings import Settings
 
 
 def cache_name(module: nn.Module) -> str:
@@ -32,7 +34,6 @@ class FastCacheLayer:
     """Mixin for a cache layer that carries fast weights (``fast``)."""
 
     fast: FastWeights
-    clip: torch.Tensor | None = None
     stale = False
     """Set when tokens were read with updates off: the fast weights no longer match the keys."""
     steps: StepBuffers | None = None
@@ -77,7 +78,7 @@ class FastCacheLayer:
         if tokens_to_remove > 0:  # the older meaning: the length to keep
             drop = max(self.get_seq_length() - tokens_to_remove, 0)  # type: ignore[attr-defined]
         before = dict(self.fast.__dict__)  # a rollback replaces tensors and writes into none
-        self.fast.rollback(int(drop), self.clip)
+        self.fast.rollback(int(drop))
         try:
             crop(tokens_to_remove)
         except Exception:
@@ -128,29 +129,30 @@ class FastLinearAttentionLayer(FastCacheLayer, cache_utils.LinearAttentionLayer)
 _CLASSES: dict[type, type] = {cls.__mro__[2]: cls for cls in FastCacheLayer.__subclasses__()}
 
 
-def fast_layers(
-    cache: Cache, indices: Sequence[int], rows: int, chunk_size: int, decay: float, form: Any = "dense"
-) -> dict[int, FastCacheLayer]:
-    """The layers ``indices`` of ``cache`` with fast weights, installed on first use in ``form``; others keep theirs.
+def fast_layers(cache: Cache, layers: dict[int, bool], rows: int, settings: Settings) -> dict[int, FastCacheLayer]:
+    """Return ``layers`` of ``cache`` with fast weights, installed on first use; others keep theirs.
+
+    ``layers``: by number, whether the layer's target gates its state.
 
     Raises NotImplementedError for a kind of cache that cannot carry them, and ValueError for one that was filled
     without them or belongs to a model that adapts otherwise.
     """
-    others = [i for i, layer in enumerate(cache.layers) if isinstance(layer, FastCacheLayer) and i not in indices]
+    others = [i for i, layer in enumerate(cache.layers) if isinstance(layer, FastCacheLayer) and i not in layers]
     if others:
         raise ValueError(
             f"this cache carries fast weights of layer {others[0]}, which does not adapt in this model: "
             "start from an empty cache"
         )
-    return {i: _fast_layer(cache, i, rows, chunk_size, decay, form) for i in indices}
+    return {i: _fast_layer(cache, i, rows, settings, gates) for i, gates in layers.items()}
 
 
-def _fast_layer(cache: Cache, index: int, rows: int, chunk_size: int, decay: float, form: Any) -> FastCacheLayer:
+def _fast_layer(cache: Cache, index: int, rows: int, settings: Settings, gates: bool) -> FastCacheLayer:
     while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     if index >= len(cache.layers):
         raise ValueError(f"the cache has {len(cache.layers)} layers, the model needs one for layer {index}")
     layer: Any = cache.layers[index]
+    chunk_size, rule = settings.config.chunk_size, settings.rule
     if isinstance(layer, FastCacheLayer):
         if layer.stale:
             raise ValueError(
@@ -161,13 +163,10 @@ def _fast_layer(cache: Cache, index: int, rows: int, chunk_size: int, decay: flo
                 f"this cache was filled in chunks of {layer.fast.chunk_size} tokens, this model reads in chunks of "
                 f"{chunk_size}: start from an empty cache"
             )
-        if layer.fast.decay != decay:
-            raise ValueError(
-                f"this cache was filled with decay {layer.fast.decay}, this model reads with {decay}: "
-                "start from an empty cache"
-            )
+        if (difference := layer.fast.rule.difference(rule)) is not None:
+            raise ValueError(f"this cache was filled {difference}: start from an empty cache")
         if layer.fast.rows != rows and not any(layer.fast.seen):  # reset: another batch may follow
-            layer.fast = FastWeights(rows, chunk_size, decay=decay, form=layer.fast.form)
+            layer.fast = layer.fast.new(rows)
         return layer
     if type(layer) in _CLASSES and layer.get_seq_length() > 0:
         raise ValueError(
@@ -175,7 +174,7 @@ def _fast_layer(cache: Cache, index: int, rows: int, chunk_size: int, decay: flo
             "prefix tuning or a cartridge, whose keys and values come from no text): "
             "start from an empty cache"
         )
-    return install(cache, index, FastWeights(rows, chunk_size, decay=decay, form=form))
+    return install(cache, index, fast_weights(rows, chunk_size, rule, settings.form, gates=gates))
 
 
 def install(cache: Cache, index: int, fast: FastWeights) -> FastCacheLayer:

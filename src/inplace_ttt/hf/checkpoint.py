@@ -54,9 +54,11 @@ def adapter_state(model: nn.Module, projections: bool = False) -> dict[str, Tens
     tensors = {}
     for site in runtime.sites:
         prefix = names[id(site.mlp)]
-        for name in ("ttt_conv", "ttt_proj"):
-            if (module := getattr(site.mlp, name, None)) is not None:
-                tensors[f"{prefix}.{name}.weight"] = module.weight
+        for name, child in site.bound_target().named_children():
+            if hasattr(child, "modules_to_save"):  # peft's wrapper
+                child = child.modules_to_save[child.active_adapters[0]]
+            for inner, parameter in child.named_parameters():
+                tensors[f"{prefix}.ttt_{name}.{inner}"] = parameter
         if projections:
             projection = site.projection()
             for name, parameter in projection.named_parameters(recurse=False):
@@ -220,7 +222,7 @@ def _named_base(name: str, path: Path, settings: dict[str, Any]) -> BaseModel:
 
 def is_added(name: str) -> bool:
     """Whether a parameter's name is one that attach adds."""
-    return ".ttt_conv." in name or ".ttt_proj." in name
+    return ".ttt_" in name
 
 
 def load_added(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:

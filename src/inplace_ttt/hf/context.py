@@ -9,85 +9,98 @@ Hooks are bound methods of plain objects, so deep copies of a model point to the
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.pytorch_utils import Conv1D
 
 from ..config import InPlaceTTTConfig
-from ..core import ChunkTable, FastWeights, document_ids, scan, target
-from ..core.target import SHIFTS
+from ..core import ChunkTable, FastWeights, Target, document_ids
 from ..errors import UserError
 from .cache import FastCacheLayer, fast_layers, mark_stale
+from .calls import CALL, Anchor, LayerCall, WholeCall
 from .linear import FastWeight
 from .masks import real_tokens
-from .parallel_attention import SLICES, RowSlices, torch_cuts_rows
-from .parallel_projection import project_slice
+from .settings import PerThread, Settings
 from .steps import Step, may_step, source_of
-from .tensor_parallel import is_split, local_input, replicated, summand
 
 CONTEXT = "inplace_ttt_context"
-CLIP_SPLIT = "clip needs the norm of whole updates, which tensor parallelism splits: leave it out (decay works)"
 
 
 class CallContext:
-    """One forward call: the chunk table, each layer's cache slot, the settings of the moment, and the embeddings."""
+    """One forward call on its way through the layers. ``call`` None: with the slow weights alone."""
 
-    def __init__(self, table: ChunkTable | None, slots: dict[int, FastCacheLayer], enabled: bool, lr: float) -> None:
-        self.table, self.slots, self.enabled, self.lr = table, slots, enabled, lr
+    def __init__(self, call: LayerCall | None, settings: Settings) -> None:
+        self.call, self.settings = call, settings
         self.grad = torch.is_grad_enabled()
         self.embeddings: Tensor | None = None
-        self.slices: RowSlices | None = None
-        """How the rows are cut over ranks (context parallelism)."""
         self.outer: CallContext | None = None
-        self.step: Step | None = None
-        """The call as a decoding step, which needs no table."""
-        self.ends_step = False
-        self._moved: dict[torch.device, ChunkTable] = {}
-
-    def table_on(self, device: torch.device) -> ChunkTable:
-        assert self.table is not None
-        if self.table.index is None:
-            return self.table
-        if device not in self._moved:
-            self._moved[device] = self.table.to(device)
-        return self._moved[device]
+        self.ends = True
+        """Whether the call's end is ours to note."""
 
 
 class Runtime:
     """The attached state of one model: settings, sites, and the call that is running."""
 
     def __init__(self, model: PreTrainedModel, config: InPlaceTTTConfig) -> None:
-        self.config, self.lr, self.enabled = config, config.lr, True
-        self.form: Any = "dense"
-        self.silent: frozenset[int] = frozenset()
-        """Layers that read with their slow weights alone."""
-        self.model_config = model.config
+        self._settings = PerThread(Settings(config))
+        self._current: PerThread[CallContext | None] = PerThread(None)
+        self.model_config = model.config.get_text_config(decoder=True)
         self.sites: list[LayerSite] = []
-        self.current: CallContext | None = None
         self.handles: list[Any] = []
         self.parameters = list(inspect.signature(model.base_model.forward).parameters)
         self.cache_name = "cache" if "cache" in self.parameters else "past_key_values"
         """transformers' name for the cache: the first from 5.24 on, in most families."""
         self.model = model
         self.prepared: Step | None = None
-        """The next call as a step that was begun already, and is ended by whoever began it (``DecodingGraph``)."""
-        self.vouched = False
+        """Step prepared by the caller, who must also call ``end()`` (``DecodingGraph``)."""
+        self.tokens_are_real = PerThread(False)
         """Whether the tokens of the next call are known to be real (``generate`` wrote them)."""
-        self.extended: Tensor | None = None
+        self.extended_mask: PerThread[Tensor | None] = PerThread(None)
         """The mask to which ``generate`` has just added a token."""
 
+    @property
+    def settings(self) -> Settings:
+        """How this thread's calls read."""
+        return self._settings.get()
+
+    @property
+    def config(self) -> InPlaceTTTConfig:
+        """The settings' configuration."""
+        return self.settings.config
+
+    @property
+    def lr(self) -> float:
+        """The inner learning rate."""
+        return self.settings.config.lr
+
+    @property
+    def enabled(self) -> bool:
+        """Whether this thread's calls adapt."""
+        return self.settings.enabled
+
+    @property
+    def current(self) -> CallContext | None:
+        """The call that runs in this thread."""
+        return self._current.get()
+
+    def configure(self, **values: Any) -> None:
+        """Set how the model reads (fields of ``Settings``), in all threads that have no settings of their own."""
+        self._settings.default = replace(self._settings.default, **values)
+
     @contextmanager
-    def reading(self, config: InPlaceTTTConfig, form: Any = "dense") -> Iterator[None]:
-        """Inside, calls read with these settings, and caches that begin hold their state in this form."""
-        saved = self.config, self.lr, self.form
-        self.config, self.lr, self.form = config, config.lr, form
-        try:
+    def override(self, **values: Any) -> Iterator[None]:
+        """Inside, this thread's calls read with other settings."""
+        with self._settings.as_(replace(self.settings, **values)):
             yield
-        finally:
-            self.config, self.lr, self.form = saved
+
+    def reading(self, config: InPlaceTTTConfig, form: Any = "dense") -> Any:
+        """Inside, this thread's calls read with this configuration, and states that begin have this form."""
+        return self.override(config=config, form=form)
 
     # -- hooks ----------------------------------------------------------------------------------------------------
 
@@ -102,14 +115,21 @@ class Runtime:
                 "torch.nn.DataParallel runs one model in several threads, which fast weights cannot follow: start one "
                 "process per device (torchrun, accelerate launch), or make a single device visible"
             )
-        vouched, self.vouched = self.vouched, False
+        vouched = self.tokens_are_real.get()
+        self.tokens_are_real.clear()
         step, self.prepared = self.prepared, None
-        mine = step is None
-        if mine and self.enabled and may_step(given):
+        mine, settings = step is None, self.settings
+        if mine and settings.enabled and may_step(given):
             step = Step.begin(self, given, vouched)
-        context, cache = self._context(module, given) if step is None else (CallContext(None, {}, True, self.lr), None)
-        context.step, context.ends_step = step, mine and step is not None
-        context.outer, self.current = self.current, context
+        cache = None
+        if step is None:
+            call, cache = self._call(module, given)
+            context = CallContext(call, settings)
+        else:
+            context = CallContext(step, settings)
+            context.ends = mine
+        context.outer = self._current.get()
+        self._current.set(context)
         if given.get("inputs_embeds") is not None:
             context.embeddings = given["inputs_embeds"]
         kwargs = {**kwargs, CONTEXT: context}
@@ -120,8 +140,9 @@ class Runtime:
         return args, kwargs
 
     def after_embedding(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        if self.current is not None and self.current.embeddings is None:
-            self.current.embeddings = output
+        context = self._current.get()
+        if context is not None and context.embeddings is None:
+            context.embeddings = output
 
     def before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if CONTEXT not in kwargs:
@@ -129,36 +150,38 @@ class Runtime:
         return args, {k: v for k, v in kwargs.items() if k != CONTEXT}
 
     def after_model(self, module: nn.Module, args: Any, output: Any) -> None:
-        context = self.current
-        if context is not None:
-            self.current = context.outer
-            if context.ends_step and context.step is not None and output is not None:
-                context.step.end()
+        context = self._current.get()
+        if context is None:
+            return
+        if context.outer is None:
+            self._current.clear()
+        else:
+            self._current.set(context.outer)
+        if output is None:  # the call failed: nothing of it may stay behind
+            for site in self.sites:
+                site.forget()
+        elif context.ends and context.call is not None:
+            context.call.end()
 
     # -- one call -------------------------------------------------------------------------------------------------
 
-    def _context(self, module: nn.Module, given: dict[str, Any]) -> tuple[CallContext, Cache | None]:
-        source = source_of(given)
+    def _call(self, module: nn.Module, given: dict[str, Any]) -> tuple[LayerCall | None, Cache | None]:
+        source, settings = source_of(given), self.settings
         if source is None:
             raise ValueError("a call needs input_ids or inputs_embeds")
         rows, tokens = source.shape[:2]
         cache = self._cache(module, given)
-        if not self.enabled:
+        if not settings.enabled:
             if cache is not None:
                 mark_stale(cache)
-            return CallContext(ChunkTable.build(rows, tokens, self.config.chunk_size), {}, False, self.lr), None
-        if given.get(SLICES) is not None:
-            context = CallContext(ChunkTable.build(rows, tokens, self.config.chunk_size), {}, True, self.lr)
-            context.slices = given[SLICES]
-            return context, None
-        if torch_cuts_rows():
-            raise UserError(
-                "this row is cut over processes, and the fast weights would start anew on each: call "
-                'inplace_ttt.hf.parallel.enable_context_parallel(model, mesh, attention="torch") first'
-            )
-        indices = [site.index for site in self.running_sites()]
-        C, decay = self.config.chunk_size, self.config.decay
-        slots = {} if cache is None else fast_layers(cache, indices, rows, C, decay, self.form)
+            return None, None
+        if given.get(CALL) is not None:
+            return given[CALL].begin(settings), None
+        if (refusal := rows_are_cut()) is not None:
+            raise UserError(refusal)
+        config, rule = settings.config, settings.rule
+        running = self.running_sites()
+        slots = {} if cache is None else fast_layers(cache, {s.index: s.gates for s in running}, rows, settings)
         seen = next((slot.fast.seen for slot in slots.values()), None)
         if any(slot.fast.seen != seen for slot in slots.values()):
             raise ValueError("a call on this cache broke off half way through the layers: start from an empty cache")
@@ -173,14 +196,21 @@ class Runtime:
             tokens=tokens,
         )
         table = ChunkTable.build(
-            rows, tokens, self.config.chunk_size, documents=documents, seen=seen, keep_state=bool(slots)
+            rows,
+            tokens,
+            config.chunk_size,
+            documents=documents,
+            seen=seen,
+            keep_state=bool(slots),
+            from_zero=rule.from_zero,
         )
-        return CallContext(table, slots, True, self.lr), cache
+        return WholeCall(settings, table, slots), cache
 
     def running_sites(self) -> "list[LayerSite]":
         """The layers that adapt at present."""
+        off = self.settings.disabled_layers
         running = self.model_config.num_hidden_layers  # early-exit drafting lowers it for a while
-        return [site for site in self.sites if site.index < running and site.index not in self.silent]
+        return [site for site in self.sites if site.index < running and site.index not in off]
 
     def _cache(self, module: nn.Module, given: dict[str, Any]) -> Cache | None:
         """The call's cache: the given one, or a new one where transformers would make one for later use."""
@@ -192,7 +222,7 @@ class Runtime:
                 raise NotImplementedError(f"cannot keep fast weights in a {type(cache).__name__}: pass a DynamicCache")
             return cache  # transformers reads and fills it even with use_cache=False
         wanted = self.model_config.use_cache if use_cache is None else use_cache
-        if not wanted or not self.enabled or (use_cache is None and module.training and torch.is_grad_enabled()):
+        if not wanted or not self.settings.enabled or (use_cache is None and module.training and torch.is_grad_enabled()):
             return None
         return DynamicCache(config=self.model_config)
 
@@ -209,7 +239,7 @@ class Runtime:
 
     def may_compile(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
         """generate() compiles decoding with static caches by itself: single steps, not pieces of a prompt."""
-        if getattr(generation_config, "prefill_chunk_size", None) is not None:
+        if getattr(generation_config, "prefill_chunk_size", None) is not None or not self.settings.rule.linear:
             return False
         model: Any = type(self.model)
         found: bool = model._valid_auto_compile_criteria(self.model, model_kwargs, generation_config)
@@ -219,7 +249,7 @@ class Runtime:
         """generate()'s own: adds the written token to the mask."""
         model: Any = type(self.model)
         found = model._update_model_kwargs_for_generation(self.model, *args, **kwargs)
-        self.extended = found.get("attention_mask")
+        self.extended_mask.set(found.get("attention_mask"))
         return found
 
     def no_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -246,94 +276,95 @@ class PrepareInputs:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         mask, runtime = kwargs.get("attention_mask"), self.runtime
-        runtime.vouched, runtime.extended = mask is None or mask is runtime.extended, None
+        runtime.tokens_are_real.set(mask is None or mask is runtime.extended_mask.get())
+        runtime.extended_mask.clear()
         return self._own(*args, **kwargs)
 
 
 class LayerSite:
     """One adapting layer: receives the call's context, the MLP's input and the projection's input."""
 
-    def __init__(self, runtime: Runtime, index: int, mlp: nn.Module) -> None:
-        self.runtime, self.index, self.mlp = runtime, index, mlp
-        self.context: CallContext | None = None
-        self.mlp_input: Tensor | None = None
+    def __init__(self, runtime: Runtime, index: int, mlp: nn.Module, target: Target, width: int) -> None:
+        self.runtime, self.index, self.mlp, self.target, self.width = runtime, index, mlp, target, width
+        self.names = tuple(name for name, _ in target.named_children())
+        """Of the target's modules, which stand beside the projection as ``mlp.ttt_NAME``."""
+        self._context: PerThread[CallContext | None] = PerThread(None)
+        self._input: PerThread[Tensor | None] = PerThread(None)
+        self._projected = PerThread(False)
+
+    @property
+    def context(self) -> CallContext | None:
+        """The call that runs in this thread."""
+        return self._context.get()
+
+    @property
+    def gates(self) -> bool:
+        """Whether the target gates the state."""
+        return self.target.gates
 
     def before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.context = kwargs.get(CONTEXT)
+        self._context.set(kwargs.get(CONTEXT))
         return None
 
     def projection(self) -> Any:
-        """The adapting module itself, under whatever wraps it."""
+        """Return the adapting module itself, under whatever wraps it."""
         return next(m for m in self.mlp.modules() if isinstance(m, FastWeight))
 
     def before_mlp(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.mlp_input = args[0] if args else kwargs["hidden_states"]
+        self._input.set(args[0] if args else kwargs["hidden_states"])
+        self._projected.set(False)
 
     def after_mlp(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.context = self.mlp_input = None
+        context, projected = self.context, self._projected.get()
+        self.forget()
+        if output is not None and not projected and context is not None and context.call is not None:
+            raise RuntimeError(
+                f"layer {self.index}: the MLP ran without calling its last projection, so the fast weights had no "
+                "effect (a fused MLP kernel, or a projection that was replaced after attach?): switch the kernel off, "
+                "or attach last"
+            )
+
+    def forget(self) -> None:
+        """Let go of what this thread's call left here."""
+        self._context.clear()
+        self._input.clear()
+        self._projected.clear()
 
     def project(self, module: Any, z: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
-        """The projection's output for input z [B, T, F]: slow and fast weights together."""
-        context, config = self.context, self.runtime.config
+        """Return the projection's output for input z [B, T, F] or [B * T, F]: slow and fast weights together."""
+        context = self.context
         if context is None:
             raise RuntimeError(
                 f"layer {self.index} was called outside the model's forward, so its fast weights do not know the "
                 "document: call the whole model, or detach first (a family whose attention takes no extra keyword "
                 "arguments cannot be adapted)"
             )
-        if not context.enabled or self.index in self.runtime.silent:
+        self._projected.set(True)
+        call = context.call
+        if call is None or self.index in context.settings.disabled_layers:
             return plain(z)
-        if context.slices is not None:
-            return project_slice(self, module, z, plain, context.slices)
-        if context.step is not None:
-            return context.step.project(self.index, module, self.compute_dtype(z), self._source(context), plain)
-        slot = context.slots.get(self.index)
-        state = None if slot is None else slot.fast
-        table = context.table_on(z.device)
-        if state is None and not table.updates:
-            return plain(z)
-        whole = z if is_split(z) else None
-        if whole is not None:
-            z = local_input(whole)
-        z, u = self.compute_dtype(z), self._source(context)
-        past_z, past_u = (None, None) if state is None else state.past(table)
-        v = self.targets(u, past_u, table)
-        if whole is not None and v is not None:
-            v = replicated(v, whole)
-        clip = self.clip(module)
-        own = table if state is None else state.begin(table, z, v)
-        keywords: dict[str, Any] = {
-            "lr": context.lr,
-            "decay": config.decay,
-            "clip": clip,
-            "state_BDF": None if state is None else state.S,
-            "past_BPF": past_z,
-        }
-        if not own.updates and keywords["state_BDF"] is None:
-            out, S = plain(z if whole is None else whole), None
-        elif whole is not None:
-            fast, S = scan(z, v, None, own, **keywords)
-            out = plain(whole) + summand(fast, whole)
-        elif getattr(module, "fuses", False):
-            bias = None if module.bias is None else module.bias.to(z.dtype)
-            out, S = scan(z, v, module.weight.to(z.dtype), own, bias_D=bias, **keywords)
-        else:
-            fast, S = scan(z, v, None, own, **keywords)
-            out = plain(z) + fast
-        if slot is not None and state is not None:
-            old = state.recall(table, z)
-            if old is not None:
-                old = context.lr * old
-                out = (out + (old if whole is None else summand(old, whole))).to(out.dtype)
-            slot.clip = clip
-            state.absorb(table, z, u, v, S, clip)
-        return out
+        flat = z.dim() == 2
+        if flat:
+            if z.shape[0] != call.rows * call.tokens:
+                raise NotImplementedError(
+                    f"layer {self.index} got {z.shape[0]} tokens of a call of {call.rows} x {call.tokens}: fast "
+                    "weights need a layer's tokens together (switch tiled MLPs off)"
+                )
+            z = z.view(call.rows, call.tokens, -1)
+        elif tuple(z.shape[:2]) != (call.rows, call.tokens):
+            raise NotImplementedError(
+                f"layer {self.index} got {z.shape[0]} x {z.shape[1]} tokens of a call of {call.rows} x {call.tokens}: "
+                "fast weights need a layer's tokens together (switch tiled MLPs off)"
+            )
+        out = call.project(self, module, compute_dtype(z), self._source(context, call), plain)
+        return out.flatten(0, 1) if flat else out
 
-    def _source(self, context: CallContext) -> Tensor:
-        """u [B, T, D]."""
-        if self.runtime.config.target == "hidden_states":
-            assert self.mlp_input is not None
-            return self.mlp_input
+    def _source(self, context: CallContext, call: LayerCall) -> Tensor:
+        """Return u [B, T, D]."""
+        mlp_input = self._input.get()
+        if (self.target.source or context.settings.config.target) == "hidden_states":
+            assert mlp_input is not None
+            return mlp_input if mlp_input.dim() == 3 else mlp_input.view(call.rows, call.tokens, -1)
         if context.embeddings is None:
             raise RuntimeError("the token embeddings of this call were not seen: was the embedding module replaced?")
         if context.grad and not torch.is_grad_enabled():
@@ -341,43 +372,63 @@ class LayerSite:
                 "reentrant activation checkpointing cannot carry gradients to the embeddings that In-Place TTT learns "
                 'from: use gradient_checkpointing_kwargs={"use_reentrant": False}, or target="hidden_states"'
             )
-        return context.embeddings.to(self.mlp_input.device) if self.mlp_input is not None else context.embeddings
+        return context.embeddings.to(mlp_input.device) if mlp_input is not None else context.embeddings
 
-    def targets(self, u: Tensor, past_u: Tensor | None, table: ChunkTable) -> Tensor | None:
-        """v of the chunks that update, as ``core.target`` gives it."""
-        config = self.runtime.config
-        conv, proj = getattr(self.mlp, "ttt_conv", None), getattr(self.mlp, "ttt_proj", None)
-        return target(
-            u,
-            None if conv is None else conv.weight[:, 0],
-            None if proj is None else proj.weight,
-            table,
-            lookahead=config.lookahead,
-            shift=SHIFTS.get(config.objective, 1),
-            past_BPD=past_u,
-        )
+    def bound_target(self) -> Target:
+        """Return the target with the modules that stand beside the projection now (adapters may have wrapped them)."""
+        for name in self.names:
+            module = self.mlp._modules[f"ttt_{name}"]
+            if self.target._modules[name] is not module:
+                self.target._modules[name] = module
+        return self.target
 
-    def clip(self, module: nn.Module) -> Tensor | None:
-        """The largest norm of one chunk's update, 0-d."""
-        config = self.runtime.config
-        if config.clip is None:
+    @contextmanager
+    def learning_from(self, target: Target) -> Iterator[None]:
+        """Inside, the layer learns from another target, which keeps its own parameters."""
+        own = self.target, self.names
+        self.target, self.names = target, ()
+        try:
+            yield
+        finally:
+            self.target, self.names = own
+
+    def anchored(self, out: Tensor) -> Tensor:
+        """Return ``out``, in whose graph the target's parameters are although no chunk was complete."""
+        if not torch.is_grad_enabled():
+            return out
+        parameters = [p for p in self.bound_target().parameters() if p.requires_grad]
+        return Anchor.apply(out, *parameters) if parameters else out  # type: ignore[no-untyped-call,no-any-return]
+
+    def slow_weight(self, module: Any) -> Tensor | None:
+        """Return W0 [D, F]; None where there is no dense one."""
+        weight: Tensor = module.weight
+        if not weight.is_floating_point() or hasattr(weight, "device_mesh"):
             return None
-        if getattr(module, "split", False):
-            raise UserError(CLIP_SPLIT)
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        if not config.clip_relative:
-            return torch.tensor(config.clip, device=weight.device)
-        if not weight.is_floating_point():
-            raise NotImplementedError("clip_relative needs the norm of a dense weight: use an absolute clip")
-        norm: Tensor = torch.linalg.vector_norm(weight.detach().float())
-        return config.clip * norm
+        return weight.mT if type(module).slow_class is Conv1D else weight
 
-    def compute_dtype(self, z: Tensor) -> Tensor:
-        """z in the precision in which the projection's product is taken."""
-        device = z.device.type
-        if z.dtype == torch.float32 and torch.is_autocast_enabled(device):
-            return z.to(torch.get_autocast_dtype(device))
-        return z
+
+def compute_dtype(z: Tensor) -> Tensor:
+    """Return z in the precision in which the projection's product is taken."""
+    device = z.device.type
+    if z.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return z.to(torch.get_autocast_dtype(device))
+    return z
+
+
+def rows_are_cut() -> str | None:
+    """Return in words why rows cannot be read because PyTorch cuts them over processes; None where it does not."""
+    now = nn.functional.scaled_dot_product_attention
+    if now is _ATTENTION:  # what torch.compile can trace
+        return None
+    if not (getattr(now, "__module__", None) or "").startswith("torch.distributed.tensor.experimental"):
+        return None
+    return (
+        "this row is cut over processes, and the fast weights would start anew on each: call "
+        'inplace_ttt.hf.parallel.enable_context_parallel(model, mesh, attention="torch") first'
+    )
+
+
+_ATTENTION = nn.functional.scaled_dot_product_attention
 
 
 def fast_weights(cache: Cache) -> dict[int, FastWeights]:

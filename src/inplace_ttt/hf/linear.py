@@ -129,25 +129,3 @@ def output_size(projection: nn.Module) -> int:
         if isinstance(size := getattr(projection, name, None), int):
             return size
     raise UserError(f"cannot tell the output size of {type(projection).__name__}: it must be a linear layer")
-
-
-class TargetConv(nn.Module):
-    """kappa: depthwise convolution over time, ``weight`` [D, 1, K], zero at the start. Applied by ``core.target``."""
-
-    def __init__(self, width: int, kernel: int, **factory: Any) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(width, 1, kernel, **factory))
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, kernel={self.weight.shape[2]}"
-
-
-class TargetProjection(nn.Module):
-    """P: ``weight`` [D, D], used as ``c P`` (not as ``nn.Linear`` would). Applied by ``core.target``."""
-
-    def __init__(self, width: int, std: float, **factory: Any) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.diag(torch.randn(width) * std).to(**factory))
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}"

@@ -12,6 +12,7 @@ from there; it travels with the call's own arguments, so a recomputation under a
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core import document_ids
-from ..core.ranks import Group, Slices, SliceTable
+from ..fast.ranks import Group, Slices, SliceTable
 from ..errors import UserError
 from .attach import is_attached, runtime_of, unwrap
-from .parallel_attention import GATHER, SLICES, RowSlices, register, torch_cuts_rows, working_ways
+from .context import rows_are_cut
+from .parallel_attention import GATHER, SLICES, RowSlices, register, working_ways
+from .parallel_projection import SliceCall
 
 IGNORED = -100
 STATE = "_inplace_ttt_context_parallel"
@@ -114,7 +117,7 @@ class ContextParallel:
         if self.mesh is not None:
             if call.documents is not None:
                 raise UserError('attention="torch" knows no documents or padding: use attention="gather"')
-            if not torch_cuts_rows():
+            if rows_are_cut() is None:
                 raise UserError('attention="torch" works inside "with context.step():" only, backward included')
             call.native = True
         self.calls.append(call)
@@ -163,10 +166,17 @@ class ContextParallel:
         key_heads = getattr(config, "num_key_value_heads", None) or heads
         call.ways = working_ways(source.device.type, heads, key_heads, width)
         if is_attached(self.model):
-            ttt = runtime_of(self.model).config
+            call.begin = partial(SliceCall, call, rows, tokens)
+            settings = runtime_of(self.model).settings
+            settings.rule.need("additive", "a row cut over processes")
             try:
                 call.table = SliceTable.build(
-                    self.slices, rows, total, ttt.chunk_size, documents=documents, decay=ttt.decay
+                    self.slices,
+                    rows,
+                    total,
+                    settings.config.chunk_size,
+                    documents=documents,
+                    keep=settings.rule.keep,
                 )
             except ValueError as error:
                 raise UserError(str(error)) from None

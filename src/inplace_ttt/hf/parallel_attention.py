@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ..core.ranks import Group, Slices, SliceTable
+from ..fast.ranks import Group, Slices, SliceTable
 from .block_attention import attend_in_blocks
+from .calls import CALL
 
 GATHER = "inplace_ttt_gather"
-SLICES = "inplace_ttt_slices"
+SLICES = CALL
 logger = logging.getLogger(__name__)
 
 
@@ -39,6 +40,7 @@ class RowSlices:
         self.native = False  # attention is PyTorch's own for slices
         self.ways: dict[tuple[torch.dtype, bool], str] = {}  # by dtype and "undivided rows, no window"
         self.attended = 0  # attention layers that have run
+        self.begin: Any = None  # makes of the settings the call as the adapting layers see it
         self._moved: dict[Any, Any] = {}
 
     def table_on(self, device: torch.device) -> SliceTable:
@@ -75,14 +77,6 @@ class RowSlices:
             self._moved[key] = first, queries, keys
         found: tuple[int, Tensor, Tensor] = self._moved[key]
         return found
-
-
-def torch_cuts_rows() -> bool:
-    """Whether PyTorch's ``context_parallel`` (accelerate's too) is on: it replaces scaled_dot_product_attention."""
-    if nn.functional.scaled_dot_product_attention is scaled_dot_product_attention:  # what torch.compile can trace
-        return False
-    module = getattr(nn.functional.scaled_dot_product_attention, "__module__", None) or ""
-    return module.startswith("torch.distributed.tensor.experimental")
 
 
 def register() -> None:

@@ -5,26 +5,41 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.ranks import scan_slice
+from ..core.layer import written
+from ..core.targets import values_of
 from ..errors import UserError
+from ..fast.ranks import scan_slice
 from .parallel_attention import RowSlices
+from .settings import Settings
 
 
-def project_slice(site: Any, module: Any, z_BTF: Tensor, plain: Callable[[Tensor], Tensor], call: RowSlices) -> Tensor:
-    """The output for this rank's slice [B, T / ranks, F]: its pieces are rows of their own, with a first state."""
-    if getattr(module, "split", False):
-        raise UserError("context parallelism together with tensor parallelism is not supported")
-    table = call.table_on(z_BTF.device)
-    R, length = table.table.rows, table.table.tokens
-    z, u = site.compute_dtype(z_BTF), site._source(site.context)
-    z, u = z.reshape(R, length, z.shape[-1]), u.reshape(R, length, u.shape[-1])
-    v = site.targets(u, None, table.table)
-    if v is None:
-        return plain(z_BTF)
-    keywords = {"lr": site.context.lr, "decay": site.runtime.config.decay, "clip": site.clip(module)}
-    if getattr(module, "fuses", False):
-        bias = None if module.bias is None else module.bias.to(z.dtype)
-        out = scan_slice(z, v, module.weight.to(z.dtype), table, call.group, bias_D=bias, **keywords)
-    else:
-        out = plain(z) + scan_slice(z, v, None, table, call.group, **keywords)
-    return out.reshape(*z_BTF.shape[:-1], out.shape[-1])
+class SliceCall:
+    """A call in which every rank reads its slice: its pieces are rows of their own, with a first state."""
+
+    def __init__(self, slices: RowSlices, rows: int, tokens: int, settings: Settings) -> None:
+        self.slices, self.rows, self.tokens, self.settings = slices, rows, tokens, settings
+
+    def project(self, site: Any, module: Any, z_BTF: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the output for this rank's slice, [B, T / ranks, D]."""
+        if getattr(module, "split", False):
+            raise UserError("context parallelism together with tensor parallelism is not supported")
+        table, rule = self.slices.table_on(z_BTF.device), self.settings.rule
+        R, length = table.table.rows, table.table.tokens
+        z, u = z_BTF.reshape(R, length, z_BTF.shape[-1]), u.reshape(R, length, u.shape[-1])
+        v, keep = values_of(site.bound_target(), u, z, table.table, (None, None))
+        if keep is not None:
+            raise UserError("gates do not pass from process to process: leave them out with context parallelism")
+        if v is None:
+            return site.anchored(plain(z_BTF))
+        slow = site.slow_weight(module)
+        v = written(rule, z, v, table.table, None, slow) if rule.outer else v
+        keywords: dict[str, Any] = {"rule": rule, "width": site.width, "slow": slow}
+        if getattr(module, "fuses", False):
+            keywords["bias"] = None if module.bias is None else module.bias.to(z.dtype)
+            out = scan_slice(z, v, table, self.slices.group, weight=module.weight.to(z.dtype), **keywords)
+        else:
+            out = plain(z) + scan_slice(z, v, table, self.slices.group, **keywords)
+        return out.reshape(*z_BTF.shape[:-1], out.shape[-1])
+
+    def end(self) -> None:
+        pass

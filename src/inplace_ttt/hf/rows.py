@@ -56,7 +56,7 @@ def split(cache: DynamicCache, lengths: Sequence[int] | Tensor, index: int) -> D
             fast = copy.copy(layer.fast)  # select replaces its tensors and writes into none
             fast.select(torch.tensor([index]))
             new = install(row, i, fast)
-            new.clip, new.stale = layer.clip, layer.stale
+            new.stale = layer.stale
     return row  # type: ignore[no-any-return]
 
 
@@ -119,7 +119,6 @@ def _side_by_side(merged: DynamicCache, i: int, parts: list[Any], lengths: list[
             fasts[-1].reset()
     new = install(merged, i, FastWeights.stack(fasts))
     new.stale = first.stale
-    new.clip = next((part.clip for part in parts if getattr(part, "clip", None) is not None), None)
 
 
 def _row(layer: Any, n: int, index: int) -> Any:

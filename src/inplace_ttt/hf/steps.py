@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..core import ChunkTable
-from ..core.decoding import StepClock
+from ..core import complete
+from ..fast.decoding import StepClock
 from .cache import FastCacheLayer, fast_layers
 from .masks import real_tokens
-from .parallel_attention import SLICES
+from .calls import CALL
+from .settings import Settings
 from .tensor_parallel import is_split
 
 if TYPE_CHECKING:
@@ -35,16 +36,19 @@ def may_step(given: dict[str, Any]) -> bool:
     source = source_of(given)
     if source is None or source.shape[1] != 1 or torch.is_grad_enabled():
         return False
-    packed = (given.get(name) is not None for name in (SLICES, "seq_idx", "cu_seq_lens_q"))
+    packed = (given.get(name) is not None for name in (CALL, "seq_idx", "cu_seq_lens_q"))
     return isinstance(given.get("past_key_values"), Cache) and not any(packed)
 
 
 class Step:
     """One step of one cache."""
 
-    def __init__(self, sites: "dict[int, LayerSite]", slots: dict[int, FastCacheLayer], clock: StepClock) -> None:
-        self.sites, self.slots, self.clock = sites, slots, clock
+    def __init__(
+        self, sites: "dict[int, LayerSite]", slots: dict[int, FastCacheLayer], settings: Settings, clock: StepClock
+    ) -> None:
+        self.sites, self.slots, self.settings, self.clock = sites, slots, settings, clock
         fasts = [slot.fast for slot in slots.values()]
+        self.rows, self.tokens = fasts[0].rows, 1
         C = fasts[0].chunk_size
         pending = tuple(n % C for n in fasts[0].seen)
         self.where = clock.set(pending, C, {fast.z.device for fast in fasts if fast.z is not None})
@@ -57,7 +61,7 @@ class Step:
 
         ``vouched``: the token is known to be real in every row, so that no mask has to be read from the device.
         """
-        cache, config = given["past_key_values"], runtime.config
+        cache, settings = given["past_key_values"], runtime.settings
         sites = {site.index: site for site in runtime.running_sites()}
         if not sites or max(sites) >= len(cache.layers):
             return None
@@ -66,7 +70,7 @@ class Step:
         source = source_of(given)
         assert source is not None
         rows = source.shape[0]
-        slots = fast_layers(cache, list(sites), rows, config.chunk_size, config.decay)
+        slots = fast_layers(cache, {i: site.gates for i, site in sites.items()}, rows, settings)
         seen = next(iter(slots.values())).fast.seen
         if not all(slot.fast.can_step and slot.fast.seen == seen and len(seen) == rows for slot in slots.values()):
             return None
@@ -78,33 +82,25 @@ class Step:
             if real is not None and not bool(real.all()):
                 return None
         for i, slot in slots.items():
-            slot.begin_step(weights[i], runtime.lr)
-        return Step(sites, slots, cache.__dict__.setdefault(CLOCK, StepClock()))
+            slot.begin_step(weights[i], settings.rule.lr)
+        return Step(sites, slots, settings, cache.__dict__.setdefault(CLOCK, StepClock()))
 
-    def project(
-        self, index: int, module: Any, z_B1F: Tensor, u_B1D: Tensor, plain: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """The projection's output [B, 1, D] in layer ``index``, which keeps z and u."""
-        steps = self.slots[index].steps
+    def project(self, site: "LayerSite", module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the projection's output [B, 1, D] for z [B, 1, F] and u [B, 1, D], which the layer keeps."""
+        steps = self.slots[site.index].steps
         assert steps is not None
-        bias = module.bias.to(z_B1F.dtype) if steps.fused and module.bias is not None else None
-        return steps.step(z_B1F, u_B1D, self.where[z_B1F.device], plain, bias)
+        bias = module.bias.to(z.dtype) if steps.fused and module.bias is not None else None
+        return steps.step(z, u, self.where[z.device], plain, bias)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def end(self) -> None:
-        """Counts the token; chunks that it completed change the fast weights."""
+        """Count the token; chunks that it completed change the fast weights."""
         self.clock.tick()
         for i, site in self.sites.items():
-            slot = self.slots[i]
-            fast = slot.fast
-            if not (rows := fast.end_step()):
-                continue
-            assert fast.u is not None
-            C = fast.chunk_size
-            v = site.targets(fast.u, None, ChunkTable.build(fast.rows, C, C, keep_state=True))
-            slot.clip = site.clip(site.projection())
-            assert v is not None
-            fast.complete(rows, v, slot.clip)
+            fast = self.slots[i].fast
+            if rows := fast.end_step():
+                slow = site.slow_weight(site.projection())
+                complete(fast, rows, site.bound_target(), self.settings.rule, slow)
 
 
 def slow_weight(site: "LayerSite", rows: int) -> Any:

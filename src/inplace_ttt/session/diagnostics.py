@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..config import InPlaceTTTConfig
 from ..core import FastWeights
 from ..core.diagnostics import LayerDiagnostics, effective_rank, key_overlap, output_change, relative_norm, update_norm
-from ..core.scan import outer, state_dtype
+from ..core.algebra import state_dtype
 from ..hf.attach import inspect, runtime_of
 
 SAMPLES = 256
@@ -40,36 +40,35 @@ def measure(
     of W0 is not counted. Cost: two decompositions of S a layer, core/diagnostics.py.
     """
     runtime = runtime_of(model)
-    lr, settings = (runtime.lr, runtime.config) if config is None else (config.lr, config)
+    settings = runtime.config if config is None else config
     shapes = {info.index: info.shape for info in inspect(model)}
     return [
-        _measure_layer(site.index, site.projection(), fast[site.index], row, lr, settings, shapes[site.index])
+        _measure_layer(site.index, site.projection(), fast[site.index], row, settings, shapes[site.index])
         for site in runtime.sites
         if site.index in fast
     ]
 
 
 def _measure_layer(
-    index: int, module: Any, fast: FastWeights, row: int, lr: float, config: InPlaceTTTConfig, shape: tuple[int, int]
+    index: int, module: Any, fast: FastWeights, row: int, config: InPlaceTTTConfig, shape: tuple[int, int]
 ) -> LayerDiagnostics:
-    weight = _dense_weight(module, shape)
-    S_BDF = fast.dense()
+    weight, lr = _dense_weight(module, shape), config.lr
+    S_BDF = fast.dense() if fast.rule.linear else None
     S = torch.zeros(shape) if S_BDF is None else S_BDF[row]
     change = overlap = added = clipped = None
-    if fast.history is not None and fast.kept[row]:
-        z, _, v = (x[row, -fast.chunk_size :] for x in fast.history)
-        v = v.to(z.dtype)
-        norm, factor = update_norm(v, z), 1.0
-        clip = _clip(config, weight)
-        if clip is not None:
-            clipped, factor = norm > clip, min(1.0, clip / norm) if norm else 1.0
-        if weight is not None:
-            added = abs(lr) * norm / _norm(weight) if _norm(weight) else None
-        if fast.left is None or fast.raw[row] >= fast.chunk_size:
-            # With one update there was nothing before it, and the difference would be rounding.
-            before = _before(S, v, z, factor, fast.decay) if fast.updates[row] > 1 else torch.zeros_like(S)
+    if fast.history and fast.kept[row] and fast.rule.linear:
+        z = fast.last_chunk(row)["z"][0]
+        # With one update there was nothing before it, and the difference would be rounding.
+        state = fast.before(row) if fast.updates[row] > 1 else {"S": torch.zeros_like(S)[None]}
+        if state is not None:
+            before = state["S"][0]
             overlap = key_overlap(before, z)
             change = None if weight is None else output_change(before, weight, z, lr)
+        if fast.rule.outer and "v" in fast.history:
+            norm, clip = update_norm(fast.last_chunk(row)["v"][0].to(z.dtype), z), _clip(config, weight)
+            clipped = None if clip is None else norm >= 0.99 * clip
+            if weight is not None:
+                added = abs(lr) * norm / _norm(weight) if _norm(weight) else None
     return LayerDiagnostics(
         layer=index,
         updates=fast.updates[row],
@@ -82,11 +81,6 @@ def _measure_layer(
         update_norm=_finite(added),
         clipped=clipped,
     )
-
-
-def _before(S: Tensor, v: Tensor, z: Tensor, factor: float, decay: float) -> Tensor:
-    """S before the update ``S <- (1 - decay) S + factor * sum_t v_t z_t^T``."""
-    return (S - factor * outer(v[None], z[None])[0]) / (1 - decay)
 
 
 def _dense_weight(module: Any, shape: tuple[int, int]) -> Tensor | None:

@@ -29,7 +29,8 @@ from .writers import remember, saving
 if TYPE_CHECKING:
     from .session import Session
 
-FORMAT, VERSION = "inplace_ttt_session", 1
+FORMAT, VERSION = "inplace_ttt_session", 2
+READABLE = (1, 2)
 SAMPLES = 16
 
 
@@ -146,8 +147,8 @@ def _sync_directory(path: Path) -> None:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header of a session file, checked for damage; UserError with the reason otherwise."""
+def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], int]:
+    """Return tensors, header and format version of a session file, checked for damage; UserError with the reason otherwise."""
     try:
         with _open(path) as file:
             metadata = _metadata(path, file)
@@ -160,7 +161,7 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path} is no whole session file (cut off, damaged, or of another kind: {error})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged: its header is a {type(values).__name__}")
-    return tensors, values
+    return tensors, values, int(metadata["version"])
 
 
 def model_name(path: str | Path) -> str | None:
@@ -192,7 +193,7 @@ def _metadata(path: str | Path, file: Any) -> dict[str, str]:
 def _check_version(path: str | Path, version: str) -> None:
     if not version.isdecimal():
         raise UserError(f"{path} is damaged: its format version is {version!r}")
-    if int(version) != VERSION:
+    if int(version) not in READABLE:
         advice = "update inplace-ttt" if int(version) > VERSION else "no version of inplace-ttt wrote such files"
         raise UserError(f"{path} has format version {version}, this inplace-ttt reads {VERSION}: {advice}")
 
@@ -205,7 +206,7 @@ def load(path: str | Path, model: nn.Module, tokenizer: Any = None) -> "Session"
     """
     from .session import Session
 
-    tensors, header = read_file(path)
+    tensors, header, version = read_file(path)
     try:
         _check_model(path, identity(model), header["model"])
         if tokenizer is None and header["tokenizer"] is not None:
@@ -221,7 +222,7 @@ def load(path: str | Path, model: nn.Module, tokenizer: Any = None) -> "Session"
             probe_every=header["probe_every"],
             **header["settings"],
         )
-        unpack(session, tensors, header)
+        unpack(session, tensors, header, version)
         remember(session, path)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         if isinstance(error, UserError):

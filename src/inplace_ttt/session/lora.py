@@ -51,6 +51,7 @@ def export(session: "Session", directory: str | Path, rank: int | None = RANK) -
     if rank is not None and rank < 1:
         raise UserError(f"rank {rank}: at least 1")
     reader = session._reader
+    reader.settings.rule.need("linear", "an export as LoRA")
     learned = {i: S[0] for i, fast in session.fast_weights.items() if (S := fast.dense()) is not None and S.any()}
     if not learned:
         raise UserError(

@@ -1,14 +1,14 @@
 """A session as tensors and JSON values, and back with everything checked."""
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..core import FastWeights
-from ..core.scan import state_dtype
+from ..core.algebra import state_dtype
 from ..core.state import ROLLBACK_TOKENS
+from ..fast.factors import fast_weights
 from ..hf.attach import READING, inspect
 from ..hf.rows import from_tensors, to_tensors
 from .diagnostics import Timeline
@@ -51,26 +51,20 @@ def pack(session: "Session") -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def pack_fast(fast: FastWeights) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """One layer's fast weights as tensors and JSON values."""
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
-    for name, value in fast.__dict__.items():
-        if isinstance(value, Tensor):
-            tensors[name] = value
-        elif isinstance(value, tuple) and value and isinstance(value[0], Tensor):
-            tensors |= {f"{name}.{i}": part for i, part in enumerate(value)}
-        elif value is not None:
-            values[name] = value
-    return tensors, values
+    """Return one layer's fast weights as tensors and JSON values (version 2)."""
+    values = {name: getattr(fast, name) for name in ("form", "fed", *fast.numbers)}
+    return fast.all_tensors() | ({} if fast.real is None else {"real": fast.real}), values
 
 
 # -- and back ----------------------------------------------------------------------------------------------------------
 
 
-def unpack(session: "Session", tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+def unpack(session: "Session", tensors: dict[str, Tensor], header: dict[str, Any], version: int = 2) -> None:
     """Puts a stored state into a new session. ValueError (KeyError, TypeError) where it makes no sense."""
     reader = session._reader
     left = {name: value.to(reader.device) for name, value in tensors.items()}
+    if version == 1:
+        upgrade(left, header, reader)
     numbers = header["stream"]
     _check(numbers.keys() == NUMBERS.keys(), "the stream's values are not those of this version")
     for name, kind in NUMBERS.items():
@@ -90,8 +84,7 @@ def unpack(session: "Session", tensors: dict[str, Tensor], header: dict[str, Any
     wanted = set(shapes) if stream.tokens else set()
     _check({int(i) for i in header["fast"]} == wanted, "the fast weights are not those of this model's layers")
     for index, values in header["fast"].items():
-        fast = unpack_fast(_take(left, f"fast.{index}."), values)
-        _check_fast(fast, session, shapes[int(index)])
+        fast = unpack_fast(_take(left, f"fast.{index}."), values, reader, shapes[int(index)])
         reader.install(stream, int(index), fast)
     _check({fast.seen for fast in stream.fast.values()} <= {(stream.tokens,)}, "a layer has not read all the tokens")
     _check(not left, f"unknown tensors {', '.join(sorted(left)[:3])}")
@@ -131,53 +124,88 @@ def _check_settings(settings: dict[str, Any]) -> None:
     _check(all(x is None or abs(x) < 1 << 60 for x in settings.values()), "a setting is out of range")
 
 
-def unpack_fast(tensors: dict[str, Tensor], values: dict[str, Any]) -> FastWeights:
-    """The inverse of ``pack_fast``."""
-    fast = FastWeights(values["rows"], values["chunk_size"], decay=values["decay"], form=values["form"])
-    names = set(fast.__dict__)
-    whole = {name: value for name, value in tensors.items() if "." not in name}
-    parts: dict[str, tuple[Tensor, ...]] = {}
-    for name in sorted(set(tensors) - set(whole)):
-        stem = name.split(".")[0]
-        parts[stem] = (*parts.get(stem, ()), tensors[name])
-    lists = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    found = {**whole, **parts, **lists}
-    _check(found.keys() <= names, f"unknown values {', '.join(sorted(found.keys() - names))}")
-    for name, default in fast.__dict__.items():
-        _check(name in found or default is None, f"{name} is missing")
-    fast.__dict__.update(found)
-    fast.real = None if fast.real is None else fast.real.cpu()
+def unpack_fast(
+    tensors: dict[str, Tensor], values: dict[str, Any], reader: Reader, shape: tuple[int, int]
+) -> FastWeights:
+    """Return the inverse of ``pack_fast``, checked against what this reader's model would have made."""
+    D, F = shape
+    settings = reader.settings
+    C = settings.config.chunk_size
+    fast = fast_weights(1, C, settings.rule, reader.form, gates=reader.gates)
+    _check(values.keys() == {"form", "fed", *fast.numbers}, "the fast weights' values are not those of this version")
+    _check(values["form"] == fast.form, "the fast weights were made under other settings")
+    for name in fast.numbers:
+        value, kind = values[name], int | float if name == "lost" else int
+        _check(isinstance(value, list) and len(value) == 1 and _is_number(value[0], kind), f"{name} is not about one row")
+        setattr(fast, name, tuple(value))
+    _check(_is_number(values["fed"], int), "fed")
+    fast.fed = values["fed"]
+    left, kept = dict(tensors), -(-ROLLBACK_TOKENS // C)
+    seen, held, count = fast.seen[0], fast.kept[0], getattr(fast, "count", (0,))[0]
+    fast.real = real.cpu() if (real := left.pop("real", None)) is not None else None
+    _check(fast.real is None or (fast.real.dtype == torch.bool and fast.real.shape == (1, fast.fed)), "real")
+    _check(0 <= held <= min(kept, seen // C) and getattr(fast, "raw", (0,))[0] <= count, "kept")
+
+    like = torch.zeros(0, dtype=reader.root.dtype, device="meta")
+    state = settings.rule.init(1, D, F, like)
+    wanted: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
+        "z": ((1, C, F), None),
+        "u": ((1, C, D), None),
+        "left": ((1, count, D), state_dtype(reader.root.dtype)),
+        "right": ((1, count, F), None),
+        **{f"tensors.{name}": (tuple(x.shape), x.dtype) for name, x in state.items()},
+    }
+    rows = {"z": F, "u": D, "v": D}
+    for name in [name for name in left if name.startswith("history.")]:
+        inner = name.removeprefix("history.")
+        if inner.startswith("state."):
+            x = state.get(inner.removeprefix("state."))
+            _check(x is not None, name)
+            assert x is not None
+            wanted[name] = ((1, kept, *x.shape[1:]), x.dtype)
+        else:
+            _check(inner in rows, name)
+            wanted[name] = ((1, kept * C, rows[inner]), None)
+    for name, x in left.items():
+        _check(name in wanted, f"unknown tensor {name}")
+        _like(x, *wanted[name], name)
+    parts = {name: left.get(name) for name in fast.parts}
+    _check(parts["z"] is not None and parts["u"] is not None, "pending tokens are missing")
+    for name, part in parts.items():
+        setattr(fast, name, part)
+    found = {name: left[f"tensors.{name}"] for name in state if f"tensors.{name}" in left}
+    _check(not found or found.keys() == state.keys(), "the state is not complete")
+    fast.tensors = found or None
+    fast.history = {n.removeprefix("history."): x for n, x in left.items() if n.startswith("history.")}
+    _check(bool(fast.history) or not held, "history is missing")
+    factored = parts.get("left") is not None
+    _check(not (factored and found) and factored == (parts.get("right") is not None), "S is there twice, or by half")
+    _check(not count or factored, "left is missing")
+    _check(bool(found) or factored or seen < C, "S is missing")
     return fast
 
 
-def _check_fast(fast: FastWeights, session: "Session", shape: tuple[int, int]) -> None:
-    """A row's fast weights must be what this session's model would have made."""
-    D, F = shape
-    config, dtype = session._reader.config, session._reader.root.dtype
-    C, kept = config.chunk_size, math.ceil(ROLLBACK_TOKENS / config.chunk_size)
-    same = (fast.rows, fast.chunk_size, fast.decay, fast.form) == (1, C, config.decay, session._reader.form)
-    _check(same, "the fast weights were made under other settings")
-    for name, kind in (("seen", int), ("kept", int), ("count", int), ("raw", int), ("lost", int | float)):
-        value = getattr(fast, name)
-        _check(len(value) == 1 and _is_number(value[0], kind), f"{name} is not about one row")
-    _check(_is_number(fast.fed, int) and fast.raw[0] <= fast.count[0], "fed or raw")
-    _check(fast.real is None or (fast.real.dtype == torch.bool and fast.real.shape == (1, fast.fed)), "real")
-    exact = state_dtype(dtype)
-    N = fast.count[0]
-    _like(fast.S, (1, D, F), exact, "S", needed=False)
-    _like(fast.left, (1, N, D), exact, "left", needed=N > 0)
-    _like(fast.right, (1, N, F), None, "right", needed=N > 0)
-    _check(fast.S is None or fast.left is None, "S is there twice")
-    _check(fast.form != "dense" or fast.left is None, "left")
-    _like(fast.z, (1, C, F), None, "z", needed=True)
-    _like(fast.u, (1, C, D), None, "u", needed=True)
-    _check(0 <= fast.kept[0] <= min(kept, fast.seen[0] // C), "kept")
-    _check(fast.history is None or len(fast.history) == 3, "history")
-    _check((fast.history is None) <= (fast.kept[0] == 0), "history")
-    for x, width in zip(fast.history or (), (F, D, D), strict=False):
-        _like(x, (1, x.shape[1], width), None, "history", needed=True)
-        _check(x.shape[1] % C == 0 and x.shape[1] >= fast.kept[0] * C, "history")
-    _check(fast.S is not None or fast.left is not None or fast.seen[0] < C, "S is missing")
+def upgrade(tensors: dict[str, Tensor], header: dict[str, Any], reader: Reader) -> None:
+    """Turn the content of a version 1 file into version 2: tensors under their new names, updates as written."""
+    names = {"S": "tensors.S", "history.0": "history.z", "history.1": "history.u", "history.2": "history.v"}
+    sites = {site.index: site for site in reader.runtime.sites}
+    for index, values in header["fast"].items():
+        prefix = f"fast.{index}."
+        for old, new in names.items():
+            if prefix + old in tensors:
+                tensors[prefix + new] = tensors.pop(prefix + old)
+        kept = ("form", "fed", "seen", "kept", *(("count", "raw", "lost") if values.get("form") != "dense" else ()))
+        same = (values.pop("rows"), values.pop("chunk_size"), values.pop("decay"))
+        config = reader.settings.config
+        _check(same == (1, config.chunk_size, config.decay), "the fast weights were made under other settings")
+        header["fast"][index] = {name: values[name] for name in kept}
+        rule, v = reader.settings.rule, tensors.get(prefix + "history.v")
+        if rule.outer and rule.whole and v is not None:  # targets were kept as they came
+            site, C = sites[int(index)], config.chunk_size
+            z, chunks = tensors[prefix + "history.z"].reshape(-1, C, tensors[prefix + "history.z"].shape[-1]), v.shape
+            slow = site.slow_weight(site.projection())
+            values_ = rule.values(z, v.reshape(-1, C, v.shape[-1]).to(z.dtype), slow)
+            tensors[prefix + "history.v"] = values_.reshape(chunks)
 
 
 def _check_context(stream: Stream, reader: Reader) -> None:
@@ -203,11 +231,9 @@ def _is_number(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and not value < 0
 
 
-def _like(x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None, name: str, needed: bool) -> None:
-    _check(x is not None or not needed, f"{name} is missing")
-    if x is not None:
-        _check(tuple(x.shape) == shape, f"{name} has shape {tuple(x.shape)}, not {shape}")
-        _check(x.is_floating_point() if dtype is None else x.dtype == dtype, f"{name} is {x.dtype}")
+def _like(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, name: str) -> None:
+    _check(tuple(x.shape) == shape, f"{name} has shape {tuple(x.shape)}, not {shape}")
+    _check(x.is_floating_point() if dtype is None else x.dtype == dtype, f"{name} is {x.dtype}")
 
 
 def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

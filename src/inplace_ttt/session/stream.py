@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..hf.attach import RUNTIME, runtime_of, unwrap, updates_off
 from ..hf.cache import FastCacheLayer, cache_name, install
 from ..hf.relocate import Relocation
+from ..hf.settings import Settings
 from ..hf.window import clear, empty_cache, evict, native_window, sliding_windows
 
 PIECE = 2048
@@ -90,6 +91,8 @@ class Reader:
     def __init__(self, model: nn.Module, config: InPlaceTTTConfig, window: int | None, sinks: int, form: Any) -> None:
         self.model, self.root, self.runtime = model, unwrap(model), runtime_of(model)
         self.config, self.form = config, form
+        self.settings = Settings(config, form)
+        self.gates = any(site.gates for site in self.runtime.sites)
         self.adapts = True
         """Whether it reads with the fast weights; if not, they stay empty."""
         self.device: torch.device = self.root.get_input_embeddings().weight.device  # type: ignore[assignment]

@@ -29,6 +29,7 @@ class FastWeightMonitor(TrainerCallback):
 
     def __init__(self, model: nn.Module, log_every: int, say: Callable[[str], None]) -> None:
         self.model, self.log_every, self.say = model, log_every, say
+        self.lr = runtime_of(model).config.lr  # in full: a warm-up lowers it for a while
         self.warnings: list[str] = []
         self._watching = ExitStack()
         self._sizes: dict[int, Sizes] = {}
@@ -49,7 +50,7 @@ class FastWeightMonitor(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._watching.close()
         if self._sizes and state.global_step <= FIRST_STEPS and not self.warnings:
-            warning = self._odd(first=state.global_step == 1)
+            warning = self._size_warning(first=state.global_step == 1)
             if warning:
                 self.warnings.append(warning)
                 self.say(f"warning: {warning}")
@@ -64,8 +65,8 @@ class FastWeightMonitor(TrainerCallback):
                 found[f"state_norm/layer_{layer}"] = lr * float(sizes.state)
         return found
 
-    def _odd(self, first: bool) -> str | None:
-        lr = runtime_of(self.model).config.lr
+    def _size_warning(self, first: bool) -> str | None:
+        lr = self.lr
         sizes = {layer: lr * size for layer, size in self._medians().items()}
         layer = max(sizes, key=lambda n: sizes[n])
         if sizes[layer] > TOO_LARGE:

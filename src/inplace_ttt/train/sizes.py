@@ -5,6 +5,7 @@ norms relative to that of W0, without the inner learning rate. Rows that context
 process's own slice (the state that it starts from is not known here); layers under tensor parallelism give nothing.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,10 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inplace_ttt.core.algebra import norm_of
 from inplace_ttt.core.chunks import ChunkTable
-from inplace_ttt.core.scan import advance, squared_norm
-from inplace_ttt.core.target import SHIFTS, chunked, target
+from inplace_ttt.core.layer import written
+from inplace_ttt.core.scan import Call, generic
+from inplace_ttt.core.targets import chunked, values_of
 from inplace_ttt.hf.attach import runtime_of
+from inplace_ttt.hf.context import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -61,58 +65,63 @@ def measuring(model: nn.Module, *, probe: bool = False, states: bool = True) -> 
 
 def _measure(site: Any, module: Any, z_BTF: Tensor, probe: bool, states: bool) -> Sizes | None:
     context = site.context
-    if context is None or not context.enabled or site.index in site.runtime.silent:
+    if context is None or context.call is None or site.index in context.settings.disabled_layers:
         return None
     if getattr(module, "split", False):  # norms are spread over processes
         return None
-    z, u = site.compute_dtype(z_BTF).detach(), site._source(context).detach()
+    call = context.call
+    z, u = compute_dtype(z_BTF).detach(), site._source(context, call).detach()
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-        return _row_sizes(site, module, z, u, probe, states)
+        return _row_sizes(site, module, z.view(call.rows, call.tokens, -1), u, probe, states)
 
 
 def _row_sizes(site: Any, module: Any, z: Tensor, u: Tensor, probe: bool, states: bool) -> Sizes | None:
-    context, config = site.context, site.runtime.config
-    if context.slices is not None:
-        table: ChunkTable = context.slices.table.table
+    settings = site.context.settings
+    table = _table(site.context.call)
+    if table is None:  # rows that are cut over processes
+        table, states = site.context.call.slices.table.table, False
         z, u = (x.reshape(table.rows, table.tokens, x.shape[-1]) for x in (z, u))
-        states = False
-    else:
-        table = context.table
-    table = _first_row(table)
-    conv, proj = getattr(site.mlp, "ttt_conv", None), getattr(site.mlp, "ttt_proj", None)
-    kappa = None if conv is None else conv.weight[:, 0].float()
-    probed = False
-    if probe and kappa is not None and not kappa.any():
-        probed, kappa = True, torch.full_like(kappa, 1 / kappa.shape[1])
-    there = table.to(z.device)
-    v = target(
-        u[:1].float(),
-        kappa,
-        None if proj is None else proj.weight.float(),
-        there,
-        lookahead=config.lookahead,
-        shift=SHIFTS.get(config.objective, 1),
-    )
-    if v is None:
+    table = _first_row(table).to(z.device)
+    conv = getattr(site.target, "conv", None)
+    probed = probe and conv is not None and not bool(conv.weight.any())
+    target = copy.deepcopy(site.bound_target()).float()
+    if probed:
+        target.conv.weight.data.fill_(1 / target.conv.weight.shape[-1])
+    z, u = z[:1].float(), u[:1].float()
+    weight = site.slow_weight(module)
+    slow = None if weight is None else weight.float()
+    size = torch.linalg.vector_norm(module.weight.float())
+    v, keep = values_of(target, u, z, table, (None, None))
+    if v is None or not settings.rule.outer:
         return None
-    keys, clip = chunked(z[:1], None, there), site.clip(module) if states else None
-    weight = torch.linalg.vector_norm(module.weight.float())
-    updates, sizes, S = [], [torch.zeros_like(weight)], None
+    keys, updates, sizes = chunked(z, None, table), [], [torch.zeros_like(size)]
     for m in range(table.updates):
-        if table.reset is not None and table.reset[0, m]:
-            S = None
-        if table.update is not None and not table.update[0, m]:
-            continue
-        chunk = slice(m * table.chunk_size, (m + 1) * table.chunk_size)
-        z_m, v_m = keys[:, chunk].float(), v[:, chunk]
-        updates.append(squared_norm(v_m, z_m)[0].clamp(min=0).sqrt())
-        if states:
-            S = advance(S, z_m, v_m, 1 - config.decay, clip)
-            sizes.append(torch.linalg.vector_norm(S))
+        if table.update is None or table.update[0, m]:
+            chunk = slice(m * table.chunk_size, (m + 1) * table.chunk_size)
+            updates.append(norm_of(v[:, chunk], keys[:, chunk])[0])
     if not updates:
         return None
-    state = torch.stack(sizes).max() / weight if states else None
-    return Sizes(context.lr, torch.stack(updates) / weight, state, probed)
+    if states:
+        rows = replace(table, keep_state=True, prefix=0)
+        written_v = written(settings.rule, z, v, rows, None, slow)
+        call = Call(
+            settings.rule,
+            rows,
+            z,
+            written_v,
+            v.shape[-1],
+            keep,
+            slow=slow,
+            watch=lambda m, state: sizes.append(torch.linalg.vector_norm(state["S"])),
+        )
+        generic(call)
+    state = torch.stack(sizes).max() / size if states else None
+    return Sizes(settings.config.lr, torch.stack(updates) / size, state, probed)
+
+
+def _table(call: Any) -> ChunkTable | None:
+    table: ChunkTable | None = getattr(call, "table", None)
+    return table
 
 
 def _first_row(table: ChunkTable) -> ChunkTable:

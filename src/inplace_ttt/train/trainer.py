@@ -173,6 +173,11 @@ class InnerLrWarmup(TrainerCallback):
         if state.global_step <= self.steps:
             set_lr(self.model, self.lr * min(1.0, (state.global_step + 1) / self.steps))
 
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        from inplace_ttt import set_lr
+
+        set_lr(self.model, self.lr)
+
 
 class MarkComplete(TrainerCallback):
     """Marks each checkpoint once all of it is on disk, so that a killed run never resumes from half of one."""

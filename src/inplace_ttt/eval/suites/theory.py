@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
+from ...core import make_target
 from ...errors import UserError
 from ...hf.attach import runtime_of, unwrap, updates_off
 from ...hf.cache import cache_name
-from ...hf.context import LayerSite, fast_weights
-from ...hf.linear import TargetProjection, output_size
+from ...hf.context import fast_weights
 from ..read_then_ask import words
 from . import Record, Unit
 from .memory import stretches
@@ -84,7 +84,7 @@ class TheorySuite:
         name, _, _ = self._work[unit.key]
         ids, choices = self.pair(unit)
         runtime = runtime_of(model)
-        settings = replace(runtime.config, lr=runtime.lr, chunk_size=self.chunk_size)
+        settings = replace(runtime.config, chunk_size=self.chunk_size)
         records = []
         with evaluating(model), runtime.reading(settings):
             with updates_off(model):
@@ -145,28 +145,14 @@ def _figures(change: np.ndarray) -> Record:
 def _fixed_target(model: nn.Module, objective: str, scales: dict[int, float]) -> Iterator[None]:
     """Inside, the layers of ``scales`` learn from embeddings at a fixed shift, times their scale."""
     runtime = runtime_of(model)
-    settings = replace(runtime.config, objective=objective, target="input_embed", lr=runtime.lr)
+    settings = replace(runtime.config, objective=objective, objective_options={}, target="input_embed")
     with ExitStack() as stack:
         stack.enter_context(runtime.reading(settings))
         for site in runtime.sites:
             if site.index in scales:
-                stack.enter_context(_own_parts_aside(site, scales[site.index]))
+                weight = site.projection().weight
+                target = make_target(objective, site.width, {"projection": True}, {})
+                target.to(weight.device, weight.dtype if weight.is_floating_point() else torch.float32)
+                target.proj.weight.data.fill_diagonal_(scales[site.index])  # type: ignore[union-attr,operator]
+                stack.enter_context(site.learning_from(target))
         yield
-
-
-@contextmanager
-def _own_parts_aside(site: LayerSite, scale: float) -> Iterator[None]:
-    """Inside, a layer has no convolution, and for its projection ``scale`` times the identity."""
-    fast = site.projection()
-    width, weight = output_size(fast), fast.weight
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    projection = TargetProjection(width, 0.0, device=weight.device, dtype=dtype)
-    projection.weight.data += scale * torch.eye(width, device=weight.device, dtype=dtype)
-    modules: Any = site.mlp._modules
-    kept = {name: modules.pop(name) for name in ("ttt_conv", "ttt_proj") if name in modules}
-    modules["ttt_proj"] = projection
-    try:
-        yield
-    finally:
-        modules.pop("ttt_proj")
-        modules.update(kept)

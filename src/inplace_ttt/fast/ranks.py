@@ -25,9 +25,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .chunks import ChunkTable
-from .scan import _through_clip, clip_factor, outer, scan, state_dtype
-from .target import chunked
+from ..core.algebra import outer, state_dtype
+from ..core.chunks import ChunkTable
+from ..core.rules import Rule
+from ..core.scan import Call, scan
+from ..core.targets import chunked
 
 Group = Any
 
@@ -106,9 +108,10 @@ class SliceTable:
 
     @classmethod
     def build(
-        cls, slices: Slices, rows: int, tokens: int, chunk_size: int, *, documents: Tensor | None, decay: float
+        cls, slices: Slices, rows: int, tokens: int, chunk_size: int, *, documents: Tensor | None, keep: float
     ) -> "SliceTable":
         """Table of ``rows`` whole rows of ``tokens``; ``documents`` [B, T] as ``core.document_ids`` gives them.
+        ``keep``: the rule's.
 
         Raises ValueError, with the fix, when a slice boundary lies inside a chunk that updates.
         """
@@ -120,14 +123,14 @@ class SliceTable:
             )
         length = tokens // P
         if documents is None:
-            return cls._regular(slices, rows, length, C, decay)
+            return cls._regular(slices, rows, length, C, keep)
         whole = ChunkTable.build(rows, tokens, C, documents=documents)
         if whole.index is None:  # one document everywhere after all
-            return cls._regular(slices, rows, length, C, decay)
-        return cls._irregular(slices, whole, length, decay)
+            return cls._regular(slices, rows, length, C, keep)
+        return cls._irregular(slices, whole, length, keep)
 
     @classmethod
-    def _regular(cls, slices: Slices, rows: int, length: int, C: int, decay: float) -> "SliceTable":
+    def _regular(cls, slices: Slices, rows: int, length: int, C: int, keep: float) -> "SliceTable":
         P, R = slices.pieces, rows * slices.own
         total = P * length
         if length % C and total > C:
@@ -148,13 +151,13 @@ class SliceTable:
             restarted=(False,) * R,
         )
         weights = None
-        if decay and updates:
-            weights = (1 - decay) ** torch.arange(updates - 1, -1, -1, dtype=torch.float64).expand(R, updates)
-        carry = torch.full((P, rows), (1 - decay) ** updates, dtype=torch.float64)
+        if keep != 1.0 and updates:
+            weights = keep ** torch.arange(updates - 1, -1, -1, dtype=torch.float64).expand(R, updates)
+        carry = torch.full((P, rows), keep**updates, dtype=torch.float64)
         return cls(slices, rows, table, weights, weights is None, carry, updates > 0 and P > 1)
 
     @classmethod
-    def _irregular(cls, slices: Slices, whole: ChunkTable, length: int, decay: float) -> "SliceTable":
+    def _irregular(cls, slices: Slices, whole: ChunkTable, length: int, keep: float) -> "SliceTable":
         assert whole.index is not None
         assert whole.update is not None
         assert whole.reset is not None
@@ -186,7 +189,7 @@ class SliceTable:
             for m in reversed(range(M)):
                 if m < updates:
                     weights[p, :, m] = left * update[:, m]
-                left = left * (1 - decay * update[:, m].double()) * ~reset[:, m]
+                left = left * (1 - (1 - keep) * update[:, m].double()) * ~reset[:, m]
             carry[p] = left
         enters = [bool(((idx[:, 0] >= 0).any(-1) & ~reset[:, 0]).any()) if M else False for idx, _, reset in parts]
 
@@ -210,7 +213,7 @@ class SliceTable:
             update=stack([part[1] for part in parts]),
             reset=stack([part[2] for part in parts]),
         )
-        return cls(slices, B, table, stack(list(weights)), not decay, carry, updates > 0 and any(enters[1:]))
+        return cls(slices, B, table, stack(list(weights)), keep == 1.0, carry, updates > 0 and any(enters[1:]))
 
     @staticmethod
     def _piece(
@@ -236,86 +239,76 @@ class SliceTable:
 def scan_slice(
     z_RNF: Tensor,
     v_RND: Tensor | None,
-    weight_DF: Tensor | None,
     table: SliceTable,
     group: Group,
     *,
-    lr: float,
-    bias_D: Tensor | None = None,
-    decay: float = 0.0,
-    clip: Tensor | None = None,
-    width: int | None = None,
+    rule: Rule,
+    width: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    slow: Tensor | None = None,
 ) -> Tensor:
-    """``core.scan`` for this rank's pieces of the rows: outputs [R, T / P, D], as if the rows were whole.
+    """Run this rank's pieces of the rows as if the rows were whole; outputs [R, T / P, D].
 
-    z_RNF: inputs of the projection, piece by piece. v_RND: ``core.target`` of ``table.table``; None when no chunk
-    updates. Others as ``core.scan``. All ranks of ``group`` call it together, and its backward; what is communicated is
-    ``exclusive_scan``'s, and nothing where no document passes from one piece to another.
+    z_RNF: inputs of the projection, piece by piece. v_RND: targets of ``table.table`` as they are written; None when no
+    chunk updates. Others as ``core.scan.Call``; the rule must be additive. All ranks of ``group`` call it together, and
+    its backward; what is communicated is ``exclusive_scan``'s, and nothing where no document passes from one piece to
+    another.
     """
+    rule.need("additive", "a row cut over processes")
     scanned, state = table.scanned, None
     if v_RND is not None and table.continues:
-        totals = piece_totals(chunked(z_RNF, None, table.table), v_RND, table, clip)
-        state = exclusive_scan(totals, table, group)
+        totals = piece_totals(chunked(z_RNF, None, table.table), v_RND, table, rule, slow)
+        state = {"S": exclusive_scan(totals, table, group)}
     seen = None if v_RND is None or not scanned.updates else v_RND[:, : scanned.updates * scanned.chunk_size]
-    out, _ = scan(
-        z_RNF,
-        seen,
-        weight_DF,
-        scanned,
-        lr=lr,
-        bias_D=bias_D,
-        decay=decay,
-        clip=clip,
-        state_BDF=state,
-        width=width if v_RND is None else v_RND.shape[-1],
-    )
-    return out
+    return scan(Call(rule, scanned, z_RNF, seen, width, None, weight, bias, slow, state)).out
 
 
-def piece_totals(z_RNF: Tensor, v_RND: Tensor, table: SliceTable, clip: Tensor | None = None) -> Tensor:
-    """What each piece's own chunks leave at its end, [R, D, F] in the state's precision. N = U * C chunk tokens.
+def piece_totals(
+    z_RNF: Tensor, v_RND: Tensor, table: SliceTable, rule: Rule | None = None, slow: Tensor | None = None
+) -> Tensor:
+    """Return what each piece's own chunks leave at its end, [R, D, F] in the state's precision. N = U * C chunk tokens.
 
-    ``z`` and ``v``: the chunks' inputs and targets, as ``core.target``'s ``chunked`` and ``target`` give them.
+    ``z`` and ``v``: the chunks' inputs and targets as they are written.
     """
     C, weights, v = table.table.chunk_size, table.weights, v_RND.to(z_RNF.dtype)
-    if weights is not None and clip is None and table.binary:
+    if rule is not None and not rule.outer:
+        parts = [weight * rule.write(z_RNF[:, span], v[:, span], slow) for span, weight in _spans(z_RNF, weights, C)]
+        return torch.stack(parts).sum(0)
+    if weights is not None and table.binary:
         v, weights = v * weights.to(v.dtype).repeat_interleave(C, 1)[..., None], None
-    total: Tensor = _PieceTotals.apply(z_RNF, v, weights, C, clip)  # type: ignore[no-untyped-call]
+    total: Tensor = _PieceTotals.apply(z_RNF, v, weights, C)  # type: ignore[no-untyped-call]
     return total
 
 
 class _PieceTotals(torch.autograd.Function):
-    """``sum_m weight_m * clipped(sum_t v_t z_t^T)``; a single product where nothing is weighted or clipped."""
+    """``sum_m weight_m * sum_t v_t z_t^T``; a single product where nothing is weighted."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, v: Tensor, weights: Tensor | None, C: int, clip: Tensor | None) -> Tensor:
-        ctx.save_for_backward(z, v, weights, clip)
+    def forward(ctx: Any, z: Tensor, v: Tensor, weights: Tensor | None, C: int) -> Tensor:
+        ctx.save_for_backward(z, v, weights)
         ctx.C = C
         with torch.autocast(z.device.type, enabled=False):
-            if clip is None and weights is None:
+            if weights is None:
                 return outer(v, z)
             total = z.new_zeros(z.shape[0], v.shape[2], z.shape[2], dtype=state_dtype(z.dtype))
             for span, weight in _spans(z, weights, C):
-                dW = outer(v[:, span], z[:, span])
-                total += dW * (weight if clip is None else weight * clip_factor(dW, clip))
+                total += outer(v[:, span], z[:, span]) * weight
             return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        z, v, weights, clip = ctx.saved_tensors
+        z, v, weights = ctx.saved_tensors
         (H,) = grads
         with torch.autocast(z.device.type, enabled=False):
-            if clip is None and weights is None:
+            if weights is None:
                 H = H.to(z.dtype)
-                return torch.bmm(v, H), torch.bmm(z, H.mT), None, None, None
+                return torch.bmm(v, H), torch.bmm(z, H.mT), None, None
             dz, dv = torch.empty_like(z), torch.empty_like(v)
             for span, weight in _spans(z, weights, ctx.C):
-                H_m = H * weight
-                if clip is not None:
-                    H_m = _through_clip(H_m, outer(v[:, span], z[:, span]), clip)
-                H_m = H_m.to(z.dtype)
+                H_m = (H * weight).to(z.dtype)
                 dz[:, span], dv[:, span] = torch.bmm(v[:, span], H_m), torch.bmm(z[:, span], H_m.mT)
-        return dz, dv, None, None, None
+        return dz, dv, None, None
 
 
 def _spans(z: Tensor, weights_RU: Tensor | None, C: int) -> list[tuple[slice, Tensor]]:

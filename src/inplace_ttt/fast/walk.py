@@ -1,9 +1,9 @@
-"""Through the slots of one segment with the state at hand: what each slot sees is written down, its update joins.
+"""Walk over a segment's chunks: write the weight each chunk sees, then add its update to S.
 
 Forward, slot m: reset (S = 0); write ``W0 + lr * S``; ``S <- keep * S + sum_t x_t z_t^T`` where it updates.
 Reverse (H), slot m: write ``lr * S`` where the slot updates, else 0; ``S <- keep * S`` where it updates; add
 ``sum_t x_t z_t^T``; reset. That is the recurrence of H = dL/dS (core.scan) with x = g, held over lr.
-Unwind, slot m, last one first: ``S <- S - sum_t x_t z_t^T`` where it updated; write ``W0 + lr * S``. Without decay and
+Unwind, slot m, last one first: ``S <- S - sum_t x_t z_t^T`` where it updated; write ``W0 + lr * S``. Without shrinking and
 resets this is forward, backwards.
 
 Shapes: B rows, n slots of c tokens, D and F the widths of x and z.
@@ -12,8 +12,8 @@ Shapes: B rows, n slots of c tokens, D and F the widths of x and z.
 import torch
 from torch import Tensor
 
-from ..core.scan import outer
-from . import has_triton
+from ..core.algebra import outer
+from .available import has_triton
 
 Pairs = tuple[Tensor, Tensor]
 

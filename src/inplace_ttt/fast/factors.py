@@ -9,14 +9,17 @@ Shapes: B rows, N factors, D output width, F width of z, C tokens of a chunk, T 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .chunks import ChunkTable
-from .scan import _exact as exact
-from .scan import shrink, squared_norm, state_dtype
+from ..core.algebra import exact, norm_of, state_dtype
+from ..core.chunks import ChunkTable
+from ..core.rules import Rule, State
+from ..core.state import FastWeights, completed, stacked
+from ..errors import UserError
 
 
 @exact
@@ -39,8 +42,7 @@ def apply(x_BTF: Tensor, left_BND: Tensor, right_BNF: Tensor, scale_BT: Tensor |
 @exact
 def norm(left_BND: Tensor, right_BNF: Tensor) -> Tensor:
     """Frobenius norm of S [B] from N x N products; where S = 0, a number above 0 and next to it."""
-    squared = squared_norm(left_BND, right_BNF.to(left_BND.dtype))
-    return squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()
+    return norm_of(left_BND, right_BNF.to(left_BND.dtype))
 
 
 @exact
@@ -58,43 +60,41 @@ def truncate(left_BND: Tensor, right_BNF: Tensor, rank: int) -> tuple[Tensor, Te
     return (best.mT @ core_ND).to(left_BND.dtype), (basis_FN @ best.to(basis_FN.dtype)).mT, error
 
 
-def completed(table: ChunkTable) -> list[list[int]]:
-    """Per row, the slots that its current document completes in a call."""
-    if table.update is None or table.reset is None:
-        return [list(range(table.updates))] * table.rows
-    slots = []
-    for update, reset, again in zip(table.update.tolist(), table.reset.tolist(), table.restarted, strict=True):
-        begin = max((m for m, r in enumerate(reset) if r), default=0) if again else 0
-        slots.append([m for m, u in enumerate(update[: table.updates]) if u and m >= begin])
-    return slots
+def remaining(table: ChunkTable, keep: float, like: Tensor) -> Tensor | None:
+    """Return the factor by which each new token's view of the incoming S has shrunk, [1 or B, T]; None: not at all.
 
-
-def remaining(table: ChunkTable, decay: float, like: Tensor) -> Tensor | None:
-    """How much of the S before a call its new tokens see, [1 or B, T]; None: all of it.
-
-    ``(1 - decay)^m`` after m updates of the row in the call, nothing in a later document (or in padding).
+    ``keep^m`` after m updates of the row in the call, nothing in a later document (or in padding).
     """
     C, P, T = table.chunk_size, table.prefix, table.tokens
     if table.index is None or table.update is None or table.reset is None:
-        if not decay or not table.updates:
+        if keep == 1.0 or not table.updates:
             return None
-        return ((1 - decay) ** ((torch.arange(T, device=like.device) + P) // C).to(like.dtype))[None]
+        return (keep ** ((torch.arange(T, device=like.device) + P) // C).to(like.dtype))[None]
     before = (table.update.cumsum(1) - table.update.long()).to(like.dtype)
-    value = (1 - decay) ** before * (table.reset.cumsum(1) == 0)
+    value = keep**before * (table.reset.cumsum(1) == 0)
     where = torch.where(table.index < P, T, table.index - P).flatten(1)  # column T: no new token
     return like.new_zeros(table.rows, T + 1).scatter(1, where, value.repeat_interleave(C, 1))[:, :T]
 
 
-class HeldState:
-    """S of B rows: dense, or as factors, of which rows may have different numbers."""
+class FactoredWeights(FastWeights):
+    """Fast weights of an outer rule whose S is held in factors, of which rows may have different numbers.
 
-    def __init__(self, rows: int, chunk_size: int, decay: float, form: str | int) -> None:
-        if form not in ("dense", "auto") and (type(form) is not int or form < 1):
+    ``form``: "auto": the pairs (v_t, z_t), ``left`` and ``right``, while they are fewer than D * F / (D + F), then
+    dense until ``reset``. A number r: factors, cut to the best r when a row has more than 2 * r, at most once in
+    max(r, C) tokens: lossy (``truncation``), save for what a call's later tokens see of its own chunks.
+    """
+
+    numbers = (*FastWeights.numbers, "count", "raw", "lost")
+    parts = (*FastWeights.parts, "left", "right")
+
+    def __init__(self, rows: int, chunk_size: int, rule: Rule | None = None, *, form: str | int = "auto") -> None:
+        super().__init__(rows, chunk_size, rule)
+        if form != "auto" and (type(form) is not int or form < 1):
             raise ValueError(f'form must be "dense", "auto" or a rank of at least 1, got {form!r}')
-        self.rows, self.chunk_size, self.decay, self.form = rows, chunk_size, decay, form
-        self.S: Tensor | None = None
+        self.rule.need("outer", f"a state of form {form!r}")
+        self.form = form
         self.left: Tensor | None = None
-        """[B, N, D] in S's precision, with decay and clipping in it; zero beyond a row's own factors."""
+        """[B, N, D] in S's precision, with decay in it; zero beyond a row's own factors."""
         self.right: Tensor | None = None
         """[B, N, F]; of pairs z as it came, in its dtype."""
         self.count: tuple[int, ...] = (0,) * rows
@@ -103,6 +103,13 @@ class HeldState:
         """How many of these, the last ones, are the pairs of whole chunks, which can be taken out again."""
         self.lost: tuple[float, ...] = (0.0,) * rows
         """Frobenius norm of what truncation discarded: the root of the sum of squares."""
+
+    def new(self, rows: int) -> "FactoredWeights":
+        return FactoredWeights(rows, self.chunk_size, self.rule, form=self.form)
+
+    @property
+    def can_step(self) -> bool:
+        return self.tensors is not None and super().can_step
 
     @property
     def truncation(self) -> tuple[float, ...]:
@@ -117,17 +124,21 @@ class HeldState:
         return tuple(gone and gone / math.hypot(gone, left) for gone, left in zip(self.lost, S.tolist(), strict=True))
 
     def dense(self) -> Tensor | None:
-        """S [B, D, F] in whatever form it is held; None while zero."""
         S: Tensor | None = self.S if self.left is None else dense(self.left, self.right)
         return S
 
-    def begin(self, table: ChunkTable, z_BTF: Tensor, v_BND: Tensor | None) -> ChunkTable:
-        """The table to scan a call with, from the state ``S``: the given one, or one without a state afterwards.
+    def as_dense(self) -> State | None:
+        S = self.dense()
+        return None if S is None else {"S": S}
+
+    def begin(self, rule: Rule, table: ChunkTable, z_BTF: Tensor, v_BND: Tensor | None) -> ChunkTable:
+        """Return the table to scan a call with: the given one, or one without a state afterwards.
 
         The latter where S is and stays in factors; then ``recall`` gives what they add to the call's output. Turns to
         the dense form first where the call's chunks would make the pairs too many.
         """
-        if self.form == "dense" or self.S is not None:
+        self.rule = rule
+        if self.tensors is not None:
             return table
         if self.form == "auto" and v_BND is not None:
             D, F, C = v_BND.shape[-1], z_BTF.shape[-1], self.chunk_size
@@ -136,7 +147,7 @@ class HeldState:
                 rows = zip(self.count, table.restarted, completed(table), strict=True)
                 most = max((0 if again else n) + len(own) * C for n, again, own in rows)
             if most * (D + F) >= D * F:
-                self.S, self.left, self.right = self.dense(), None, None
+                self.tensors, self.left, self.right = self.as_dense(), None, None
                 self.count = self.raw = (0,) * self.rows
                 return table
         return replace(table, updates=min(table.updates, max(table.steps - 1, 0)), keep_state=False)
@@ -145,19 +156,52 @@ class HeldState:
         """``S z_t`` [B, T, D], in S's precision, of the factors held before a call; None where there are none."""
         if self.left is None:
             return None
-        out: Tensor = apply(z_BTF, self.left, self.right, remaining(table, self.decay, self.left))
+        out: Tensor = apply(z_BTF, self.left, self.right, remaining(table, self.rule.keep, self.left))
         return out
 
-    def extend(self, slots: list[list[int]], z_BNF: Tensor, v_BND: Tensor, clip: Tensor | None) -> None:
-        """Chunks of a call, by row and in order, join the factors: ``S <- (1 - decay) * S + clipped(dW)``."""
+    def _absorb_chunks(self, slots: list[list[int]], restarted: list[int], chunks: dict[str, Tensor] | None) -> None:
+        """Chunks of a call, by row and in order, join the factors: ``S <- keep * S + sum_t v_t z_t^T``."""
+        if restarted:
+            self.clear(restarted)
+        if self.tensors is not None or chunks is None:
+            return
         C = self.chunk_size
         for m in sorted({m for own in slots for m in own}):
             rows = [b for b, own in enumerate(slots) if m in own]
-            z, v = (x[:, m * C : (m + 1) * C] for x in (z_BNF, v_BND))
-            self._join(rows, *((z, v) if len(rows) == self.rows else (z[rows], v[rows])), self.decay, clip)
+            z, v = (x[:, m * C : (m + 1) * C] for x in (chunks["z"], chunks["v"]))
+            self._join(rows, *((z, v) if len(rows) == self.rows else (z[rows], v[rows])), self.rule.keep)
             self._truncate()
 
-    def take_back(self, b: int, z_1CF: Tensor, v_1CD: Tensor, clip: Tensor | None) -> None:
+    def complete(self, rows: list[int], rule: Rule, v_BCD: Tensor, keep_B1: Tensor | None, slow: Tensor | None) -> None:
+        if self.tensors is not None:
+            super().complete(rows, rule, v_BCD, keep_B1, slow)
+            return
+        assert self.z is not None
+        assert self.u is not None
+        self.rule = rule
+        slots = [[0] if b in rows else [] for b in range(self.rows)]
+        chunks = {"z": self.z, "u": self.u, "v": v_BCD}
+        self._remember(slots, [], chunks, {})
+        self._absorb_chunks(slots, [], chunks)
+
+    def before(self, b: int, chunks: int = 1) -> State | None:
+        if self.left is None or self.right is None:
+            return super().before(b, chunks)
+        n = chunks * self.chunk_size
+        if self.raw[b] < n:  # a truncation has mixed them with the rest
+            return None
+        own = slice(self.count[b] - n)
+        return {"S": dense(self.left[b : b + 1, own], self.right[b : b + 1, own]) / self.rule.keep**chunks}
+
+    def _undo(self, b: int, chunks: int) -> None:
+        if self.left is None:
+            super()._undo(b, chunks)
+            return
+        for n in range(1, chunks + 1):
+            chunk = self.last_chunk(b, n)
+            self._take_back(b, chunk["z"], chunk["v"])
+
+    def _take_back(self, b: int, z_1CF: Tensor, v_1CD: Tensor) -> None:
         """Row b before its last update: its pairs go, or are subtracted where a truncation has mixed them with S."""
         C = self.chunk_size
         if self.raw[b] >= C:
@@ -165,11 +209,28 @@ class HeldState:
             self.count, self.raw = _add(self.count, [b], -C), _add(self.raw, [b], -C)
             self._trim()
         else:
-            self._join([b], z_1CF, -v_1CD, 0.0, clip)
+            self._join([b], z_1CF, -v_1CD, 1.0)
             self.raw = _add(self.raw, [b], -self.raw[b])
             self._truncate()
-        if self.decay:
-            self._scale([b], 1 / (1 - self.decay))
+        if self.rule.keep != 1.0:
+            self._scale([b], 1 / self.rule.keep)
+
+    def select(self, rows: Tensor | Sequence[int]) -> None:
+        held = max((self.count[b] for b in torch.as_tensor(rows).tolist()), default=0)
+        self.left, self.right = (None if x is None else x[:, :held] for x in (self.left, self.right))
+        super().select(rows)
+
+    def _stack(self, parts: Sequence[FastWeights], rows: Sequence[int]) -> None:
+        factored: list[Any] = list(parts)
+        forms = {x.form for x in factored}
+        self.form = "auto" if "auto" in forms else max(forms)  # the one that loses least
+        for name in ("count", "raw", "lost"):
+            setattr(self, name, tuple(n for x in factored for n in getattr(x, name)))
+        if any(x.tensors is not None for x in factored):
+            super()._stack(parts, rows)
+            self.count = self.raw = (0,) * self.rows
+        else:
+            self.left, self.right = stacked([x.left for x in factored], rows), stacked([x.right for x in factored], rows)
 
     def clear(self, rows: Sequence[int]) -> None:
         """No factors in some rows."""
@@ -177,14 +238,12 @@ class HeldState:
         self.count, self.raw = (tuple(0 if b in rows else n for b, n in enumerate(x)) for x in (self.count, self.raw))
         self._trim()
 
-    def _join(self, rows: Sequence[int], z_RCF: Tensor, v_RCD: Tensor, decay: float, clip: Tensor | None) -> None:
+    def _join(self, rows: Sequence[int], z_RCF: Tensor, v_RCD: Tensor, keep: float) -> None:
         """One chunk's pairs behind the factors of R rows."""
         C, device = z_RCF.shape[1], z_RCF.device
         v = v_RCD.to(z_RCF.dtype).to(state_dtype(z_RCF.dtype))
-        if clip is not None:
-            v = v * shrink(norm(v, z_RCF), clip)[:, None, None]
-        if decay:
-            self._scale(rows, 1 - decay)
+        if keep != 1.0:
+            self._scale(rows, keep)
         left = v.new_zeros(self.rows, 0, v.shape[-1]) if self.left is None else self.left
         right = z_RCF.new_zeros(self.rows, 0, z_RCF.shape[-1]) if self.right is None else self.right
         first = torch.tensor([self.count[b] for b in rows], device=device)[:, None]
@@ -230,3 +289,12 @@ class HeldState:
 def _add(numbers: tuple[int, ...], rows: Sequence[int], more: int) -> tuple[int, ...]:
     """``numbers``, those of some rows larger by ``more``."""
     return tuple(n + more if b in rows else n for b, n in enumerate(numbers))
+
+
+def fast_weights(rows: int, chunk_size: int, rule: Rule, form: str | int = "dense", *, gates: bool = False) -> FastWeights:
+    """Return an empty state in this form. UserError where the rule does not promise what the form needs."""
+    if form == "dense":
+        return FastWeights(rows, chunk_size, rule, snapshots=gates)
+    if gates:
+        raise UserError(f"a state of form {form!r} cannot follow gates: use the dense form")
+    return FactoredWeights(rows, chunk_size, rule, form=form)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.scan import state_dtype
+from ..core.algebra import state_dtype
 from .walk import walk
 
 SEGMENT_BYTES = 400 * 2**20
@@ -157,8 +157,8 @@ def _slots(z: Tensor, past: Tensor | None, rest: Sequence[int | Tensor | None], 
     return Slots(z, past, chunk_size, prefix, index, steps, updates, max(SEGMENT_BYTES // weight, 1))  # type: ignore[arg-type]
 
 
-class Moving:
-    """S [B, D, F], or another such sum, on its way through the segments. What it begins with is only read."""
+class RunningSum:
+    """Running sum over segments (S or H), [B, D, F]. The initial value is never modified."""
 
     def __init__(self, z: Tensor, begin: Tensor | None, width: int) -> None:
         dtype = state_dtype(z.dtype)
@@ -182,13 +182,13 @@ def _flags(x_BM: Tensor | None, s: Segment) -> Tensor | None:
 
 def folded(
     slots: Slots,
-    S: Moving,
+    S: RunningSum,
     v: Tensor | None,
     weight: Tensor | None,
     update: Tensor | None,
     reset: Tensor | None,
     lr: float,
-    decay: float,
+    keep: float,
 ) -> Iterator[tuple[Segment, Tensor]]:
     """Segment by segment the weights ``W0 + lr * S_m`` [B, n, D, F] its slots see; S moves on.
 
@@ -204,7 +204,7 @@ def folded(
         pairs = None
         if u and v is not None:
             pairs = v[:, s.first * slots.C : (s.first + u) * slots.C].unflatten(1, (u, slots.C)), slots.absorbed(s)
-        S.walk(folds, pairs, weight, _flags(update, s), _flags(reset, s), lr, 1.0 - decay, u if pairs else 0)
+        S.walk(folds, pairs, weight, _flags(update, s), _flags(reset, s), lr, keep, u if pairs else 0)
         yield s, folds
 
 
@@ -220,7 +220,7 @@ def forward(
     reset: Tensor | None,
     rest: Tensor | None,
     lr: float,
-    decay: float,
+    keep: float,
     chunk_size: int,
     prefix: int,
     steps: int,
@@ -229,11 +229,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Outputs [B, T, D] and S [B, D, F] after the call. ``rest``: tokens in no slot, which see W0 alone."""
     slots = _slots(z, past, (chunk_size, prefix, index, steps, updates), width)
-    S, out = Moving(z, state, width), slots.empty(width)
+    S, out = RunningSum(z, state, width), slots.empty(width)
     if rest is not None and len(rest):
         x = z.reshape(-1, z.shape[2])[rest]
         out[rest] = 0 if weight is None else torch.nn.functional.linear(x, weight, bias)
-    for s, folds in folded(slots, S, v, weight, update, reset, lr, decay):
+    for s, folds in folded(slots, S, v, weight, update, reset, lr, keep):
         slots.put(out, s, slots.applied(z, s), folds.mT, bias)
     return slots.view(out), S.value()
 
@@ -252,7 +252,7 @@ def backward(
     rest: Tensor | None,
     last: Tensor | None,
     lr: float,
-    decay: float,
+    keep: float,
     chunk_size: int,
     prefix: int,
     steps: int,
@@ -264,7 +264,7 @@ def backward(
     weights, which give the rest of dz (rounded in between: ``_backward_at_once`` does
     better where S can be unwound).
     """
-    if index is None and not decay and (last is not None or not updates):
+    if index is None and keep == 1.0 and (last is not None or not updates):
         numbers = (chunk_size, prefix, steps, updates)
         return _backward_at_once(g, grad_state, z, v, weight, state, past, last, lr, *numbers)
     B, F, D = z.shape[0], z.shape[2], g.shape[2]
@@ -276,7 +276,7 @@ def backward(
     dpast = None if past is None else past.new_zeros(past.shape)
 
     # H is held over lr, so that products need no factor.
-    H = Moving(z, None if grad_state is None else grad_state / lr, D)
+    H = RunningSum(z, None if grad_state is None else grad_state / lr, D)
     buffer = None
     for s in reversed(slots.segments()):
         n, u = s.last - s.first, slots.updating(s)
@@ -284,7 +284,7 @@ def backward(
             buffer = z.new_empty(B, n, D, F)
         folds = buffer[:, :n]
         pairs = slots.applied(g, s), slots.applied(z, s)
-        H.walk(folds, pairs, None, _flags(update, s), _flags(reset, s), lr, 1.0 - decay, u, mode="reverse")
+        H.walk(folds, pairs, None, _flags(update, s), _flags(reset, s), lr, keep, u, mode="reverse")
         if u and v is not None and dv is not None:
             span = slice(s.first * chunk_size, (s.first + u) * chunk_size)
             product(slots.absorbed(s), folds[:, :u].mT, dv[:, span].unflatten(1, (u, chunk_size)))
@@ -292,7 +292,7 @@ def backward(
         _no_targets(slots, dz, s, u if v is not None else 0)
     del buffer
 
-    for s, folds in folded(slots, Moving(z, state, D), v, weight, update, reset, lr, decay):
+    for s, folds in folded(slots, RunningSum(z, state, D), v, weight, update, reset, lr, keep):
         slots.add(dz, s, slots.applied(g, s), folds)
 
     dstate = None if state is None else H.value().mul_(lr).to(state.dtype)
@@ -314,7 +314,7 @@ def _backward_at_once(
     steps: int,
     updates: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """``backward`` of a regular call without decay: S is unwound from ``last`` while H is built, so both are at hand.
+    """``backward`` of a regular call without shrinking: S is unwound from ``last`` while H is built, so both are at hand.
 
     ``dz = [g | v] @ [W_m; H_m]`` is one product with one rounding.
     """
@@ -323,8 +323,8 @@ def _backward_at_once(
     dz = slots.empty(F)
     dv = None if v is None else torch.empty_like(v)
     dpast = None if past is None else past.new_zeros(past.shape)
-    H = Moving(z, None if grad_state is None else grad_state / lr, D)
-    S = Moving(z, state if last is None else last, D)
+    H = RunningSum(z, None if grad_state is None else grad_state / lr, D)
+    S = RunningSum(z, state if last is None else last, D)
     buffer = None
     for s in reversed(slots.segments()):
         n, u = s.last - s.first, slots.updating(s) if v is not None else 0

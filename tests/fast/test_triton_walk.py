@@ -5,14 +5,14 @@ import os
 import pytest
 import torch
 
-from inplace_ttt.kernels import has_triton
-from inplace_ttt.kernels.walk import plain
+from inplace_ttt.fast import has_triton
+from inplace_ttt.fast.walk import plain
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if not has_triton() or (DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"):
     pytest.skip("needs Triton and a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from inplace_ttt.kernels.triton_walk import walk  # noqa: E402
+from inplace_ttt.fast.triton_walk import walk  # noqa: E402
 
 TILES = {"BM": 32, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 2}
 

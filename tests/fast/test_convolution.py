@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from inplace_ttt.core import ChunkTable, target
-from inplace_ttt.core.target import convolve as plain
+from inplace_ttt.core import ChunkTable
+from inplace_ttt.core.targets import convolve as plain
+from method import target
 
 pytestmark = pytest.mark.gpu
 
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize(("B", "M", "C", "D"), [(2, 2, 37, 50), (1, 2, 2100, 65)])
 @pytest.mark.parametrize(("K", "lookahead"), [(5, 2), (4, 3)])
 def test_equals_the_plain_convolution(dtype, B, M, C, D, K, lookahead):
-    from inplace_ttt.kernels.convolution import convolve
+    from inplace_ttt.fast.convolution import convolve
 
     torch.manual_seed(0)
     u = torch.randn(B, M * C + 4, D, device="cuda", dtype=dtype)[:, 3:-1].requires_grad_()

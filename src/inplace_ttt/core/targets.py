@@ -1,0 +1,318 @@
+"""A target: where the values come from that a chunk writes. One class, one registration.
+
+A target is an ``nn.Module`` that owns its parameters in child modules; after attach these stand beside the adapting
+projection as ``mlp.ttt_NAME``. It gets complete chunks only and must keep to them: what it takes from a later token of
+the chunk is allowed, because a chunk's update is first used in the next one.
+
+Shapes: B rows, U complete chunks of C tokens, D output width, F width of z, K taps.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .chunks import ChunkTable
+from .rules import options_of
+
+TARGETS: dict[str, type["Target"]] = {}
+"""Targets by name."""
+Kind = TypeVar("Kind", bound="type[Target]")
+Values = tuple[Tensor | None, Tensor | None]
+"""Targets v [B, U * C, D] of the chunks that update, and what each leaves of the state before it [B, U]; or None."""
+
+
+class Target(nn.Module):
+    """Base of all targets. Keyword arguments of a subclass's ``__init__`` after ``width`` are ``objective_options``.
+
+    A keyword that is named like a setting of ``InPlaceTTTConfig`` gets that setting's value unless the options give
+    one. ``width``: D.
+    """
+
+    name: ClassVar[str] = ""
+    source: ClassVar[str | None] = None
+    """Where u comes from: "input_embed" (token embeddings), "hidden_states" (the MLP's input), "loss" (the gradient of
+    the next-token loss at the projection's output); None: as the configuration's ``target`` says."""
+    needs_keys: ClassVar[bool] = False
+    """Whether ``forward`` looks at z."""
+    gates: bool = False
+    """Whether ``forward`` also returns what each chunk leaves of the state before it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+
+    def forward(self, u: Tensor, z: Tensor | None) -> Any:
+        """Return v [B, U, C, D] for u [B, U, C, D] and z [B, U, C, F] (None unless ``needs_keys``).
+
+        With ``gates``: also the factors [B, U] by which the state shrinks before each chunk's update.
+        """
+        raise NotImplementedError(f"target {self.name!r} has no forward")
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it writes anything: False for parameters whose initial values make every update zero."""
+        return True
+
+
+def register_target(name: str) -> Callable[[Kind], Kind]:
+    """Make a subclass of ``Target`` known as ``InPlaceTTTConfig(objective=name)``."""
+
+    def register(cls: Kind) -> Kind:
+        if not issubclass(cls, Target):
+            raise UserError(f"{cls.__name__} must be a subclass of inplace_ttt.Target")
+        cls.name = name
+        TARGETS[name] = cls
+        return cls
+
+    return register
+
+
+def target_options(name: str, options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of target ``name``. UserError for a name or an option that does not exist."""
+    if name not in TARGETS:
+        raise UserError(f"objective must be one of {', '.join(sorted(TARGETS))}, got {name!r} (register_target adds one)")
+    parameters = list(inspect.signature(TARGETS[name].__init__).parameters.values())[2:]
+    known = {p.name: None for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    options_of("objective", name, known, options)
+    return {key: settings[key] for key in known if key in settings} | dict(options)
+
+
+def make_target(name: str, width: int, options: Mapping[str, Any], settings: Mapping[str, Any]) -> Target:
+    """Return the target ``name`` of a projection of output width ``width``, on the default device.
+
+    ``settings``: values of the configuration, for keywords that the options leave out. UserError for a name or an
+    option that does not exist, for values out of range, and for parameters that are not in child modules.
+    """
+    target = TARGETS[name](width, **target_options(name, options, settings)) if name in TARGETS else None
+    if target is None:
+        target_options(name, options, settings)  # raises
+    assert target is not None
+    if own := [*target._parameters, *target._buffers]:
+        raise UserError(f"target {name!r} holds {own[0]!r} itself: put parameters and buffers into a child module")
+    return target
+
+
+def values_of(
+    target: Callable[..., Any], u_BTD: Tensor, z_BTF: Tensor, table: ChunkTable, past: "tuple[Tensor | None, ...]"
+) -> Values:
+    """Return targets and gates of the chunks of a call that update. ``past``: pending z and u.
+
+    The result has the dtype that the target gives (that of autocast, where it is on).
+    """
+    if not table.updates:
+        return None, None
+    C, U = table.chunk_size, table.updates
+    past_z, past_u = past
+    u = chunked(u_BTD, past_u, table).unflatten(1, (U, C))
+    z = chunked(z_BTF, past_z, table).unflatten(1, (U, C)) if getattr(target, "needs_keys", False) else None
+    found = target(u, z)
+    v, keep = found if isinstance(found, tuple) else (found, None)
+    return v.flatten(1, 2), keep
+
+
+# -- the shipped targets -----------------------------------------------------------------------------------------------
+
+
+class TargetConv(nn.Module):
+    """kappa: depthwise convolution over time, ``weight`` [D, 1, K], zero at the start. Applied by ``convolve``."""
+
+    def __init__(self, width: int, kernel: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width, 1, kernel))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, kernel={self.weight.shape[2]}"
+
+
+class TargetProjection(nn.Module):
+    """P: ``weight`` [D, D], diagonal at the start, used as ``c P`` (not as ``nn.Linear`` would)."""
+
+    def __init__(self, width: int, std: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.diag(torch.randn(width) * std))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}"
+
+
+class TargetGates(nn.Module):
+    """Gates of a token: beta = 2 sigmoid(w.u + b) from 1, gamma = exp(-softplus(w.u + b)) from 1 to seven digits."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, width))
+        self.bias = nn.Parameter(torch.tensor([0.0, -16.0]))
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return beta [...] and log gamma [...] for u [..., D]."""
+        write, forget = (u.to(self.weight.dtype) @ self.weight.mT + self.bias).unbind(-1)
+        return 2 * torch.sigmoid(write), -torch.nn.functional.softplus(forget)
+
+
+class Shaped(Target):
+    """What the shipped targets share: an optional projection P, gates, and the ridge write.
+
+    * ``gates``: ``S' = (prod_t gamma_t) S + sum_t beta_t (prod_{s>t} gamma_s) v_t z_t^T``, beta and gamma from u:
+      exact as one factor per chunk and one per row of v (gated linear attention, Yang et al. 2023, in chunks).
+    * ``ridge``: ``v' = (Z Z^T + l I)^-1 V`` with l = ridge * mean |z_t|^2: one ridge regression per chunk, so that keys
+      with a shared direction do not add up (after TTT-NTP, arXiv 2606.21803).
+    """
+
+    def __init__(self, width: int, projection: bool, std: float, gates: bool, ridge: float | None) -> None:
+        super().__init__(width)
+        if ridge is not None and not ridge > 0:
+            raise UserError(f"ridge must be positive, got {ridge}")
+        self.ridge, self.gates = ridge, gates
+        self.needs_keys = ridge is not None  # type: ignore[misc]
+        if projection:
+            self.proj = TargetProjection(width, std)
+        if gates:
+            self.gate = TargetGates(width)
+
+    def forward(self, u: Tensor, z: Tensor | None) -> Any:
+        proj = getattr(self, "proj", None)
+        v = self.mix(u, None if proj is None else proj.weight.dtype)
+        v = v if proj is None else v.to(proj.weight.dtype) @ proj.weight
+        keep = None
+        if self.gates:
+            beta, log_gamma = self.gate(u)
+            behind = log_gamma.flip(-1).cumsum(-1).flip(-1)  # of this token and all later ones
+            v = v * (beta * (behind - log_gamma).exp()).to(v.dtype)[..., None]
+            keep = behind[..., 0].exp()
+        if self.ridge is not None:
+            assert z is not None
+            v = ridge_values(z, v, self.ridge)
+        return v if keep is None else (v, keep)
+
+    def mix(self, u: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """Return c [B, U, C, D], what P is applied to; ``dtype``: P's, None without one."""
+        raise NotImplementedError
+
+
+@register_target("learned")
+class Learned(Shaped):
+    """The paper's target: ``c_t = sum_k kappa[:, k] u[t + k - (K-1-L)]`` inside the chunk, ``v_t = c_t P``.
+
+    kappa is zero and P is diagonal N(0, std^2) at the start, so nothing changes before training. Half-precision sources
+    are convolved in float32. Section 2 of docs/method.md.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        conv_kernel: int = 5,
+        lookahead: int = 2,
+        projection: bool = True,
+        init_std: float | None = None,
+        gates: bool = False,
+        ridge: float | None = None,
+    ) -> None:
+        super().__init__(width, projection, 0.02 if init_std is None else init_std, gates, ridge)
+        self.conv, self.lookahead = TargetConv(width, conv_kernel), lookahead
+
+    def mix(self, u: Tensor, dtype: torch.dtype | None) -> Tensor:
+        return convolved(u, self.conv.weight[:, 0], self.lookahead, dtype)
+
+    @property
+    def is_trained(self) -> bool:
+        weight = self.conv.weight
+        return weight.device.type == "meta" or bool(weight.any())
+
+
+class Shift(Shaped):
+    """A fixed target: ``v_t = u[t + shift] P`` inside the chunk, without a convolution; P is zero at the start."""
+
+    shift: ClassVar[int]
+
+    def __init__(
+        self, width: int, *, projection: bool = True, gates: bool = False, ridge: float | None = None
+    ) -> None:
+        super().__init__(width, projection, 0.0, gates, ridge)
+
+    def mix(self, u: Tensor, dtype: torch.dtype | None) -> Tensor:
+        return convolved(u, u.new_ones(u.shape[-1], 1), self.shift, dtype)
+
+    @property
+    def is_trained(self) -> bool:
+        proj = getattr(self, "proj", None)
+        return proj is None or proj.weight.device.type == "meta" or bool(proj.weight.any())
+
+
+@register_target("next_token")
+class NextToken(Shift):
+    """The next token's source."""
+
+    shift = 1
+
+
+@register_target("reconstruction")
+class Reconstruction(Shift):
+    """The same token's source."""
+
+    shift = 0
+
+
+# -- arithmetic --------------------------------------------------------------------------------------------------------
+
+
+def chunked(x_BTW: Tensor, past_BPW: Tensor | None, table: ChunkTable) -> Tensor:
+    """Return the tokens of the first ``table.updates`` chunk slots, [B, updates * C, W]; zero where a slot has none.
+
+    A view of ``x`` where possible. ``past`` holds the pending tokens, at least ``table.prefix`` of them.
+    """
+    B, W = x_BTW.shape[0], x_BTW.shape[2]
+    C, U, P = table.chunk_size, table.updates, table.prefix
+    if P and past_BPW is None:
+        raise ValueError(f"{P} pending tokens are missing: pass them as past")
+    if table.index is None and not P:
+        return x_BTW[:, : U * C]
+    extended = x_BTW if not P or past_BPW is None else torch.cat([past_BPW[:, :P].to(x_BTW.dtype), x_BTW], 1)
+    if table.index is None:
+        return extended[:, : U * C]
+    index = table.index[:, :U].reshape(B, U * C)
+    picked = extended.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, W))
+    return torch.where((index >= 0)[..., None], picked, 0)
+
+
+def convolve(u_NCD: Tensor, kappa_DK: Tensor, lookahead: int) -> Tensor:
+    """Compute ``c_t = sum_k kappa[:, k] * u[t + k - (K-1-L)]`` within each of N chunks; outside counts as zero."""
+    C, K = u_NCD.shape[1], kappa_DK.shape[1]
+    before = max(K - 1 - lookahead, 0)
+    padded = torch.nn.functional.pad(u_NCD, (0, 0, before, max(lookahead, 0)))
+    c = torch.zeros_like(u_NCD, dtype=torch.promote_types(u_NCD.dtype, kappa_DK.dtype))
+    for k in range(K):
+        first = before + k - (K - 1 - lookahead)
+        c = torch.addcmul(c, padded[:, first : first + C], kappa_DK[:, k])
+    return c
+
+
+FUSED: list[Callable[[Tensor, Tensor, int, int, torch.dtype], Tensor | None]] = []
+"""Faster convolutions of [B, U * C, D], asked in order; each returns None for what it does not support."""
+
+
+def convolved(u: Tensor, kappa_DK: Tensor, lookahead: int, dtype: torch.dtype | None) -> Tensor:
+    """Return ``convolve`` of u [B, U, C, D]; ``dtype``: what it is needed in (None: float32 at least)."""
+    B, U, C, D = u.shape
+    for fused in FUSED:
+        found = fused(u.flatten(1, 2), kappa_DK, C, lookahead, torch.float32 if dtype is None else dtype)
+        if found is not None:
+            return found.view(B, U, C, D)
+    if u.dtype in (torch.bfloat16, torch.float16):
+        u, kappa_DK = u.float(), kappa_DK.float()
+    return convolve(u.reshape(B * U, C, D), kappa_DK, lookahead).view(B, U, C, D)
+
+
+def ridge_values(z: Tensor, v: Tensor, ridge: float) -> Tensor:
+    """Return ``(Z Z^T + l I)^-1 V`` for z [..., C, F] and v [..., C, D], l = ridge * mean_t |z_t|^2; in v's dtype."""
+    exact = torch.float64 if z.dtype == torch.float64 else torch.float32
+    with torch.autocast(z.device.type, enabled=False):
+        z = z.to(exact)
+        gram = z @ z.mT
+        size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=torch.finfo(exact).tiny)
+        eye = torch.eye(z.shape[-2], dtype=exact, device=z.device)
+        factor = torch.linalg.cholesky(gram / size + ridge * eye)
+        return (torch.cholesky_solve(v.to(exact), factor) / size).to(v.dtype)

@@ -1,0 +1,316 @@
+"""The scan of outer rules: every token of chunk i is projected by ``W0 + lr * S_i``, S_i the sum of earlier updates.
+
+Differentiable through the whole prefix sum. Backward keeps z, v and W0 only and recomputes S, so memory does not grow
+with the number of chunks. One operator for torch.compile; the backend is a name: ``torch`` is the loop over chunks
+below, ``segments`` batches them and is chosen on CUDA.
+
+Shapes: B rows, T new tokens, P pending tokens, N = updates * C chunk tokens, F width of z, D output width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.algebra import accumulate, exact, outer, state_dtype
+from ..core.chunks import ChunkTable
+from ..core.layout import Layout
+from ..core.rules import Rule
+from ..core.scan import PATHS, Call, Path, Result
+from .segments import backward as segments_backward
+from .segments import forward as segments_forward
+
+Tensors = tuple[Tensor, Tensor]
+
+
+def keep_factor(layout: Layout, m: int, keep: float) -> float | Tensor:
+    """Return what slot m's update leaves of S: a number, or [B, 1, 1] where only some rows update."""
+    if layout.update is None or keep == 1.0:
+        return keep
+    return 1.0 - (1.0 - keep) * layout.update[:, m, None, None].to(state_dtype(layout.z.dtype))
+
+
+def sweep(
+    layout: Layout,
+    out: Tensor,
+    x: Tensor,
+    v: Tensor | None,
+    state: Tensor | None,
+    lr: float,
+    keep: float,
+    steps: int,
+    updates: int,
+    *,
+    transposed: bool = False,
+) -> Tensor | None:
+    """Adds ``lr * S_m x_t`` (``lr * S_m^T x_t`` when transposed) to ``out``, slot by slot; S after the last one."""
+    reset = layout.reset
+    S = None if state is None else state.to(state_dtype(x.dtype), copy=updates > 0 or reset is not None)
+    for m in range(steps):
+        if reset is not None and S is not None:
+            S *= ~reset[:, m, None, None]
+        if S is not None:
+            fast = S.to(x.dtype)
+            layout.add_product(out, m, layout.applied(x, m), fast if transposed else fast.mT, lr)
+        if m < updates and v is not None:
+            S = accumulate(S, layout.absorbed(m), layout.targets(v, m), keep_factor(layout, m, keep))
+    return S
+
+
+@torch.library.custom_op("inplace_ttt::scan", mutates_args=())
+@exact
+def scan_op(
+    z: Tensor,
+    v: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    state: Tensor | None,
+    past: Tensor | None,
+    index: Tensor | None,
+    update: Tensor | None,
+    reset: Tensor | None,
+    rest: Tensor | None,
+    lr: float,
+    keep: float,
+    chunk_size: int,
+    prefix: int,
+    steps: int,
+    updates: int,
+    backend: str,
+    width: int,
+    keep_state: bool,
+) -> Tensors:
+    """Outputs and, where it is kept, S after the last update."""
+    B, T, F = z.shape
+    dtype = state_dtype(z.dtype)
+    S: Tensor | None
+    if backend == "segments":
+        tensors = (z, v, weight, bias, state, past, index, update, reset, rest)
+        out, S = segments_forward(*tensors, lr, keep, chunk_size, prefix, steps, updates, width)
+        return out, S if keep_state else z.new_zeros(0, dtype=dtype)
+    layout = Layout(z, past, chunk_size, prefix, index, update, reset)
+    out = z.new_zeros(B, T, width) if weight is None else torch.nn.functional.linear(z, weight, bias)
+    S = sweep(layout, out, z, v, state, lr, keep, steps, updates)
+    if not keep_state:
+        return out, z.new_zeros(0, dtype=dtype)
+    return out, z.new_zeros(B, width, F, dtype=dtype) if S is None else S
+
+
+@scan_op.register_fake
+def _(z: Tensor, *rest: Any) -> Tensors:
+    width, keep_state = rest[-2:]
+    B, T, F = z.shape
+    dtype = state_dtype(z.dtype)
+    return z.new_empty(B, T, width), z.new_empty(*((B, width, F) if keep_state else (0,)), dtype=dtype)
+
+
+@torch.library.custom_op("inplace_ttt::scan_backward", mutates_args=())
+@exact
+def scan_backward_op(
+    g: Tensor,
+    grad_state: Tensor | None,
+    z: Tensor,
+    v: Tensor | None,
+    weight: Tensor | None,
+    state: Tensor | None,
+    past: Tensor | None,
+    index: Tensor | None,
+    update: Tensor | None,
+    reset: Tensor | None,
+    rest: Tensor | None,
+    last: Tensor | None,
+    lr: float,
+    keep: float,
+    chunk_size: int,
+    prefix: int,
+    steps: int,
+    updates: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of z, v, state and past (empty where the input was None), and that of W0 where it is known already.
+
+    ``last``: S after the last update, if forward kept it (the torch backend has no use for it).
+
+    ``dL/dz_t = (W0 + lr S_i)^T g_t + H_i^T v_t`` and ``dL/dv_t = H_i z_t``, where H_i = dL/dS_{i+1} is the reverse
+    prefix sum ``H_{i-1} = keep * H_i + lr * sum_t g_t z_t^T``.
+    """
+    if backend == "segments" and lr:
+        tensors = (g, grad_state, z, v, weight, state, past, index, update, reset, rest, last)
+        found = segments_backward(*tensors, lr, keep, chunk_size, prefix, steps, updates)
+        return tuple(z.new_zeros(0) if x is None else x for x in found)  # type: ignore[return-value]
+    layout = Layout(z, past, chunk_size, prefix, index, update, reset)
+    dtype = state_dtype(z.dtype)
+    dz = z.new_zeros(z.shape) if weight is None else (g @ weight.to(g.dtype)).to(z.dtype)
+    dv = None if v is None else v.new_zeros(v.shape)
+    dpast = None if past is None else past.new_zeros(past.shape)
+
+    sweep(layout, dz, g, v, state, lr, keep, steps, updates, transposed=True)
+
+    H = None if grad_state is None else grad_state.to(dtype, copy=True)
+    for m in reversed(range(steps)):
+        if m < updates and v is not None and dv is not None and H is not None:
+            z_m, v_m = layout.absorbed(m), layout.targets(v, m)
+            H_m = H.to(z.dtype)
+            layout.add_to_targets(dv, m, z_m, H_m.mT)
+            layout.add_absorbed(dz, dpast, m, v_m, H_m)
+            H = H.mul_(keep_factor(layout, m, keep)) if keep != 1.0 else H
+        if m > 0 or state is not None:
+            G = outer(layout.applied(g, m), layout.applied(z, m))
+            H = G.mul_(lr) if H is None else H.add_(G, alpha=lr)
+        if reset is not None and H is not None:
+            H *= ~reset[:, m, None, None]
+
+    dstate = z.new_zeros(0) if state is None else torch.zeros_like(state) if H is None else H.to(state.dtype)
+    empty = z.new_zeros(0)
+    dv, dpast = empty if dv is None else dv, empty.clone() if dpast is None else dpast
+    return dz, dv, dstate, dpast, z.new_zeros(0)
+
+
+@scan_backward_op.register_fake
+def _(g: Tensor, grad_state: Tensor | None, z: Tensor, v: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    _weight, state, past = rest[:3]
+    lr, keep, backend = rest[8], rest[9], rest[-1]
+    known = backend == "segments" and lr and keep == 1.0 and rest[3] is None and grad_state is None
+    total = z.new_empty(*(g.shape[2], z.shape[2]) if known else (0,), dtype=state_dtype(z.dtype) if known else z.dtype)
+    return (*(z.new_empty(0) if x is None else x.new_empty(x.shape) for x in (z, v, state, past)), total)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    z, v, weight, bias, state, past, index, update, reset, rest = inputs[:10]
+    ctx.set_materialize_grads(False)
+    last = output[1] if output[1].numel() else None
+    ctx.save_for_backward(z, v, weight, state, past, index, update, reset, rest, last)
+    ctx.numbers = inputs[10:17]  # lr, keep, chunk_size, prefix, steps, updates, backend
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx, g, grad_state):  # type: ignore[no-untyped-def]
+    z, v, weight, state, past, index, update, reset, rest, last = ctx.saved_tensors
+    if grad_state is not None and grad_state.numel() == 0:
+        grad_state = None
+    if g is None:
+        width = grad_state.shape[1]
+        g = z.new_zeros(*z.shape[:2], width)
+    dz, dv, dstate, dpast, total = scan_backward_op(
+        g, grad_state, z, v, weight, state, past, index, update, reset, rest, last, *ctx.numbers
+    )
+    dweight = dbias = None
+    if weight is not None and ctx.needs_input_grad[2]:
+        dweight = total.to(weight.dtype) if total.numel() else (g.flatten(0, 1).mT @ z.flatten(0, 1)).to(weight.dtype)
+    if ctx.has_bias and ctx.needs_input_grad[3]:
+        dbias = g.flatten(0, 1).sum(0)
+    return (
+        dz,
+        None if v is None else dv,
+        dweight,
+        dbias,
+        None if state is None else dstate,
+        None if past is None else dpast,
+        *(None,) * 13,
+    )
+
+
+scan_op.register_autograd(_backward, setup_context=_setup_context)
+
+BACKENDS = ("torch", "segments")
+"""Ways to compute the scan: a loop over chunks, or segments of chunks in batched products (segments.py)."""
+
+
+def choose_backend(z: Tensor) -> str:
+    """Return ``segments`` on CUDA, ``torch`` elsewhere."""
+    return "segments" if z.is_cuda else "torch"
+
+
+def scan(
+    z_BTF: Tensor,
+    v_BND: Tensor | None,
+    weight_DF: Tensor | None,
+    table: ChunkTable,
+    *,
+    lr: float,
+    bias_D: Tensor | None = None,
+    keep: float = 1.0,
+    state_BDF: Tensor | None = None,
+    past_BPF: Tensor | None = None,
+    width: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Return outputs ``(W0 + lr * S_i) z_t (+ bias)`` [B, T, D] and the state after the call.
+
+    z_BTF: inputs of the projection, float64, float32, bfloat16 or float16.
+    v_BND: targets as they are written; None when no chunk updates.
+    weight_DF: slow weight of z's dtype; None for the fast weights' part alone (then ``width``, or state or v, gives D).
+    table: the call's chunks, on z's device.
+    lr: inner learning rate. keep, in (0, 1]: what an update leaves of S.
+    state_BDF: S before the call (None: zero). past_BPF: z of the pending tokens, when ``table.prefix`` > 0.
+    backend: a name in ``BACKENDS``, or "auto": ``segments`` on CUDA, else ``torch``.
+
+    The second result is S after the call when ``table.keep_state``: [B, D, F] in float32 (float64 for float64 inputs),
+    or None for zero. All tensors get gradients; double backward is not supported. Work per token: D * F
+    multiply-adds for the slow product and 2 * D * F for the fast ones, whatever the length. docs/method.md.
+
+    Raises ValueError on an unknown backend or missing pending tokens.
+    """
+    backend = choose_backend(z_BTF) if backend == "auto" else backend
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown scan backend {backend!r}: choose auto or one of {', '.join(BACKENDS)}")
+    if table.prefix and table.updates and past_BPF is None:
+        raise ValueError(f"{table.prefix} pending tokens are missing: pass them as past")
+    sizes = [x.shape[d] for x, d in ((weight_DF, 0), (state_BDF, 1), (v_BND, -1)) if x is not None]
+    D = sizes[0] if sizes else width
+    if D is None:
+        raise ValueError("the output width is unknown: pass weight, state, targets or width")
+    kept = table.keep_state and table.changes_state
+    inputs = (z_BTF, v_BND, weight_DF, bias_D, state_BDF, past_BPF)
+    unwound = backend == "segments" and table.index is None and keep == 1.0 and table.updates > 0
+    unwound = unwound and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    out, state = scan_op(
+        z_BTF,
+        None if v_BND is None else v_BND.to(z_BTF.dtype),
+        weight_DF,
+        bias_D,
+        state_BDF,
+        past_BPF if table.prefix and table.updates else None,
+        table.index,
+        table.update,
+        table.reset,
+        table.rest,
+        lr,
+        keep,
+        table.chunk_size,
+        table.prefix,
+        table.steps,
+        table.updates,
+        backend,
+        D,
+        kept or unwound,
+    )
+    return out, state if kept else state_BDF if table.keep_state else None
+
+
+def supports(call: Call) -> bool:
+    """Tell whether the call is of an outer rule that reads and writes as the base class does, without gates."""
+    rule, kind = call.rule, type(call.rule)
+    own = kind.apply is Rule.apply and kind.update is Rule.update and kind.init is Rule.init
+    return rule.outer and own and rule.from_zero and kind.write is Rule.write and call.keep is None and call.watch is None
+
+
+def run(call: Call) -> Result:
+    """Run a call that ``supports`` accepts."""
+    out, S = scan(
+        call.z,
+        call.v,
+        call.weight,
+        call.table,
+        lr=call.rule.lr,
+        keep=call.rule.keep,
+        bias_D=call.bias,
+        state_BDF=None if call.state is None else call.state["S"],
+        past_BPF=call.past,
+        width=call.width,
+    )
+    return Result(out, None if S is None else {"S": S})
+
+
+PATHS.append(Path("segments", lambda call: call.z.is_cuda and supports(call), run))
+PATHS.append(Path("loop", supports, run))

@@ -1,0 +1,112 @@
+"""What one forward call means for the adapting layers.
+
+A call knows how its tokens lie and gives every layer its output (``project``). Here: a whole call of complete rows.
+``steps.Step`` is one token a row, ``parallel_projection.SliceCall`` a slice of a row.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..core import ChunkTable, read
+from .cache import FastCacheLayer
+from .settings import Settings
+from .tensor_parallel import is_split, local_input, replicated, summand
+
+if TYPE_CHECKING:
+    from .context import LayerSite
+
+CALL = "inplace_ttt_call"
+"""Keyword under which a hook of a parallel mode hands the model a call of its own."""
+
+
+class LayerCall(Protocol):
+    """A call as the layers see it."""
+
+    rows: int
+    tokens: int
+
+    def project(self, site: "LayerSite", module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the output [B, T, D] of a layer's projection for its inputs z [B, T, F], u its target's source."""
+        ...
+
+    def end(self) -> None:
+        """Note that the model's forward is over."""
+        ...
+
+
+class WholeCall:
+    """Complete rows, or pieces of them behind a cache."""
+
+    def __init__(self, settings: Settings, table: ChunkTable, slots: dict[int, FastCacheLayer]) -> None:
+        self.settings, self.table, self.slots = settings, table, slots
+        self.rows, self.tokens = table.rows, table.tokens
+        self._moved: dict[torch.device, ChunkTable] = {}
+
+    def table_on(self, device: torch.device) -> ChunkTable:
+        """Return the chunk table on a device, moved once."""
+        if self.table.index is None:
+            return self.table
+        if device not in self._moved:
+            self._moved[device] = self.table.to(device)
+        return self._moved[device]
+
+    def project(self, site: "LayerSite", module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+        slot, rule = self.slots.get(site.index), self.settings.rule
+        table = self.table_on(z.device)
+        if slot is None and not table.updates and rule.from_zero:
+            return site.anchored(plain(z))
+        target: Any = site.bound_target()
+        split = z if is_split(z) else None
+        if split is not None:
+            z, target = local_input(split), SplitTarget(target, split)
+        fuses = getattr(module, "fuses", False) and split is None
+        out = read(
+            z,
+            u,
+            table,
+            rule=rule,
+            target=target,
+            width=site.width,
+            state=None if slot is None else slot.fast,
+            weight=module.weight.to(z.dtype) if fuses else None,
+            bias=None if not fuses or module.bias is None else module.bias.to(z.dtype),
+            slow=site.slow_weight(module),
+        )
+        if out is None:
+            return site.anchored(plain(z if split is None else split))
+        if split is not None:
+            out = plain(split) + summand(out, split)
+        elif not fuses:
+            slow = plain(z)
+            out = (slow + out).to(slow.dtype)
+        return out if table.updates else site.anchored(out)
+
+    def end(self) -> None:
+        pass
+
+
+class SplitTarget:
+    """A target whose values are the same on all ranks of a split projection, of which each has a share of gradient."""
+
+    def __init__(self, target: Any, z: Tensor) -> None:
+        self.target, self.z, self.needs_keys = target, z, target.needs_keys
+
+    def __call__(self, u: Tensor, z: Tensor | None) -> Any:
+        found = self.target(u, z)
+        return (replicated(found[0], self.z), found[1]) if isinstance(found, tuple) else replicated(found, self.z)
+
+
+class Anchor(torch.autograd.Function):
+    """x as it is; every parameter gets a zero gradient, so that it is part of the graph whatever was read."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return (grads[0], *(torch.zeros_like(p) for p in ctx.saved_tensors))
