@@ -44,6 +44,7 @@ def test_exact_when_the_rank_suffices(family, tmp_path):
     assert (plain_logits - expected).abs().max() > 1e-2
 
 
+@pytest.mark.filterwarnings("ignore:this LoRA adapter is an approximation")
 def test_within_the_printed_error_otherwise(tmp_path):
     s = learned("llama")
     for layer in s.export_lora(tmp_path, rank=5):
@@ -59,6 +60,7 @@ def test_within_the_printed_error_otherwise(tmp_path):
     assert (served("llama", tmp_path, question) - s.next_logits).abs().max() > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:this LoRA adapter is an approximation")
 def test_different_ranks_by_layer(tmp_path):
     s = learned("llama")
     S = s.fast_weights[0].S
