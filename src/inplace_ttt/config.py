@@ -33,7 +33,7 @@ _KINDS = (
 )
 
 
-_LATER = ("objective_options", "rule", "rule_options", "update_size")
+_LATER = ("learn", "objective_options", "rule", "rule_options", "update_size")
 """Fields that files of the first release do not have: left out while they are as there, so that it can read them."""
 
 
@@ -81,6 +81,8 @@ class InPlaceTTTConfig:
     """Whether ``clip`` is a fraction of the slow weight's norm."""
     update_size: float | None = None
     """r: every chunk's update is scaled to ``r * ||W0||_F`` (of S, before lr); None: updates are as large as they are."""
+    learn: str = "read"
+    """What is learned with objective "loss": "read", what the model is given, or "all", what it writes itself as well."""
     init_std: float | None = None
     """sigma of P's diagonal at the start; None: the model's ``initializer_range``."""
     layers_path: str | None = None
@@ -90,7 +92,9 @@ class InPlaceTTTConfig:
 
     def __post_init__(self) -> None:
         for name, value in (LOSS_DEFAULTS if self.objective == "loss" else DEFAULTS).items():
-            taken = name == "update_size" and (self.rule != "sum" or self.clip is not None or "soft_cap" in self.rule_options)
+            taken = name == "update_size" and (
+                self.rule != "sum" or self.clip is not None or "soft_cap" in self.rule_options
+            )
             if getattr(self, name) is None and not taken:
                 object.__setattr__(self, name, value)
         if not isinstance(self.layers, str):
@@ -113,6 +117,7 @@ class InPlaceTTTConfig:
                 f"lookahead must be from 0 to conv_kernel - 1 = {self.conv_kernel - 1}, got {self.lookahead}",
             ),
             (self.target not in TARGETS, f"target must be one of {', '.join(TARGETS)}, got {self.target!r}"),
+            (self.learn not in ("read", "all"), f'learn must be "read" or "all", got {self.learn!r}'),
             (not 0 <= self.decay < 1, f"decay must be in [0, 1), got {self.decay}"),
             (self.clip is not None and self.clip <= 0, f"clip must be positive or None, got {self.clip}"),
             (self.init_std is not None and self.init_std < 0, f"init_std must not be negative, got {self.init_std}"),
@@ -171,7 +176,9 @@ class InPlaceTTTConfig:
         """JSON-ready, with the format's version."""
         values = asdict(self)
         values["layers"] = self.layers if isinstance(self.layers, str) else list(self.layers)
-        default = {f.name for f in fields(self) if f.name in _LATER and getattr(self, f.name) in (None, {}, "sum")}
+        default = {
+            f.name for f in fields(self) if f.name in _LATER and getattr(self, f.name) in (None, {}, "sum", "read")
+        }
         values = {name: value for name, value in values.items() if name not in default}
         return {"format_version": FORMAT_VERSION, **values}
 

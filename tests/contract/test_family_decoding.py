@@ -24,13 +24,13 @@ def rollbacks(monkeypatch):
     counts = {"tokens": 0, "chunks": 0}
     rollback, reopen = FastWeights.rollback, FastWeights._reopen
 
-    def count_tokens(self, tokens, clip=None):
+    def count_tokens(self, tokens):
         counts["tokens"] += tokens
-        return rollback(self, tokens, clip)
+        return rollback(self, tokens)
 
-    def count_chunks(self, b, chunks, clip):
+    def count_chunks(self, b, chunks):
         counts["chunks"] += chunks
-        return reopen(self, b, chunks, clip)
+        return reopen(self, b, chunks)
 
     monkeypatch.setattr(FastWeights, "rollback", count_tokens)
     monkeypatch.setattr(FastWeights, "_reopen", count_chunks)

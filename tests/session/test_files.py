@@ -124,7 +124,7 @@ class TestRefused:
         self.refuse(tmp_path / "missing", "no such file")
 
     def test_newer(self, saved):
-        self.refuse(rewrite(saved, metadata=lambda m: m.update(version="2")), "update inplace-ttt")
+        self.refuse(rewrite(saved, metadata=lambda m: m.update(version="3")), "update inplace-ttt")
         self.refuse(rewrite(saved, metadata=lambda m: m.update(version="new")), "damaged")
 
     def test_another_model_of_the_same_shape(self, saved):
@@ -209,8 +209,8 @@ class TestRefused:
     @pytest.mark.parametrize(
         "break_it",
         [
-            lambda t: t.update({"fast.0.S": t["fast.0.S"][:, :5].clone()}),
-            lambda t: t.update({"fast.0.S": t["fast.0.S"].float()}),
+            lambda t: t.update({"fast.0.tensors.S": t["fast.0.tensors.S"][:, :5].clone()}),
+            lambda t: t.update({"fast.0.tensors.S": t["fast.0.tensors.S"].float()}),
             lambda t: t.pop("fast.0.z"),
             lambda t: t.pop("logits"),
             lambda t: t.update({"logits": t["logits"][:7].clone()}),

@@ -65,7 +65,7 @@ def test_different_ranks_by_layer(tmp_path):
     s = learned("llama")
     S = s.fast_weights[0].S
     U, values, Vh = torch.linalg.svd(S[0], full_matrices=False)
-    s.fast_weights[0].S = (U[:, :3] * values[:3] @ Vh[:3])[None]
+    s.fast_weights[0].tensors["S"] = (U[:, :3] * values[:3] @ Vh[:3])[None]
     layers = s.export_lora(tmp_path, rank=7)
     assert [layer.rank for layer in layers] == [3, 7]
     assert json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"] == {layers[0].module: 3}

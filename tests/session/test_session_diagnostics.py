@@ -58,7 +58,8 @@ def brute_force(model, ids):
         for i in range(n):
             part = slice(i * C, (i + 1) * C)
             dW, before = chunk_targets(u[part], conv[:, 0], proj, config.lookahead).mT @ z[part], S
-            S = (1 - config.decay) * S + clipped(dW, clip)
+            longer, dW = clip is not None and bool(dW.norm() > clip), clipped(dW, clip)
+            S = (1 - config.decay) * S + dW
         keys = z[(n - 1) * C : n * C]
         _, s, Vh = torch.linalg.svd(before, full_matrices=False)
         k = int((s.square().cumsum(0) < 0.99 * s.square().sum()).sum()) + 1
@@ -75,7 +76,7 @@ def brute_force(model, ids):
                 largest_rank=min(W.shape),
                 key_overlap=float((keys @ Vh[:k].mT).norm() ** 2 / keys.norm() ** 2) if n > 1 else 0.0,
                 update_norm=float(config.lr * dW.norm() / W.norm()),
-                clipped=None if clip is None else bool(dW.norm() > clip),
+                clipped=None if clip is None else longer,
             )
         )
     return found

@@ -202,7 +202,7 @@ def test_inner_lr_warms_up(values: dict[str, Any], monkeypatch: pytest.MonkeyPat
     seen: list[float] = []
     monkeypatch.setattr(inplace_ttt, "set_lr", lambda model, lr: seen.append(lr))
     train(values | {"ttt": TTT | {"lr": 2.0}, "ttt_lr_warmup_steps": 4, "steps": 6})
-    assert seen == [0.5, 1.0, 1.5, 2.0, 2.0]
+    assert seen == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]  # the last when training ends
 
 
 def test_diverging_run_stops_with_a_reason(values: dict[str, Any]) -> None:

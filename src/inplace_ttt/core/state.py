@@ -102,6 +102,13 @@ class FastWeights:
         """Return what a state in another form adds, ``S z_t`` [B, T, D] in S's precision; None for nothing."""
         return None
 
+    def output(self, rule: Rule, z_BTF: Tensor, width: int) -> Tensor | None:
+        """Return what the state adds to the output, [B, T, D], all of it for every token; None for nothing."""
+        if self.tensors is None and rule.from_zero:
+            return None
+        state = rule.init(self.rows, width, z_BTF.shape[-1], z_BTF) if self.tensors is None else self.tensors
+        return rule.apply(state, z_BTF)
+
     def wanted_snapshots(self, table: ChunkTable) -> set[int]:
         """Return the slots whose state before them goes into the history."""
         if not self.snapshots:
@@ -138,14 +145,12 @@ class FastWeights:
         if table.updates or any(table.restarted):
             self._absorb_chunks(slots, restarted, chunks)
         self._set_pending(table, z_BTF, u_BTD)
-        self._count(table.tokens, table.real, table.seen)
+        self.note(table.tokens, table.real, table.seen)
 
-    def _absorb_chunks(
-        self, slots: list[list[int]], restarted: list[int], chunks: dict[str, Tensor] | None
-    ) -> None:
+    def _absorb_chunks(self, slots: list[list[int]], restarted: list[int], chunks: dict[str, Tensor] | None) -> None:
         """Take completed chunks into a state that the scan does not carry."""
 
-    def _count(self, tokens: int, real: Tensor | None, seen: tuple[int, ...]) -> None:
+    def note(self, tokens: int, real: Tensor | None, seen: tuple[int, ...]) -> None:
         """Note positions that were fed, and which of them are tokens (bool [B, tokens]; None: all)."""
         most = ROLLBACK_TOKENS + 2 * self.chunk_size
         if real is not None or self.real is not None:
@@ -197,7 +202,7 @@ class FastWeights:
             numbers = [*range(H), *(H + m for m in own)][-R:]
             pick.append([0] * (R - len(numbers)) + numbers)
         kept = {}
-        for name in ("z", "u") if self.snapshots else ("z", "u", "v"):
+        for name in [name for name in chunks if name != "v" or not self.snapshots]:
             old_BHW, new_BNW = self.history.get(name), chunks[name]
             # Slices, not an index from the host, for which a GPU would wait.
             found = [_chunk(old_BHW, new_BNW, m, C)[b] for b, own in enumerate(pick) for m in own]
@@ -222,17 +227,52 @@ class FastWeights:
 
     def end_step(self) -> list[int]:
         """Count a step's token; return the rows whose chunk it completed, for ``core.layer.complete``."""
-        self._count(1, None, tuple(n + 1 for n in self.seen))
+        self.note(1, None, tuple(n + 1 for n in self.seen))
         return [b for b, n in enumerate(self.seen) if n % self.chunk_size == 0]
 
     def complete(self, rows: list[int], rule: Rule, v_BCD: Tensor, keep_B1: Tensor | None, slow: Tensor | None) -> None:
         """Take in the full pending chunks of some rows, with targets v (as written, for outer rules)."""
         assert self.z is not None
         assert self.u is not None
-        self.rule, self.slow = rule, slow if rule.additive and not rule.outer else None
         index = torch.tensor(rows, device=self.z.device)
         z, v = (x.index_select(0, index) for x in (self.z, v_BCD.to(self.z.dtype)))
+        start = self._update(rows, rule, z, v, keep_B1, slow)
+        slots = [[0] if b in rows else [] for b in range(self.rows)]
+        self._remember(slots, [], {"z": self.z, "u": self.u, "v": v_BCD}, {0: start} if self.snapshots else {})
+
+    def complete_with(
+        self, rows: list[int], rule: Rule, z_RCF: Tensor, v_RCD: Tensor, slow: Tensor | None, *, learned: bool = True
+    ) -> None:
+        """Take in a chunk of some rows whose inputs and targets are given. ``learned``: False leaves the state."""
+        with torch.autocast(z_RCF.device.type, enabled=False):
+            v = rule.values(z_RCF, v_RCD.to(z_RCF.dtype), slow) if rule.outer and learned else v_RCD
+        index = torch.tensor(rows, device=z_RCF.device)
+        start = self._update(rows, rule, z_RCF, v.to(z_RCF.dtype), None, slow, learned)
+        slots = [[0] if b in rows else [] for b in range(self.rows)]
+        chunks = {"z": z_RCF, "v": v}
+        if len(rows) < self.rows:
+            chunks = {n: x.new_zeros(self.rows, *x.shape[1:]).index_copy(0, index, x) for n, x in chunks.items()}
+        self._remember(slots, [], chunks, {0: start} if self.snapshots else {})
+
+    def _update(
+        self,
+        rows: list[int],
+        rule: Rule,
+        z: Tensor,
+        v: Tensor,
+        keep_B1: Tensor | None,
+        slow: Tensor | None,
+        learned: bool = True,
+    ) -> State:
+        """Update the tensors of some rows by one chunk each; return all rows' tensors before it."""
+        self.rule, self.slow = rule, slow if rule.additive and not rule.outer else None
+        index = torch.tensor(rows, device=z.device)
         start = rule.init(self.rows, v.shape[-1], z.shape[-1], z) if self.tensors is None else self.tensors
+        if not learned:  # time passes all the same
+            if rule.additive and rule.keep != 1 and self.tensors is not None:
+                factor = torch.ones(self.rows, device=z.device).index_fill(0, index, rule.keep)
+                self.tensors = _scaled(start, factor)
+            return start
         old = {name: x.index_select(0, index) for name, x in start.items()}  # a copy: others may hold them
         if rule.outer and keep_B1 is None:
             new = {"S": accumulate(None if self.tensors is None else old["S"], z, v, rule.keep)}
@@ -240,11 +280,14 @@ class FastWeights:
             with torch.autocast(z.device.type, enabled=False):
                 shrunk = old if keep_B1 is None else _scaled(old, keep_B1.index_select(0, index)[:, 0])
                 new = rule.update(shrunk, z, v, slow)
-        before = {0: start} if self.snapshots else {}
         whole = len(rows) == self.rows
         self.tensors = new if whole else {name: x.index_copy(0, index, new[name]) for name, x in start.items()}
-        slots = [[0] if b in rows else [] for b in range(self.rows)]
-        self._remember(slots, [], {"z": self.z, "u": self.u, "v": v_BCD}, before)
+        return start
+
+    def close_chunk(self) -> None:
+        """End every row's pending chunk here: the next token begins one."""
+        C = self.chunk_size
+        self.seen = tuple(-(-n // C) * C for n in self.seen)
 
     # -- what a cache does to its rows ----------------------------------------------------------------------------
 
@@ -293,10 +336,12 @@ class FastWeights:
         known = next((state for state in states if state is not None), None)
         if known is None:
             return
-        z, u = next((part.z, part.u) for part in parts if part.z is not None and part.u is not None)
-        start = [
-            self.rule.init(n, u.shape[-1], z.shape[-1], z) if x is None else x for x, n in zip(states, rows, strict=True)
-        ]
+        like = next(iter(known.values()))
+        if "S" in known:
+            D, F = known["S"].shape[1:]
+        else:
+            D, F = next((p.u.shape[-1], p.z.shape[-1]) for p in parts if p.z is not None and p.u is not None)
+        start = [self.rule.init(n, D, F, like) if x is None else x for x, n in zip(states, rows, strict=True)]
         found = {name: stacked([x[name] for x in start], rows) for name in known}
         self.tensors = {name: x for name, x in found.items() if x is not None}
 
@@ -384,12 +429,11 @@ class FastWeights:
 
     def _reopen(self, b: int, chunks: int) -> None:
         """Make row b's last completed chunks pending again; their updates leave the state."""
-        assert self.z is not None
-        assert self.u is not None
         self._undo(b, chunks)
         first = self.last_chunk(b, chunks)
-        self.z, self.u = self.z.clone(), self.u.clone()
-        self.z[b], self.u[b] = first["z"][0], first["u"][0]
+        if self.z is not None and self.u is not None:
+            self.z, self.u = self.z.clone(), self.u.clone()
+            self.z[b], self.u[b] = first["z"][0], first["u"][0]
         shifted = {}
         for name, x in self.history.items():
             x = x.clone()

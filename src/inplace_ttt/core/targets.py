@@ -73,7 +73,9 @@ def register_target(name: str) -> Callable[[Kind], Kind]:
 def target_options(name: str, options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keyword arguments of target ``name``. UserError for a name or an option that does not exist."""
     if name not in TARGETS:
-        raise UserError(f"objective must be one of {', '.join(sorted(TARGETS))}, got {name!r} (register_target adds one)")
+        raise UserError(
+            f"objective must be one of {', '.join(sorted(TARGETS))}, got {name!r} (register_target adds one)"
+        )
     parameters = list(inspect.signature(TARGETS[name].__init__).parameters.values())[2:]
     known = {p.name: None for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     options_of("objective", name, known, options)
@@ -108,7 +110,7 @@ def values_of(
     past_z, past_u = past
     u = chunked(u_BTD, past_u, table).unflatten(1, (U, C))
     z = chunked(z_BTF, past_z, table).unflatten(1, (U, C)) if getattr(target, "needs_keys", False) else None
-    found = target(u, z)
+    found = target.forward(u, z) if isinstance(target, nn.Module) else target(u, z)  # it is no module of the model
     v, keep = found if isinstance(found, tuple) else (found, None)
     return v.flatten(1, 2), keep
 
@@ -228,9 +230,7 @@ class Shift(Shaped):
 
     shift: ClassVar[int]
 
-    def __init__(
-        self, width: int, *, projection: bool = True, gates: bool = False, ridge: float | None = None
-    ) -> None:
+    def __init__(self, width: int, *, projection: bool = True, gates: bool = False, ridge: float | None = None) -> None:
         super().__init__(width, projection, 0.0, gates, ridge)
 
     def mix(self, u: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -254,6 +254,19 @@ class Reconstruction(Shift):
     """The same token's source."""
 
     shift = 0
+
+
+@register_target("loss")
+class Loss(Target):
+    """``v_t = -dL/do_t``, L the next-token losses inside the chunk: no parameters. hf/loss.py computes it.
+
+    Mikolov et al. 2010; Krause et al. 2018 (dynamic evaluation); TTT-E2E, arXiv 2512.23675 (as a layer's update).
+    """
+
+    source = "loss"
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
 
 
 # -- arithmetic --------------------------------------------------------------------------------------------------------

@@ -16,12 +16,13 @@ from ..core import Target, make_target
 from .context import LayerSite, Runtime
 from .families import Place, attention_of, decoder_layers, family_of, place
 from .linear import FastWeight, check_replaceable, make_fast, make_slow, output_size
+from .loss import LossForward
 from .saving import after_attach, before_detach
-from .tensor_parallel import is_split
+from .tensor_parallel import check_split, is_split
 
 Model = TypeVar("Model", bound=nn.Module)
 RUNTIME = "_inplace_ttt"
-READING = ("chunk_size", "lr", "decay", "clip", "clip_relative", "update_size")
+READING = ("chunk_size", "lr", "decay", "clip", "clip_relative", "update_size", "learn")
 """Settings that need no other parameters."""
 
 
@@ -96,11 +97,8 @@ def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
     settings = {**config.settings, "init_std": _std(root, config)}
     for holder in holders:
         check_replaceable(getattr(*holder))
-        if is_split(getattr(*holder).weight) and runtime.settings.rule.whole:
-            raise UserError(
-                f"the updates of rule {config.rule!r} need the norm of whole updates (clip, update_size, soft_cap), which "
-                "tensor parallelism splits: leave it out (decay works)"
-            )
+        if is_split(getattr(*holder).weight):
+            check_split(runtime.settings.rule)
     targets = [
         _target(config, width, settings, getattr(*holder), root) for width, holder in zip(widths, holders, strict=True)
     ]
@@ -129,6 +127,8 @@ def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
         root.base_model.register_forward_hook(runtime.after_model, always_call=True),
         root.get_input_embeddings().register_forward_hook(runtime.after_embedding),
     ]
+    if any(target.source == "loss" for target in targets):
+        runtime.loss_forward = LossForward(runtime, root.forward)
     root.__dict__[RUNTIME] = runtime
     root.__dict__.update(runtime.overrides())
     root.config.inplace_ttt = config.to_dict()
@@ -151,6 +151,11 @@ def detach(model: Model) -> Model:
                 setattr(parent, name, make_slow(child))
     for name in (RUNTIME, *runtime.overrides()):
         del root.__dict__[name]
+    if (
+        runtime.loss_forward is not None
+        and getattr(runtime.loss_forward.forward, "__func__", None) is not type(root).forward
+    ):
+        root.__dict__["forward"] = runtime.loss_forward.forward  # somebody else's, from before attach
     del root.config.inplace_ttt
     return model
 

@@ -36,13 +36,15 @@ class FastCacheLayer:
     fast: FastWeights
     stale = False
     """Set when tokens were read with updates off: the fast weights no longer match the keys."""
+    record: Any = None
+    """What is pending of a cache whose objective is the loss (``loss.Record``), in its first adapting layer."""
     steps: StepBuffers | None = None
     """Where the pending tokens live while they come one at a time."""
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
         self.fast.reset()
-        self.stale = False
+        self.stale, self.record = False, None
         if not isinstance(self, cache_utils.StaticLayer):  # there, steps go on at the same addresses
             self.steps = None
 
@@ -61,16 +63,20 @@ class FastCacheLayer:
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
-        self.fast.select(beam_idx)
+        self._select(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._base("batch_select_indices")(indices)
         rows = torch.as_tensor(indices)
-        self.fast.select(rows.nonzero().flatten() if rows.dtype == torch.bool else rows)
+        self._select(rows.nonzero().flatten() if rows.dtype == torch.bool else rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._base("batch_repeat_interleave")(repeats)
-        self.fast.select(torch.arange(self.fast.rows).repeat_interleave(repeats))
+        self._select(torch.arange(self.fast.rows).repeat_interleave(repeats))
+
+    def _select(self, rows: torch.Tensor) -> None:
+        self.fast.select(rows)
+        self.record = None if self.record is None else self.record.select(rows)
 
     def crop(self, tokens_to_remove: int) -> None:
         crop = self._base("crop")
@@ -78,11 +84,16 @@ class FastCacheLayer:
         if tokens_to_remove > 0:  # the older meaning: the length to keep
             drop = max(self.get_seq_length() - tokens_to_remove, 0)  # type: ignore[attr-defined]
         before = dict(self.fast.__dict__)  # a rollback replaces tensors and writes into none
-        self.fast.rollback(int(drop))
+        record = self.record
         try:
+            self.fast.rollback(int(drop))
+            if record is not None and drop:
+                chunks = [n // self.fast.chunk_size for n in self.fast.seen]
+                self.record = record.crop(int(drop), chunks)
             crop(tokens_to_remove)
         except Exception:
             self.fast.__dict__.update(before)
+            self.record = record
             raise
 
     def _base(self, name: str) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core import ChunkTable, read
 from .cache import FastCacheLayer
 from .settings import Settings
-from .tensor_parallel import is_split, local_input, replicated, summand
+from .tensor_parallel import check_split, is_split, local_input, replicated, summand
 
 if TYPE_CHECKING:
     from .context import LayerSite
@@ -28,7 +28,9 @@ class LayerCall(Protocol):
     rows: int
     tokens: int
 
-    def project(self, site: "LayerSite", module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+    def project(
+        self, site: "LayerSite", module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         """Return the output [B, T, D] of a layer's projection for its inputs z [B, T, F], u its target's source."""
         ...
 
@@ -53,7 +55,9 @@ class WholeCall:
             self._moved[device] = self.table.to(device)
         return self._moved[device]
 
-    def project(self, site: "LayerSite", module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+    def project(
+        self, site: "LayerSite", module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         slot, rule = self.slots.get(site.index), self.settings.rule
         table = self.table_on(z.device)
         if slot is None and not table.updates and rule.from_zero:
@@ -61,6 +65,7 @@ class WholeCall:
         target: Any = site.bound_target()
         split = z if is_split(z) else None
         if split is not None:
+            check_split(rule)
             z, target = local_input(split), SplitTarget(target, split)
         fuses = getattr(module, "fuses", False) and split is None
         out = read(
@@ -95,7 +100,7 @@ class SplitTarget:
         self.target, self.z, self.needs_keys = target, z, target.needs_keys
 
     def __call__(self, u: Tensor, z: Tensor | None) -> Any:
-        found = self.target(u, z)
+        found = self.target.forward(u, z)
         return (replicated(found[0], self.z), found[1]) if isinstance(found, tuple) else replicated(found, self.z)
 
 

@@ -60,6 +60,12 @@ class Runtime:
         """Step prepared by the caller, who must also call ``end()`` (``DecodingGraph``)."""
         self.tokens_are_real = PerThread(False)
         """Whether the tokens of the next call are known to be real (``generate`` wrote them)."""
+        self.inner: PerThread[LayerCall | None] = PerThread(None)
+        """The call that the model's own forward runs, where ours runs it in pieces."""
+        self.loss_forward: Any = None
+        """The forward that reads with the loss as objective (``loss.LossForward``)."""
+        self.prompt: PerThread[int | None] = PerThread(None)
+        """Tokens of the prompt of the ``generate`` that runs: those behind it are written by the model."""
         self.extended_mask: PerThread[Tensor | None] = PerThread(None)
         """The mask to which ``generate`` has just added a token."""
 
@@ -118,11 +124,13 @@ class Runtime:
         vouched = self.tokens_are_real.get()
         self.tokens_are_real.clear()
         step, self.prepared = self.prepared, None
-        mine, settings = step is None, self.settings
-        if mine and settings.enabled and may_step(given):
+        mine, settings, inner = step is None, self.settings, self.inner.get()
+        if mine and inner is None and settings.enabled and may_step(given):
             step = Step.begin(self, given, vouched)
         cache = None
-        if step is None:
+        if inner is not None:
+            context = CallContext(inner, settings)
+        elif step is None:
             call, cache = self._call(module, given)
             context = CallContext(call, settings)
         else:
@@ -175,6 +183,8 @@ class Runtime:
             if cache is not None:
                 mark_stale(cache)
             return None, None
+        if self.loss_forward is not None:
+            raise UserError('objective="loss" needs the language model\'s head: call the whole model, not its base')
         if given.get(CALL) is not None:
             return given[CALL].begin(settings), None
         if (refusal := rows_are_cut()) is not None:
@@ -222,7 +232,11 @@ class Runtime:
                 raise NotImplementedError(f"cannot keep fast weights in a {type(cache).__name__}: pass a DynamicCache")
             return cache  # transformers reads and fills it even with use_cache=False
         wanted = self.model_config.use_cache if use_cache is None else use_cache
-        if not wanted or not self.settings.enabled or (use_cache is None and module.training and torch.is_grad_enabled()):
+        if (
+            not wanted
+            or not self.settings.enabled
+            or (use_cache is None and module.training and torch.is_grad_enabled())
+        ):
             return None
         return DynamicCache(config=self.model_config)
 
@@ -235,11 +249,24 @@ class Runtime:
             "prepare_inputs_for_generation": PrepareInputs(self),
             "_update_model_kwargs_for_generation": self.extend_mask,
             "init_continuous_batching": self.no_continuous_batching,
+            **({} if self.loss_forward is None else {"forward": self.loss_forward, "generate": self.generate}),
         }
+
+    def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """generate()'s own, which tells what is read from what is written."""
+        model: Any = type(self.model)
+        given = [inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+        prompt = next((x.shape[1] for x in given if isinstance(x, Tensor)), 1)
+        with self.prompt.as_(prompt):
+            return model.generate(self.model, inputs, *args, **kwargs)
 
     def may_compile(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
         """generate() compiles decoding with static caches by itself: single steps, not pieces of a prompt."""
-        if getattr(generation_config, "prefill_chunk_size", None) is not None or not self.settings.rule.linear:
+        if (
+            getattr(generation_config, "prefill_chunk_size", None) is not None
+            or not self.settings.rule.linear
+            or self.loss_forward is not None
+        ):
             return False
         model: Any = type(self.model)
         found: bool = model._valid_auto_compile_criteria(self.model, model_kwargs, generation_config)
@@ -356,7 +383,8 @@ class LayerSite:
                 f"layer {self.index} got {z.shape[0]} x {z.shape[1]} tokens of a call of {call.rows} x {call.tokens}: "
                 "fast weights need a layer's tokens together (switch tiled MLPs off)"
             )
-        out = call.project(self, module, compute_dtype(z), self._source(context, call), plain)
+        u = z if self.target.source == "loss" else self._source(context, call)
+        out = call.project(self, module, compute_dtype(z), u, plain)
         return out.flatten(0, 1) if flat else out
 
     def _source(self, context: CallContext, call: LayerCall) -> Tensor:

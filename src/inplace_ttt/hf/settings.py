@@ -22,6 +22,8 @@ class Settings:
     form: str | int = "dense"
     enabled: bool = True
     disabled_layers: frozenset[int] = frozenset()
+    learn: Any = True
+    """Which tokens are learned: all, none, or a mask [B, T] of the calls to come (objective "loss")."""
     rule: Rule = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -75,5 +77,3 @@ _NOTHING: Any = object()
 def _thread() -> int:
     """Number of this thread; of the one that traced it, in compiled code."""
     return threading.get_ident()
-
-

@@ -62,6 +62,8 @@ class Step:
         ``vouched``: the token is known to be real in every row, so that no mask has to be read from the device.
         """
         cache, settings = given["past_key_values"], runtime.settings
+        if runtime.loss_forward is not None:
+            return None
         sites = {site.index: site for site in runtime.running_sites()}
         if not sites or max(sites) >= len(cache.layers):
             return None
@@ -85,7 +87,9 @@ class Step:
             slot.begin_step(weights[i], settings.rule.lr)
         return Step(sites, slots, settings, cache.__dict__.setdefault(CLOCK, StepClock()))
 
-    def project(self, site: "LayerSite", module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+    def project(
+        self, site: "LayerSite", module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         """Return the projection's output [B, 1, D] for z [B, 1, F] and u [B, 1, D], which the layer keeps."""
         steps = self.slots[site.index].steps
         assert steps is not None

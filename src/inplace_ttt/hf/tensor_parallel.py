@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core import Rule
 from ..errors import UserError
 
 
@@ -34,6 +35,15 @@ def split_forward(module: nn.Module) -> tuple[Any, Any] | None:
 def is_split(tensor: Any) -> bool:
     """Whether a tensor is a DTensor."""
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "to_local")
+
+
+def check_split(rule: Rule) -> None:
+    """Raise UserError for a rule whose updates need all of F at once."""
+    if rule.whole:
+        raise UserError(
+            f"the updates of rule {rule.name!r} need whole matrices (clip, update_size, soft_cap: their norm), which "
+            "tensor parallelism splits: leave that out (decay works)"
+        )
 
 
 def local_input(z: Any) -> Tensor:

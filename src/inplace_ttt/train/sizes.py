@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inplace_ttt.core.algebra import norm_of
+from inplace_ttt.core.algebra import squared_norm
 from inplace_ttt.core.chunks import ChunkTable
 from inplace_ttt.core.layer import written
 from inplace_ttt.core.scan import Call, generic
@@ -98,7 +98,7 @@ def _row_sizes(site: Any, module: Any, z: Tensor, u: Tensor, probe: bool, states
     for m in range(table.updates):
         if table.update is None or table.update[0, m]:
             chunk = slice(m * table.chunk_size, (m + 1) * table.chunk_size)
-            updates.append(norm_of(v[:, chunk], keys[:, chunk])[0])
+            updates.append(squared_norm(v[:, chunk], keys[:, chunk])[0].clamp(min=0).sqrt())
     if not updates:
         return None
     if states:

@@ -1,0 +1,651 @@
+"""The next-token loss itself as the objective: ``v_t = -dL/do_t``, nothing to train.
+
+o_t is the adapting projection's output at token t and L the sum of the next-token losses inside t's chunk, so a chunk
+writes minus the gradient of its own loss (dynamic evaluation, Krause et al. 2018; first order, keys and values of
+earlier chunks are constants). A chunk's loss needs the model's head, so here the whole model's forward is replaced by
+one that reads chunk by chunk: a chunk is scored with the fast weights before it, then one backward pass to the
+projections' outputs gives what it writes. The caller sees one call.
+
+A chunk that came in pieces, token by token say, is run once more from the keys before it when it is complete, so one
+call, pieces and single tokens learn the same. Every layer's state is as elsewhere; what is pending here are columns of
+the cache (``Record``) instead of inputs of the projection.
+
+Shapes: B rows, T tokens of a call, C of a chunk, n of a piece, V vocabulary, D, F as elsewhere.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers.cache_utils import Cache, DynamicCache
+
+from ..core import FastWeights, Rule, document_ids
+from ..core.algebra import state_dtype
+from ..errors import UserError
+from .cache import FastCacheLayer, cache_name, fast_layers
+from .masks import real_tokens
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from .context import LayerSite, Runtime
+
+IGNORED = -100
+Sliding = dict[int, tuple[Tensor, Tensor]]
+"""Keys and values of the sliding layers, by layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """What a cache's pending chunks consist of: its columns from ``base`` on. Replaced, never written into.
+
+    ids [B, n] (``IGNORED`` where a column has no id), learn [B, n]: whether a column's loss counts; embeds [B, n, D]:
+    inputs that came without ids; real [B, base + n]: which columns are tokens, None: all; starts: the columns at which
+    each row's last chunks began, with the chunk's number; sliding: the sliding layers' keys before these columns.
+    """
+
+    base: int
+    ids: Tensor
+    learn: Tensor
+    positions: Tensor
+    embeds: Tensor | None = None
+    real: Tensor | None = None
+    starts: tuple[tuple[tuple[int, int], ...], ...] = ()
+    sliding: Mapping[int, Sliding] = field(default_factory=dict)
+
+    @property
+    def end(self) -> int:
+        """Columns of the cache, all in all."""
+        return self.base + self.ids.shape[1]
+
+    def select(self, rows: Tensor) -> "Record":
+        """Return the record of other rows (beam reorder, batch selection or repetition)."""
+        pick: Callable[[Tensor], Tensor] = lambda x: x.index_select(0, rows.to(x.device))  # noqa: E731
+        kept = {c: {i: (pick(k), pick(v)) for i, (k, v) in s.items()} for c, s in self.sliding.items()}
+        return replace(
+            self,
+            **{n: pick(getattr(self, n)) for n in ("ids", "learn", "positions")},
+            embeds=None if self.embeds is None else pick(self.embeds),
+            real=None if self.real is None else pick(self.real),
+            starts=tuple(self.starts[b] for b in rows.tolist()),
+            sliding=kept,
+        )
+
+    def crop(self, columns: int, chunks: Sequence[int]) -> "Record":
+        """Return the record without the last ``columns``; ``chunks``: the number of each row's present chunk."""
+        n = self.ids.shape[1] - columns
+        starts = tuple(tuple(x for x in own if x[0] <= m) for own, m in zip(self.starts, chunks, strict=True))
+        if n < 0 or not all(starts):
+            raise ValueError("these tokens reach further back than the kept chunks")
+        return replace(
+            self,
+            ids=self.ids[:, :n],
+            learn=self.learn[:, :n],
+            positions=self.positions[:, :n],
+            embeds=None if self.embeds is None else self.embeds[:, :n],
+            real=None if self.real is None else self.real[:, : self.base + n],
+            starts=starts,
+        )
+
+    def trimmed(self, reach: int) -> "Record":
+        """Return the record without what no kept chunk needs; ``reach``: completed chunks that may be taken back."""
+        starts = tuple(own[-reach - 1 :] for own in self.starts)
+        first = min(column for own in starts for _, column in own)
+        drop = first - self.base
+        wanted = {column for own in starts for _, column in own}
+        return replace(
+            self,
+            base=first,
+            ids=self.ids[:, drop:],
+            learn=self.learn[:, drop:],
+            positions=self.positions[:, drop:],
+            embeds=None if self.embeds is None else self.embeds[:, drop:],
+            starts=starts,
+            sliding={c: s for c, s in self.sliding.items() if c in wanted},
+        )
+
+
+class LossCall:
+    """A piece of a call: every layer reads with its state; with ``capture`` what a gradient needs is kept."""
+
+    def __init__(self, rule: Rule, states: dict[int, FastWeights], rows: int, tokens: int, capture: bool) -> None:
+        self.rule, self.states, self.rows, self.tokens, self.capture = rule, states, rows, tokens, capture
+        self.inputs: dict[int, Tensor] = {}
+        self.outputs: dict[int, Tensor] = {}
+
+    def project(
+        self, site: "LayerSite", module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return the projection's output [B, n, D]."""
+        out = plain(z)
+        with torch.autocast(z.device.type, enabled=False):
+            fast = self.states[site.index].output(self.rule, z, site.width)
+        if fast is not None:
+            out = out + fast.to(out.dtype)
+        if self.capture:
+            out = out if out.requires_grad else out.detach().requires_grad_()
+            self.inputs[site.index], self.outputs[site.index] = z.detach(), out
+        return out
+
+    def end(self) -> None:
+        """Nothing: whoever makes the call takes what it kept."""
+
+
+class LossForward:
+    """The model's forward in chunks. ``forward``: the one it replaces."""
+
+    def __init__(self, runtime: "Runtime", forward: Callable[..., Any]) -> None:
+        self.runtime, self.forward = runtime, forward
+        self.names = list(inspect.signature(forward).parameters)
+        self.cache_name = cache_name(runtime.model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # by which transformers tells what a model understands
+        return inspect.signature(self.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.runtime.settings.enabled:
+            return self.forward(*args, **kwargs)
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        if torch.is_grad_enabled() and self.runtime.model.training:
+            raise UserError(
+                'objective="loss" learns while it reads, without training; a gradient through its own updates is not '
+                "supported. Call model.eval() and torch.no_grad(), or train with updates_off(model)"
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            plain = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in given.items()}
+            return _Reading(self, plain).run()
+
+
+class _Learner:
+    """What learns the chunks of one cache."""
+
+    def __init__(self, forward: LossForward, cache: Any, given: dict[str, Any]) -> None:
+        self.forward, self.runtime, self.cache, self.given = forward, forward.runtime, cache, given
+        self.settings: Settings = self.runtime.settings
+        self.config, self.rule = self.settings.config, self.settings.rule
+        self.sites: dict[int, LayerSite] = {}
+        self.slots: dict[int, FastCacheLayer] = {}
+        self.record: Any = None
+        self.B = 0
+        self.device = torch.device("cpu")
+
+    @property
+    def first(self) -> FastCacheLayer:
+        """The layer that keeps the cache's record."""
+        return next(iter(self.slots.values()))
+
+    def call(self, call: LossCall, piece: dict[str, Any], mask: Any, cache: Any, logits: int) -> Any:
+        """Run the model's own forward on a piece; ``logits``: how many of its last tokens need them, 0: all."""
+        rest = {k: v for k, v in self.given.items() if k not in _PACKING}
+        model = self.runtime.model
+        with self.runtime.inner.as_(call), torch.set_grad_enabled(call.capture), _frozen(model, call.capture):
+            return self.forward.forward(
+                **piece,
+                **{**rest, self.forward.cache_name: cache},
+                attention_mask=mask,
+                use_cache=True,
+                logits_to_keep=logits,
+            )
+
+    def _groups(self, done: list[int]) -> list[tuple[list[int], int]]:
+        """Return rows whose complete chunks began at one column, with that column."""
+        starts: dict[int, list[int]] = {}
+        for b in done:
+            starts.setdefault(self.record.starts[b][-1][1], []).append(b)
+        return [(rows, start) for start, rows in starts.items()]
+
+    def _again(self, rows: list[int], start: int, lengths: Sequence[int]) -> None:
+        """Run the columns from ``start`` on once more for some rows, from the keys before them, and learn them.
+
+        ``lengths``: tokens of each row's chunk.
+        """
+        record, index = self.record, torch.tensor(rows, device=self.device)
+        span = slice(start - record.base, None)
+        ids, learn = (x[:, span].index_select(0, index) for x in (record.ids, record.learn))
+        real = None if record.real is None else record.real.index_select(0, index.to(record.real.device))
+        own = None if real is None else real[:, start:]
+        # A chunk of a padded row may begin behind the column from which it is run.
+        n = ids.shape[1]
+        pending = torch.tensor(lengths, device=self.device)
+        count = torch.full((len(rows),), n, device=self.device) if own is None else own.sum(1)
+        order = (torch.ones_like(ids) if own is None else own.long()).cumsum(1)
+        inside = order > (count - pending)[:, None]
+        inside = inside if own is None else inside & own
+        if not bool((learn & inside).any()):
+            self._write(rows, None, None, inside)
+            return
+        cache = _before(self.cache, self.runtime.model.config, start, record.sliding.get(start, {}), rows)
+        piece: dict[str, Any] = {"position_ids": record.positions[:, span].index_select(0, index)}
+        if record.embeds is None:
+            piece["input_ids"] = ids
+        else:
+            piece["inputs_embeds"] = record.embeds[:, span].index_select(0, index)
+        states = {}
+        for i, slot in self.slots.items():
+            states[i] = slot.fast
+            if len(rows) < self.B:
+                states[i] = copy.copy(slot.fast)  # select replaces its tensors and writes into none
+                states[i].select(rows)
+        call = LossCall(self.rule, states, len(rows), n, True)
+        mask = None if real is None else real.long()
+        output = self.call(call, piece, mask, cache, 0)
+        self._write(rows, call.inputs, self._gradients(call, output.logits, ids, learn, inside), inside)
+
+    def _gradients(
+        self, call: LossCall, logits: Tensor, ids: Tensor, learn: Tensor, inside: Tensor | None
+    ) -> dict[int, Tensor] | None:
+        """Return -dL/do of every layer, [B, n, D]; None where no token is to be learned."""
+        weight = learn[:, 1:] & (ids[:, 1:] >= 0)
+        if inside is not None:
+            weight = weight & inside[:, 1:] & inside[:, :-1]
+        with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
+            losses = cross_entropy(
+                logits[:, :-1].flatten(0, 1).to(state_dtype(logits.dtype)),
+                ids[:, 1:].clamp(min=0).flatten(),
+                reduction="none",
+            )
+            loss = (losses * weight.flatten()).sum()
+            outputs = list(call.outputs.values())
+            grads = torch.autograd.grad(loss, outputs, allow_unused=True)
+        found = zip(call.outputs, outputs, grads, strict=True)
+        return {i: torch.zeros_like(o) if g is None else -g for i, o, g in found}
+
+    def _write(
+        self, rows: list[int], inputs: dict[int, Tensor] | None, v: dict[int, Tensor] | None, inside: Tensor | None
+    ) -> None:
+        """Take the chunk of some rows into the states. ``inside`` [R, n]: its tokens; None: all."""
+        C = self.config.chunk_size
+        for i, site in self.sites.items():
+            fast, module = self.slots[i].fast, site.projection()
+            if inputs is None or v is None:
+                shape = (len(rows), C)
+                like = module.weight
+                z = like.new_zeros(*shape, _width(module), dtype=self._dtype(like))
+                fast.complete_with(rows, self.rule, z, z.new_zeros(*shape, site.width), None, learned=False)
+                continue
+            z, own = inputs[i], v[i]
+            if inside is not None:
+                z, own = _packed_columns(z, inside, C), _packed_columns(own, inside, C)
+            fast.complete_with(rows, self.rule, z, own, site.slow_weight(module))
+
+    def _dtype(self, weight: Tensor) -> torch.dtype:
+        return weight.dtype if weight.is_floating_point() else self.runtime.model.dtype
+
+
+class _Reading(_Learner):
+    """One call of the whole model."""
+
+    def __init__(self, forward: LossForward, given: dict[str, Any]) -> None:
+        caches = [given.pop(name, None) for name in ("cache", "past_key_values")]
+        super().__init__(forward, next((x for x in caches if x is not None), None), given)
+        self.ids, self.embeds = given.pop("input_ids", None), given.pop("inputs_embeds", None)
+        source = self.ids if self.ids is not None else self.embeds
+        if source is None:
+            raise ValueError("a call needs input_ids or inputs_embeds")
+        self.B, self.T = source.shape[:2]
+        self.device = source.device
+        self.mask, self.positions = given.pop("attention_mask", None), given.pop("position_ids", None)
+        self.labels, self.use_cache = given.pop("labels", None), given.pop("use_cache", None)
+        self.keep = given.pop("logits_to_keep", 0)
+        self.return_dict = given.pop("return_dict", None)
+        self.hidden = given.get("output_hidden_states")
+        if given.get("output_attentions"):
+            raise UserError('objective="loss" reads in chunks, so there is no one attention matrix to return')
+
+    # -- the whole call -------------------------------------------------------------------------------------------
+
+    def run(self) -> Any:
+        """Read everything; return the model's output."""
+        wanted = self.cache is not None or self.use_cache
+        documents = self._documents()
+        if documents is not None:
+            return self._finish(*self._packed(documents), None)
+        if self.cache is None:
+            self.cache = DynamicCache(config=self.runtime.model.config)
+        parts = list(self._pieces())
+        last = parts[-1][1]
+        logits = torch.cat([logits for logits, _ in parts if logits is not None], 1)
+        if self.hidden:
+            last.hidden_states = tuple(torch.cat(x, 1) for x in zip(*(o.hidden_states for _, o in parts), strict=True))
+        return self._finish(logits, last, self.cache if wanted else None)
+
+    def _finish(self, logits: Tensor, output: Any, cache: Any) -> Any:
+        if isinstance(self.keep, Tensor):
+            logits = logits[:, self.keep]
+        elif self.keep:
+            logits = logits[:, -self.keep :]
+        loss = None
+        if self.labels is not None:
+            model: Any = self.runtime.model
+            size = self.runtime.model_config.vocab_size
+            loss = model.loss_function(logits=logits, labels=self.labels, vocab_size=size)
+        output.logits = logits
+        for name in ("cache", "past_key_values"):
+            if name in output:
+                output[name] = cache
+        if loss is not None:
+            output.loss = loss
+        return output if self.return_dict is None or self.return_dict else output.to_tuple()
+
+    def _documents(self) -> Tensor | None:
+        """Return document numbers [B, T] where rows hold several documents; None otherwise."""
+        packed = {name: self.given.get(name) for name in ("seq_idx", "cu_seq_lens_q")}
+        positions = self.positions
+        fresh = self.cache is None and self.T > 1 and positions is not None and positions.dim() == 2
+        if not fresh and all(x is None for x in packed.values()):
+            return None
+        documents = document_ids(
+            None,
+            positions if fresh and self.mask is None else None,
+            packed["seq_idx"],
+            packed["cu_seq_lens_q"],
+            rows=self.B,
+            tokens=self.T,
+        )
+        if documents is not None and self.cache is not None:
+            raise UserError("rows of several documents cannot be read into a cache: read each on its own")
+        return documents
+
+    def _packed(self, documents: Tensor) -> tuple[Tensor, Any]:
+        """Read every document as a row of its own; return the logits where they belong, and an output to fill."""
+        spans = []
+        for b, row in enumerate(documents.tolist()):
+            cuts = [0, *(t for t in range(1, self.T) if row[t] != row[t - 1]), self.T]
+            spans += [(b, i, j) for i, j in zip(cuts, cuts[1:], strict=False) if row[i] >= 0]
+        longest = max(j - i for _, i, j in spans)
+        source = self.ids if self.ids is not None else self.embeds
+        rows = source.new_zeros(len(spans), longest, *source.shape[2:])
+        mask = torch.zeros(len(spans), longest, dtype=torch.int64, device=self.device)
+        for k, (b, i, j) in enumerate(spans):
+            rows[k, : j - i], mask[k, : j - i] = source[b, i:j], 1
+        inner = {k: v for k, v in self.given.items() if k not in _PACKING}
+        inner |= {"input_ids" if self.ids is not None else "inputs_embeds": rows, "attention_mask": mask}
+        output = _Reading(self.forward, {**inner, "use_cache": False}).run()
+        logits = output.logits.new_zeros(self.B, self.T, output.logits.shape[-1])
+        for k, (b, i, j) in enumerate(spans):
+            logits[b, i:j] = output.logits[k, : j - i]
+        return logits, output
+
+    # -- pieces ---------------------------------------------------------------------------------------------------
+
+    def _pieces(self) -> Iterator[tuple[Tensor | None, Any]]:
+        C = self.config.chunk_size
+        sites = {site.index: site for site in self.runtime.running_sites()}
+        slots = fast_layers(self.cache, dict.fromkeys(sites, False), self.B, self.settings)
+        if not sites:
+            raise UserError("no layer adapts at present: leave some on, or read with updates_off(model)")
+        self.sites, self.slots = sites, slots
+        vouched = self.runtime.tokens_are_real.get()
+        self.runtime.tokens_are_real.clear()
+        real = None if vouched else real_tokens(self.mask, self.B, self.T, self.cache)
+        if real is not None and bool(real.all()):
+            real = None
+        self.past = int(self.cache.get_seq_length())
+        self.record = self._record(real)
+        learn = self._learn(real)
+        counts = None if real is None else real.long().cumsum(1).cpu()
+        at = 0
+        while at < self.T:
+            need = [C - n % C for n in self.first.fast.seen]
+            if counts is None:
+                ends = [at + n for n in need]
+            else:
+                before = counts[:, at - 1] if at else torch.zeros(self.B, dtype=torch.int64)
+                ends = [
+                    int(torch.searchsorted(counts[b], before[b] + n)) + 1
+                    if counts[b, -1] >= before[b] + n
+                    else self.T + 1
+                    for b, n in enumerate(need)
+                ]
+            end = min(min(ends), self.T)
+            done = [b for b, e in enumerate(ends) if e == end]
+            yield self._piece(at, end, done, real, learn)
+            at = end
+
+    def _piece(
+        self, at: int, end: int, done: list[int], real: Tensor | None, learn: Tensor
+    ) -> tuple[Tensor | None, Any]:
+        n, C = end - at, self.config.chunk_size
+        fasts = {i: slot.fast for i, slot in self.slots.items()}
+        self._begin_chunks()
+        # Where all rows' chunks begin and end with this piece, its own forward gives the gradient.
+        at_once = n == C and len(done) == self.B and self.record.real is None and self._dynamic()
+        piece = _cut(self.ids, self.embeds, self.positions, at, end)
+        call = LossCall(self.rule, fasts, self.B, n, at_once)
+        # Of the logits, those that are asked for and those that the loss needs.
+        wanted = n if at_once or self.labels is not None or isinstance(self.keep, Tensor) or not self.keep else None
+        if wanted is None:
+            wanted = max(0, end - max(self.T - int(self.keep), at))
+        output = self.call(call, piece, self._mask(at, end, real), self.cache, wanted or 1)
+        self.record = self._extended(at, end, real, learn, piece)
+        own_real = None if real is None else real[:, at:end].cpu()
+        tokens = [n] * self.B if own_real is None else own_real.sum(1).tolist()
+        for fast in fasts.values():
+            fast.note(n, own_real, tuple(s + k for s, k in zip(fast.seen, tokens, strict=True)))
+        if done:
+            if at_once:
+                self._detach_cache()
+                ids = self.record.ids[:, -n:]
+                learned = self._gradients(call, output.logits, ids, self.record.learn[:, -n:], None)
+                self._write(done, call.inputs, learned, None)
+            else:
+                for rows, start in self._groups(done):
+                    self._again(rows, start, [C] * len(rows))
+        for slot in self.slots.values():
+            slot.record = None
+        self.first.record = self.record
+        logits = output.logits.detach() if wanted else None
+        if at_once and self.keep and not isinstance(self.keep, Tensor) and self.labels is None and logits is not None:
+            logits = logits[:, max(0, self.T - int(self.keep) - at) :]
+            logits = logits if logits.shape[1] else None
+        return logits, output
+
+    def _mask(self, at: int, end: int, real: Tensor | None) -> Any:
+        """Return the mask of a piece."""
+        mask = self.mask
+        if mask is None or end - at == self.T:
+            return mask
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            return mask[:, : mask.shape[1] - self.T + end]
+        known = self.record.real  # a prepared mask is of the call's size: the model makes one for the piece
+        if real is None and known is None:
+            return None
+        return self._real_columns(at, end, real).long()
+
+    def _real_columns(self, at: int, end: int, real: Tensor | None) -> Tensor:
+        """Return which of the cache's columns are tokens after a piece, bool [B, past + end]."""
+        old, new = self.record.real, None if real is None else real[:, at:end]
+        old = torch.ones(self.B, self.record.end, dtype=torch.bool, device=self.device) if old is None else old
+        new = torch.ones(self.B, end - at, dtype=torch.bool, device=self.device) if new is None else new
+        return torch.cat([old, new.to(old.device)], 1)
+
+    # -- what is pending ------------------------------------------------------------------------------------------
+
+    def _record(self, real: Tensor | None) -> Record:
+        """Return the cache's record; a new one where its columns are no longer what was recorded."""
+        record = self.first.record
+        if record is None or record.end != self.past:
+            for slot in self.slots.values():  # what was pending has lost its context: the next token begins a chunk
+                slot.fast.close_chunk()
+            none = torch.zeros(self.B, 0, dtype=torch.int64, device=self.device)
+            known = None
+            if self.mask is not None and self.past and isinstance(self.mask, Tensor) and self.mask.dim() == 2:
+                known = self.mask[:, : self.past] != 0
+                known = None if bool(known.all()) else known
+            record = Record(self.past, none, none.bool(), none, real=known, starts=((),) * self.B)
+        return record
+
+    def _learn(self, real: Tensor | None) -> Tensor:
+        """Return which tokens of the call are learned, bool [B, T]."""
+        learn = torch.ones(self.B, self.T, dtype=torch.bool, device=self.device)
+        asked = self.settings.learn
+        if isinstance(asked, Tensor):
+            if asked.shape != learn.shape:
+                raise UserError(f"the mask of learned tokens is {tuple(asked.shape)}, the call {tuple(learn.shape)}")
+            learn = asked.to(self.device).bool()
+        elif not asked:
+            learn = torch.zeros_like(learn)
+        prompt = self.runtime.prompt.get()
+        if prompt is not None and self.config.learn == "read":
+            learn = learn & (torch.arange(self.past, self.past + self.T, device=self.device) < prompt)
+        if self.ids is None and self.labels is None:
+            learn = torch.zeros_like(learn)  # tokens without ids have no loss
+        return learn if real is None else learn & real
+
+    def _begin_chunks(self) -> None:
+        """Note where chunks begin that begin here, with the keys that sliding layers hold now."""
+        C, seen = self.config.chunk_size, self.first.fast.seen
+        numbers = [n // C for n in seen]
+        starts = [
+            own if own and own[-1][0] == m else (*own, (m, self.record.end))
+            for own, m in zip(self.record.starts, numbers, strict=True)
+        ]
+        record = replace(self.record, starts=tuple(starts))
+        here = record.end
+        if any(own[-1][1] == here for own in starts) and here not in record.sliding:
+            record = replace(record, sliding={**record.sliding, here: _sliding_keys(self.cache, here)})
+        self.record = record.trimmed(self.first.fast.reach)
+
+    def _extended(self, at: int, end: int, real: Tensor | None, learn: Tensor, piece: dict[str, Any]) -> Record:
+        """Return the record with a piece's columns."""
+        record, n = self.record, end - at
+        ids = torch.full((self.B, n), IGNORED, device=self.device)
+        if self.ids is not None:
+            ids = self.ids[:, at:end]
+        elif self.labels is not None:
+            ids = self.labels[:, at:end]
+        embeds = record.embeds
+        if self.ids is None or embeds is not None:
+            table: Any = self.runtime.model.get_input_embeddings()
+            old = table(record.ids.clamp(min=0)) if embeds is None else embeds
+            new = self.embeds[:, at:end] if self.ids is None else table(self.ids[:, at:end])
+            embeds = torch.cat([old, new.to(old.dtype)], 1)
+        positions = piece.get("position_ids")
+        if positions is None:
+            positions = torch.arange(self.past + at, self.past + end, device=self.device)[None]
+        whole = record.real
+        if real is not None or whole is not None:
+            whole = self._real_columns(at, end, real)
+        return replace(
+            record,
+            ids=torch.cat([record.ids, ids], 1),
+            learn=torch.cat([record.learn, learn[:, at:end]], 1),
+            positions=torch.cat([record.positions, positions.expand(self.B, n).to(record.positions.device)], 1),
+            embeds=embeds,
+            real=whole,
+        )
+
+    def _dynamic(self) -> bool:
+        return all(type(x).__name__.startswith(("Dynamic", "FastDynamic")) for x in self.cache.layers)
+
+    def _detach_cache(self) -> None:
+        for layer in self.cache.layers:
+            if layer.keys is not None:
+                layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+
+
+_PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def commit(runtime: "Runtime", cache: Cache) -> bool:
+    """Learn the pending tokens of a cache's rows as a shorter chunk; the next token begins a chunk.
+
+    Return whether there were any.
+    """
+    slots = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, FastCacheLayer)}
+    first = next(iter(slots.values()), None)
+    if first is None or first.record is None or not any(n % first.fast.chunk_size for n in first.fast.seen):
+        return False
+    with torch.inference_mode(False), torch.no_grad():
+        learner = _Learner(runtime.loss_forward, cache, {})
+        learner.slots, learner.record = slots, first.record
+        learner.sites = {site.index: site for site in runtime.sites if site.index in slots}
+        learner.B, learner.device = first.fast.rows, first.record.ids.device
+        pending = {b: n % first.fast.chunk_size for b, n in enumerate(first.fast.seen) if n % first.fast.chunk_size}
+        for slot in slots.values():
+            slot.fast.close_chunk()
+        for rows, start in learner._groups(list(pending)):
+            learner._again(rows, start, [pending[b] for b in rows])
+    return True
+
+
+def _width(module: Any) -> int:
+    return int(module.nx if hasattr(module, "nx") else module.in_features)
+
+
+def _cut(ids: Tensor | None, embeds: Tensor | None, positions: Tensor | None, at: int, end: int) -> dict[str, Any]:
+    piece: dict[str, Any] = {"input_ids": ids[:, at:end]} if ids is not None else {}
+    if ids is None and embeds is not None:
+        piece["inputs_embeds"] = embeds[:, at:end]
+    if positions is not None:
+        piece["position_ids"] = positions[..., at:end]
+    return piece
+
+
+def _packed_columns(x_RnW: Tensor, inside: Tensor, C: int) -> Tensor:
+    """Return the columns that are ``inside`` [R, n], moved to the front of C; zero behind them."""
+    if x_RnW.shape[1] == C and bool(inside.all()):
+        return x_RnW
+    order = (~inside).long().argsort(dim=1, stable=True)[:, :C]
+    picked = x_RnW.gather(1, order[..., None].expand(-1, -1, x_RnW.shape[-1]))
+    there = inside.gather(1, order)[..., None]
+    return nn.functional.pad(torch.where(there, picked, 0), (0, 0, 0, max(C - order.shape[1], 0)))
+
+
+def _sliding_keys(cache: Cache, columns: int) -> Sliding:
+    """Return what the sliding layers of a cache of so many columns hold, copied where the cache writes in place."""
+    found: Sliding = {}
+    for i, layer in enumerate(cache.layers):
+        x: Any = layer
+        if not getattr(x, "is_sliding", False) or x.keys is None:
+            continue
+        if "Static" in type(x).__name__:
+            held = min(columns, x.keys.shape[2])
+            found[i] = x.keys[:, :, :held].clone(), x.values[:, :, :held].clone()
+        else:
+            found[i] = x.keys, x.values
+    return found
+
+
+def _before(cache: Cache, config: Any, columns: int, sliding: Sliding, rows: list[int]) -> DynamicCache:
+    """Return a cache of some rows as it was after ``columns`` columns, for reading once more."""
+    new: Any = DynamicCache(config=config)
+    for i, layer in enumerate(cache.layers):
+        x: Any = layer
+        if i >= len(new.layers):
+            new.layers.append(new.layer_class_to_replicate())
+        y: Any = new.layers[i]
+        if not hasattr(x, "keys") or not hasattr(y, "keys"):
+            raise NotImplementedError(f'objective="loss" cannot read again in a {type(x).__name__}')
+        if not columns or x.keys is None:
+            continue
+        index = torch.tensor(rows, device=x.keys.device)
+        keys, values = sliding[i] if i in sliding else (x.keys[:, :, :columns], x.values[:, :, :columns])
+        if len(rows) < keys.shape[0]:
+            keys, values = keys.index_select(0, index), values.index_select(0, index)
+        if getattr(y, "is_sliding", False):
+            keys, values = keys[:, :, -(y.sliding_window - 1) :], values[:, :, -(y.sliding_window - 1) :]
+        y.lazy_initialization(keys, values)
+        y.keys, y.values = keys, values
+        if getattr(y, "is_sliding", False):
+            y.cumulative_length = columns
+    return new  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _frozen(model: nn.Module, active: bool) -> Iterator[None]:
+    """Inside, no parameter asks for a gradient, so that backward goes to the projections' outputs alone."""
+    asking = [p for p in model.parameters() if p.requires_grad] if active else []
+    for p in asking:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in asking:
+            p.requires_grad_(True)
