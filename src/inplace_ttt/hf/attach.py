@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from ..config import InPlaceTTTConfig
 from ..errors import UserError
 from .context import CLIP_SPLIT, LayerSite, Runtime
-from .families import Place, attention_of, decoder_layers, family_of, place
+from .families import Place, attention_of, check_layers, decoder_layers, family_of, place, text_model
 from .linear import FastWeight, TargetConv, TargetProjection, check_replaceable, make_fast, make_slow, output_size
+from .nested import NestedText, OnePass
 from .tensor_parallel import is_split
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -88,7 +89,9 @@ def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
     family = family_of(root, config)
     layers = decoder_layers(root, family)
     places = [place(layers, i, family) for i in config.layer_indices(len(layers))]
+    check_layers(layers, places)
     runtime = Runtime(root, config)
+    runtime.model_config = text_config = root.config.get_text_config(decoder=True)
     holders = [_holder(p) for p in places]
     sites = [LayerSite(runtime, p.index, p.mlp) for p in places]
     widths = [output_size(getattr(*h)) for h in holders]
@@ -98,13 +101,13 @@ def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
             raise UserError(CLIP_SPLIT)
     fasts = [make_fast(getattr(*h), site) for h, site in zip(holders, sites, strict=True)]
 
-    std = config.init_std if config.init_std is not None else getattr(root.config, "initializer_range", 0.02)
+    std = config.init_std if config.init_std is not None else getattr(text_config, "initializer_range", 0.02)
     for where, holder, site, fast, width in zip(places, holders, sites, fasts, widths, strict=True):
         setattr(*holder, fast)
         _add_parameters(where.mlp, fast, root, config, width, std)
         runtime.sites.append(site)
         runtime.handles += [
-            where.attention.register_forward_pre_hook(site.before_attention, with_kwargs=True),
+            where.attention.register_forward_pre_hook(OnePass(site).before_attention, with_kwargs=True),
             where.mlp.register_forward_pre_hook(site.before_mlp, with_kwargs=True),
             where.mlp.register_forward_hook(site.after_mlp, always_call=True),
         ]
@@ -112,8 +115,13 @@ def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
     for layer in layers:
         if (attention := attention_of(layer)) is not None:
             runtime.handles.append(attention.register_forward_pre_hook(runtime.before_attention, with_kwargs=True))
+    text = text_model(root, family)
+    nested = None if text is root.base_model else NestedText(runtime)
+    if nested is not None:
+        runtime.handles.append(text.register_forward_pre_hook(nested.before_text, with_kwargs=True))
+    before_model = runtime.before_model if nested is None else nested.before_model
     runtime.handles += [
-        root.base_model.register_forward_pre_hook(runtime.before_model, with_kwargs=True),
+        root.base_model.register_forward_pre_hook(before_model, with_kwargs=True),
         root.base_model.register_forward_hook(runtime.after_model, always_call=True),
         root.get_input_embeddings().register_forward_hook(runtime.after_embedding),
     ]

@@ -169,12 +169,19 @@ def _fast_layer(cache: Cache, index: int, rows: int, chunk_size: int, decay: flo
         if layer.fast.rows != rows and not any(layer.fast.seen):  # reset: another batch may follow
             layer.fast = FastWeights(rows, chunk_size, decay=decay, form=layer.fast.form)
         return layer
-    if type(layer) in _CLASSES and layer.get_seq_length() > 0:
+    if type(layer) in _CLASSES and _was_read(layer):
         raise ValueError(
             "this cache was filled without fast weights (before attach, with updates off, or in a training forward): "
             "start from an empty cache"
         )
     return install(cache, index, FastWeights(rows, chunk_size, decay=decay, form=form))
+
+
+def _was_read(layer: Any) -> bool:
+    """Tell whether a cache layer holds tokens already; one of linear attention does not count them."""
+    if any(getattr(layer, "has_previous_state", {}).values()):
+        return True
+    return hasattr(layer, "get_seq_length") and layer.get_seq_length() > 0
 
 
 def install(cache: Cache, index: int, fast: FastWeights) -> FastCacheLayer:
