@@ -122,7 +122,10 @@ class FastStaticSlidingWindowLayer(  # type: ignore[no-untyped-call]
 
 
 class FastLinearAttentionLayer(FastCacheLayer, cache_utils.LinearAttentionLayer):
-    pass
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove and any(self.is_recurrent_states_initialized.values()):  # transformers would not say so
+            raise NotImplementedError("layers of linear attention cannot take tokens back: read the text again instead")
+        super().crop(tokens_to_remove)
 
 
 _CLASSES: dict[type, type] = {cls.__mro__[2]: cls for cls in FastCacheLayer.__subclasses__()}

@@ -22,12 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import distribute_tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..config import InPlaceTTTConfig
 from ..errors import UserError
 from .attach import attach, detach, is_attached, plain_config, runtime_of, unwrap, unwrap_to_save
+from .nested import auto_class
 from .release import is_release, load_release
 from .sharding import is_sharded, whole, whole_state
 from .tensor_parallel import is_split
@@ -127,7 +128,7 @@ def from_pretrained(directory: str | Path, model: nn.Module | None = None, **kwa
 
     Reads what ``save_pretrained`` wrote (an adapter is put on ``model``, or on the base it names), what transformers'
     own ``save_pretrained`` wrote of an attached model, and the authors' release format. Keywords (``dtype``,
-    ``device_map``, ...) go to ``AutoModelForCausalLM.from_pretrained``. Raises UserError, with the reason, on a missing
+    ``device_map``, ...) go to transformers' ``from_pretrained``. Raises UserError, with the reason, on a missing
     or foreign directory, a newer format, a wrong base model, and missing, extra or misshapen tensors.
     """
     path = _resolve(directory)
@@ -181,13 +182,16 @@ def load_added(model: nn.Module, tensors: dict[str, Tensor], source: str) -> Non
             parameter.copy_(tensor)
 
 
-def load_plain(path: Path | str, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """``AutoModelForCausalLM.from_pretrained`` that refuses missing weights instead of making them up."""
+def load_plain(path: Path | str, kwargs: dict[str, Any], model_type: str | None = None) -> PreTrainedModel:
+    """Load a model as transformers does, but refuse missing weights instead of making them up.
+
+    ``model_type`` tells which part is wanted where a checkpoint of several modalities also loads as its text model.
+    """
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:
         kwargs = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        loaded: Any = auto_class(path, kwargs, model_type).from_pretrained(path, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"transformers cannot load {path}: missing or damaged? ({error})") from None
     finally:
@@ -270,7 +274,7 @@ def _base(path: Path, settings: dict[str, Any], model: nn.Module | None, kwargs:
         if not wanted.get("name"):
             raise UserError(f"{path} is an adapter without its base model's name: pass model=")
         try:
-            return load_plain(wanted["name"], kwargs)
+            return load_plain(wanted["name"], kwargs, wanted.get("model_type"))
         except UserError as error:
             raise UserError(
                 f"{path} is an adapter, and its base model {wanted['name']!r} is not there: pass model= ({error})"

@@ -185,11 +185,13 @@ def check_layers(layers: nn.ModuleList, places: Collection[Place]) -> None:
                 f"{type(layer).__name__} does not pass keyword arguments on to its attention, so its fast weights "
                 "could not tell which document they read: this family cannot adapt"
             )
+        own = where.mlp, getattr(where.mlp, where.name)
         for i, other in enumerate(layers):
-            if i != where.index and any(m is where.mlp for m in other.modules()):
+            found = next((m for m in other.modules() if m in own), None) if i != where.index else None
+            if found is not None:
                 raise UserError(
-                    f"layers {where.index} and {i} share one {type(where.mlp).__name__}, whose fast weights would "
-                    "read each token twice: choose layers with an MLP of their own"
+                    f"layers {where.index} and {i} share one {type(found).__name__}, whose fast weights would read "
+                    "each token twice: choose layers with an MLP of their own"
                 )
 
 

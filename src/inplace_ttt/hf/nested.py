@@ -1,13 +1,34 @@
 """Models whose decoder layers lie deeper than the base model (a language model beside a vision tower), and layers that
 run more than once in a call."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from ..errors import UserError
 from .context import CONTEXT, LayerSite, Runtime
+
+_HUB = ("revision", "token", "subfolder", "cache_dir", "local_files_only", "trust_remote_code")
+
+
+def auto_class(path: Path | str, kwargs: dict[str, Any], model_type: str | None = None) -> Any:
+    """Return transformers' auto class for a checkpoint: with its other modalities where it was saved with them.
+
+    ``model_type``: of the model that is wanted; a text model inside another type of model is loaded alone. ``kwargs``:
+    what ``from_pretrained`` will be given. Raises what ``AutoConfig.from_pretrained`` raises.
+    """
+    config: Any = kwargs.get("config")
+    if not hasattr(config, "model_type"):
+        config = AutoConfig.from_pretrained(path, **{k: v for k, v in kwargs.items() if k in _HUB})
+    saved = (getattr(config, "architectures", None) or [None])[0]
+    several = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    if several is not None and several == saved and model_type in (None, config.model_type):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 class NestedText:
@@ -43,7 +64,8 @@ class OnePass:
 
     def before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Raise UserError on a second pass; recomputations (activation checkpointing) come after the call's end."""
-        context, index = kwargs.get(CONTEXT), self.site.index
+        context: Any = kwargs.get(CONTEXT)
+        index = self.site.index
         if not torch.compiler.is_compiling() and context is not None and context is self.site.runtime.current:
             if getattr(context, "last_layer", -1) >= index:
                 raise UserError(
