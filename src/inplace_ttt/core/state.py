@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .chunks import ChunkTable
+from .chunks import HOST, ChunkTable
 from .factors import HeldState, completed
 from .scan import advance, clip_factor, outer
 from .target import chunked
@@ -94,8 +94,8 @@ class FastWeights(HeldState):
         """Notes positions that were fed, and which of them are tokens (bool [B, tokens]; None: all)."""
         most = ROLLBACK_TOKENS + 2 * self.chunk_size
         if real is not None or self.real is not None:
-            old = torch.ones(self.rows, self.fed, dtype=torch.bool) if self.real is None else self.real
-            new = torch.ones(self.rows, tokens, dtype=torch.bool) if real is None else real
+            old = torch.ones(self.rows, self.fed, dtype=torch.bool, device=HOST) if self.real is None else self.real
+            new = torch.ones(self.rows, tokens, dtype=torch.bool, device=HOST) if real is None else real
             self.real = torch.cat([old, new], 1)[:, -most:]
         self.fed = min(self.fed + tokens, most)
         self.seen = seen
@@ -173,7 +173,7 @@ class FastWeights(HeldState):
 
     def select(self, rows: Tensor | Sequence[int]) -> None:
         """Row b becomes the old row ``rows[b]`` (beam reorder, batch selection or repetition)."""
-        index = torch.as_tensor(rows)
+        index = rows if isinstance(rows, Tensor) else torch.tensor(rows, device=HOST)
         order: list[int] = index.tolist()
         held = max((self.count[b] for b in order), default=0)
         self.left, self.right = (None if x is None else x[:, :held] for x in (self.left, self.right))
@@ -210,7 +210,9 @@ class FastWeights(HeldState):
         new.history = None if z is None or u is None or v is None else (z, u, v)
         new.fed = max(part.fed for part in parts)
         if any(part.real is not None or part.fed != new.fed for part in parts):
-            reals = [torch.ones(x.rows, x.fed, dtype=torch.bool) if x.real is None else x.real for x in parts]
+            reals = [
+                torch.ones(x.rows, x.fed, dtype=torch.bool, device=HOST) if x.real is None else x.real for x in parts
+            ]
             new.real = _stack(reals, rows, side="left")
         return new
 

@@ -14,7 +14,16 @@ from ..config import InPlaceTTTConfig
 from ..errors import UserError
 from .context import CLIP_SPLIT, LayerSite, Runtime
 from .families import Place, attention_of, check_layers, decoder_layers, family_of, place, text_model
-from .linear import FastWeight, TargetConv, TargetProjection, check_replaceable, make_fast, make_slow, output_size
+from .linear import (
+    FastWeight,
+    InitWeights,
+    TargetConv,
+    TargetProjection,
+    check_replaceable,
+    make_fast,
+    make_slow,
+    output_size,
+)
 from .nested import NestedText, OnePass
 from .tensor_parallel import is_split
 
@@ -127,6 +136,9 @@ def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
     ]
     root.__dict__[RUNTIME] = runtime
     root.__dict__.update(runtime.overrides())
+    for part in root.modules():
+        if isinstance(part, PreTrainedModel):
+            part.__dict__["_init_weights"] = InitWeights(part)
     root.config.inplace_ttt = config.to_dict()
     return model
 
@@ -141,6 +153,7 @@ def detach(model: Model) -> Model:
             if hasattr(site.mlp, name):
                 delattr(site.mlp, name)
     for parent in list(root.modules()):
+        parent.__dict__.pop("_init_weights", None)
         for name, child in list(parent.named_children()):
             if isinstance(child, FastWeight):
                 setattr(parent, name, make_slow(child))

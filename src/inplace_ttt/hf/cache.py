@@ -64,12 +64,12 @@ class FastCacheLayer:
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._base("batch_select_indices")(indices)
-        rows = torch.as_tensor(indices)
+        rows = indices if isinstance(indices, torch.Tensor) else torch.tensor(indices, device="cpu")
         self.fast.select(rows.nonzero().flatten() if rows.dtype == torch.bool else rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._base("batch_repeat_interleave")(repeats)
-        self.fast.select(torch.arange(self.fast.rows).repeat_interleave(repeats))
+        self.fast.select([b for b in range(self.fast.rows) for _ in range(repeats)])
 
     def crop(self, tokens_to_remove: int) -> None:
         crop = self._base("crop")

@@ -197,10 +197,10 @@ def check_layers(layers: nn.ModuleList, places: Collection[Place]) -> None:
 
 def _passes_keywords(layer: nn.Module) -> bool:
     """Tell whether the layer's own code calls its attention with ``**kwargs``; True where the code cannot be read."""
-    forward: Any = type(getattr(layer, "_orig_mod", layer)).forward
+    kind: Any = type(getattr(layer, "_orig_mod", layer))
     name = _attention_name(layer)
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))
     except (OSError, TypeError, SyntaxError):
         return True
     calls = [

@@ -5,6 +5,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
@@ -136,7 +138,13 @@ class TargetConv(nn.Module):
 
     def __init__(self, width: int, kernel: int, **factory: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(width, 1, kernel, **factory))
+        self.weight = nn.Parameter(torch.empty(width, 1, kernel, **factory))
+        self.reset_parameters()
+        self._is_hf_initialized = not self.weight.is_meta
+
+    def reset_parameters(self) -> None:
+        """Set kappa to zero."""
+        nn.init.zeros_(self.weight)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, kernel={self.weight.shape[2]}"
@@ -147,7 +155,33 @@ class TargetProjection(nn.Module):
 
     def __init__(self, width: int, std: float, **factory: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.diag(torch.randn(width) * std).to(**factory))
+        self.std = std
+        self.weight = nn.Parameter(torch.empty(width, width, **factory))
+        self.reset_parameters()
+        self._is_hf_initialized = not self.weight.is_meta
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the diagonal anew, with the CPU's random numbers whatever the default device is."""
+        weight: Any = self.weight
+        value = torch.diag(torch.randn(weight.shape[0], device="cpu") * self.std).to(weight.dtype)
+        if isinstance(weight, DTensor):  # all ranks take the first one's
+            value = distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements)
+        weight.copy_(value)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}"
+
+
+class InitWeights:
+    """A transformers model's ``_init_weights`` that knows the added parameters too (after ``to_empty``, say)."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(self, module: nn.Module) -> None:
+        if isinstance(module, TargetConv | TargetProjection):
+            module.reset_parameters()
+        else:
+            own: Any = type(self.model)._init_weights
+            own(self.model, module)

@@ -64,13 +64,13 @@ class OnePass:
 
     def before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Raise UserError on a second pass; recomputations (activation checkpointing) come after the call's end."""
-        context: Any = kwargs.get(CONTEXT)
-        index = self.site.index
+        context, index = kwargs.get(CONTEXT), self.site.index
         if not torch.compiler.is_compiling() and context is not None and context is self.site.runtime.current:
-            if getattr(context, "last_layer", -1) >= index:
+            call: Any = context
+            if getattr(call, "last_layer", -1) >= index:
                 raise UserError(
                     f"layer {index} runs several times per token in this model, so its fast weights would read each "
                     "token as often: this family cannot adapt"
                 )
-            context.last_layer = index
+            call.last_layer = index
         return self.site.before_attention(module, args, kwargs)
