@@ -79,10 +79,12 @@ def save_pretrained(
     ``adapter_only`` leaves the base model out (load it with ``from_pretrained(directory, model=base)``);
     ``projections`` then adds the adapting projections, for runs that trained them. Further keywords go to transformers'
     ``save_pretrained``. A sharded model (FSDP2, tensor parallelism) is saved whole: all ranks call this, one writes.
-    Raises UserError when nothing is attached.
+    Raises UserError when nothing is attached, or weights are offloaded.
     """
     root, runtime = unwrap(model) if adapter_only else unwrap_to_save(model), runtime_of(model)
     path, sharded = Path(directory), is_sharded(root)
+    if empty := [n for n, p in root.named_parameters() if p.is_meta and (is_added(n) or not adapter_only)]:
+        raise UserError(f"{empty[0]} has no values here (offloaded, or on the meta device): save the model before that")
     settings = {
         "inplace_ttt": runtime.config.to_dict(),
         "kind": "adapter" if adapter_only else "model",

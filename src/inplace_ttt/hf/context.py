@@ -349,8 +349,8 @@ class LayerSite:
         conv, proj = getattr(self.mlp, "ttt_conv", None), getattr(self.mlp, "ttt_proj", None)
         return target(
             u,
-            None if conv is None else conv.weight[:, 0],
-            None if proj is None else proj.weight,
+            None if conv is None else conv()[:, 0],
+            None if proj is None else proj(),
             table,
             lookahead=config.lookahead,
             shift=SHIFTS.get(config.objective, 1),

@@ -100,7 +100,7 @@ def check_replaceable(module: nn.Module) -> None:
             return
         raise UserError(
             f"the forward of a {type(module).__name__} was replaced (offloaded weights?): load the model whole onto "
-            "one or more devices, without offloading"
+            "one or more devices, without offloading, attach, and offload it then (accelerate.dispatch_model)"
         )
 
 
@@ -146,6 +146,10 @@ class TargetConv(nn.Module):
         """Set kappa to zero."""
         nn.init.zeros_(self.weight)
 
+    def forward(self) -> Tensor:
+        """Return the weight, so that accelerate's hooks fetch one that is offloaded."""
+        return self.weight
+
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, kernel={self.weight.shape[2]}"
 
@@ -168,6 +172,10 @@ class TargetProjection(nn.Module):
         if isinstance(weight, DTensor):  # all ranks take the first one's
             value = distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements)
         weight.copy_(value)
+
+    def forward(self) -> Tensor:
+        """Return the weight, as ``TargetConv`` does."""
+        return self.weight
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}"
