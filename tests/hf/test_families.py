@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache
 import inplace_ttt as ittt
 from inplace_ttt.hf.attach import runtime_of
 from inplace_ttt.hf.families import REFUSED
+from inplace_ttt.hf.parallel import enable_context_parallel
 
 IDS = tokens(2, 2 * C + 3)
 SHAPE = {
@@ -295,6 +296,11 @@ def test_linear_attention_tells_a_cache_that_was_read_before():
     ittt.attach(model, config(layers=(0,)))
     with pytest.raises(ValueError, match="filled without fast weights"):
         model(IDS, past_key_values=cache)
+
+
+def test_rows_of_a_nested_model_are_not_cut():
+    with pytest.raises(ittt.UserError, match="cuts rows of text models alone, not of gemma3 models"):
+        enable_context_parallel(plain("gemma3"))
 
 
 def test_every_nested_family_is_tested_with_an_image():
