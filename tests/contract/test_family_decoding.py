@@ -71,7 +71,7 @@ def test_assisted_by_a_model(model_type, target, rollbacks):
     They look further back than the model: transformers 5.17 itself cannot draft with a sliding window.
     """
     text = BUILDERS[model_type]().get_text_config()
-    wide = {"sliding_window": 256} if getattr(text, "sliding_window", None) else {}
+    wide = {name: 256 for name in ("sliding_window", "attention_chunk_size") if getattr(text, name, None)}
     model, prompt = adapted(model_type, target=target), tokens(1, C + 2)
     want = greedy(model, prompt, 3 * C, use_cache=False)
     for lr in (0.02, -0.3):
