@@ -5,8 +5,7 @@ import io
 
 import pytest
 import torch
-import transformers
-from contract.families import LAYERS, VOCAB, C, adapted, logits, plain, random_model, randomise, tokens
+from contract.families import LAYERS, VOCAB, C, adapted, logits, plain, randomise, tokens
 from torch.testing import assert_close
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
@@ -69,76 +68,6 @@ def test_layers_that_do_not_exist(layers, say):
         ittt.attach(model, config(layers=layers))
     assert {n: type(m) for n, m in model.named_modules()} == before
     assert not ittt.is_attached(model)
-
-
-# -- families ---------------------------------------------------------------------------------------------------------
-
-
-def tiny(name, **changes):
-    shape = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": None}
-    return random_model(getattr(transformers, name)(**shape | heads | {"bos_token_id": 1} | changes))
-
-
-@pytest.mark.parametrize(
-    ("name", "projection"),
-    [("PhiConfig", "mlp.fc2"), ("Olmo3Config", "mlp.down_proj"), ("Cohere2Config", "mlp.down_proj")],
-)
-def test_an_unknown_family_in_two_strings(name, projection):
-    model = tiny(name)
-    with pytest.raises(ittt.UserError, match=r'layers_path="model.layers", projection_path="mlp.down_proj"') as error:
-        ittt.attach(model, config())
-    assert repr(model.config.model_type) in str(error.value)
-    with torch.no_grad():
-        want = model(IDS, use_cache=False).logits
-    ittt.attach(model, config(layers_path="model.layers", projection_path=projection))
-    assert torch.equal(logits(model, IDS), want)
-    randomise(model)
-    on = logits(model, IDS)
-    assert torch.equal(on[:, :C], want[:, :C])
-    assert float((on - want)[:, C:].abs().max()) > 1e-2
-    with torch.no_grad():
-        cache = DynamicCache(config=model.config)
-        pieces = [model(part, past_key_values=cache).logits for part in IDS.split((C - 1, 2, C + 2), 1)]
-    assert_close(torch.cat(pieces, 1), on, atol=1e-6, rtol=0)
-    assert torch.equal(generate(model), generate(model, use_cache=False))
-    ittt.detach(model)
-    assert torch.equal(logits(model, IDS), want)
-
-
-@pytest.mark.parametrize(
-    ("paths", "say"),
-    [
-        (("model.blocks", "mlp.down_proj"), "LlamaForCausalLM has no module 'model.blocks'"),
-        (("model.norm", "mlp.down_proj"), "'model.norm' of LlamaForCausalLM is no list of layers"),
-        (("model.layers", "mlp.fc2"), "layer 0 .LlamaMLP. has no projection 'mlp.fc2'; nor has any other"),
-        (("model.layers", "ffn.fc2"), "layer 0 .LlamaDecoderLayer. has no projection 'ffn.fc2'"),
-        (("model.layers", "mlp.act_fn"), "cannot tell the output size of SiLU"),
-        (("model.layers", "input_layernorm"), "must lie in an MLP module"),
-    ],
-)
-def test_wrong_strings(paths, say):
-    model = plain("llama")
-    with pytest.raises(ittt.UserError, match=say):
-        ittt.attach(model, config(layers_path=paths[0], projection_path=paths[1]))
-    assert not ittt.is_attached(model)
-
-
-def test_experts_are_refused_with_a_reason():
-    model = plain("qwen3_moe")
-    say = r"layer 1 is a mixture of experts \(Qwen3MoeSparseMoeBlock\).*no one last projection.*dense layers: \[0, 2\]"
-    with pytest.raises(ittt.UserError, match=say):
-        ittt.attach(model, config(layers=":"))
-    with pytest.raises(ittt.UserError, match="dense layers: this model has none"):
-        ittt.attach(plain("qwen3_moe", changes={"mlp_only_layers": []}), config())
-
-
-def test_a_family_that_passes_no_keywords_on_fails_loudly():
-    """A wrong answer is not an option: its attention never gets the call's context."""
-    model = tiny("StableLmConfig")
-    ittt.attach(model, config(layers_path="model.layers", projection_path="mlp.down_proj"))
-    with pytest.raises((RuntimeError, TypeError), match=r"cannot be adapted|inplace_ttt_context"):
-        model(IDS)
 
 
 # -- wrong use --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+HOST = "cpu"
+"""Where tables are made, whatever PyTorch's default device is."""
+
 
 def document_ids(
     attention_mask: Tensor | None = None,
@@ -54,7 +57,7 @@ def _document_ids(
                 f"cu_seqlens must run from 0 to the {tokens} tokens of a single row, "
                 f"got {int(bounds[0])} .. {int(bounds[-1])} for {rows} rows"
             )
-        documents = torch.bucketize(torch.arange(tokens), bounds[1:-1], right=True).view(1, tokens)
+        documents = torch.bucketize(torch.arange(tokens, device=HOST), bounds[1:-1], right=True).view(1, tokens)
     elif position_ids is not None and attention_mask is None and tokens > 1:
         positions = position_ids.detach().reshape(-1, tokens).to("cpu", torch.int64)
         starts = torch.zeros_like(positions)
@@ -71,7 +74,7 @@ def _document_ids(
                 f"attention_mask must cover the call's {rows} x {tokens} tokens, got {tuple(attention_mask.shape)}"
             )
         if not bool(real.all()):
-            documents = torch.zeros(rows, tokens, dtype=torch.int64) if documents is None else documents
+            documents = torch.zeros(rows, tokens, dtype=torch.int64, device=HOST) if documents is None else documents
             documents = documents.masked_fill(~real, -1)
     return documents
 
@@ -175,7 +178,7 @@ class ChunkTable:
                 restarted=(False,) * rows,
             )
         if documents is None:
-            documents = torch.zeros(rows, tokens, dtype=torch.int64)
+            documents = torch.zeros(rows, tokens, dtype=torch.int64, device=HOST)
         table: ChunkTable = _irregular(documents, C, before, keep_state, from_zero)
         return table
 
@@ -183,7 +186,7 @@ class ChunkTable:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _irregular(documents: Tensor, C: int, before: tuple[int, ...], keep_state: bool, from_zero: bool) -> ChunkTable:
     B, T = documents.shape
-    seen = torch.tensor(before)
+    seen = torch.tensor(before, device=HOST)
     pending = seen % C
     P = int(pending.max())
     real = documents >= 0
@@ -191,7 +194,7 @@ def _irregular(documents: Tensor, C: int, before: tuple[int, ...], keep_state: b
 
     # Real tokens of each row, in order, left-aligned ("compact" positions j).
     order = (~real).long().argsort(dim=1, stable=True)
-    j = torch.arange(T).expand(B, T)
+    j = torch.arange(T, device=HOST).expand(B, T)
     valid = j < count[:, None]
     compact = documents.gather(1, order)
     change = valid.clone()
@@ -206,28 +209,29 @@ def _irregular(documents: Tensor, C: int, before: tuple[int, ...], keep_state: b
     slot = first.long().cumsum(1) - 1
     slots = first.sum(1)
     M = int(slots.max()) if B else 0
-    row = torch.arange(B)[:, None].expand(B, T)
-    index = torch.full((B, M, C), -1)
+    row = torch.arange(B, device=HOST)[:, None].expand(B, T)
+    index = torch.full((B, M, C), -1, device=HOST)
     index[row[valid], slot[valid], offset[valid]] = P + order[valid]
     for b, p in enumerate(pending.tolist()):
         if p and slots[b]:
-            index[b, 0, :p] = torch.arange(p)
-    slot_chunk, slot_number = torch.full((B, M), -1), torch.full((B, M), -1)
+            index[b, 0, :p] = torch.arange(p, device=HOST)
+    slot_chunk = torch.full((B, M), -1, device=HOST)
+    slot_number = torch.full_like(slot_chunk, -1)
     slot_chunk[row[first], slot[first]] = chunk[first]
     slot_number[row[first], slot[first]] = number[first]
     exists = slot_chunk >= 0
     complete = (index >= 0).all(-1)
-    followed = torch.zeros(B, M, dtype=torch.bool)
+    followed = torch.zeros(B, M, dtype=torch.bool, device=HOST)
     followed[:, :-1] = slot_number[:, 1:] == slot_number[:, :-1]
     final = exists & (slot_number == number.max(1, keepdim=True).values)
     wanted = final & keep_state
     update = complete & exists & (followed | wanted)
 
     last = (slots - 1).clamp(min=0)
-    tail = torch.full((B, C), -1)
+    tail = torch.full((B, C), -1, device=HOST)
     for b, p in enumerate(pending.tolist()):
         if not slots[b]:
-            tail[b, :p] = torch.arange(p)
+            tail[b, :p] = torch.arange(p, device=HOST)
         elif not complete[b, last[b]]:
             tail[b] = index[b, last[b]]
     after = torch.where(count > 0, position.gather(1, (count - 1).clamp(min=0)[:, None])[:, 0] + 1, seen)
@@ -238,14 +242,14 @@ def _irregular(documents: Tensor, C: int, before: tuple[int, ...], keep_state: b
     place = matter.long().cumsum(1) - 1
     steps = int(matter.sum(1).max())
     rows_, slots_ = matter.nonzero(as_tuple=True)
-    kept_index = torch.full((B, steps, C), -1)
-    kept_update = torch.zeros(B, steps, dtype=torch.bool)
-    kept_reset = torch.zeros(B, steps, dtype=torch.bool)
+    kept_index = torch.full((B, steps, C), -1, device=HOST)
+    kept_update = torch.zeros(B, steps, dtype=torch.bool, device=HOST)
+    kept_reset = torch.zeros(B, steps, dtype=torch.bool, device=HOST)
     kept_index[rows_, place[matter]] = index[rows_, slots_]
     kept_update[rows_, place[matter]] = update[rows_, slots_]
     kept_reset[rows_, place[matter]] = slot_chunk[rows_, slots_] == 0
     updating = kept_update.any(0).nonzero()
-    alone = torch.ones(B, P + T, dtype=torch.bool)
+    alone = torch.ones(B, P + T, dtype=torch.bool, device=HOST)
     alone[(kept_index >= 0).nonzero(as_tuple=True)[0], kept_index[kept_index >= 0]] = False
     return ChunkTable(
         chunk_size=C,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .algebra import accumulate, outer
-from .chunks import ChunkTable
+from .chunks import HOST, ChunkTable
 from .rules import Rule, State, Sum
 from .targets import chunked
 
@@ -154,8 +154,8 @@ class FastWeights:
         """Note positions that were fed, and which of them are tokens (bool [B, tokens]; None: all)."""
         most = ROLLBACK_TOKENS + 2 * self.chunk_size
         if real is not None or self.real is not None:
-            old = torch.ones(self.rows, self.fed, dtype=torch.bool) if self.real is None else self.real
-            new = torch.ones(self.rows, tokens, dtype=torch.bool) if real is None else real
+            old = torch.ones(self.rows, self.fed, dtype=torch.bool, device=HOST) if self.real is None else self.real
+            new = torch.ones(self.rows, tokens, dtype=torch.bool, device=HOST) if real is None else real
             self.real = torch.cat([old, new], 1)[:, -most:]
         self.fed = min(self.fed + tokens, most)
         self.seen = seen
@@ -293,7 +293,7 @@ class FastWeights:
 
     def select(self, rows: Tensor | Sequence[int]) -> None:
         """Make row b the old row ``rows[b]`` (beam reorder, batch selection or repetition)."""
-        index = torch.as_tensor(rows)
+        index = rows if isinstance(rows, Tensor) else torch.tensor(rows, device=HOST)
         order: list[int] = index.tolist()
         self._map(lambda x: x.index_select(0, index.to(x.device)))
         self.real = None if self.real is None else self.real[order]
@@ -326,7 +326,9 @@ class FastWeights:
         new.history = {name: x for name, x in found.items() if x is not None}
         new.fed = max(part.fed for part in parts)
         if any(part.real is not None or part.fed != new.fed for part in parts):
-            reals = [torch.ones(x.rows, x.fed, dtype=torch.bool) if x.real is None else x.real for x in parts]
+            reals = [
+                torch.ones(x.rows, x.fed, dtype=torch.bool, device=HOST) if x.real is None else x.real for x in parts
+            ]
             new.real = stacked(reals, rows, side="left")
         return new
 

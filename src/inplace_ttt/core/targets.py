@@ -123,7 +123,16 @@ class TargetConv(nn.Module):
 
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(width, 1, kernel))
+        self.weight = nn.Parameter(torch.empty(width, 1, kernel))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set kappa to zero."""
+        nn.init.zeros_(self.weight)
+
+    def forward(self) -> Tensor:
+        """Return the weight, so that hooks (accelerate's, say) can fetch one that is offloaded."""
+        return self.weight
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, kernel={self.weight.shape[2]}"
@@ -134,7 +143,24 @@ class TargetProjection(nn.Module):
 
     def __init__(self, width: int, std: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.diag(torch.randn(width) * std))
+        self.std = std
+        self.weight = nn.Parameter(torch.empty(width, width))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the diagonal anew, with the CPU's random numbers whatever the default device is."""
+        weight: Any = self.weight
+        value = torch.diag(torch.randn(weight.shape[0], device="cpu") * self.std).to(weight.dtype)
+        if hasattr(weight, "device_mesh"):  # all ranks take the first one's
+            from torch.distributed.tensor import distribute_tensor
+
+            value = distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements)
+        weight.copy_(value)
+
+    def forward(self) -> Tensor:
+        """Return the weight, as ``TargetConv`` does."""
+        return self.weight
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}"
@@ -145,8 +171,14 @@ class TargetGates(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(2, width))
-        self.bias = nn.Parameter(torch.tensor([0.0, -16.0]))
+        self.weight, self.bias = nn.Parameter(torch.empty(2, width)), nn.Parameter(torch.empty(2))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set beta to 1 and gamma next to 1."""
+        nn.init.zeros_(self.weight)
+        self.bias.copy_(torch.tensor([0.0, -16.0]))
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return beta [...] and log gamma [...] for u [..., D]."""
@@ -175,9 +207,9 @@ class Shaped(Target):
             self.gate = TargetGates(width)
 
     def forward(self, u: Tensor, z: Tensor | None) -> Any:
-        proj = getattr(self, "proj", None)
-        v = self.mix(u, None if proj is None else proj.weight.dtype)
-        v = v if proj is None else v.to(proj.weight.dtype) @ proj.weight
+        P = self.proj() if hasattr(self, "proj") else None
+        v = self.mix(u, None if P is None else P.dtype)
+        v = v if P is None else v.to(P.dtype) @ P
         keep = None
         if self.gates:
             beta, log_gamma = self.gate(u)
@@ -217,7 +249,7 @@ class Learned(Shaped):
         self.conv, self.lookahead = TargetConv(width, conv_kernel), lookahead
 
     def mix(self, u: Tensor, dtype: torch.dtype | None) -> Tensor:
-        return convolved(u, self.conv.weight[:, 0], self.lookahead, dtype)
+        return convolved(u, self.conv()[:, 0], self.lookahead, dtype)
 
     @property
     def is_trained(self) -> bool:

@@ -102,7 +102,7 @@ class StepClock:
             if held is None or held.shape[0] != len(at) or _frozen(held):
                 self._where[device] = _fixed(torch.tensor(at, device=device))
             elif stale:
-                held.copy_(torch.tensor(at))
+                held.copy_(torch.tensor(at, device="cpu"))
         self._at = at
         return {device: self._where[device] for device in devices}
 

@@ -14,9 +14,10 @@ from ..config import InPlaceTTTConfig
 from ..errors import UserError
 from ..core import Target, make_target
 from .context import LayerSite, Runtime
-from .families import Place, attention_of, decoder_layers, family_of, place
-from .linear import FastWeight, check_replaceable, make_fast, make_slow, output_size
+from .families import Place, attention_of, check_layers, decoder_layers, family_of, place, text_model
+from .linear import FastWeight, InitWeights, check_replaceable, make_fast, make_slow, output_size
 from .loss import LossForward
+from .nested import NestedText, OnePass
 from .saving import after_attach, before_detach
 from .tensor_parallel import check_split, is_split
 
@@ -91,6 +92,7 @@ def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
     family = family_of(root, config)
     layers = decoder_layers(root, family)
     places = [place(layers, i, family) for i in config.layer_indices(len(layers))]
+    check_layers(layers, places)
     runtime = Runtime(root, config)
     holders = [_holder(p) for p in places]
     widths = [output_size(getattr(*h)) for h in holders]
@@ -114,7 +116,7 @@ def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
             setattr(where.mlp, f"ttt_{name}", getattr(site.target, name))
         runtime.sites.append(site)
         runtime.handles += [
-            where.attention.register_forward_pre_hook(site.before_attention, with_kwargs=True),
+            where.attention.register_forward_pre_hook(OnePass(site).before_attention, with_kwargs=True),
             where.mlp.register_forward_pre_hook(site.before_mlp, with_kwargs=True),
             where.mlp.register_forward_hook(site.after_mlp, always_call=True),
         ]
@@ -122,8 +124,13 @@ def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
     for layer in layers:
         if (attention := attention_of(layer)) is not None:
             runtime.handles.append(attention.register_forward_pre_hook(runtime.before_attention, with_kwargs=True))
+    text = text_model(root, family)
+    nested = None if text is root.base_model else NestedText(runtime)
+    if nested is not None:
+        runtime.handles.append(text.register_forward_pre_hook(nested.before_text, with_kwargs=True))
+    before_model = runtime.before_model if nested is None else nested.before_model
     runtime.handles += [
-        root.base_model.register_forward_pre_hook(runtime.before_model, with_kwargs=True),
+        root.base_model.register_forward_pre_hook(before_model, with_kwargs=True),
         root.base_model.register_forward_hook(runtime.after_model, always_call=True),
         root.get_input_embeddings().register_forward_hook(runtime.after_embedding),
     ]
@@ -131,6 +138,9 @@ def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
         runtime.loss_forward = LossForward(runtime, root.forward)
     root.__dict__[RUNTIME] = runtime
     root.__dict__.update(runtime.overrides())
+    for part in root.modules():
+        if isinstance(part, PreTrainedModel):
+            part.__dict__["_init_weights"] = InitWeights(part)
     root.config.inplace_ttt = config.to_dict()
     after_attach(root)
     return model
@@ -146,6 +156,7 @@ def detach(model: Model) -> Model:
         for name in site.names:
             delattr(site.mlp, f"ttt_{name}")
     for parent in list(root.modules()):
+        parent.__dict__.pop("_init_weights", None)
         for name, child in list(parent.named_children()):
             if isinstance(child, FastWeight):
                 setattr(parent, name, make_slow(child))
@@ -184,6 +195,10 @@ def _target(
     with torch.device("cpu"):
         target = make_target(config.objective, width, config.objective_options, settings)
     target.to(device=weight.device, dtype=dtype)
+    for module in target.modules():
+        if hasattr(module, "reset_parameters"):
+            added: Any = module
+            added._inplace_ttt_added, added._is_hf_initialized = True, not weight.is_meta
     if is_split(weight):  # the processes' random numbers differ
         group = weight.device_mesh.get_group()  # type: ignore[attr-defined]
         for parameter in target.parameters():

@@ -67,12 +67,12 @@ class FastCacheLayer:
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._base("batch_select_indices")(indices)
-        rows = torch.as_tensor(indices)
+        rows = indices if isinstance(indices, torch.Tensor) else torch.tensor(indices, device="cpu")
         self._select(rows.nonzero().flatten() if rows.dtype == torch.bool else rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._base("batch_repeat_interleave")(repeats)
-        self._select(torch.arange(self.fast.rows).repeat_interleave(repeats))
+        self._select(torch.arange(self.fast.rows, device="cpu").repeat_interleave(repeats))
 
     def _select(self, rows: torch.Tensor) -> None:
         self.fast.select(rows)
@@ -134,7 +134,10 @@ class FastStaticSlidingWindowLayer(  # type: ignore[no-untyped-call]
 
 
 class FastLinearAttentionLayer(FastCacheLayer, cache_utils.LinearAttentionLayer):
-    pass
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove and any(self.is_recurrent_states_initialized.values()):  # transformers would not say so
+            raise NotImplementedError("layers of linear attention cannot take tokens back: read the text again instead")
+        super().crop(tokens_to_remove)
 
 
 _CLASSES: dict[type, type] = {cls.__mro__[2]: cls for cls in FastCacheLayer.__subclasses__()}
@@ -179,13 +182,20 @@ def _fast_layer(cache: Cache, index: int, rows: int, settings: Settings, gates: 
         if layer.fast.rows != rows and not any(layer.fast.seen):  # reset: another batch may follow
             layer.fast = layer.fast.new(rows)
         return layer
-    if type(layer) in _CLASSES and layer.get_seq_length() > 0:
+    if type(layer) in _CLASSES and _was_read(layer):
         raise ValueError(
             "this cache was filled without fast weights (before attach, with updates off, in a training forward, or by "
             "prefix tuning or a cartridge, whose keys and values come from no text): "
             "start from an empty cache"
         )
     return install(cache, index, fast_weights(rows, chunk_size, rule, settings.form, gates=gates))
+
+
+def _was_read(layer: Any) -> bool:
+    """Tell whether a cache layer holds tokens already; one of linear attention does not count them."""
+    if any(getattr(layer, "has_previous_state", {}).values()):
+        return True
+    return hasattr(layer, "get_seq_length") and layer.get_seq_length() > 0
 
 
 def install(cache: Cache, index: int, fast: FastWeights) -> FastCacheLayer:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import distribute_tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..config import InPlaceTTTConfig
@@ -37,6 +37,7 @@ from .auto import CONFIG, MODEL_TYPE, check_free, read_json, split_config, write
 from .card import write_card
 from .hub_files import FETCHING, UPLOADING, fetch, take, upload
 from .names import BaseModel, base_of, rename_loaded
+from .nested import auto_class
 from .release import is_release, load_release
 from .sharding import is_sharded, whole, whole_state
 from .tensor_parallel import is_split
@@ -98,11 +99,14 @@ def save_pretrained(
     ``push_to_hub`` uploads the directory, with transformers' keywords (``repo_id``, ``token``, ``private``,
     ``commit_message``, ``revision``, ``create_pr``). Further keywords (``variant``, ``max_shard_size``, ...) go to
     transformers' ``save_pretrained``. A sharded model (FSDP2, tensor parallelism) is saved whole: all ranks call this,
-    one writes. Raises UserError when nothing is attached, and where ``directory`` is another model's.
+    one writes. Raises UserError when nothing is attached or weights are offloaded, and where ``directory`` is another
+    model's.
     """
     root, runtime = unwrap(model) if adapter_only else unwrap_to_save(model), runtime_of(model)
     path, sharded, uploading = Path(directory), is_sharded(root), take(kwargs, UPLOADING)
     check_free(path)
+    if empty := [n for n, p in root.named_parameters() if p.is_meta and (is_added(n) or not adapter_only)]:
+        raise UserError(f"{empty[0]} has no values here (offloaded, or on the meta device): save the model before that")
     kind: dict[str, Any] = {"model_type": root.config.model_type, "architecture": plain_class(root).__name__}
     settings = {
         "inplace_ttt": runtime.config.to_dict(),
@@ -248,18 +252,22 @@ def load_added(model: nn.Module, tensors: dict[str, Tensor], source: str) -> Non
             parameter.copy_(tensor)
 
 
-def load_plain(path: Path | str, kwargs: dict[str, Any], architecture: str | None = None) -> PreTrainedModel:
-    """The model in ``path`` by transformers; UserError where weights are missing, which transformers would make up.
+def load_plain(
+    path: Path | str, kwargs: dict[str, Any], architecture: str | None = None, model_type: str | None = None
+) -> PreTrainedModel:
+    """Load a model as transformers does, but refuse missing weights instead of making them up.
 
     ``architecture``: the name of its class, where it is not a causal language model (a classification head).
+    ``model_type`` tells which part is wanted where a checkpoint of several modalities also loads as its text model.
     """
-    loader: Any = AutoModelForCausalLM
+    loader: Any = None
     if architecture is not None and not architecture.endswith(("ForCausalLM", "LMHeadModel")):
-        loader = getattr(transformers, architecture, AutoModelForCausalLM)
+        loader = getattr(transformers, architecture, None)
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:
         kwargs = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
+        loader = auto_class(path, kwargs, model_type) if loader is None else loader
         loaded: Any = loader.from_pretrained(path, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"transformers cannot load {path}: missing or damaged? ({in_one_line(error)})") from None
@@ -368,7 +376,8 @@ def _base(
         hub |= {key: wanted[key] for key in ("revision", "subfolder") if wanted.get(key)}
         rest = {key: value for key, value in kwargs.items() if key != "variant"}
         try:
-            return load_plain(_where(path, wanted), {**rest, **hub}, wanted.get("architecture"))
+            place, more = _where(path, wanted), {**rest, **hub}
+            return load_plain(place, more, wanted.get("architecture"), wanted.get("model_type"))
         except UserError as error:
             raise UserError(
                 f"{path} is an adapter, and its base model {wanted['name']!r} is not there: pass model= ({error})"

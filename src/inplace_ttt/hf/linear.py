@@ -5,6 +5,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
@@ -98,7 +100,7 @@ def check_replaceable(module: nn.Module) -> None:
             return
         raise UserError(
             f"the forward of a {type(module).__name__} was replaced (offloaded weights?): load the model whole onto "
-            "one or more devices, without offloading"
+            "one or more devices, without offloading, attach, and offload it then (accelerate.dispatch_model)"
         )
 
 
@@ -129,3 +131,17 @@ def output_size(projection: nn.Module) -> int:
         if isinstance(size := getattr(projection, name, None), int):
             return size
     raise UserError(f"cannot tell the output size of {type(projection).__name__}: it must be a linear layer")
+
+
+class InitWeights:
+    """A transformers model's ``_init_weights`` that knows the added parameters too (after ``to_empty``, say)."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(self, module: nn.Module) -> None:
+        if getattr(module, "_inplace_ttt_added", False):
+            module.reset_parameters()  # type: ignore[operator]
+        else:
+            own: Any = type(self.model)._init_weights
+            own(self.model, module)

@@ -206,6 +206,8 @@ def enable_context_parallel(
     root = unwrap(model)
     if STATE in root.__dict__:
         raise UserError("context parallelism is on already: disable_context_parallel(model) first")
+    if root.config.get_text_config() is not root.config:
+        raise UserError(f"context parallelism cuts rows of text models alone, not of {root.config.model_type} models")
     kinds = set(getattr(root.config, "layer_types", None) or ["full_attention"])
     if unknown := sorted(kinds - _LAYER_TYPES):
         raise UserError(

@@ -54,7 +54,7 @@ def split(cache: DynamicCache, lengths: Sequence[int] | Tensor, index: int) -> D
         row.layers.append(_row(layer, n, index))
         if isinstance(layer, FastCacheLayer):
             fast = copy.copy(layer.fast)  # select replaces its tensors and writes into none
-            fast.select(torch.tensor([index]))
+            fast.select([index])
             new = install(row, i, fast)
             new.stale = layer.stale
     return row  # type: ignore[no-any-return]

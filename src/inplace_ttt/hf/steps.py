@@ -113,6 +113,6 @@ def slow_weight(site: "LayerSite", rows: int) -> Any:
     Several rows share one slow product, which keeps their sums as they are without fast weights.
     """
     module = site.projection()
-    if getattr(module, "split", False) or is_split(module.weight):
+    if getattr(module, "split", False) or is_split(module.weight) or module.weight.is_meta:  # meta: offloaded
         return False
     return module.weight if rows == 1 and getattr(module, "fuses", False) else None

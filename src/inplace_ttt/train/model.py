@@ -67,7 +67,7 @@ def _continue_with(model: PreTrainedModel, config: InPlaceTTTConfig, given: Mapp
     from inplace_ttt import configure
     from inplace_ttt.hf.attach import READING, runtime_of
 
-    have, count = runtime_of(model).config, model.config.num_hidden_layers
+    have, count = runtime_of(model).config, model.config.get_text_config().num_hidden_layers
     for field in dataclasses.fields(config):
         if field.name in READING or field.name == "init_std":
             continue

@@ -121,7 +121,8 @@ class Symbols:
 
     @classmethod
     def of(cls, recipe: Recipe, model: Any, logit_tokens: int | None) -> "Symbols":
-        config, ttt, spec = model.config, recipe.ttt_config(), recipe.parallel or ParallelSpec()
+        config, ttt = model.config.get_text_config(), recipe.ttt_config()
+        spec = recipe.parallel or ParallelSpec()
         L, D, H, V = config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.vocab_size
         B, own = recipe.batch_size // (spec.data * spec.shard), recipe.sequence_length // spec.context
         scored = logit_tokens or B * own

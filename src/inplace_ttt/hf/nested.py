@@ -1,0 +1,76 @@
+"""Models whose decoder layers lie deeper than the base model (a language model beside a vision tower), and layers that
+run more than once in a call."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from ..errors import UserError
+from .context import CONTEXT, LayerSite, Runtime
+
+_HUB = ("revision", "token", "subfolder", "cache_dir", "local_files_only", "trust_remote_code")
+
+
+def auto_class(path: Path | str, kwargs: dict[str, Any], model_type: str | None = None) -> Any:
+    """Return transformers' auto class for a checkpoint: with its other modalities where it was saved with them.
+
+    ``model_type``: of the model that is wanted; a text model inside another type of model is loaded alone. ``kwargs``:
+    what ``from_pretrained`` will be given. Raises what ``AutoConfig.from_pretrained`` raises.
+    """
+    config: Any = kwargs.get("config")
+    if not hasattr(config, "model_type"):
+        config = AutoConfig.from_pretrained(path, **{k: v for k, v in kwargs.items() if k in _HUB})
+    saved = (getattr(config, "architectures", None) or [None])[0]
+    several = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    if several is not None and several == saved and model_type in (None, config.model_type):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+class NestedText:
+    """Hands a call's context to the language model inside a model of several modalities.
+
+    The whole model sees the caller's mask, positions and cache; the language model sees the embeddings that it reads,
+    in which image features have taken the place of placeholder tokens. The vision tower sees nothing of the context.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+
+    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make the context, but do not pass it as a keyword argument."""
+        args, kwargs = self.runtime.before_model(module, args, kwargs)
+        return args, {k: v for k, v in kwargs.items() if k != CONTEXT}
+
+    def before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Pass the context of the call that is running, with the embeddings that the language model reads."""
+        context = self.runtime.current
+        if context is None:
+            return None
+        if kwargs.get("inputs_embeds") is not None:
+            context.embeddings = kwargs["inputs_embeds"]
+        return args, {**kwargs, CONTEXT: context}
+
+
+class OnePass:
+    """Refuses a layer that runs twice in one call: one state would take every token twice."""
+
+    def __init__(self, site: LayerSite) -> None:
+        self.site = site
+
+    def before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Raise UserError on a second pass; recomputations (activation checkpointing) come after the call's end."""
+        context, index = kwargs.get(CONTEXT), self.site.index
+        if not torch.compiler.is_compiling() and context is not None and context is self.site.runtime.current:
+            call: Any = context
+            if getattr(call, "last_layer", -1) >= index:
+                raise UserError(
+                    f"layer {index} runs several times per token in this model, so its fast weights would read each "
+                    "token as often: this family cannot adapt"
+                )
+            call.last_layer = index
+        return self.site.before_attention(module, args, kwargs)
