@@ -43,7 +43,7 @@ class Rule:
     linear: ClassVar[bool] = False
     """``apply`` is ``lr * S z`` with S = ``state["S"]`` [B, D, F]: can be folded into W0 and exported as LoRA."""
     additive: ClassVar[bool] = False
-    """``S' = keep * S + write(z, v, W0)``, and nothing else is carried: ranks, undoing by subtraction."""
+    """``S' = keep * S + write(z, v, W0)`` from S = 0, and nothing else is carried: ranks, undoing by subtraction."""
     outer: ClassVar[bool] = False
     """``write`` is ``sum_t v'_t z_t^T`` with v' = ``values(z, v, W0)``: the fast paths, pairs and factors of rank r."""
     from_zero: ClassVar[bool] = True
@@ -65,6 +65,12 @@ class Rule:
         ``W0``: the slow weight [D, F], not to be differentiated; None where there is no dense one (a quantised model).
         """
         return {"S": self.keep * state["S"] + self.write(z, v, W0)}
+
+    def update_as_written(self, state: State, z: Tensor, v: Tensor, W0: Tensor | None) -> State:
+        """Return the state after a chunk, as ``update`` does; of an outer rule, ``values`` was applied to v before."""
+        if not self.outer:
+            return self.update(state, z, v, W0)
+        return {"S": self.keep * state["S"] + outer(v, z)}
 
     def write(self, z: Tensor, v: Tensor, W0: Tensor | None) -> Tensor:
         """Return what a chunk adds to S, [B, D, F] (additive rules)."""
@@ -111,6 +117,8 @@ def register_rule(name: str) -> Callable[[Kind], Kind]:
             cls.additive = True
         if cls.additive:
             cls.linear = True
+        if cls.additive and not cls.from_zero:
+            raise UserError(f"rule {name!r} is additive, so it must begin with S = 0: from_zero = True")
         RULES[name] = cls = dataclass(frozen=True)(cls)
         return cls
 
@@ -185,7 +193,8 @@ class Sum(Rule):
             factor = tau / (largest_singular_value(v, z) + tau)
         else:
             assert self.clip is not None
-            factor = shrink(norm_of(v, z), self.clip * slow_norm(W0, "clip_relative") if self.clip_relative else self.clip)
+            unit = slow_norm(W0, "clip_relative") if self.clip_relative else 1.0
+            factor = shrink(norm_of(v, z), self.clip * unit)
         return (v * factor[:, None, None]).to(v.dtype)
 
 

@@ -122,7 +122,7 @@ def _segment(
             call.watch(m, state)
         if m < call.table.updates and call.v is not None:
             shrunk = state if call.keep is None else {k: scaled(x, call.keep[:, m]) for k, x in state.items()}
-            new = rule.update(shrunk, layout.absorbed(m), layout.targets(call.v, m), call.slow)
+            new = rule.update_as_written(shrunk, layout.absorbed(m), layout.targets(call.v, m), call.slow)
             state = new if layout.update is None else where(layout.update[:, m], new, state)
     return parts, state
 
