@@ -382,6 +382,17 @@ def test_the_generic_scan_equals_the_fast_path(case, layout, monkeypatch):
     compare(slow, fast, [z, u, W0, *target.parameters()])
 
 
+def test_the_path_that_ran_is_logged(caplog):
+    z, u, W0 = inputs(1, 3 * C)
+    with caplog.at_level("DEBUG", logger="inplace_ttt"):
+        for case in ("plain", "delta"):
+            run(the_rule(case), the_target(), z, u, W0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "scan of rule 'sum': path 'loop', 3 chunks",
+        "scan of rule 'delta': path 'generic', 3 chunks",
+    ]
+
+
 @pytest.mark.parametrize("case", ["momentum", "plain"])
 def test_checkpointing_in_segments_changes_no_gradient(case, monkeypatch, generic_only):
     z, u, W0 = inputs(2, 9 * C + 1)

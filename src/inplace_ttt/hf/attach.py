@@ -272,8 +272,10 @@ def inspect(model: nn.Module) -> list[LayerInfo]:
 
 
 def _path(rule: Rule, D: int, F: int, device: torch.device, gates: bool) -> str:
-    """Return the name of the path that scans calls of a rule on a device."""
+    """Return the name of the path that scans a call of two chunks in one row, without a state before it."""
     if device.type == "meta":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    z = torch.empty(1, 1, F, device=device)
-    return path_for(Call(rule, ChunkTable.build(1, 1, 1), z, None, D, keep=z[..., 0] if gates else None)).name
+    one = torch.empty(1, 1, 1, device=device)  # expanded: only shapes matter
+    z, v, weight = one.expand(1, 2, F), one.expand(1, 1, D), one[0].expand(D, F)
+    keep = one[0] if gates else None
+    return path_for(Call(rule, ChunkTable.build(1, 2, 1), z, v, D, keep=keep, weight=weight, slow=weight)).name
