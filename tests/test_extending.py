@@ -211,3 +211,13 @@ def test_examples_of_the_page_print_what_they_say(section, registries, capsys, t
     code, said = EXAMPLES[section].groups()
     exec(compile(code, section, "exec"), {"__name__": "example"})
     assert capsys.readouterr().out == said
+
+
+def test_functions_that_the_page_about_the_method_names_are_there():
+    page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+(?:\.\w+)?)`,? (?:\(|in )`([\w/]+\.py)`", page)
+    assert len(named) > 12
+    for name, file in named:
+        text = (ROOT / "src" / "inplace_ttt" / file).read_text(encoding="utf-8")
+        for part in name.split("."):
+            assert re.search(rf"^ *(def|class) {part}\b", text, re.MULTILINE), f"{file} has no {part}"
