@@ -246,7 +246,7 @@ def test_accelerate_is_asked_for_plainly(values: dict[str, Any], monkeypatch: py
 
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "accelerate" else find(name))
-    with pytest.raises(UserError, match=r"pip install 'inplace-ttt\[train\]'"):
+    with pytest.raises(UserError, match="training needs accelerate: pip install accelerate"):
         train(values)
 
 

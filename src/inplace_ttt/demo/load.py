@@ -1,6 +1,5 @@
 """A model with fast weights and its tokenizer, from one name."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..errors import UserError
-from ..hf.checkpoint import BASE, SETTINGS, from_pretrained, load_plain, require_hub_id
+from ..hf.checkpoint import from_pretrained, has_fast_weights, load_plain, tokenizer_places
+from ..hf.hub_files import require_hub_id
 from ..shipped import DEFAULT_MODEL
 
 
@@ -32,7 +32,7 @@ def load_baseline(model: str | Path, device: str | None = None) -> PreTrainedMod
     place = _device(device)
     dtype: Any = torch.float32 if place.type == "cpu" else "auto"
     path = Path(model).expanduser()
-    if (path / SETTINGS).is_file():
+    if has_fast_weights(path):
         return from_pretrained(path, dtype=dtype).to(place).eval()  # type: ignore[no-any-return]
     if not path.is_dir():
         require_hub_id(str(model))
@@ -42,25 +42,15 @@ def load_baseline(model: str | Path, device: str | None = None) -> PreTrainedMod
 
 def load_tokenizer(model: str | Path, loaded: PreTrainedModel) -> Any:
     """The tokenizer beside a model, in its base, or of the base that an adapter names."""
-    path = Path(model).expanduser()
-    places: list[str | Path] = [path if path.is_dir() else str(model)]
-    if path.is_dir():
-        places += [path / BASE, *_named_base(path)]
     reason = "no tokenizer files"
-    for place in places:
-        if isinstance(place, Path) and not any(place.glob("tokenizer*")):
+    for place, where in tokenizer_places(model):
+        if Path(place).is_dir() and not any(Path(place).glob("tokenizer*")):
             continue
         try:
-            return AutoTokenizer.from_pretrained(place)
+            return AutoTokenizer.from_pretrained(place, **where)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
     raise UserError(f"no tokenizer for {model} ({reason}): save one beside it with tokenizer.save_pretrained")
-
-
-def _named_base(path: Path) -> list[str]:
-    file = path / SETTINGS
-    name = json.loads(file.read_text(encoding="utf-8"))["base"]["name"] if file.is_file() else ""
-    return [name] if name else []
 
 
 def _device(name: str | None) -> torch.device:

@@ -18,6 +18,7 @@ from .context import LayerSite, Runtime
 from .families import Place, attention_of, decoder_layers, family_of, place
 from .linear import FastWeight, check_replaceable, make_fast, make_slow, output_size
 from .loss import LossForward
+from .saving import after_attach, before_detach
 from .tensor_parallel import check_split, is_split
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -132,12 +133,14 @@ def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
     root.__dict__[RUNTIME] = runtime
     root.__dict__.update(runtime.overrides())
     root.config.inplace_ttt = config.to_dict()
+    after_attach(root)
     return model
 
 
 def detach(model: Model) -> Model:
     """Takes the fast weights out of ``model`` in place and returns it: the plain model with its present parameters."""
     root, runtime = unwrap(model), runtime_of(model)
+    before_detach(root)
     for handle in runtime.handles:
         handle.remove()
     for site in runtime.sites:
@@ -149,7 +152,10 @@ def detach(model: Model) -> Model:
                 setattr(parent, name, make_slow(child))
     for name in (RUNTIME, *runtime.overrides()):
         del root.__dict__[name]
-    if runtime.loss_forward is not None and getattr(runtime.loss_forward.forward, "__func__", None) is not type(root).forward:
+    if (
+        runtime.loss_forward is not None
+        and getattr(runtime.loss_forward.forward, "__func__", None) is not type(root).forward
+    ):
         root.__dict__["forward"] = runtime.loss_forward.forward  # somebody else's, from before attach
     del root.config.inplace_ttt
     return model

@@ -28,7 +28,9 @@ class LayerCall(Protocol):
     rows: int
     tokens: int
 
-    def project(self, site: "LayerSite", module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+    def project(
+        self, site: "LayerSite", module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         """Return the output [B, T, D] of a layer's projection for its inputs z [B, T, F], u its target's source."""
         ...
 
@@ -53,7 +55,9 @@ class WholeCall:
             self._moved[device] = self.table.to(device)
         return self._moved[device]
 
-    def project(self, site: "LayerSite", module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+    def project(
+        self, site: "LayerSite", module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         slot, rule = self.slots.get(site.index), self.settings.rule
         table = self.table_on(z.device)
         if slot is None and not table.updates and rule.from_zero:

@@ -232,7 +232,11 @@ class Runtime:
                 raise NotImplementedError(f"cannot keep fast weights in a {type(cache).__name__}: pass a DynamicCache")
             return cache  # transformers reads and fills it even with use_cache=False
         wanted = self.model_config.use_cache if use_cache is None else use_cache
-        if not wanted or not self.settings.enabled or (use_cache is None and module.training and torch.is_grad_enabled()):
+        if (
+            not wanted
+            or not self.settings.enabled
+            or (use_cache is None and module.training and torch.is_grad_enabled())
+        ):
             return None
         return DynamicCache(config=self.model_config)
 
@@ -258,7 +262,11 @@ class Runtime:
 
     def may_compile(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
         """generate() compiles decoding with static caches by itself: single steps, not pieces of a prompt."""
-        if getattr(generation_config, "prefill_chunk_size", None) is not None or not self.settings.rule.linear or self.loss_forward is not None:
+        if (
+            getattr(generation_config, "prefill_chunk_size", None) is not None
+            or not self.settings.rule.linear
+            or self.loss_forward is not None
+        ):
             return False
         model: Any = type(self.model)
         found: bool = model._valid_auto_compile_criteria(self.model, model_kwargs, generation_config)

@@ -87,7 +87,9 @@ class Step:
             slot.begin_step(weights[i], settings.rule.lr)
         return Step(sites, slots, settings, cache.__dict__.setdefault(CLOCK, StepClock()))
 
-    def project(self, site: "LayerSite", module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+    def project(
+        self, site: "LayerSite", module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         """Return the projection's output [B, 1, D] for z [B, 1, F] and u [B, 1, D], which the layer keeps."""
         steps = self.slots[site.index].steps
         assert steps is not None

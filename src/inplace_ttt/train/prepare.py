@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -143,14 +144,15 @@ def _key(recipe: Recipe) -> str:
     tokenizer_path = recipe.tokenizer.path or recipe.model.base or ""
     files += sorted(Path(tokenizer_path).glob("*token*")) if tokenizer_path and Path(tokenizer_path).is_dir() else []
     stats = sorted((str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in set(files))
-    uses_packages = any(split_source(source)[0] == "packages" for source in sources)
+    kinds = {split_source(source)[0] for source in sources}
     parts = [
         _FORMAT,
         data,
         asdict(recipe.tokenizer),
         tokenizer_path,
         stats,
-        installed() if uses_packages else [],
+        installed() if "packages" in kinds else [],
+        *([sys.version] if "library" in kinds else []),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

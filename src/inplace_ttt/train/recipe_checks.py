@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 from inplace_ttt.errors import UserError, in_one_line
 from inplace_ttt.train.parallel_spec import check_parallel
 from inplace_ttt.train.schema import RecipeError
-from inplace_ttt.train.sources import SPLITS, check_source, split_source
+from inplace_ttt.train.sources import INSTALLED, SPLITS, check_source, split_source
 
 if TYPE_CHECKING:
     from inplace_ttt.train.recipe import Recipe
 
 
-def check(recipe: "Recipe") -> None:
-    """Raises RecipeError for the first thing that cannot work. Reads no data."""
+def check(recipe: "Recipe", data: bool = True) -> None:
+    """Raises RecipeError for the first thing that cannot work. Reads no data; without ``data`` none need be there."""
     _check_numbers(recipe)
     _check_model(recipe)
-    _check_data(recipe)
+    _check_data(recipe, data)
     _check_ttt(recipe)
     _check_alignment(recipe)
     check_parallel(recipe)
@@ -156,7 +156,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
         raise RecipeError(f"model.config.num_key_value_heads: {shared} must divide num_attention_heads ({heads})")
 
 
-def _check_data(recipe: "Recipe") -> None:
+def _check_data(recipe: "Recipe", there: bool) -> None:
     data = recipe.data
     if not data.train:
         raise RecipeError("data.train: give at least one domain, such as books: jsonl:books.jsonl")
@@ -177,11 +177,12 @@ def _check_data(recipe: "Recipe") -> None:
             for source in spec.sources:
                 try:
                     kind, wanted = split_source(source)
-                    check_source(source)
+                    if there:
+                        check_source(source)
                 except UserError as error:
                     raise RecipeError(f"{where}: {error}") from None
-                if kind == "packages" and wanted != split:
-                    raise RecipeError(f"{where}: {source} belongs to another split, write packages:{split}")
+                if kind in INSTALLED and wanted != split:
+                    raise RecipeError(f"{where}: {source} belongs to another split, write {kind}:{split}")
 
 
 def _check_ttt(recipe: "Recipe") -> None:

@@ -7,7 +7,8 @@ A source is written ``kind:where``:
 * ``text:PATH`` one UTF-8 file a document; PATH may be a glob (``**`` reaches into folders);
 * ``hf:PLACE?split=train&text=COLUMN`` a dataset of the hub or of a folder, see `inplace_ttt.hub`;
 * ``packages:SPLIT`` the installed distributions that fall into SPLIT (train, validation or test), see
-  `inplace_ttt.train.packages`.
+  `inplace_ttt.train.packages`;
+* ``library:SPLIT`` the source of Python's standard library, see `inplace_ttt.train.library`.
 """
 
 import glob
@@ -23,6 +24,8 @@ from inplace_ttt.errors import SourceError
 from inplace_ttt.hub import HubDataset, hub_dataset
 
 SPLITS = ("train", "validation", "test")
+INSTALLED = ("packages", "library")
+"""Kinds of source that name a split of what is installed, not a place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +41,11 @@ class Document:
 def split_source(spec: str) -> tuple[str, str]:
     """``kind:where`` -> (kind, where). Raises SourceError for anything else."""
     kind, colon, where = spec.partition(":")
-    if not colon or kind not in ("jsonl", "text", "hf", "packages") or not where:
-        raise SourceError(f"{spec!r} is no document source: write jsonl:PATH, text:PATH, hf:DATASET or packages:SPLIT")
-    if kind == "packages" and where not in SPLITS:
+    if not colon or kind not in ("jsonl", "text", "hf", *INSTALLED) or not where:
+        raise SourceError(
+            f"{spec!r} is no document source: write jsonl:PATH, text:PATH, hf:DATASET, packages:SPLIT or library:SPLIT"
+        )
+    if kind in INSTALLED and where not in SPLITS:
         raise SourceError(f"{spec!r}: there is no split {where!r}, only {', '.join(SPLITS)}")
     return kind, where
 
@@ -48,7 +53,7 @@ def split_source(spec: str) -> tuple[str, str]:
 def source_files(spec: str) -> list[Path]:
     """Local files that a source names, sorted. Raises SourceError when a jsonl: or text: source has none."""
     kind, where = split_source(spec)
-    if kind == "packages":
+    if kind in INSTALLED:
         return []
     if kind == "hf":
         return _dataset(spec).files()
@@ -64,7 +69,7 @@ def check_source(spec: str) -> None:
     kind, _ = split_source(spec)
     if kind == "hf":
         _dataset(spec)
-    elif kind != "packages":
+    elif kind not in INSTALLED:
         source_files(spec)
 
 
@@ -75,6 +80,11 @@ def read_source(spec: str, packages: Callable[[str], list[Document]] | None = No
         if packages is None:
             raise SourceError(f"{spec}: installed packages are not available here")
         yield from packages(where)
+        return
+    if kind == "library":
+        from inplace_ttt.train.library import library
+
+        yield from library(where)
         return
     if kind == "hf":
         yield from _rows(_dataset(spec))

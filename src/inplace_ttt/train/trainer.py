@@ -173,7 +173,9 @@ class InnerLrWarmup(TrainerCallback):
         if state.global_step <= self.steps:
             set_lr(self.model, self.lr * min(1.0, (state.global_step + 1) / self.steps))
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         from inplace_ttt import set_lr
 
         set_lr(self.model, self.lr)
