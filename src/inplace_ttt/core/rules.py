@@ -119,7 +119,7 @@ def register_rule(name: str) -> Callable[[Kind], Kind]:
             cls.linear = True
         if cls.additive and not cls.from_zero:
             raise UserError(f"rule {name!r} is additive, so it must begin with S = 0: from_zero = True")
-        RULES[name] = cls = dataclass(frozen=True)(cls)
+        RULES[name] = dataclass(frozen=True)(cls)
         return cls
 
     return register
@@ -203,7 +203,8 @@ def slow_norm(W0: Tensor | None, what: str) -> Tensor:
     """Return ``|W0|_F``, 0-d, not differentiable. NotImplementedError where there is no dense W0."""
     if W0 is None:
         raise NotImplementedError(f"{what} needs the norm of a dense weight, and this model's is quantised")
-    return torch.linalg.vector_norm(W0.detach(), dtype=state_dtype(W0.dtype))
+    norm: Tensor = torch.linalg.vector_norm(W0.detach(), dtype=state_dtype(W0.dtype))
+    return norm
 
 
 def largest_singular_value(v: Tensor, z: Tensor, steps: int = 5) -> Tensor:
@@ -219,5 +220,5 @@ def largest_singular_value(v: Tensor, z: Tensor, steps: int = 5) -> Tensor:
             x = (x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)) @ z.mT @ v  # dW x
             x = x @ v.mT @ z  # dW^T dW x
         x = x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
-    squared = (x @ z.mT @ v).square().sum((1, 2))
+    squared: Tensor = (x @ z.mT @ v).square().sum((1, 2))
     return squared.clamp(min=torch.finfo(dtype).tiny).sqrt()

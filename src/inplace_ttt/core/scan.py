@@ -30,8 +30,8 @@ class Call:
 
     z [B, T, F]; v [B, U * C, D] as written (``Rule.values`` is applied), None when no chunk updates; ``keep`` [B, U]:
     gates; ``weight`` [D, F] and ``bias`` [D] of a slow product to be taken along, of z's dtype; ``slow``: W0 for the
-    rule, None where there is no dense one; ``state`` before the call, None: as ``Rule.init`` makes it; ``past`` [B, P, F]:
-    z of the pending tokens. ``width``: D. ``watch``: called with each slot's number and the state before it.
+    rule, None where there is no dense one; ``state`` before the call, None: as ``Rule.init`` makes it; ``past``
+    [B, P, F]: z of the pending tokens. ``width``: D. ``watch``: called with each slot's number and the state before it.
     """
 
     rule: Rule

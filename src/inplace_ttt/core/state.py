@@ -23,8 +23,8 @@ class FastWeights:
 
     ``tensors``: the rule's state, [B, ...] each, None while every row is where a document begins; pending inputs z
     [B, C, F] and u [B, C, D], of which row b's first ``seen[b] % C`` are filled; ``history``: the last completed
-    chunks for ``rollback``, [B, R * C, W] each: z, u and v as written where an update can be subtracted again, else z, u
-    and the states before them, [B, R, ...] under "state.NAME".
+    chunks for ``rollback``, [B, R * C, W] each: z, u and v as written where an update can be subtracted again, else
+    z, u and the states before them, [B, R, ...] under "state.NAME".
 
     ``snapshots``: keep states in the history even if the rule is additive (gated targets). ``form``: "dense" here;
     others are subclasses (``fast.factors``).

@@ -258,7 +258,7 @@ class LayerInfo:
 
 
 def inspect(model: nn.Module) -> list[LayerInfo]:
-    """List the adapting layers. Bytes are those of a row's state (of "sum": S, D x F, in float32) without pending tokens.
+    """List the adapting layers. Bytes: of a row's state (for "sum": S, D x F in float32), without pending tokens.
 
     A model on the meta device is taken for one that will be on the CUDA device, or on the CPU where there is none.
     """
