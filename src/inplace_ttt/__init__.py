@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import InPlaceTTTConfig
+    from .core import Rule, Target, register_rule, register_target
     from .errors import UserError
     from .hf.attach import (
         attach,
@@ -28,8 +29,10 @@ __all__ = [
     "DEFAULT_MODEL",
     "DecodingGraph",
     "InPlaceTTTConfig",
+    "Rule",
     "Session",
     "SessionPool",
+    "Target",
     "UserError",
     "attach",
     "configure",
@@ -40,6 +43,8 @@ __all__ = [
     "inspect",
     "is_attached",
     "layers_off",
+    "register_rule",
+    "register_target",
     "save_pretrained",
     "save_release",
     "set_lr",
@@ -64,6 +69,7 @@ _HOMES = {
         ),
         "hf.attach",
     ),
+    **dict.fromkeys(("Rule", "Target", "register_rule", "register_target"), "core"),
     **dict.fromkeys(("from_pretrained", "save_pretrained"), "hf.checkpoint"),
     "DecodingGraph": "hf.graph",
     "fast_weights": "hf.context",

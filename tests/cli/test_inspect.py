@@ -83,4 +83,19 @@ def test_table(cli, folder):
         "KiB",
     ]
     assert "1 of 3" in printed
+    assert "rule sum, computed by path loop" in printed
     assert "has fast weights" in cli("inspect", folder.model).stdout
+
+
+def test_rule_and_path(cli, tmp_path):
+    """The rule with the options that are not its defaults, the bytes of all its tensors, and which path scans."""
+    config = ittt.InPlaceTTTConfig(layers="1:", rule="momentum", rule_options={"beta": 0.5}, decay=0.1)
+    ittt.save_pretrained(ittt.attach(tiny(), config), tmp_path / "momentum")
+    found = figures(cli("inspect", tmp_path / "momentum", "--json"))
+    assert {(layer["rule"], layer["path"]) for layer in found["layers"]} == {("momentum", "generic")}
+    assert found["state_bytes"] == 2 * 2 * 4 * 32 * 48
+    assert found["settings"]["rule_options"] == {"beta": 0.5}
+    printed = cli("inspect", tmp_path / "momentum").stdout
+    assert "rule momentum (decay 0.1, beta 0.5), computed by path generic" in printed
+    gated = ittt.attach(tiny(), ittt.InPlaceTTTConfig(layers="1:", objective_options={"gates": True}))
+    assert {(layer.rule, layer.path) for layer in ittt.inspect(gated)} == {("sum", "generic")}

@@ -1,6 +1,7 @@
 """``inplace-ttt inspect``."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -95,4 +96,8 @@ def _show(found: "Preview") -> None:
     console.print(
         f"state: fast weights of each row, and up to {size(found.pending_bytes)} for tokens whose chunk is not full"
     )
+    rule = s.make_rule()
+    options = ", ".join(f"{f.name} {getattr(rule, f.name)}" for f in fields(rule) if getattr(rule, f.name) != f.default)
+    paths = " and ".join(sorted({layer.path for layer in found.layers}))
+    console.print(f"rule {rule.name}{options and f' ({options})'}, computed by path {paths}", soft_wrap=True)
     console.print(f"chunk_size {s.chunk_size:,}, lr {s.lr:g}, target {s.target}, objective {s.objective}")

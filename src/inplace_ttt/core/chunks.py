@@ -155,8 +155,8 @@ class ChunkTable:
         """Table of a call of ``rows`` x ``tokens``.
 
         ``documents``: as ``document_ids`` gives them. ``seen``: tokens already read of each row's current document
-        (None: nothing); a row's first document in the call continues it. ``from_zero``: the initial state adds nothing to
-        the output (``Rule.from_zero``).
+        (None: nothing); a row's first document in the call continues it. ``from_zero``: the initial state adds nothing
+        to the output (``Rule.from_zero``).
         """
         before = (0,) * rows if seen is None else tuple(seen)
         if len(before) != rows:

@@ -43,7 +43,7 @@ class Rule:
     linear: ClassVar[bool] = False
     """``apply`` is ``lr * S z`` with S = ``state["S"]`` [B, D, F]: can be folded into W0 and exported as LoRA."""
     additive: ClassVar[bool] = False
-    """``S' = keep * S + write(z, v, W0)``, and nothing else is carried: ranks, undoing by subtraction."""
+    """``S' = keep * S + write(z, v, W0)`` from S = 0, and nothing else is carried: ranks, undoing by subtraction."""
     outer: ClassVar[bool] = False
     """``write`` is ``sum_t v'_t z_t^T`` with v' = ``values(z, v, W0)``: the fast paths, pairs and factors of rank r."""
     from_zero: ClassVar[bool] = True
@@ -65,6 +65,12 @@ class Rule:
         ``W0``: the slow weight [D, F], not to be differentiated; None where there is no dense one (a quantised model).
         """
         return {"S": self.keep * state["S"] + self.write(z, v, W0)}
+
+    def update_as_written(self, state: State, z: Tensor, v: Tensor, W0: Tensor | None) -> State:
+        """Return the state after a chunk, as ``update`` does; of an outer rule, ``values`` was applied to v before."""
+        if not self.outer:
+            return self.update(state, z, v, W0)
+        return {"S": self.keep * state["S"] + outer(v, z)}
 
     def write(self, z: Tensor, v: Tensor, W0: Tensor | None) -> Tensor:
         """Return what a chunk adds to S, [B, D, F] (additive rules)."""
@@ -111,7 +117,9 @@ def register_rule(name: str) -> Callable[[Kind], Kind]:
             cls.additive = True
         if cls.additive:
             cls.linear = True
-        RULES[name] = cls = dataclass(frozen=True)(cls)
+        if cls.additive and not cls.from_zero:
+            raise UserError(f"rule {name!r} is additive, so it must begin with S = 0: from_zero = True")
+        RULES[name] = dataclass(frozen=True)(cls)
         return cls
 
     return register
@@ -195,7 +203,8 @@ def slow_norm(W0: Tensor | None, what: str) -> Tensor:
     """Return ``|W0|_F``, 0-d, not differentiable. NotImplementedError where there is no dense W0."""
     if W0 is None:
         raise NotImplementedError(f"{what} needs the norm of a dense weight, and this model's is quantised")
-    return torch.linalg.vector_norm(W0.detach(), dtype=state_dtype(W0.dtype))
+    norm: Tensor = torch.linalg.vector_norm(W0.detach(), dtype=state_dtype(W0.dtype))
+    return norm
 
 
 def largest_singular_value(v: Tensor, z: Tensor, steps: int = 5) -> Tensor:
@@ -211,5 +220,5 @@ def largest_singular_value(v: Tensor, z: Tensor, steps: int = 5) -> Tensor:
             x = (x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)) @ z.mT @ v  # dW x
             x = x @ v.mT @ z  # dW^T dW x
         x = x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
-    squared = (x @ z.mT @ v).square().sum((1, 2))
+    squared: Tensor = (x @ z.mT @ v).square().sum((1, 2))
     return squared.clamp(min=torch.finfo(dtype).tiny).sqrt()

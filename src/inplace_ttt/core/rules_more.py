@@ -25,7 +25,10 @@ class Delta(Rule):
 
 @register_rule("momentum")
 class Momentum(Rule):
-    """Heavy ball: ``M' = beta M + sum_t v_t z_t^T``, ``S' = (1 - decay) S + M'`` (Polyak 1964; Titans, Behrouz 2024)."""
+    """Heavy ball: ``M' = beta M + sum_t v_t z_t^T``, ``S' = (1 - decay) S + M'``.
+
+    Polyak 1964; as test-time training: Titans, Behrouz et al. 2024.
+    """
 
     decay: float = 0.0
     beta: float = 0.9
@@ -55,7 +58,7 @@ class Muon(Rule):
         return 1 - self.decay
 
     def write(self, z: Tensor, v: Tensor, W0: Tensor | None) -> Tensor:
-        X = outer(v.to(z.dtype), z)
+        X: Tensor = outer(v.to(z.dtype), z)
         X = X / (torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True) + 1e-7)
         for _ in range(5):
             A = X @ X.mT

@@ -30,8 +30,8 @@ class Call:
 
     z [B, T, F]; v [B, U * C, D] as written (``Rule.values`` is applied), None when no chunk updates; ``keep`` [B, U]:
     gates; ``weight`` [D, F] and ``bias`` [D] of a slow product to be taken along, of z's dtype; ``slow``: W0 for the
-    rule, None where there is no dense one; ``state`` before the call, None: as ``Rule.init`` makes it; ``past`` [B, P, F]:
-    z of the pending tokens. ``width``: D. ``watch``: called with each slot's number and the state before it.
+    rule, None where there is no dense one; ``state`` before the call, None: as ``Rule.init`` makes it; ``past``
+    [B, P, F]: z of the pending tokens. ``width``: D. ``watch``: called with each slot's number and the state before it.
     """
 
     rule: Rule
@@ -124,7 +124,7 @@ def _segment(call: Call, layout: Layout, start: State, state: State, slots: Any)
             call.watch(m, state)
         if m < call.table.updates and call.v is not None:
             shrunk = state if call.keep is None else {k: scaled(x, call.keep[:, m]) for k, x in state.items()}
-            new = rule.update(shrunk, layout.absorbed(m), layout.targets(call.v, m), call.slow)
+            new = rule.update_as_written(shrunk, layout.absorbed(m), layout.targets(call.v, m), call.slow)
             state = new if layout.update is None else where(layout.update[:, m], new, state)
     return parts, state
 

@@ -23,8 +23,8 @@ class FastWeights:
 
     ``tensors``: the rule's state, [B, ...] each, None while every row is where a document begins; pending inputs z
     [B, C, F] and u [B, C, D], of which row b's first ``seen[b] % C`` are filled; ``history``: the last completed
-    chunks for ``rollback``, [B, R * C, W] each: z, u and v as written where an update can be subtracted again, else z, u
-    and the states before them, [B, R, ...] under "state.NAME".
+    chunks for ``rollback``, [B, R * C, W] each: z, u and v as written where an update can be subtracted again, else
+    z, u and the states before them, [B, R, ...] under "state.NAME".
 
     ``snapshots``: keep states in the history even if the rule is additive (gated targets). ``form``: "dense" here;
     others are subclasses (``fast.factors``).
@@ -222,8 +222,10 @@ class FastWeights:
 
     @property
     def can_step(self) -> bool:
-        """Whether the next token can be taken by a step: something was read, and S is dense."""
-        return self.rule.linear and self.z is not None and self.u is not None and self.z.shape[1] == self.chunk_size
+        """Whether the next token can be taken by a step: something was read, and S is dense (or zero)."""
+        if not self.rule.linear or (self.tensors is None and not self.rule.from_zero):
+            return False
+        return self.z is not None and self.u is not None and self.z.shape[1] == self.chunk_size
 
     def end_step(self) -> list[int]:
         """Count a step's token; return the rows whose chunk it completed, for ``core.layer.complete``."""
@@ -279,7 +281,7 @@ class FastWeights:
         else:
             with torch.autocast(z.device.type, enabled=False):
                 shrunk = old if keep_B1 is None else _scaled(old, keep_B1.index_select(0, index)[:, 0])
-                new = rule.update(shrunk, z, v, slow)
+                new = rule.update_as_written(shrunk, z, v, slow)
         whole = len(rows) == self.rows
         self.tensors = new if whole else {name: x.index_copy(0, index, new[name]) for name, x in start.items()}
         return start

@@ -108,8 +108,8 @@ def values_of(
         return None, None
     C, U = table.chunk_size, table.updates
     past_z, past_u = past
-    u = chunked(u_BTD, past_u, table).unflatten(1, (U, C))
-    z = chunked(z_BTF, past_z, table).unflatten(1, (U, C)) if getattr(target, "needs_keys", False) else None
+    u = chunked(u_BTD, past_u, table).unflatten(1, (U, C))  # type: ignore[no-untyped-call]
+    z = chunked(z_BTF, past_z, table).unflatten(1, (U, C)) if getattr(target, "needs_keys", False) else None  # type: ignore[no-untyped-call]
     found = target.forward(u, z) if isinstance(target, nn.Module) else target(u, z)  # it is no module of the model
     v, keep = found if isinstance(found, tuple) else (found, None)
     return v.flatten(1, 2), keep

@@ -11,8 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from ..config import InPlaceTTTConfig
+from ..core import Call, ChunkTable, Rule, Target, make_target
+from ..core.scan import path_for
 from ..errors import UserError
-from ..core import Target, make_target
 from .context import LayerSite, Runtime
 from .families import Place, attention_of, check_layers, decoder_layers, family_of, place, text_model
 from .linear import FastWeight, InitWeights, check_replaceable, make_fast, make_slow, output_size
@@ -256,7 +257,10 @@ def layers_off(model: nn.Module, layers: Collection[int]) -> Any:
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One adapting layer: names, extra parameters, and bytes of fast weights per row."""
+    """One adapting layer: names, extra parameters, bytes of fast weights per row, and how these are computed.
+
+    ``path``: the way the scan of whole calls takes on the layer's device: a registered fast path, or "generic".
+    """
 
     index: int
     projection: str
@@ -264,17 +268,35 @@ class LayerInfo:
     shape: tuple[int, int]
     extra_parameters: int
     state_bytes: int
+    rule: str
+    path: str
 
 
 def inspect(model: nn.Module) -> list[LayerInfo]:
-    """What adapts. The state of a row is S (D x F) in float32 plus at most C pending tokens (not counted)."""
+    """List the adapting layers. Bytes: of a row's state (for "sum": S, D x F in float32), without pending tokens.
+
+    A model on the meta device is taken for one that will be on the CUDA device, or on the CPU where there is none.
+    """
     root, runtime = unwrap(model), runtime_of(model)
-    names = {id(module): name for name, module in root.named_modules()}
+    names, rule = {id(module): name for name, module in root.named_modules()}, runtime.settings.rule
     infos = []
     for site in runtime.sites:
         fast = site.projection()
         D = output_size(fast)
         F = next(s for s in (getattr(fast, n, None) for n in ("in_features", "nx")) if isinstance(s, int))
         extra = sum(p.numel() for n, p in site.mlp.named_parameters() if n.startswith("ttt_"))
-        infos.append(LayerInfo(site.index, names[id(fast)], type(fast).__name__, (D, F), extra, 4 * D * F))
+        state = rule.init(1, D, F, torch.empty(0, dtype=torch.float32, device="meta"))
+        size = sum(x.numel() * x.element_size() for x in state.values())
+        path = _path(rule, D, F, fast.weight.device, site.gates)
+        infos.append(LayerInfo(site.index, names[id(fast)], type(fast).__name__, (D, F), extra, size, rule.name, path))
     return infos
+
+
+def _path(rule: Rule, D: int, F: int, device: torch.device, gates: bool) -> str:
+    """Return the name of the path that scans a call of two chunks in one row, without a state before it."""
+    if device.type == "meta":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    one = torch.empty(1, 1, 1, device=device)  # expanded: only shapes matter
+    z, v, weight = one.expand(1, 2, F), one.expand(1, 1, D), one[0].expand(D, F)
+    keep = one[0] if gates else None
+    return path_for(Call(rule, ChunkTable.build(1, 2, 1), z, v, D, keep=keep, weight=weight, slow=weight)).name

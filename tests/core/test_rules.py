@@ -1,0 +1,244 @@
+"""Every shipped rule and target against a naive loop over tokens and chunks: values and all gradients, in float64."""
+
+from importlib import import_module
+
+import pytest
+import torch
+from naive_rules import (
+    DECAY,
+    LAYOUTS,
+    RULE_CASES,
+    TARGET_CASES,
+    C,
+    D,
+    F,
+    compare,
+    inputs,
+    naive,
+    run,
+    the_documents,
+    the_rule,
+    the_target,
+)
+
+from inplace_ttt.core import FastWeights, make_rule
+from inplace_ttt.core.rules import largest_singular_value
+from inplace_ttt.core.targets import ridge_values
+
+core_scan = import_module("inplace_ttt.core.scan")  # the package has a function of that name
+
+
+# -- values and gradients ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", RULE_CASES)
+def test_rules_equal_the_loop(case, layout):
+    z, u, W0 = inputs(2, 4 * C + 2)
+    rule, target, documents = the_rule(case), the_target(), the_documents(layout, 2, 4 * C + 2)
+    state = FastWeights(2, C, rule)
+    out = run(rule, target, z, u, W0, documents, state)
+    want, after = naive(*RULE_CASES[case], target, z, u, W0, documents)
+    assert state.tensors.keys() == after.keys()
+    found = compare(
+        [out, *(state.tensors[key] for key in after)],
+        [want, *after.values()],
+        [z, u, W0, *target.parameters()],
+    )
+    assert all(g is not None and g.abs().max() > 1e-3 for g in found)
+    compare([run(rule, target, z, u, W0, documents)], [want], [z, u, W0, *target.parameters()])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", TARGET_CASES)
+def test_targets_equal_the_loop(case, layout):
+    z, u, W0 = inputs(2, 4 * C + 2)
+    rule, target, documents = the_rule("decay"), the_target(*TARGET_CASES[case]), the_documents(layout, 2, 4 * C + 2)
+    state = FastWeights(2, C, rule, snapshots=target.gates)
+    out = run(rule, target, z, u, W0, documents, state)
+    want, after = naive("sum", {"decay": DECAY}, target, z, u, W0, documents)
+    found = compare([out, state.S], [want, after["S"]], [z, u, W0, *target.parameters()])
+    assert all(g is not None and g.abs().max() > 1e-4 for g in found)
+
+
+@pytest.mark.parametrize("extra", ["gates", "ridge"])
+@pytest.mark.parametrize("case", ["clip", "soft_cap", "delta", "momentum", "muon"])
+def test_gates_and_ridge_under_other_rules(case, extra):
+    z, u, W0 = inputs(2, 4 * C + 2)
+    rule, target = the_rule(case), the_target(*TARGET_CASES[f"learned {extra}"])
+    documents = the_documents("left and packed", 2, 4 * C + 2)
+    out = run(rule, target, z, u, W0, documents)
+    want, _ = naive(*RULE_CASES[case], target, z, u, W0, documents)
+    compare([out], [want], [z, u, W0, *target.parameters()])
+
+
+GATED = [("decay", "next_token gates"), ("soft_cap", "learned gates"), ("delta", "learned gates")]
+ALL_STATES = [*((case, "learned plain") for case in RULE_CASES), *GATED]
+
+
+@pytest.mark.parametrize("sizes", [(C - 1, C + 2, 3, 2 * C), (1,) * (4 * C), (2 * C + 1, 2 * C - 1)])
+@pytest.mark.parametrize(("case", "target_case"), ALL_STATES)
+def test_pieces_with_a_state(case, target_case, sizes):
+    """Any pieces give the outputs, the state and the gradients of one pass, each row padded on the left as it likes."""
+    z, u, W0 = inputs(2, sum(sizes))
+    rule, target = the_rule(case), the_target(*TARGET_CASES[target_case])
+    documents = the_documents("left", 2, sum(sizes))
+    state, outs, at = FastWeights(2, C, rule, snapshots=target.gates), [], 0
+    for n in sizes:
+        s = slice(at, at + n)
+        outs.append(run(rule, target, z[:, s], u[:, s], W0, documents[:, s], state))
+        at += n
+    want, after = naive(*RULE_CASES[case], target, z, u, W0, documents)
+    got = [torch.cat(outs, 1), *(state.tensors[key] for key in after)]
+    compare(got, [want, *after.values()], [z, u, W0, *target.parameters()])
+
+
+@pytest.mark.parametrize("drop", [1, C, 2 * C + 1, 3 * C + 2])
+@pytest.mark.parametrize(("case", "target_case"), ALL_STATES)
+def test_rollback_equals_never_having_read(case, target_case, drop):
+    total, sizes = 4 * C + 2, (C + 1, 1, 2 * C, C)
+    rule, target = the_rule(case), the_target(*TARGET_CASES[target_case])
+    with torch.no_grad():
+        z, u, W0 = inputs(2, total)
+        documents = the_documents("left", 2, total)
+        state, at = FastWeights(2, C, rule, snapshots=target.gates), 0
+        for n in sizes:
+            s = slice(at, at + n)
+            run(rule, target, z[:, s], u[:, s], W0, documents[:, s], state)
+            at += n
+        state.rollback(drop)
+        more_z, more_u, _ = inputs(2, 2 * C + 1)
+        got = run(rule, target, more_z, more_u, W0, None, state)
+        left = total - drop
+        zs, us = torch.cat([z[:, :left], more_z], 1), torch.cat([u[:, :left], more_u], 1)
+        documents = torch.nn.functional.pad(documents[:, :left], (0, 2 * C + 1))
+        want, after = naive(*RULE_CASES[case], target, zs, us, W0, documents)
+        torch.testing.assert_close(got, want[:, left:], atol=1e-7, rtol=1e-7)
+        for key, x in after.items():
+            torch.testing.assert_close(state.tensors[key], x, atol=1e-7, rtol=1e-7)
+
+
+def test_fork_and_select_keep_every_tensor_of_a_state():
+    rule, target = the_rule("momentum"), the_target()
+    with torch.no_grad():
+        z, u, W0 = inputs(2, 2 * C + 1)
+        state = FastWeights(2, C, rule)
+        run(rule, target, z, u, W0, None, state)
+        twin, order = state.fork(), torch.tensor([1, 1, 0])
+        state.select(order)
+        joined = FastWeights.stack([twin, state])
+        more_z, more_u, _ = inputs(5, 2 * C)
+        got = run(rule, target, more_z, more_u, W0, None, joined)
+        zs = torch.cat([torch.cat([z, z[order]]), more_z], 1)
+        us = torch.cat([torch.cat([u, u[order]]), more_u], 1)
+        want, after = naive(*RULE_CASES["momentum"], target, zs, us, W0)
+        torch.testing.assert_close(got, want[:, 2 * C + 1 :])
+        torch.testing.assert_close(joined.tensors, after)
+
+
+# -- writes ------------------------------------------------------------------------------------------------------------
+
+
+def test_sizes_of_writes_are_what_they_say():
+    """A sized write moves S by r |W0|_F, a soft cap stays below tau, and a clip at tau; a ridge write reads back v."""
+    z, v, W0 = torch.randn(3, C, F).double(), torch.randn(3, C, D).double(), torch.randn(D, F).double()
+
+    def write(**options):
+        return make_rule("sum", options, {}).write(z, v, W0)
+
+    slow = W0.norm()
+    torch.testing.assert_close(write(update_size=0.01).norm(dim=(1, 2)), (0.01 * slow).expand(3))
+    plain, capped, clipped = write(), write(soft_cap=0.1), write(clip=0.1, clip_relative=True)
+    assert (torch.linalg.matrix_norm(plain, 2) > 0.2 * slow).all()
+    assert (torch.linalg.matrix_norm(capped, 2) < 0.1 * slow).all()
+    torch.testing.assert_close(clipped.norm(dim=(1, 2)), (0.1 * slow).expand(3))
+    dW = ridge_values(z, v, 1e-9).mT @ z
+    torch.testing.assert_close(z @ dW.mT, v, atol=1e-5, rtol=1e-5)
+
+
+def test_the_power_iteration_finds_the_largest_singular_value():
+    """From below, and to 1e-3 where the two largest are apart."""
+    z, v = torch.randn(64, C, F).double(), torch.randn(64, C, D).double()
+    values = torch.linalg.svdvals(v.mT @ z)
+    found = largest_singular_value(v, z)
+    assert (found <= values[:, 0] * (1 + 1e-12)).all()
+    apart = values[:, 0] > 1.5 * values[:, 1]
+    assert apart.sum() > 10
+    assert (found > 0.99 * values[:, 0])[apart].all()
+
+
+def test_a_soft_cap_has_a_finite_gradient_where_nothing_is_written():
+    z, v, W0 = torch.randn(1, C, F), torch.zeros(1, C, D, requires_grad=True), torch.randn(D, F)
+    written = make_rule("sum", {"soft_cap": 0.1}, {}).write(z, v, W0)
+    (found,) = torch.autograd.grad(written.sum(), v)
+    assert not written.any()
+    torch.testing.assert_close(found, z.sum(-1, keepdim=True).expand(1, C, D))
+
+
+# -- the generic scan --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def generic_only(monkeypatch):
+    monkeypatch.setattr(core_scan, "PATHS", [])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", ["plain", "decay", "clip", "update_size", "soft_cap"])
+def test_the_generic_scan_equals_the_fast_path(case, layout, monkeypatch):
+    z, u, W0 = inputs(2, 4 * C + 2)
+    rule, target, documents = the_rule(case), the_target(), the_documents(layout, 2, 4 * C + 2)
+
+    def both_calls():
+        state = FastWeights(2, C, rule)
+        outs = [
+            run(rule, target, z[:, s], u[:, s], W0, None if documents is None else documents[:, s], state)
+            for s in (slice(0, C + 3), slice(C + 3, None))
+        ]
+        return [*outs, state.S]
+
+    paths, path_for = [], core_scan.path_for
+
+    def watched(call):
+        paths.append(path_for(call).name)
+        return path_for(call)
+
+    monkeypatch.setattr(core_scan, "path_for", watched)
+    fast = both_calls()
+    assert set(paths) == {"loop"}
+    monkeypatch.setattr(core_scan, "PATHS", [])
+    paths.clear()
+    slow = both_calls()
+    assert set(paths) == {"generic"}
+    compare(slow, fast, [z, u, W0, *target.parameters()])
+
+
+def test_the_path_that_ran_is_logged(caplog):
+    z, u, W0 = inputs(1, 3 * C)
+    with caplog.at_level("DEBUG", logger="inplace_ttt"):
+        for case in ("plain", "delta"):
+            run(the_rule(case), the_target(), z, u, W0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "scan of rule 'sum': path 'loop', 3 chunks",
+        "scan of rule 'delta': path 'generic', 3 chunks",
+    ]
+
+
+@pytest.mark.parametrize("case", ["momentum", "plain"])
+def test_checkpointing_in_segments_changes_no_gradient(case, monkeypatch, generic_only):
+    z, u, W0 = inputs(2, 9 * C + 1)
+    rule, target, documents = the_rule(case), the_target(), the_documents("packed", 2, 9 * C + 1)
+    calls, checkpoint = [], core_scan.checkpoint
+
+    def counted(function, *args, **keywords):
+        calls.append(function)
+        return checkpoint(function, *args, **keywords)
+
+    monkeypatch.setattr(core_scan, "checkpoint", counted)
+    results = []
+    for segment in (10**6, 2):
+        monkeypatch.setattr(core_scan, "SEGMENT", segment)
+        state = FastWeights(2, C, rule)
+        results.append([run(rule, target, z, u, W0, documents, state), *state.tensors.values()])
+        assert (len(calls) > 2) == (segment == 2)
+    compare(results[1], results[0], [z, u, W0, *target.parameters()])
