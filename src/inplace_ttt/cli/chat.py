@@ -12,7 +12,7 @@ import typer
 from ..errors import UserError, in_one_line
 from .inspect_session import stats_lines
 from .read import Saver, Source, deferred_interrupt, next_line, read_one
-from .sessions import Device, Model, State, Template, Window, check_place, open_session
+from .sessions import Device, Model, State, Window, check_place, open_session
 
 HELP = """\
 /help            this
@@ -53,6 +53,7 @@ def chat(
     log = Console(stderr=True)
     with log.status("loading the model"):
         from ..session.sampling import Sampling
+        from ..session.template import Template
 
         choice = Sampling(temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed)
         opened = open_session(session, model, device, {"window": window, "state": state})
@@ -66,7 +67,7 @@ def chat(
 class Chat:
     """The conversation. What the model writes goes to stdout as it comes, all else to stderr."""
 
-    def __init__(self, session: Any, path: Path | None, template: Template | None, sampling: Any, log: Any) -> None:
+    def __init__(self, session: Any, path: Path | None, template: Any, sampling: Any, log: Any) -> None:
         self.session, self.template, self.sampling, self.log = session, template, sampling, log
         self.saver = Saver(session, path)
         self.messages: list[dict[str, str]] = []
