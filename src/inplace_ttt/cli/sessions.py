@@ -37,7 +37,7 @@ def open_session(
         check_place(path)
     options = {name: value for name, value in options.items() if value is not None}
     if "state" in options:
-        options["state"] = _state(options["state"])
+        options["state"] = parse_state(options["state"])
     if path is None or not path.exists():
         return _begin(model or SHIPPED, device, options)
     if options:
@@ -106,7 +106,7 @@ def check_place(path: Path) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def _state(text: str) -> str | int:
+def parse_state(text: str) -> str | int:
     """``--state``: dense, auto or a rank."""
     if text in ("dense", "auto"):
         return text

@@ -1,0 +1,54 @@
+"""Work that was begun for a request, and lives on apart from it: a client that leaves does not break it off midway."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from .scheduler import Scheduler, Writing
+
+
+class Job:
+    """A piece of work on the event loop. It tells what happens through events and ends with a result or an error.
+
+    ``stop`` asks it to end early, between two pieces of work; it then ends in order, with what was done so far.
+    """
+
+    def __init__(self, scheduler: Scheduler, work: Callable[["Job"], Awaitable[Any]]) -> None:
+        self._scheduler = scheduler
+        self._events: asyncio.Queue[Any] = asyncio.Queue()
+        self._writings: list[Writing] = []
+        self.stopped = False
+        self.task = asyncio.create_task(self._run(work))
+
+    async def _run(self, work: Callable[["Job"], Awaitable[Any]]) -> Any:
+        try:
+            return await work(self)
+        finally:
+            self._events.put_nowait(None)
+
+    def emit(self, event: Any) -> None:
+        """Tells the client something."""
+        self._events.put_nowait(event)
+
+    def follow(self, writing: Writing) -> Writing:
+        """Ends a writing, too, when the job is stopped."""
+        self._writings.append(writing)
+        if self.stopped:
+            self._scheduler.cancel(writing)
+        return writing
+
+    def stop(self) -> None:
+        """Asks the job to end."""
+        self.stopped = True
+        for writing in self._writings:
+            self._scheduler.cancel(writing)
+
+    async def events(self) -> AsyncIterator[Any]:
+        """Everything the job tells, up to its end; then raises what it raised."""
+        while (event := await self._events.get()) is not None:
+            yield event
+        await self.result()
+
+    async def result(self) -> Any:
+        """What the job returns. Cancelling the wait does not cancel the job."""
+        return await asyncio.shield(self.task)

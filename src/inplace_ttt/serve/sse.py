@@ -1,0 +1,68 @@
+"""Answers that come piece by piece, as server-sent events; and waiting for a client that may leave."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+
+from ..errors import UserError
+from .guard import error_body, internal
+from .jobs import Job
+from .settings import ServeError
+
+log = logging.getLogger("inplace_ttt.serve")
+
+
+def streamed(job: Job, lines: Callable[[Any], list[Any]], end: Callable[[Any], list[Any]]) -> StreamingResponse:
+    """A job's events as they come: each is turned into JSON values by ``lines``, its result by ``end``.
+
+    A client that leaves stops the job.
+    """
+    return StreamingResponse(_events(job, lines, end), media_type="text/event-stream")
+
+
+async def _events(job: Job, lines: Any, end: Any) -> AsyncIterator[bytes]:
+    try:
+        async for event in job.events():
+            for value in lines(event):
+                yield _line(value)
+        for value in end(await job.result()):
+            yield _line(value)
+        yield b"data: [DONE]\n\n"
+    except (ServeError, UserError) as error:
+        yield _line(error_body(as_serve_error(error)))
+    except Exception:
+        log.exception("a stream failed")
+        yield _line(error_body(internal()))
+    finally:
+        job.stop()
+
+
+def _line(value: Any) -> bytes:
+    return b"data: " + json.dumps(value).encode() + b"\n\n"
+
+
+def as_serve_error(error: ServeError | UserError) -> ServeError:
+    """A user's mistake is a bad request."""
+    return error if isinstance(error, ServeError) else ServeError(str(error))
+
+
+async def outcome(job: Job, request: Request) -> Any:
+    """A job's result. A client that leaves stops it."""
+    gone = asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait([job.task, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not job.task.done():
+            job.stop()
+        return await job.result()
+    finally:
+        gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
