@@ -1,6 +1,7 @@
 """A server that runs in a thread of the test, on a free port of the loopback, and clients for it."""
 
 import asyncio
+import signal
 import threading
 import time
 from functools import cache
@@ -8,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
-import uvicorn
 from openai import OpenAI
 from session.models import shipped, tiny, tokenizer
 
 from inplace_ttt import Session
 from inplace_ttt.serve.app import make_app
 from inplace_ttt.serve.guard import key_digest
-from inplace_ttt.serve.run import make_service
+from inplace_ttt.serve.run import Server, make_service
 from inplace_ttt.serve.settings import Limits
 
 OPTIONS: dict[str, Any] = {"window": 40, "sinks": 2, "decay": 0.01, "probe_every": 0, "chunk_size": 8}
 """How sessions of the tiny model read."""
+
+LIMITS: dict[str, Any] = {"rate": 100_000, "memory": 1 << 30, "grace": 3}
 
 
 @cache
@@ -42,13 +44,12 @@ class Running:
     ) -> None:  # fmt: skip
         served, options = (shipped(), {}) if shipped_model else (model(), OPTIONS)
         self.service = make_service(
-            served, tokenizer(), "tiny", state, Limits(**{"rate": 100_000, "memory": 1 << 30, **(limits or {})}),
+            served, tokenizer(), "tiny", state, Limits(**{"rate": 100_000, "memory": 1 << 30, "grace": 3, **(limits or {})}),
             **(options | changes),
         )  # fmt: skip
         self.engine = self.service.engine
         app = make_app(self.service, keys and {key_digest(key): owner for key, owner in keys.items()})
-        config = uvicorn.Config(app, port=0, log_level="warning", access_log=False, timeout_graceful_shutdown=20)
-        self.server = uvicorn.Server(config)
+        self.server = Server(app, "127.0.0.1", 0, lambda port: None)
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
         until = time.monotonic() + 30
@@ -78,7 +79,7 @@ class Running:
 
     def stop(self) -> None:
         """Stops it in order."""
-        self.server.should_exit = True
+        self.server.handle_exit(signal.SIGTERM, None)
         self.thread.join(60)
         assert not self.thread.is_alive()
 

@@ -74,8 +74,8 @@ def test_fork_goes_its_own_way(server):
         own.read(part)
     other = own.fork()
     other.read(TEXT)
-    for name, s in ((twin, other), (name, own)):
-        assert write(server, name, 3, 0) == s.generate(PROMPTS[3], max_new_tokens=7)
+    for id, s in ((twin, other), (name, own)):
+        assert write(server, id, 3, 0) == s.generate(PROMPTS[3], max_new_tokens=7)
 
 
 def test_token_ids_stop_strings_and_sampling(server):
@@ -91,7 +91,12 @@ def test_token_ids_stop_strings_and_sampling(server):
     for part in (ids[:17], ids[17:]):
         most = 0 if part == ids[:17] else 9
         got = client.completions.create(
-            model="tiny", prompt=part, max_tokens=most, extra_headers={"x-session-id": "ids"}, extra_body=more, **options
+            model="tiny",
+            prompt=part,
+            max_tokens=most,
+            extra_headers={"x-session-id": "ids"},
+            extra_body=more,
+            **options,
         )
     got = client.completions.create(
         model="tiny", prompt="", max_tokens=30, temperature=0, stop="e", extra_headers={"x-session-id": "ids"}

@@ -38,12 +38,20 @@ class Live:
     unsaved: int = 0
     """Tokens read since then."""
     tokens: int = 0
-    bytes: int = 0
+    held: int = 0
+    """Bytes in memory when it was last looked at."""
+    reserved: int = 0
+    """Bytes that it may come to hold while it is in use."""
     frozen: bool = False
     history: list[str] = field(default_factory=list)
     storing: asyncio.Task[None] | None = None
     users: int = 0
     used: float = 0.0
+
+    @property
+    def bytes(self) -> int:
+        """Memory to count with."""
+        return max(self.held, self.reserved)
 
     def values(self) -> dict[str, Any]:
         """What is stored beside the session's own file."""
@@ -80,6 +88,7 @@ class Engine:
         self.scheduler = Scheduler(self.pool, watch)
         self.jobs: set[Job] = set()
         self.stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.budget = _memory(model) if self.limits.memory is None else self.limits.memory
         self._live: dict[str, Live] = {}
         self._temporary = 0
@@ -93,7 +102,20 @@ class Engine:
 
     async def start(self) -> None:
         """Starts the scheduler."""
+        self._loop = asyncio.get_running_loop()
         self.scheduler.start()
+
+    def begin_stop(self) -> None:
+        """Takes no more requests; ends those that still run after ``limits.grace`` seconds. From any thread."""
+        self.stopping = True
+
+        loop = self._loop
+        if loop is not None:
+            loop.call_soon_threadsafe(loop.call_later, self.limits.grace, self._stop_jobs)
+
+    def _stop_jobs(self) -> None:
+        for job in self.jobs:
+            job.stop()
 
     async def stop(self) -> None:
         """Lets running jobs finish for ``limits.grace`` seconds, ends the others in order, stores every session."""
@@ -101,8 +123,7 @@ class Engine:
         for patience in (self.limits.grace, 10.0):
             if self.jobs:
                 await asyncio.wait([job.task for job in self.jobs], timeout=patience)
-            for job in self.jobs:
-                job.stop()
+            self._stop_jobs()
         if self._shrinking is not None:
             await self._shrinking
         for live in list(self._live.values()):
@@ -164,6 +185,7 @@ class Engine:
         finally:
             live.users -= 1
             live.used = time.monotonic()
+            live.reserved = live.reserved if live.users else 0
             self._forget_if_empty(live)
             if self.bytes > self.budget and (self._shrinking is None or self._shrinking.done()):
                 self._shrinking = asyncio.create_task(self._evict_idle(0))
@@ -222,7 +244,7 @@ class Engine:
 
     async def forget(self, live: Live) -> None:
         """Forgets what is in memory; what is on disk counts."""
-        live.session, live.bytes, live.tokens = None, 0, 0
+        live.session, live.held, live.tokens = None, 0, 0
 
     @asynccontextmanager
     async def copies(self, count: int = 1) -> AsyncIterator[None]:
@@ -251,18 +273,19 @@ class Engine:
         if about is None:
             await self.forget(live)
             raise NotFoundError(GONE.format(live.id))
-        if live.session is not None and live.version == newest:
+        if live.session is not None and live.version != newest:
+            await self.forget(live)
+        live.reserved = self._largest
+        await self._make_room(0, live)
+        if live.session is not None:
             return
-        await self.forget(live)
-        live.bytes = self._largest
         try:
-            await self._make_room(0, live)
             record = await asyncio.to_thread(self.store.record, live.key)
             if record is None:
                 raise NotFoundError(GONE.format(live.id))
             await self._load(live, record)
         except BaseException:
-            live.session, live.bytes = None, 0
+            await self.forget(live)
             raise
 
     async def _load(self, live: Live, record: Record) -> None:
@@ -324,8 +347,8 @@ class Engine:
             return
         stats = await self.piece(live.session.stats)
         live.unsaved += max(0, stats.tokens - live.tokens)
-        live.tokens, live.bytes = stats.tokens, stats.bytes_context + stats.bytes_fast_weights
-        self._largest = max(self._largest, live.bytes)
+        live.tokens, live.held = stats.tokens, stats.bytes_context + stats.bytes_fast_weights
+        self._largest = max(self._largest, live.held)
 
     async def _make_room(self, need: int, own: Live | None = None) -> None:
         """Writes idle sessions back until there is room for ``need`` bytes; waits for those in use. BusyError."""

@@ -71,28 +71,25 @@ class Guard:
         async def sending(message: Message) -> None:
             nonlocal status, ended
             if message["type"] == "http.response.start":
-                if body.error is not None and status == 0:
-                    status = body.error.status
-                    raise body.error  # the route only knows that the body did not come
                 status = message["status"]
                 secure(message)
             ended = message["type"] == "http.response.body" and not message.get("more_body", False)
-            try:
-                await asyncio.wait_for(send(message), self.limits.slow)
-            except TimeoutError:
-                raise _TooSlowError from None
+            await send(message)
+
+        async def routed(message: Message) -> None:
+            if body.error is not None and status == 0:
+                raise body.error  # the route itself only knows that it got no body
+            await sending(message)
 
         try:
             scope["owner"] = self._admit(scope)
-            await self.app(scope, body.receive, sending)
-        except _TooSlowError:
-            raise ConnectionError("the client does not take its answer") from None  # the server closes the connection
-        except ServeError as error:
-            await _answer(sending, error)
-        except Exception:
-            log.exception("%s %s failed", scope["method"], scope["path"])
+            await self.app(scope, body.receive, routed)
+        except Exception as error:
+            known = body.error or (error if isinstance(error, ServeError) else None)
+            if known is None:
+                log.exception("%s %s failed", scope["method"], scope["path"])
             if status == 0:
-                await _answer(sending, internal())
+                await _answer(sending, known or internal())
             elif not ended:
                 raise ConnectionError("failed while answering") from None
         finally:
@@ -167,10 +164,6 @@ class _Body:
         if self._size > self._limits.body:
             raise self._fail(413, "too_large", f"the body is larger than {self._limits.body:,} bytes")
         return message
-
-
-class _TooSlowError(Exception):
-    pass
 
 
 def internal() -> ServeError:

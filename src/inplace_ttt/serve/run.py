@@ -1,6 +1,7 @@
 """From a model's name to a server that runs."""
 
 import asyncio
+import signal
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -26,7 +27,7 @@ from .store import Store
 
 
 class _Protocol(H11Protocol):
-    """Closes connections on which no whole request head comes in time; uvicorn itself waits for ever."""
+    """Cuts off clients that send no whole request head in time, or do not take their answer; uvicorn would wait."""
 
     patience = 30.0
 
@@ -36,7 +37,16 @@ class _Protocol(H11Protocol):
 
     def _check(self) -> None:
         if self.cycle is None:  # no request yet; between two requests uvicorn has its own limit
-            self.transport.close()
+            self.transport.abort()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._late.cancel()
+        self._late = self.loop.call_later(self.patience, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._late.cancel()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._late.cancel()
@@ -111,26 +121,25 @@ def serve(
 
 
 def _run(app: Any, host: str, port: int, limits: Limits, name: str, has_keys: bool, log: Callable[[str], None]) -> None:
-    protocol = type("Protocol", (_Protocol,), {"patience": limits.slow})
-    config = uvicorn.Config(
-        app, host=host, port=port, http=protocol, ws="none", log_level="warning", access_log=False,
-        server_header=False, timeout_graceful_shutdown=round(limits.grace) + 15, h11_max_incomplete_event_size=65536,
-        limit_concurrency=1000, timeout_keep_alive=30,
-    )  # fmt: skip
-    server = _Server(config)
-    server.ready = lambda bound: log(_greeting(host, bound, name, has_keys))
-    server.engine = app.app.state.service.engine
-    with suppress(KeyboardInterrupt):
+    server = Server(app, host, port, lambda at: log(_greeting(host, at, name, has_keys)))
+    with suppress(KeyboardInterrupt, SystemExit):  # uvicorn's way of saying that it could not start
         asyncio.run(server.serve())
     if not server.started:
         raise UserError(f"cannot listen on {host}:{port}: is it in use? Give another --port")
 
 
-class _Server(uvicorn.Server):
-    """Says when it listens, and lets the engine know at once when it is to stop."""
+class Server(uvicorn.Server):
+    """Calls ``ready(port)`` when it listens, and lets the engine know at once when it is to stop."""
 
-    ready: Callable[[int], None]
-    engine: Engine
+    def __init__(self, app: Any, host: str, port: int, ready: Callable[[int], None]) -> None:
+        self.engine: Engine = app.app.state.service.engine
+        self.ready, limits = ready, self.engine.limits
+        config = uvicorn.Config(
+            app, host=host, port=port, http=type("Protocol", (_Protocol,), {"patience": limits.slow}), ws="none",
+            log_level="warning", access_log=False, server_header=False, h11_max_incomplete_event_size=65536,
+            limit_concurrency=1000, timeout_keep_alive=30, timeout_graceful_shutdown=round(limits.grace) + 15,
+        )  # fmt: skip
+        super().__init__(config)
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
@@ -138,8 +147,9 @@ class _Server(uvicorn.Server):
             self.ready(self.servers[0].sockets[0].getsockname()[1])
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        self.engine.stopping = True
-        super().handle_exit(sig, frame)
+        self.engine.begin_stop()
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True  # and exit with 0: uvicorn's own handler would raise the signal again at the end
 
 
 def _greeting(host: str, port: int, name: str, has_keys: bool) -> str:

@@ -1,17 +1,27 @@
 """Bodies of requests. What the server does not do is refused, not ignored, unless it changes no answer."""
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What a session may be called."""
 
 
 class Body(BaseModel):
-    """A request's body; unknown fields are refused."""
+    """A request's body; unknown fields are refused, and texts with half a surrogate pair, which is no character."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_text(cls, values: Any) -> Any:
+        try:
+            json.dumps(values, ensure_ascii=False, default=str).encode()
+        except (UnicodeEncodeError, RecursionError):
+            raise ValueError("a text has half a surrogate pair in it, or lists are nested too deep") from None
+        return values
 
 
 class Sampled(Body):

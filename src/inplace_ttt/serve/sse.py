@@ -22,7 +22,21 @@ def streamed(job: Job, lines: Callable[[Any], list[Any]], end: Callable[[Any], l
 
     A client that leaves stops the job.
     """
-    return StreamingResponse(_events(job, lines, end), media_type="text/event-stream")
+    return _Stream(job, _events(job, lines, end))
+
+
+class _Stream(StreamingResponse):
+    """Events of a job, which is stopped when nobody takes them any more."""
+
+    def __init__(self, job: Job, events: AsyncIterator[bytes]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._job = job
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._job.stop()
 
 
 async def _events(job: Job, lines: Any, end: Any) -> AsyncIterator[bytes]:
@@ -38,8 +52,6 @@ async def _events(job: Job, lines: Any, end: Any) -> AsyncIterator[bytes]:
     except Exception:
         log.exception("a stream failed")
         yield _line(error_body(internal()))
-    finally:
-        job.stop()
 
 
 def _line(value: Any) -> bytes:

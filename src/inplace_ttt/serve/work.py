@@ -164,7 +164,7 @@ async def read(engine: Engine, job: Job, owner: str, id: str, text: str, version
             await engine.keep_up(live)
             done = min(at + engine.limits.piece, len(text))
             progress: dict[str, Any] = {"characters": done, "of": len(text), "tokens": live.tokens - before}
-            progress |= {"seconds": time.perf_counter() - began, "version": live.version, "bytes": live.bytes}
+            progress |= {"seconds": time.perf_counter() - began, "version": live.version, "bytes": live.held}
             if samples := live.loaded.timeline.samples:
                 newest = samples[-1]
                 progress["probe"] = {"tokens": newest.tokens, "on": newest.loss_on, "off": newest.loss_off}
