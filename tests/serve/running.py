@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import torch
 from openai import OpenAI
 from session.models import shipped, tiny, tokenizer
 
@@ -42,9 +43,9 @@ class Running:
         self, state: Path, keys: dict[str, str] | None = None, shipped_model: bool = False,
         limits: dict[str, Any] | None = None, **changes: Any,
     ) -> None:  # fmt: skip
-        served, options = (shipped(), {}) if shipped_model else (model(), OPTIONS)
+        served, options = (shipped(torch.float32), {}) if shipped_model else (model(), OPTIONS)
         self.service = make_service(
-            served, tokenizer(), "tiny", state, Limits(**{"rate": 100_000, "memory": 1 << 30, "grace": 3, **(limits or {})}),
+            served, tokenizer(), "tiny", state, Limits(**(LIMITS | (limits or {}))),
             **(options | changes),
         )  # fmt: skip
         self.engine = self.service.engine
