@@ -148,14 +148,18 @@ def test_keyboard_alone_reaches_everything(browser, server):
         if element.tag_name == "button":
             outline = element.value_of_css_property("outline-style")
             assert outline != "none", name
-    assert {"send", "file", "Read", "question", "Ask", "fork", "save", "rollback", "freeze", "reset", "delete"} <= set(reached)
+    assert {"send", "file", "Read", "question", "Ask", "fork", "save", "rollback", "freeze", "reset", "delete"} <= set(
+        reached
+    )
     for element in browser.find_elements(By.CSS_SELECTOR, "input, select, textarea, button"):
         assert element.accessible_name or not element.is_displayed(), element.get_attribute("outerHTML")
 
 
 @pytest.mark.parametrize("look", ["light", "dark"])
 def test_small_screens_and_dark_mode(browser, server, look):
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": look}]})
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": look}]}
+    )
     phone = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
     try:

@@ -200,8 +200,8 @@ async def _form(request: Request) -> AsyncIterator[tuple[dict[str, Any], UploadF
         if data and kind != "application/json":
             raise ServeError("send application/json, or a form with a file", status=415)
         values = await request.json() if data else {}
-    except ValueError:
-        raise ServeError("the body is not JSON") from None
+    except (ValueError, RecursionError):
+        raise ServeError("the body is not JSON, or is nested too deep") from None
     if not isinstance(values, dict):
         raise ServeError("the body must be a JSON object")
     yield values, None

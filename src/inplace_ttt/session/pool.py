@@ -178,14 +178,12 @@ class Writer:
         self.error: Exception | None = None
         self._held: Any = None
 
-    def _choose(self) -> None:
-        """Shows what was read last; chooses the next token, or finishes."""
+    def _choose(self, logits: Tensor) -> None:
+        """Shows what was read last; chooses the next token from logits [V], or finishes."""
         self.piece = self._show()
-        stream = self.session._stream
         if self.stops.found or self.left == 0:
             return self._finish("stop" if self.stops.found else "length")
-        assert stream.logits is not None
-        self.logits, self.token = stream.logits, self.sampler(stream.recent, stream.logits)
+        self.logits, self.token = logits, self.sampler(self.session._stream.recent, logits)
         return self._finish("stop") if self.token in self.ends else None
 
     def _show(self) -> Any:
@@ -266,10 +264,10 @@ class Writers:
         for writer in ready:
             writer._was_read()
         stepped = list(self.active)
-        for writer in stepped:
+        for writer, logits in zip(stepped, self._logits(stepped), strict=True):
             try:
                 if writer.error is None:
-                    writer._choose()
+                    writer._choose(logits)
             except UserError as error:
                 writer.error = error
             if writer.error:
@@ -281,6 +279,13 @@ class Writers:
             if writer.finished:
                 self._release(writer)
         return stepped
+
+    def _logits(self, writers: list[Writer]) -> list[Tensor]:
+        """What each predicts next, [V] on the CPU: one transfer for all of them."""
+        found = [w.session._stream.logits for w in writers]
+        if not found or self._reader.device.type == "cpu":
+            return found  # type: ignore[return-value]
+        return list(torch.stack(found).cpu())  # type: ignore[arg-type]
 
     def close(self) -> None:
         """Lets all writers leave."""
