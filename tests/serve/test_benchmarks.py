@@ -42,6 +42,6 @@ def test_load(tmp_path):
     assert found["wrong_status"] == []
     assert found["lost_sessions"] == []
     assert found["garbage_sent"] > 5
-    compared, wrong = module.check(clients[:3], shipped(torch.float32), tokenizer())
+    compared, wrong = module.check(clients, shipped(torch.float32), tokenizer())
     assert wrong == []
-    assert compared > 3
+    assert compared

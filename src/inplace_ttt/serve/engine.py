@@ -5,12 +5,16 @@ Everything here runs on one event loop; the sessions themselves are touched by t
 
 import asyncio
 import copy
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..errors import UserError
 from ..hf.attach import inspect
@@ -40,18 +44,13 @@ class Live:
     tokens: int = 0
     held: int = 0
     """Bytes in memory when it was last looked at."""
-    reserved: int = 0
-    """Bytes that it may come to hold while it is in use."""
+    active: bool = False
+    """Whether a request works on it; otherwise it may go to disk."""
     frozen: bool = False
     history: list[str] = field(default_factory=list)
     storing: asyncio.Task[None] | None = None
     users: int = 0
     used: float = 0.0
-
-    @property
-    def bytes(self) -> int:
-        """Memory to count with."""
-        return max(self.held, self.reserved)
 
     def values(self) -> dict[str, Any]:
         """What is stored beside the session's own file."""
@@ -91,11 +90,11 @@ class Engine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.budget = _memory(model) if self.limits.memory is None else self.limits.memory
         self._live: dict[str, Live] = {}
-        self._temporary = 0
+        self._active = 0
         self._largest = sum(4 * D * F for D, F in (layer.shape for layer in inspect(model)))
         self._waiting = 0
         self._freed = asyncio.Condition()
-        self._evicting = asyncio.Lock()
+        self._admitting = asyncio.Lock()
         self._shrinking: asyncio.Future[bool] | None = None
 
     # -- life -----------------------------------------------------------------------------------------------------
@@ -157,39 +156,63 @@ class Engine:
 
     @property
     def bytes(self) -> int:
-        """Memory of all sessions, those of running requests without a session included (an estimate)."""
-        return sum(live.bytes for live in self._live.values()) + self._temporary
+        """Memory of all sessions: what idle ones hold, and what running requests may come to hold."""
+        return self._active + sum(live.held for live in self.loaded if not live.active)
 
     # -- one session ----------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def use(self, owner: str, id: str, version: int | None = None) -> AsyncIterator[Live]:
-        """A session in memory, for one request at a time. VersionError unless it is at ``version`` (None: any)."""
+    async def use(self, owner: str, id: str, version: int | None = None, copies: int = 0) -> AsyncIterator[Live]:
+        """A session in memory, for one request at a time, and room for copies of it.
+
+        Raises VersionError unless it is at ``version`` (None: any), BusyError when there is no room.
+        """
         live = self._live_of(owner, id)
         if live.users > self.limits.queue:
             raise BusyError(f"too many requests wait for session {id} already", 2)
         live.users += 1
         try:
             async with live.lock:
-                await self._make_ready(live)
-                if version is not None and version != live.version:
-                    raise VersionError(f"session {id} is at version {live.version}, not {version}: look at it again")
-                try:
-                    yield live
-                finally:
-                    await self.keep_up(live)
-                    if live.storing is not None:
-                        await live.storing
+                newest = await self._newest(live)
+                async with self.room(1 + copies, live):
+                    await self._make_ready(live, newest)
+                    if version is not None and version != live.version:
+                        raise VersionError(
+                            f"session {id} is at version {live.version}, not {version}: look at it again"
+                        )
+                    try:
+                        yield live
+                    finally:
+                        await self.keep_up(live)
+                        if live.storing is not None:
+                            await live.storing
         except StoppedError:
             raise StoppingError from None
         finally:
             live.users -= 1
             live.used = time.monotonic()
-            live.reserved = live.reserved if live.users else 0
             self._forget_if_empty(live)
+
+    @asynccontextmanager
+    async def room(self, sessions: int, live: Live | None = None) -> AsyncIterator[None]:
+        """Memory for so many sessions, ``live`` among them, as long as the context lasts. BusyError after some time.
+
+        Nobody asks for more while he has some, so those who wait do not wait for each other.
+        """
+        need = sessions * self._largest
+        await self._admit(need, live)
+        try:
+            yield
+        except StoppedError:
+            raise StoppingError from None
+        finally:
+            self._active -= need
+            if live is not None:
+                live.active = False
             if self.bytes > self.budget and (self._shrinking is None or self._shrinking.done()):
-                self._shrinking = asyncio.create_task(self._evict_idle(0))
-            await self._notify()
+                self._shrinking = asyncio.create_task(self._evict_idle())
+            async with self._freed:
+                self._freed.notify_all()
 
     async def do(self, live: Live, entry: dict[str, Any]) -> None:
         """Notes an entry in the journal, then does it."""
@@ -246,39 +269,25 @@ class Engine:
         """Forgets what is in memory; what is on disk counts."""
         live.session, live.held, live.tokens = None, 0, 0
 
-    @asynccontextmanager
-    async def copies(self, count: int = 1) -> AsyncIterator[None]:
-        """Room for sessions that live as long as the context: copies, and requests without a session."""
-        need = count * self._largest
-        await self._make_room(need)
-        self._temporary += need
-        try:
-            yield
-        except StoppedError:
-            raise StoppingError from None
-        finally:
-            self._temporary -= need
-            await self._notify()
-
     # -- inside ---------------------------------------------------------------------------------------------------
 
     def _live_of(self, owner: str, id: str) -> Live:
         key = self.store.key(owner, id)
         return self._live.setdefault(key, Live(key, id))
 
-    async def _make_ready(self, live: Live) -> None:
-        """Loads the session, or what others have done to it since."""
+    async def _newest(self, live: Live) -> int:
+        """A session's version on disk. NotFoundError when there is no such session."""
         newest = await asyncio.to_thread(self.store.version, live.key)
-        about = await asyncio.to_thread(self.store.about, live.key) if newest is not None else None
-        if about is None:
+        if newest is None or await asyncio.to_thread(self.store.about, live.key) is None:
             await self.forget(live)
             raise NotFoundError(GONE.format(live.id))
-        if live.session is not None and live.version != newest:
-            await self.forget(live)
-        live.reserved = self._largest
-        await self._make_room(0, live)
-        if live.session is not None:
+        return newest
+
+    async def _make_ready(self, live: Live, newest: int) -> None:
+        """Loads the session unless it is in memory at its newest version."""
+        if live.session is not None and live.version == newest:
             return
+        await self.forget(live)
         try:
             record = await asyncio.to_thread(self.store.record, live.key)
             if record is None:
@@ -350,23 +359,18 @@ class Engine:
         live.tokens, live.held = stats.tokens, stats.bytes_context + stats.bytes_fast_weights
         self._largest = max(self._largest, live.held)
 
-    async def _make_room(self, need: int, own: Live | None = None) -> None:
-        """Writes idle sessions back until there is room for ``need`` bytes; waits for those in use. BusyError."""
+    async def _admit(self, need: int, live: Live | None) -> None:
+        """Waits until ``need`` bytes more may be in use (a request alone may use any), then makes room for them."""
         until = time.monotonic() + self.limits.patience
-        while not await self._evict_idle(need):
-            if self.bytes == (own.bytes if own else 0):  # larger than the budget by itself: better than never
-                return
+        while True:
+            async with self._admitting:
+                if not self._active or self._active + need <= self.budget:
+                    self._active += need
+                    if live is not None:
+                        live.active = True
+                    break
             await self._wait_for_room(until)
-
-    async def _evict_idle(self, need: int) -> bool:
-        """Writes idle sessions back, the longest idle first, until ``need`` bytes more fit; whether they do."""
-        async with self._evicting:
-            while self.bytes + need > self.budget:
-                idle = [live for live in self.loaded if not live.users]
-                if not idle or self.scheduler.stopped:
-                    return False
-                await self._evict(min(idle, key=lambda live: live.used))
-        return True
+        await self._evict_idle()
 
     async def _wait_for_room(self, until: float) -> None:
         left = until - time.monotonic()
@@ -381,36 +385,34 @@ class Engine:
         finally:
             self._waiting -= 1
 
-    async def _evict(self, live: Live) -> None:
-        live.users += 1
-        try:
-            async with live.lock:
-                if live.session is not None:
-                    await self.store_now(live)
-                    await self.forget(live)
-        finally:
-            live.users -= 1
-            self._forget_if_empty(live)
+    async def _evict_idle(self) -> None:
+        """Writes idle sessions back, the longest idle first, until all fit.
+
+        A request that waits for memory does not touch its session, so that may go, too; while it goes nobody is
+        admitted.
+        """
+        async with self._admitting:
+            while self.bytes > self.budget and not self.scheduler.stopped:
+                idle = [live for live in self.loaded if not live.active]
+                if not idle:
+                    return
+                live = min(idle, key=lambda live: live.used)
+                await self.store_now(live)
+                await self.forget(live)
+                self._forget_if_empty(live)
 
     def _forget_if_empty(self, live: Live) -> None:
         if not live.users and live.session is None:
             self._live.pop(live.key, None)
 
-    async def _notify(self) -> None:
-        async with self._freed:
-            self._freed.notify_all()
-
 
 def _memory(model: Any) -> int:
     """Bytes for sessions: half of what is free on a GPU, a quarter of what is free elsewhere."""
-    import os
-
-    import torch
-
     device = next(model.parameters()).device
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) // 2
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-    except (ValueError, OSError, AttributeError):
-        return 2 << 30
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        found = None
+    return int(found.group(1)) * 1024 // 4 if found else 2 << 30

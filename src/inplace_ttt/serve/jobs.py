@@ -17,6 +17,7 @@ class Job:
         self._scheduler = scheduler
         self._events: asyncio.Queue[Any] = asyncio.Queue()
         self._writings: list[Writing] = []
+        self._begun = asyncio.Event()
         self.stopped = False
         self.task = asyncio.create_task(self._run(work))
 
@@ -25,10 +26,21 @@ class Job:
             return await work(self)
         finally:
             self._events.put_nowait(None)
+            self._begun.set()
 
     def emit(self, event: Any) -> None:
         """Tells the client something."""
         self._events.put_nowait(event)
+        self._begun.set()
+
+    async def begun(self) -> None:
+        """Waits for the first event, or the end."""
+        await self._begun.wait()
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended with an error before it told anything."""
+        return self._events.qsize() == 1 and self.task.done() and self.task.exception() is not None
 
     def follow(self, writing: Writing) -> Writing:
         """Ends a writing, too, when the job is stopped."""

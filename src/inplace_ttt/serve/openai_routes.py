@@ -87,7 +87,7 @@ async def _answer(
 
     job = service.engine.begin(answer)
     if body.stream:
-        return streamed(job, reply.chunks, reply.last)
+        return await streamed(job, request, reply.chunks, reply.last)
     answers = await outcome(job, request)
     return JSONResponse(reply.whole(answers))
 

@@ -1,6 +1,7 @@
 """From a model's name to a server that runs."""
 
 import asyncio
+import logging
 import signal
 import tempfile
 from collections.abc import Callable
@@ -107,6 +108,7 @@ def serve(
     Raises UserError on a model, keys or a directory that do not fit, and where others than this machine could reach a
     server without keys.
     """
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # broken uploads are their senders' business
     keys = None if api_keys is None else read_keys(api_keys)
     if keys is None and host not in LOOPBACK:
         raise UserError(f"on {host} anybody could use this server: give --api-keys FILE, or stay on 127.0.0.1")

@@ -1,7 +1,7 @@
-"""The one thread that calls the model: decode steps of all who write, and between two of them one piece of reading.
+"""The one thread that calls the model: decode steps of all who write, and between two of them a piece of reading.
 
-So whoever writes waits for a piece of somebody else's reading at most, however long the text, and whoever reads for one
-decode step a piece. Both kinds of work are first come, first served.
+So whoever writes waits for a piece of somebody else's reading at most (and small things, which take next to no time),
+however long the text, and whoever reads for one decode step a piece. Both kinds of work are first come, first served.
 """
 
 import asyncio
@@ -14,6 +14,9 @@ from typing import Any
 
 from ..session import Session, SessionPool
 from ..session.pool import Writer
+
+SMALL = 0.02
+"""Seconds for work between two decode steps: pieces are begun within it, so at most the last one takes longer."""
 
 
 class StoppedError(Exception):
@@ -118,15 +121,23 @@ class Scheduler:
             with self._work:
                 while not (self._stopping or self._calls or self._joining or self._active):
                     self._work.wait()
-                if self._stopping:
-                    break
-                call = self._calls.popleft() if self._calls else None
-            if call is not None:
-                self._call(*call)
+            until = perf_counter() + SMALL
+            while self._next_call() and perf_counter() < until:
+                pass
+            if self._stopping:
+                break
             self._join()
             if self._active:
                 self._step()
         self._end()
+
+    def _next_call(self) -> bool:
+        """Runs the piece of work that waits longest; whether there was one."""
+        with self._work:
+            call = self._calls.popleft() if self._calls and not self._stopping else None
+        if call is not None:
+            self._call(*call)
+        return call is not None
 
     def _call(self, function: Callable[[], Any], done: "Future[Any]") -> None:
         if not done.set_running_or_notify_cancel():

@@ -81,7 +81,7 @@ async def read(id: Id, request: Request) -> Any:
 
     job = engine.begin(reading)
     if body.stream:
-        return streamed(job, lambda event: [_finite(event)], lambda found: [{"done": found}])
+        return await streamed(job, request, lambda event: [_finite(event)], lambda found: [{"done": found}])
     return JSONResponse(await outcome(job, request))
 
 
@@ -110,7 +110,7 @@ async def ask(id: Id, body: Ask, request: Request) -> Any:
 
     if body.stream:
         pieces = lambda event: [{"piece": event[1]}] if isinstance(event[1], str) and event[1] else []  # noqa: E731
-        return streamed(job, pieces, lambda answers: [{"done": whole(answers)}])
+        return await streamed(job, request, pieces, lambda answers: [{"done": whole(answers)}])
     return JSONResponse(whole(await outcome(job, request)))
 
 

@@ -17,11 +17,17 @@ from .settings import ServeError
 log = logging.getLogger("inplace_ttt.serve")
 
 
-def streamed(job: Job, lines: Callable[[Any], list[Any]], end: Callable[[Any], list[Any]]) -> StreamingResponse:
+async def streamed(
+    job: Job, request: Request, lines: Callable[[Any], list[Any]], end: Callable[[Any], list[Any]]
+) -> StreamingResponse:
     """A job's events as they come: each is turned into JSON values by ``lines``, its result by ``end``.
 
-    A client that leaves stops the job.
+    The answer begins with the first event: a job that fails before is an error with a status of its own. A client that
+    leaves stops the job.
     """
+    await _unless_gone(request, job, job.begun())
+    if job.failed:
+        await job.result()
     return _Stream(job, _events(job, lines, end))
 
 
@@ -65,12 +71,19 @@ def as_serve_error(error: ServeError | UserError) -> ServeError:
 
 async def outcome(job: Job, request: Request) -> Any:
     """A job's result. A client that leaves stops it."""
-    gone = asyncio.create_task(_gone(request))
+    await _unless_gone(request, job, job.result())
+    return await job.result()
+
+
+async def _unless_gone(request: Request, job: Job, wanted: Any) -> None:
+    """Waits for something; if the client leaves before, stops the job."""
+    waiting, gone = asyncio.ensure_future(wanted), asyncio.create_task(_gone(request))
     try:
-        await asyncio.wait([job.task, gone], return_when=asyncio.FIRST_COMPLETED)
-        if not job.task.done():
+        await asyncio.wait([waiting, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
             job.stop()
-        return await job.result()
+            await asyncio.wait([waiting])
+        waiting.exception()  # whoever asks for the result gets it
     finally:
         gone.cancel()
 

@@ -45,7 +45,7 @@ async def create(engine: Engine, owner: str, id: str, frozen: bool = False, file
     await _check_count(engine, owner)
     session = None
     if file is not None:
-        async with engine.copies():
+        async with engine.room(1):
             session = await engine.piece(_checked, engine, file)
     return await _new(engine, owner, id, session, {"history": [], "frozen": frozen})
 
@@ -126,7 +126,7 @@ async def rollback(engine: Engine, owner: str, id: str, to: int | None, version:
 
 async def export(engine: Engine, owner: str, id: str, rank: int | None, folder: Path | None) -> dict[str, Any]:
     """What a session learned as a LoRA adapter: below ``folder`` ("path"), or as a zip file ("zip")."""
-    async with engine.use(owner, id) as live:
+    async with engine.use(owner, id, copies=1) as live:
         copy, version, key = await engine.piece(live.loaded.fork), live.version, live.key
     name = f"{id}-v{version}"
     with tempfile.TemporaryDirectory() as place:
@@ -184,10 +184,9 @@ async def read(engine: Engine, job: Job, owner: str, id: str, text: str, version
 async def score(engine: Engine, job: Job, owner: str, id: str, text: str, losses: bool) -> dict[str, Any]:
     """Loss of a text as a session's continuation; the session stays as it was."""
     ids = await engine.with_tokenizer(lambda tokenizer: _plain_ids(tokenizer, text))
-    async with engine.use(owner, id) as live:
-        copy: Session = await engine.piece(live.loaded.fork)
     found: list[float] = []
-    async with engine.copies():
+    async with engine.use(owner, id, copies=1) as live:
+        copy: Session = await engine.piece(live.loaded.fork)
         if (await engine.piece(copy.stats)).held_characters:
             await engine.piece(lambda: copy.generate(max_new_tokens=0))
         for at in range(0, len(ids), IDS):
@@ -226,24 +225,24 @@ async def answer(
     of the answer that the session knows from then on. A job that is stopped ends its answers, with what they have.
     """
     check_options(options)
+    count = len(renders) * choices
     if id is None:
-        async with engine.copies(len(renders) * choices):
+        async with engine.room(count):
             starts = [await engine.piece(engine.blank.fork) for _ in renders]
             pairs = [(s, await _rendered(engine, r, s, None)) for s, r in zip(starts, renders, strict=True)]
             return await _answers(engine, job, pairs, options, choices, look)
-    async with engine.use(owner, id, version) as live:
+    async with engine.use(owner, id, version, copies=count) as live:
         if context and not live.frozen:
-            if len(renders) * choices > 1:
+            if count > 1:
                 raise ServeError("a session that learns gives one answer at a time: n and the number of prompts are 1")
             return [await _learning(engine, job, live, renders[0], options, look, remember)]
         copy: Session = await engine.piece(live.loaded.fork)
-        async with engine.copies(len(renders) * choices):
-            if not context:
-                await engine.piece(copy.drop_context)
-            starts = [copy, *[await engine.piece(copy.fork) for _ in renders[1:]]]
-            known = live if context else None
-            pairs = [(s, await _rendered(engine, r, s, known)) for s, r in zip(starts, renders, strict=True)]
-            found = await _answers(engine, job, pairs, options, choices, look)
+        if not context:
+            await engine.piece(copy.drop_context)
+        starts = [copy, *[await engine.piece(copy.fork) for _ in renders[1:]]]
+        known = live if context else None
+        pairs = [(s, await _rendered(engine, r, s, known)) for s, r in zip(starts, renders, strict=True)]
+        found = await _answers(engine, job, pairs, options, choices, look)
         for each in found:
             each.version = live.version
         return found
