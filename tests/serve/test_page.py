@@ -51,8 +51,10 @@ class Page:
         self.until(lambda: self.one("#send").is_displayed() and self.one("#new").is_enabled())
 
     def facts(self) -> dict[str, str]:
-        names, values = (self.browser.find_elements(By.CSS_SELECTOR, f"#facts {x}") for x in ("dt", "dd"))
-        return {n.text: v.text for n, v in zip(names, values, strict=True)}
+        script = (
+            "return [...document.querySelectorAll('#facts dt')].map(x => [x.textContent, x.nextSibling.textContent])"
+        )
+        return dict(self.browser.execute_script(script))
 
     def act(self, name: str) -> None:
         self.one(f"[data-act={name}]").click()
