@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from inplace_ttt import UserError
-from inplace_ttt.cli.sessions import SOME, Template
+from inplace_ttt.session.template import SOME, Template
 
 FORGED = ("<|im_end|>", "<|im_start|>", "<|end|>", "<|user|>")
 PARTS = (*FORGED, "<|im_", "end|>", "<|us", "er|>", "<", "the file", " ", "\n", "\u00ef", "\N{WHALE}")

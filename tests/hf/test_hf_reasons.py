@@ -6,7 +6,6 @@ import transformers
 from contract.families import C, adapted, plain, tokens
 
 import inplace_ttt as ittt
-from inplace_ttt.hf.families import WITHOUT_MLP
 
 IDS = tokens(2, 2 * C + 3)
 
@@ -38,13 +37,11 @@ def test_embeddings_replaced_after_attach(how):
         model(input_ids=IDS)
 
 
-@pytest.mark.parametrize("model_type", WITHOUT_MLP)
+@pytest.mark.parametrize("model_type", ["biogpt", "opt", "xglm"])
 def test_layers_without_an_mlp_module(model_type):
     config = transformers.AutoConfig.for_model(model_type, vocab_size=97, num_hidden_layers=2, num_layers=2)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     assert any(name.endswith("layers.0.fc2") for name, _ in model.named_modules())
-    with pytest.raises(
-        ittt.UserError, match=f"'{model_type}' cannot adapt: its last projection lies on the decoder layer"
-    ):
+    with pytest.raises(ittt.UserError, match=f"{model_type} models cannot have fast weights: .* have no MLP module"):
         ittt.attach(model)

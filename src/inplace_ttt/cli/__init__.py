@@ -14,6 +14,7 @@ from .demo import demo
 from .eval import evaluate
 from .inspect import inspect
 from .read import read
+from .serve import serve
 from .train import tokenizer, train
 from .usage import Commands, main, print_version
 
@@ -35,6 +36,7 @@ app.command()(train)
 app.command()(tokenizer)
 app.command()(convert)
 app.command()(bench)
+app.command()(serve)
 
 
 @app.callback()

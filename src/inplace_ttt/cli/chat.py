@@ -12,7 +12,7 @@ import typer
 from ..errors import UserError, in_one_line
 from .inspect_session import stats_lines
 from .read import Saver, Source, deferred_interrupt, next_line, read_one
-from .sessions import Device, Model, State, Template, Window, check_place, open_session
+from .sessions import Device, Model, State, Window, check_place, open_session
 
 HELP = """\
 /help            this
@@ -54,6 +54,7 @@ def chat(
     with ExitStack() as held:
         with log.status("loading the model"):
             from ..session.sampling import Sampling
+            from ..session.template import Template
             from ..session.writers import holding
 
             choice = Sampling(temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed)
@@ -70,7 +71,7 @@ class Chat:
     """The conversation. What the model writes goes to stdout as it comes, all else to stderr."""
 
     def __init__(
-        self, session: Any, path: Path | None, template: Template | None, sampling: Any, log: Any, held: ExitStack
+        self, session: Any, path: Path | None, template: Any, sampling: Any, log: Any, held: ExitStack
     ) -> None:
         self.session, self.template, self.sampling, self.log = session, template, sampling, log
         self.held = held

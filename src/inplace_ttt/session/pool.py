@@ -117,89 +117,192 @@ class SessionPool:
             raise UserError(f"prompts by name, or a list of names, not a text: [{prompts!r}]")
         wanted = dict(prompts) if isinstance(prompts, Mapping) else dict.fromkeys(prompts)
         check_most(max_new_tokens)
-        settings, stops = Sampling(**sampling), StopText(stop).stops
-        jobs = [_Job(n, self.open(n), p, max_new_tokens, stops, settings) for n, p in wanted.items()]
-        pieces = self._run(jobs)
+        pieces = self._run(wanted, max_new_tokens, StopText(stop).stops, Sampling(**sampling))
         if stream:
             return pieces
-        found: dict[str, Any] = {job.name: [] if job.session.tokenizer is None else "" for job in jobs}
+        found: dict[str, Any] = {name: [] if self._blank.tokenizer is None else "" for name in wanted}
         with closing(pieces):
             for name, piece in pieces:
                 found[name] += piece
         return found
 
-    def _run(self, jobs: list["_Job"]) -> Generator[tuple[str, Any], None, None]:
+    def writers(self) -> "Writers":
+        """The pool's sessions as writers that join and leave while others write. At most one such set at a time."""
+        return Writers(self._blank._reader)
+
+    def _run(
+        self, prompts: Mapping[str, Any], most: int, stops: Sequence[str], settings: Sampling
+    ) -> Generator[tuple[str, Any], None, None]:
         with ExitStack() as stack:
-            for job in jobs:
-                stack.enter_context(job.session._exclusive())
-            for job in jobs:
-                check_continuable(job.session, job.prompt)
-            waiting = list(reversed(jobs))
-            active: list[_Job] = []
-            with closing(_Groups(self._blank._reader)) as batch:
-                while waiting or active:
-                    while waiting and len(active) < self.batch:
-                        job = waiting.pop()
-                        job.begin()
-                        active.append(job)
-                    for job in list(active):
-                        if piece := job.choose():
-                            yield job.name, piece
-                        if job.done:
-                            active.remove(job)
-                            if piece := job.finish():
-                                yield job.name, piece
-                    if active:
-                        batch.step([job.session._stream for job in active], [job.token for job in active])
-                        for job in active:
-                            job.fed()
+            sessions = {name: self.open(name) for name in prompts}
+            for session in sessions.values():
+                stack.enter_context(session._exclusive())
+            for name, session in sessions.items():
+                check_continuable(session, prompts[name])
+            waiting = list(reversed(sessions))
+            names: dict[Writer, str] = {}
+            with closing(self.writers()) as batch:
+                while waiting or names:
+                    while waiting and len(names) < self.batch:
+                        name = waiting.pop()
+                        read_prompt(sessions[name], prompts[name])
+                        names[batch._add(Writer(sessions[name], most, stops, settings))] = name
+                    for writer in batch.step():
+                        if writer.error:
+                            raise writer.error
+                        if writer.piece:
+                            yield names[writer], writer.piece
+                        if writer.finished:
+                            del names[writer]
 
 
-class _Job:
-    """One session's turn: its prompt, and the tokens it chooses."""
+class Writer:
+    """One session's turn to write: the tokens it chooses, and their text.
 
-    def __init__(
-        self, name: str, session: Session, prompt: Any, most: int, stops: Sequence[str], settings: Sampling
-    ) -> None:
-        self.name, self.session, self.prompt, self.left = name, session, prompt, most
+    After each step of ``Writers`` that names it: ``piece`` is the text (without a tokenizer: the ids) that is new,
+    "" for none; ``finished`` is None, "stop" (end of text, or a stop string), "length", or "error" with ``error``;
+    ``ids`` are all tokens written and read so far; ``logits`` [V] are those from which ``token``, which is read in
+    the next step, was chosen.
+    """
+
+    def __init__(self, session: Session, most: int, stops: Sequence[str], settings: Sampling) -> None:
+        self.session, self.left = session, most
         self.sampler, self.stops = Sampler(settings), StopText(stops)
+        self.ends = end_tokens(session._reader.root, session.tokenizer)
         self.decoder: StreamDecoder | None = None
-        self.token, self.done = -1, False
-        self.started = False
+        self.token: int | None = None
+        self.logits: Tensor | None = None
+        self.ids: list[int] = []
+        self.piece: Any = ""
+        self.finished: str | None = None
+        self.error: Exception | None = None
+        self._held: Any = None
 
-    def begin(self) -> None:
-        read_prompt(self.session, self.prompt)
-        self.ends = end_tokens(self.session._reader.root, self.session.tokenizer)
-
-    def choose(self) -> Any:
-        """Text of the token fed last; then chooses the next one, or sets ``done``."""
-        piece: Any = self._show()
-        stream = self.session._stream
+    def _choose(self, logits: Tensor) -> None:
+        """Shows what was read last; chooses the next token from logits [V], or finishes."""
+        self.piece = self._show()
         if self.stops.found or self.left == 0:
-            self.done = True
-            return piece
-        assert stream.logits is not None
-        self.token = self.sampler(stream.recent, stream.logits)
-        self.done = self.token in self.ends
-        return piece
+            return self._finish("stop" if self.stops.found else "length")
+        self.logits, self.token = logits, self.sampler(self.session._stream.recent, logits)
+        return self._finish("stop") if self.token in self.ends else None
 
     def _show(self) -> Any:
-        if not self.started:
+        if self.token is None:
             return ""
         if self.session.tokenizer is None:
             return [self.token]
         self.decoder = self.decoder or StreamDecoder(self.session.tokenizer, self.session._stream.recent[-9:-1])
         return self.stops.push(self.decoder.push(self.token))
 
-    def fed(self) -> None:
+    def _was_read(self) -> None:
+        assert self.token is not None
         self.left -= 1
-        self.started = True
+        self.ids.append(self.token)
         self.session._stream.written += 1
 
-    def finish(self) -> str:
-        if self.decoder is None or self.stops.found:
-            return ""
-        return self.stops.push(self.decoder.flush()) + self.stops.flush()
+    def _finish(self, reason: str) -> None:
+        self.finished, self.token = reason, None
+        if self.decoder is not None and not self.stops.found:
+            self.piece += self.stops.push(self.decoder.flush()) + self.stops.flush()
+
+
+class Writers:
+    """Sessions that write together, one token each a step. Others may join, and any may leave, between two steps.
+
+    A session is busy from ``join`` until it has finished or left; each writes what it would write alone.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader, self._batch = reader, _Groups(reader)
+        self.active: list[Writer] = []
+
+    def join(
+        self, session: Session, *, max_new_tokens: int = 256, stop: str | Sequence[str] = (), **sampling: Any
+    ) -> Writer:
+        """Lets a session of the pool write from the next step on. Reads held characters, or BOS where nothing else is.
+
+        Options as for ``Session.generate``. Raises UserError on settings out of range, and where the session is busy
+        or has nothing to continue.
+        """
+        check_most(max_new_tokens)
+        if session._reader is not self._reader:
+            raise UserError("this session is not in this pool: add it first")
+        writer = Writer(session, max_new_tokens, StopText(stop).stops, Sampling(**sampling))
+        held = session._exclusive()
+        held.__enter__()
+        try:
+            read_prompt(session, None)
+        except BaseException:
+            held.__exit__(None, None, None)
+            raise
+        writer._held = held
+        return self._add(writer)
+
+    def leave(self, writer: Writer) -> None:
+        """Takes a writer out between two steps; what it wrote stays written. Harmless when it has finished."""
+        if writer in self.active:
+            self._batch.close()  # gives the session its cache back
+            self.active.remove(writer)
+            self._release(writer)
+
+    def step(self) -> list[Writer]:
+        """Lets every session read the token it chose, all in one batch, and choose the next one.
+
+        Returns the writers; the finished ones are out. A session whose prediction is not a number or whose context is
+        full finishes with an error, the others go on. After another exception all sessions are as before the step.
+        """
+        for writer in self.active:
+            stream = writer.session._stream
+            if writer.token is not None and not self._reader.fits(stream, 1):
+                try:
+                    self._reader.make_room(stream)
+                except UserError as error:
+                    writer.error = error
+        ready = [writer for writer in self.active if writer.token is not None and not writer.error]
+        if ready:
+            self._batch.step([w.session._stream for w in ready], [w.token for w in ready])  # type: ignore[misc]
+        for writer in ready:
+            writer._was_read()
+        stepped = list(self.active)
+        for writer, logits in zip(stepped, self._logits(stepped), strict=True):
+            try:
+                if writer.error is None:
+                    writer._choose(logits)
+            except UserError as error:
+                writer.error = error
+            if writer.error:
+                writer.finished, writer.token = "error", None
+        self.active = [writer for writer in stepped if not writer.finished]
+        if len(self.active) < len(stepped):
+            self._batch.close()  # a session that has finished needs its cache
+        for writer in stepped:
+            if writer.finished:
+                self._release(writer)
+        return stepped
+
+    def _logits(self, writers: list[Writer]) -> list[Tensor]:
+        """What each predicts next, [V] on the CPU: one transfer for all of them."""
+        found = [w.session._stream.logits for w in writers]
+        if not found or self._reader.device.type == "cpu":
+            return found  # type: ignore[return-value]
+        return list(torch.stack(found).cpu())  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """Lets all writers leave."""
+        self._batch.close()
+        for writer in self.active:
+            self._release(writer)
+        self.active = []
+
+    def _add(self, writer: Writer) -> Writer:
+        self.active.append(writer)
+        return writer
+
+    @staticmethod
+    def _release(writer: Writer) -> None:
+        if writer._held is not None:
+            writer._held.__exit__(None, None, None)
+            writer._held = None
 
 
 class _Groups:

@@ -44,6 +44,22 @@ def tokens(session: "Session", prompt: Any, most: int, sampler: Sampler) -> Gene
             yield token
 
 
+def replay(session: "Session", ids: list[int]) -> None:
+    """Reads tokens that this session wrote once, as if it wrote them now. Same state as after writing them."""
+    with session._exclusive():
+        read_prompt(session, None)
+        for n, _ in session._reader.feed(session._stream, ids):
+            session._stream.written += n
+
+
+def read_exactly(session: "Session", ids: list[int]) -> None:
+    """Reads ids as they are, after held characters; no prefix (BOS) is added where a stream begins."""
+    with session._exclusive():
+        session._flush()
+        for _ in session._feed(ids, False):
+            pass
+
+
 def read_prompt(session: "Session", prompt: Any) -> None:
     """Reads what is held and the prompt, or BOS if there is nothing else; UserError where nothing can be continued."""
     check_continuable(session, prompt)

@@ -1,0 +1,220 @@
+"""The routes that OpenAI's clients call."""
+
+import time
+from typing import Annotated, Any
+from uuid import uuid4
+
+import torch
+from fastapi import APIRouter, Header, Request
+from fastapi.responses import JSONResponse
+
+from ..session.pool import Writer
+from . import work
+from .journal import message_digest
+from .scheduler import Finish
+from .schemas import ID, Chat, Completion, OpenAI
+from .service import Service
+from .settings import NotFoundError, ServeError
+from .sse import outcome, streamed
+
+router = APIRouter()
+SessionId = Annotated[str | None, Header(pattern=ID, description="The session that reads, answers and learns.")]
+Version = Annotated[int | None, Header(description="Compare and set: the session must be at this version.")]
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> dict[str, Any]:
+    """The one model of this server."""
+    service = Service.of(request)
+    return {"object": "list", "data": [_model(service)]}
+
+
+@router.get("/v1/models/{name:path}")
+async def model(name: str, request: Request) -> dict[str, Any]:
+    """The model by name."""
+    service = Service.of(request)
+    _check_model(service, name)
+    return _model(service)
+
+
+@router.post("/v1/chat/completions")
+async def chat(body: Chat, request: Request, x_session_id: SessionId = None, x_session_version: Version = None) -> Any:
+    """Answers a conversation. A session reads the messages that it has not read yet."""
+    service = Service.of(request)
+    messages = [message.plain() for message in body.messages]
+    limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    body = body.model_copy(update={"max_tokens": limit})
+    top = (body.top_logprobs or 0) if body.logprobs else None
+    if body.top_logprobs and not body.logprobs:
+        raise ServeError("top_logprobs needs logprobs: true")
+    reply = _Reply(service, body, "chat", top, x_session_id)
+    return await _answer(
+        service, request, reply, [service.prompts.chat(messages)], service.engine.limits.new_tokens,
+        x_session_version, lambda text: message_digest("assistant", text),
+    )  # fmt: skip
+
+
+@router.post("/v1/completions")
+async def completions(
+    body: Completion, request: Request, x_session_id: SessionId = None, x_session_version: Version = None
+) -> Any:
+    """Continues texts, or one session."""
+    service = Service.of(request)
+    renders = [service.prompts.plain(prompt, service.vocabulary) for prompt in body.prompts()]
+    reply = _Reply(service, body, "text", body.logprobs, x_session_id)
+    return await _answer(service, request, reply, renders, 16, x_session_version, None)
+
+
+async def _answer(
+    service: Service, request: Request, reply: "_Reply", renders: list[Any], default: int, version: int | None,
+    remember: Any,
+) -> Any:  # fmt: skip
+    body, limits = reply.body, service.engine.limits
+    _check_model(service, body.model)
+    choices = body.n or 1
+    if choices * len(renders) > limits.choices:
+        raise ServeError(f"{choices * len(renders)} answers wanted, this server gives at most {limits.choices} at once")
+    options = body.options(limits.new_tokens, default)
+    work.check_options(options)
+    owner = request.scope["owner"]
+    look = None if reply.top is None else _look(reply.top)
+
+    async def answer(job: Any) -> Any:
+        return await work.answer(
+            service.engine, job, owner, reply.session, renders, options,
+            choices=choices, version=version, look=look, remember=remember,
+        )  # fmt: skip
+
+    job = service.engine.begin(answer)
+    if body.stream:
+        return await streamed(job, request, reply.chunks, reply.last)
+    answers = await outcome(job, request)
+    return JSONResponse(reply.whole(answers))
+
+
+def _look(top: int) -> Any:
+    """Finds log-probabilities of a token just chosen, and of the ``top`` likeliest ones; runs beside the model."""
+
+    def look(writer: Writer) -> Any:
+        assert writer.logits is not None
+        assert writer.token is not None
+        scores = writer.logits.float().log_softmax(-1)
+        best = torch.topk(scores, top) if top else None
+        pairs = [] if best is None else list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        return float(scores[writer.token]), pairs
+
+    return look
+
+
+class _Reply:
+    """OpenAI's form of answers, as a whole and in chunks."""
+
+    def __init__(self, service: Service, body: OpenAI, kind: str, top: int | None, session: str | None) -> None:
+        self.service, self.body, self.kind, self.top, self.session = service, body, kind, top, session
+        self.id = ("chatcmpl-" if kind == "chat" else "cmpl-") + uuid4().hex
+        self.created, self.began = int(time.time()), time.perf_counter()
+        self.started: set[int] = set()
+        self.offsets: dict[int, int] = {}
+        self.first = True
+
+    def _frame(self, choices: list[Any], ending: str = "") -> dict[str, Any]:
+        name = "chat.completion" + ending if self.kind == "chat" else "text_completion"
+        return {"id": self.id, "object": name, "created": self.created, "model": self.body.model, "choices": choices}
+
+    def whole(self, answers: list[work.Answered]) -> dict[str, Any]:
+        """The body of an answer that does not stream."""
+        choices = []
+        for index, found in enumerate(answers):
+            choice: dict[str, Any] = {"index": index, "finish_reason": _reason(found.reason)}
+            choice["logprobs"] = self._logprobs(found.ids, found.looked, index)
+            if self.kind == "chat":
+                choice["message"] = {"role": "assistant", "content": found.text, "refusal": None}
+            else:
+                choice["text"] = found.text
+            choices.append(choice)
+        self._count(answers)
+        return {**self._frame(choices), "usage": self._usage(answers), **self._session(answers)}
+
+    def chunks(self, event: Any) -> list[dict[str, Any]]:
+        """What one event is to a client."""
+        if self.first:
+            self.first = False
+            self.service.metrics.first.observe(time.perf_counter() - self.began)
+        index = event[0]
+        found = []
+        if self.kind == "chat" and index not in self.started:
+            self.started.add(index)
+            found.append(self._chunk(index, {"role": "assistant", "content": ""}, None, None))
+        if isinstance(event[1], Finish):
+            found.append(self._chunk(index, {}, _reason(event[1].reason), None))
+        else:
+            _, piece, ids, looked = event
+            logprobs = self._logprobs(ids, [looked] if ids else [], index)
+            if piece or logprobs:
+                found.append(self._chunk(index, {"content": piece}, None, logprobs))
+        return found
+
+    def _chunk(self, index: int, delta: dict[str, Any], reason: str | None, logprobs: Any) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": logprobs}
+        choice |= {"delta": delta} if self.kind == "chat" else {"text": delta.get("content", "")}
+        return self._frame([choice], ".chunk")
+
+    def last(self, answers: list[work.Answered]) -> list[dict[str, Any]]:
+        """What comes after all chunks."""
+        self._count(answers)
+        if not (self.body.stream_options and self.body.stream_options.include_usage):
+            return []
+        return [{**self._frame([], ".chunk"), "usage": self._usage(answers), **self._session(answers)}]
+
+    def _session(self, answers: list[work.Answered]) -> dict[str, Any]:
+        return {} if self.session is None else {"session": {"id": self.session, "version": answers[0].version}}
+
+    def _usage(self, answers: list[work.Answered]) -> dict[str, int]:
+        prompts = answers[:: self.body.n or 1]
+        read, wrote = sum(a.prompt_tokens for a in prompts), sum(len(a.ids) for a in answers)
+        return {"prompt_tokens": read, "completion_tokens": wrote, "total_tokens": read + wrote}
+
+    def _count(self, answers: list[work.Answered]) -> None:
+        usage = self._usage(answers)
+        self.service.metrics.read.inc(usage["prompt_tokens"])
+        self.service.metrics.written.inc(usage["completion_tokens"])
+
+    def _logprobs(self, ids: list[int], looked: list[Any], index: int) -> Any:
+        if self.top is None or not ids:
+            return None
+        text = self.service.token_text
+        if self.kind == "chat":
+            return {
+                "content": [
+                    {**_entry(text(i), p), "top_logprobs": [_entry(text(j), q) for j, q in best]}
+                    for i, (p, best) in zip(ids, looked, strict=True)
+                ],
+                "refusal": None,
+            }
+        tokens, offsets = [text(i) for i in ids], []
+        for token in tokens:
+            offsets.append(self.offsets.get(index, 0))
+            self.offsets[index] = offsets[-1] + len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [p for p, _ in looked],
+            "top_logprobs": [{text(j): q for j, q in best} for _, best in looked] if self.top else None,
+            "text_offset": offsets,
+        }
+
+
+def _entry(token: str, logprob: float) -> dict[str, Any]:
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+
+
+def _reason(reason: str) -> str:
+    return "stop" if reason == "cancelled" else reason
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {"id": service.name, "object": "model", "created": service.created, "owned_by": "inplace-ttt"}
+
+
+def _check_model(service: Service, name: str) -> None:
+    if name != service.name:
+        raise NotFoundError(f"there is no model {name[:100]!r} here, only {service.name!r}", code="model_not_found")

@@ -1,0 +1,164 @@
+"""From a model's name to a server that runs."""
+
+import asyncio
+import logging
+import signal
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ..config import InPlaceTTTConfig
+from ..demo.load import load, load_baseline, load_tokenizer
+from ..errors import UserError
+from ..hf.attach import attach, is_attached
+from ..shipped import DEFAULT_MODEL
+from .app import make_app
+from .engine import Engine
+from .files import LocalFiles
+from .guard import LOOPBACK, read_keys
+from .metrics import Metrics
+from .service import Service
+from .settings import Limits
+from .store import Store
+
+
+class _Protocol(H11Protocol):
+    """Cuts off clients that send no whole request head in time, or do not take their answer; uvicorn would wait."""
+
+    patience = 30.0
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._late = self.loop.call_later(self.patience, self._check)
+
+    def _check(self) -> None:
+        if self.cycle is None:  # no request yet; between two requests uvicorn has its own limit
+            self.transport.abort()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._late.cancel()
+        self._late = self.loop.call_later(self.patience, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._late.cancel()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._late.cancel()
+        super().connection_lost(exc)
+
+
+def load_model(name: str | None, device: str | None = None, objective: str | None = None, **settings: Any) -> Any:
+    """Model and tokenizer; a plain model gets fast weights with ``objective``. UserError where that does not fit."""
+    place: Any = DEFAULT_MODEL if name is None else name
+    given = {key: value for key, value in settings.items() if value is not None}
+    if objective is None:
+        if given:
+            raise UserError(f"{', '.join(given)}: for a plain model only, which needs an objective too")
+        return load(place, device)
+    config = InPlaceTTTConfig(objective=objective, **given)
+    model = load_baseline(place, device)
+    if is_attached(model):
+        raise UserError(f"{place} has fast weights already: leave the objective out")
+    attach(model, config)
+    return model, load_tokenizer(place, model)
+
+
+def make_service(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    state: Path,
+    limits: Limits,
+    adapters: Path | None = None,
+    state_form: str | int = "dense",
+    **options: Any,
+) -> Service:
+    """A service on a loaded model that keeps its sessions below ``state``. ``options``: as for ``Session``."""
+    metrics = Metrics()
+    engine = Engine(model, tokenizer, Store(LocalFiles(state)), limits, metrics, state=state_form, **options)
+    return Service(engine, metrics, tokenizer, name, adapters)
+
+
+def serve(
+    name: str | None,
+    *,
+    host: str,
+    port: int,
+    api_keys: Path | None,
+    state: Path | None,
+    limits: Limits,
+    log: Callable[[str], None],
+    device: str | None = None,
+    objective: str | None = None,
+    settings: dict[str, Any] | None = None,
+    served_name: str | None = None,
+    adapters: Path | None = None,
+    state_form: str | int = "dense",
+    **options: Any,
+) -> None:
+    """Serves until it is told to stop (SIGTERM, Ctrl-C). ``port`` 0 takes a free one.
+
+    Raises UserError on a model, keys or a directory that do not fit, and where others than this machine could reach a
+    server without keys.
+    """
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # broken uploads are their senders' business
+    keys = None if api_keys is None else read_keys(api_keys)
+    if keys is None and host not in LOOPBACK:
+        raise UserError(f"on {host} anybody could use this server: give --api-keys FILE, or stay on 127.0.0.1")
+    with ExitStack() as stack:
+        if state is None:
+            state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="inplace-ttt-")))
+            log("Sessions are kept until the server stops; --state-dir DIR keeps them for longer.")
+        model, tokenizer = load_model(name, device, objective, **(settings or {}))
+        served = served_name or Path(name or DEFAULT_MODEL).name
+        service = make_service(model, tokenizer, served, state, limits, adapters, state_form=state_form, **options)
+        _run(make_app(service, keys), host, port, limits, served, keys is not None, log)
+
+
+def _run(app: Any, host: str, port: int, limits: Limits, name: str, has_keys: bool, log: Callable[[str], None]) -> None:
+    server = Server(app, host, port, lambda at: log(_greeting(host, at, name, has_keys)))
+    with suppress(KeyboardInterrupt, SystemExit):  # uvicorn's way of saying that it could not start
+        asyncio.run(server.serve())
+    if not server.started:
+        raise UserError(f"cannot listen on {host}:{port}: is it in use? Give another --port")
+
+
+class Server(uvicorn.Server):
+    """Calls ``ready(port)`` when it listens, and lets the engine know at once when it is to stop."""
+
+    def __init__(self, app: Any, host: str, port: int, ready: Callable[[int], None]) -> None:
+        self.engine: Engine = app.app.state.service.engine
+        self.ready, limits = ready, self.engine.limits
+        config = uvicorn.Config(
+            app, host=host, port=port, http=type("Protocol", (_Protocol,), {"patience": limits.slow}), ws="none",
+            log_level="warning", access_log=False, server_header=False, h11_max_incomplete_event_size=65536,
+            limit_concurrency=1000, timeout_keep_alive=30, timeout_graceful_shutdown=round(limits.grace) + 15,
+        )  # fmt: skip
+        super().__init__(config)
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self.ready(self.servers[0].sockets[0].getsockname()[1])
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self.engine.begin_stop()
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True  # and exit with 0: uvicorn's own handler would raise the signal again at the end
+
+
+def _greeting(host: str, port: int, name: str, has_keys: bool) -> str:
+    where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    key = " -H 'Authorization: Bearer KEY'" if has_keys else ""
+    body = f'{{"model": "{name}", "prompt": "def read(", "max_tokens": 24, "temperature": 0}}'
+    return (
+        f"Serving {name} on {where} (a page for people, /v1 for OpenAI's clients). Try:\n\n"
+        f"curl {where}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'\n"
+    )

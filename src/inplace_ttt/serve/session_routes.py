@@ -1,0 +1,241 @@
+"""The routes of sessions: make, look at, read, score, ask, fork, freeze, reset, save, go back, export, delete."""
+
+import secrets
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Request
+from fastapi import Path as InPath
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+
+from . import work
+from .schemas import ID, Ask, AtVersion, Export, Fork, Freeze, NewSession, Read, Rollback, Score
+from .service import Service
+from .settings import ServeError
+from .sse import outcome, streamed
+
+router = APIRouter(prefix="/v1/sessions")
+B = TypeVar("B", bound=BaseModel)
+Id = Annotated[str, InPath(pattern=ID)]
+
+
+@router.post("", status_code=201)
+async def create(request: Request) -> dict[str, Any]:
+    """Makes a session; with a ``file`` (a form), from a session file."""
+    engine, owner = Service.of(request).engine, request.scope["owner"]
+    async with _form(request) as (values, file):
+        body = _body(NewSession, values)
+        id = body.id or new_id()
+        path = None
+        with tempfile.TemporaryDirectory() as place:
+            if file is not None:
+                path = Path(place) / "session"
+                path.write_bytes(await file.read())
+            job = engine.begin(lambda job: work.create(engine, owner, id, body.frozen, path))
+            version = await outcome(job, request)
+    return {"id": id, "object": "session", "version": version, "frozen": body.frozen}
+
+
+@router.get("")
+async def index(request: Request) -> dict[str, Any]:
+    """The owner's sessions."""
+    return {"object": "list", "data": await work.index(Service.of(request).engine, request.scope["owner"])}
+
+
+@router.get("/{id}")
+async def describe(id: Id, request: Request, diagnostics: bool = True) -> Any:
+    """Where a session stands: statistics, diagnostics, versions to go back to."""
+    engine, owner = Service.of(request).engine, request.scope["owner"]
+    return JSONResponse(
+        _finite(await outcome(engine.begin(lambda _: work.describe(engine, owner, id, diagnostics)), request))
+    )
+
+
+@router.delete("/{id}")
+async def delete(id: Id, request: Request) -> dict[str, Any]:
+    """Removes a session and all its versions."""
+    engine, owner = Service.of(request).engine, request.scope["owner"]
+    await outcome(engine.begin(lambda _: work.delete(engine, owner, id)), request)
+    return {"id": id, "object": "session", "deleted": True}
+
+
+@router.post("/{id}/read")
+async def read(id: Id, request: Request) -> Any:
+    """Reads a text, or a ``file`` (a form) in UTF-8; with ``stream`` tells how far it is."""
+    service, owner = Service.of(request), request.scope["owner"]
+    engine = service.engine
+    async with _form(request) as (values, file):
+        if file is not None:
+            values["text"] = _decoded(await file.read())
+    body = _body(Read, values)
+
+    async def reading(job: Any) -> Any:
+        found = await work.read(engine, job, owner, id, body.text, body.if_version)
+        service.metrics.read.inc(found["tokens"])
+        return found
+
+    job = engine.begin(reading)
+    if body.stream:
+        return await streamed(job, request, lambda event: [_finite(event)], lambda found: [{"done": found}])
+    return JSONResponse(await outcome(job, request))
+
+
+@router.post("/{id}/score")
+async def score(id: Id, body: Score, request: Request) -> Any:
+    """Loss of a text as the continuation, in nats per token; leaves no trace."""
+    engine, owner = Service.of(request).engine, request.scope["owner"]
+    job = engine.begin(lambda job: work.score(engine, job, owner, id, body.text, body.losses))
+    return JSONResponse(_finite(await outcome(job, request)))
+
+
+@router.post("/{id}/ask")
+async def ask(id: Id, body: Ask, request: Request) -> Any:
+    """Answers from what was learned alone, without context; leaves no trace."""
+    service, owner = Service.of(request), request.scope["owner"]
+    engine, render = service.engine, service.prompts.question(body.question)
+    options = body.options(engine.limits.new_tokens, 256)
+    work.check_options(options)
+    job = engine.begin(lambda job: work.answer(engine, job, owner, id, [render], options, context=False))
+
+    def whole(answers: list[work.Answered]) -> dict[str, Any]:
+        found = answers[0]
+        usage = {"prompt_tokens": found.prompt_tokens, "completion_tokens": len(found.ids)}
+        service.metrics.written.inc(len(found.ids))
+        return {"id": id, "answer": found.text, "finish_reason": found.reason, "version": found.version, "usage": usage}
+
+    if body.stream:
+        pieces = lambda event: [{"piece": event[1]}] if isinstance(event[1], str) and event[1] else []  # noqa: E731
+        return await streamed(job, request, pieces, lambda answers: [{"done": whole(answers)}])
+    return JSONResponse(whole(await outcome(job, request)))
+
+
+@router.post("/{id}/fork", status_code=201)
+async def fork(id: Id, request: Request, body: Fork | None = None) -> dict[str, Any]:
+    """Makes an independent session in the same state."""
+    body = body or Fork()
+    engine, owner, new = Service.of(request).engine, request.scope["owner"], body.id or new_id()
+    job = engine.begin(lambda _: work.fork(engine, owner, id, new, body.if_version))
+    return {"id": new, "object": "session", "version": await outcome(job, request), "from": id}
+
+
+@router.post("/{id}/reset")
+async def reset(id: Id, request: Request, body: AtVersion | None = None) -> dict[str, Any]:
+    """Forgets everything."""
+    return await _change(id, request, {"op": "reset"}, body)
+
+
+@router.post("/{id}/freeze")
+async def freeze(id: Id, request: Request, body: Freeze | None = None) -> dict[str, Any]:
+    """Lets a session answer without learning, or learn again."""
+    body = body or Freeze()
+    return await _change(id, request, {"op": "freeze", "frozen": body.frozen}, body)
+
+
+@router.post("/{id}/save")
+async def save(id: Id, request: Request, body: AtVersion | None = None) -> dict[str, Any]:
+    """Keeps the present state as one to go back to."""
+    engine, owner, at = Service.of(request).engine, request.scope["owner"], body.if_version if body else None
+    job = engine.begin(lambda _: work.save(engine, owner, id, at))
+    return {"id": id, "object": "session", "version": await outcome(job, request)}
+
+
+@router.post("/{id}/rollback")
+async def rollback(id: Id, request: Request, body: Rollback | None = None) -> dict[str, Any]:
+    """Goes back to a saved version."""
+    body = body or Rollback()
+    engine, owner = Service.of(request).engine, request.scope["owner"]
+    job = engine.begin(lambda _: work.rollback(engine, owner, id, body.version, body.if_version))
+    return {"id": id, "object": "session", "version": await outcome(job, request)}
+
+
+@router.post("/{id}/export")
+async def export(id: Id, request: Request, body: Export | None = None) -> Any:
+    """What was learned as a LoRA adapter: a zip file, or its path where the server has a folder for adapters."""
+    service, owner, rank = Service.of(request), request.scope["owner"], (body or Export()).rank
+    job = service.engine.begin(lambda _: work.export(service.engine, owner, id, rank, service.adapters))
+    found = await outcome(job, request)
+    if "path" in found:
+        return JSONResponse(found)
+    name = {"content-disposition": f'attachment; filename="{found["name"]}.zip"', "x-adapter-name": found["name"]}
+    return Response(found["zip"], media_type="application/zip", headers=name)
+
+
+@router.get("/{id}/file")
+async def file(id: Id, request: Request) -> Response:
+    """The session as a file, for ``Session.load`` or another server."""
+    engine, owner = Service.of(request).engine, request.scope["owner"]
+    data = await outcome(engine.begin(lambda _: work.download(engine, owner, id)), request)
+    name = {"content-disposition": f'attachment; filename="{id}.session"'}
+    return Response(data, media_type="application/octet-stream", headers=name)
+
+
+def new_id() -> str:
+    """A session id that nobody guesses."""
+    return f"sess-{secrets.token_hex(12)}"
+
+
+async def _change(id: str, request: Request, entry: dict[str, Any], body: AtVersion | None) -> dict[str, Any]:
+    engine, owner, at = Service.of(request).engine, request.scope["owner"], body.if_version if body else None
+    job = engine.begin(lambda _: work.change(engine, owner, id, entry, at))
+    return {"id": id, "object": "session", "version": await outcome(job, request)}
+
+
+@asynccontextmanager
+async def _form(request: Request) -> AsyncIterator[tuple[dict[str, Any], UploadFile | None]]:
+    """A body in JSON, or a form with an optional ``file``."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        async with request.form(max_files=1, max_fields=8) as form:
+            values: dict[str, Any] = {name: value for name, value in form.items() if isinstance(value, str)}
+            file = form.get("file")
+            yield values, file if isinstance(file, UploadFile) else None
+        return
+    data = await request.body()
+    try:
+        if data and kind != "application/json":
+            raise ServeError("send application/json, or a form with a file", status=415)
+        values = await request.json() if data else {}
+    except (ValueError, RecursionError):
+        raise ServeError("the body is not JSON, or is nested too deep") from None
+    if not isinstance(values, dict):
+        raise ServeError("the body must be a JSON object")
+    yield values, None
+
+
+def _body(kind: type[B], values: dict[str, Any]) -> B:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ServeError(mistakes(error.errors())) from None
+
+
+def mistakes(errors: Any) -> str:
+    """What validation found, in one line; without what was sent, which may be long."""
+    found = []
+    for error in list(errors)[:5]:
+        place = ".".join(str(part) for part in error["loc"] if part not in ("body", "header", "path", "query"))
+        found.append(f"{place}: {error['msg']}" if place else str(error["msg"]))
+    return "; ".join(found)
+
+
+def _decoded(data: bytes) -> str:
+    if b"\0" in data:
+        raise ServeError("this is a binary file (it has NUL bytes): send a text file")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ServeError(f"this file is not UTF-8 text (byte {error.start:,}): convert it first") from None
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no nan."""
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, list | tuple) else value

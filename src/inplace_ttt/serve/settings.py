@@ -1,0 +1,82 @@
+"""What a server allows, with the defaults, and the errors it answers with."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on what one server takes. Sizes in bytes, times in seconds."""
+
+    batch: int = 32
+    """Sessions that write in one step; more wait for their turn."""
+    queue: int = 64
+    """Requests that wait or run besides, at most; then 429."""
+    patience: float = 30.0
+    """Longest wait for memory before a request is answered with 429."""
+    memory: int | None = None
+    """Bytes of all sessions in memory; idle ones beyond that go to disk. None: a quarter of what is free at start."""
+    sessions: int = 100
+    """Sessions of one owner, on disk included."""
+    body: int = 16 << 20
+    """Largest request body; an uploaded text or session file counts."""
+    prompt: int = 100_000
+    """Most tokens of one prompt. Longer texts are read into a session, in pieces."""
+    new_tokens: int = 4096
+    """Most tokens of one answer, and what a chat answer has when the request does not say."""
+    choices: int = 8
+    """Most answers to one request."""
+    rate: int = 600
+    """Requests of one owner per minute."""
+    piece: int = 2048
+    """Characters read between two decode steps of those who write."""
+    unsaved: int = 16_384
+    """Tokens after which a session's state is stored, so that a restart need not read more than these again."""
+    slow: float = 30.0
+    """Longest pause of a client that sends a request or takes an answer; then it is cut off."""
+    grace: float = 20.0
+    """Time that running requests get to finish when the server stops."""
+
+
+class ServeError(Exception):
+    """An answer that is not 200: ``status``, a message for the client, and OpenAI's ``type`` and ``code``."""
+
+    status: int = 400
+    kind: str = "invalid_request_error"
+    code: str | None = None
+    headers: dict[str, str] = {}  # noqa: RUF012 (never written to)
+
+    def __init__(self, message: str, **values: Any) -> None:
+        super().__init__(message)
+        for name, value in values.items():
+            setattr(self, name, value)
+
+
+class NotFoundError(ServeError):
+    """No such session (of this owner), model or route."""
+
+    status, code = 404, "not_found"
+
+
+class VersionError(ServeError):
+    """The session is not at the version that the request expects, or its state does not fit this server."""
+
+    status, code = 409, "conflict"
+
+
+class BusyError(ServeError):
+    """There is no room now; later there is."""
+
+    status, kind, code = 429, "rate_limit_error", "busy"
+
+    def __init__(self, message: str, after: float = 1.0) -> None:
+        super().__init__(message, headers={"retry-after": str(max(1, round(after)))})
+
+
+class StoppingError(ServeError):
+    """The server is stopping."""
+
+    status, kind, code = 503, "server_error", "stopping"
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping: try again", headers={"retry-after": "5"})

@@ -1,0 +1,419 @@
+"""What requests ask for, done on the engine: read, answer, score, ask, fork, and the rest of a session's life.
+
+Functions that may take long get the ``Job`` they run in and tell through it how far they are.
+"""
+
+import asyncio
+import io
+import shutil
+import tempfile
+import time
+import zipfile
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..session import Session
+from ..session.sampling import Sampling, StopText
+from .engine import Engine, Live
+from .jobs import Job
+from .journal import IDS, Prompt, pieces_of
+from .scheduler import Finish
+from .settings import BusyError, ServeError, VersionError
+from .store import ConflictError
+
+
+@dataclass
+class Answered:
+    """A finished answer: its text, why it ended, tokens read before it and written, what ``look`` found by token."""
+
+    text: str
+    reason: str
+    prompt_tokens: int
+    ids: list[int]
+    looked: list[Any]
+    version: int | None = None
+
+
+# -- a session's life --------------------------------------------------------------------------------------------------
+
+
+async def create(engine: Engine, owner: str, id: str, frozen: bool = False, file: Path | None = None) -> int:
+    """Makes a session, empty or with what a session file holds; its version. UserError for a file that does not fit."""
+    await _check_count(engine, owner)
+    session = None
+    if file is not None:
+        async with engine.room(1):
+            session = await engine.piece(_checked, engine, file)
+    return await _new(engine, owner, id, session, {"history": [], "frozen": frozen})
+
+
+async def fork(engine: Engine, owner: str, id: str, new: str, version: int | None = None) -> int:
+    """Makes a copy of a session under another id; its version."""
+    await _check_count(engine, owner)
+    async with engine.use(owner, id, version) as live:
+        copy = await engine.piece(live.loaded.fork)
+        return await _new(engine, owner, new, copy, live.values())
+
+
+async def delete(engine: Engine, owner: str, id: str) -> None:
+    """Removes a session for good."""
+    async with engine.use(owner, id) as live:
+        await asyncio.to_thread(engine.store.delete, live.key)
+        await engine.forget(live)
+
+
+async def index(engine: Engine, owner: str) -> list[dict[str, Any]]:
+    """An owner's sessions, oldest first."""
+    found = await asyncio.to_thread(engine.store.of_owner, owner)
+    loaded = {live.key for live in engine.loaded}
+    return [
+        {"id": about["id"], "object": "session", "created": int(about["created"]), "in_memory": key in loaded}
+        for key, about in found
+    ]
+
+
+async def describe(engine: Engine, owner: str, id: str, diagnostics: bool = True) -> dict[str, Any]:
+    """Where a session stands, and what the updates did to each layer."""
+    async with engine.use(owner, id) as live:
+        found = await engine.piece(live.loaded.stats)
+        layers = await engine.piece(live.loaded.diagnostics) if diagnostics else []
+        record = await asyncio.to_thread(engine.store.record, live.key)
+        return {
+            "id": id,
+            "object": "session",
+            "version": live.version,
+            "frozen": live.frozen,
+            "saved": record.saved if record else [],
+            "stats": found.to_dict(),
+            "diagnostics": [layer.__dict__ for layer in layers],
+            "timeline": [{k: v for k, v in s.items() if k != "layers"} for s in live.loaded.timeline.to_list()],
+        }
+
+
+async def change(engine: Engine, owner: str, id: str, entry: dict[str, Any], version: int | None = None) -> int:
+    """Resets, freezes or thaws a session; its version."""
+    async with engine.use(owner, id, version) as live:
+        if entry["op"] != "freeze":
+            _check_thawed(live)
+        await engine.do(live, entry)
+        return live.version
+
+
+async def save(engine: Engine, owner: str, id: str, version: int | None = None) -> int:
+    """Stores the present state as one to come back to; its version."""
+    async with engine.use(owner, id, version) as live:
+        await engine.save(live)
+        return live.version
+
+
+async def rollback(engine: Engine, owner: str, id: str, to: int | None, version: int | None = None) -> int:
+    """Goes back to a saved version (the last one, if not said), which makes a new version."""
+    async with engine.use(owner, id, version) as live:
+        _check_thawed(live)
+        record = await asyncio.to_thread(engine.store.record, live.key)
+        saved = record.saved if record else []
+        if not saved:
+            raise VersionError(f"session {id} has no saved version to go back to: save it first")
+        if to is not None and to not in saved:
+            raise VersionError(f"session {id} has no saved version {to}, only {', '.join(map(str, saved))}")
+        await engine.do(live, {"op": "rollback", "to": saved[-1] if to is None else to})
+        await engine.store_now(live)
+        return live.version
+
+
+async def export(engine: Engine, owner: str, id: str, rank: int | None, folder: Path | None) -> dict[str, Any]:
+    """What a session learned as a LoRA adapter: below ``folder`` ("path"), or as a zip file ("zip")."""
+    async with engine.use(owner, id, copies=1) as live:
+        copy, version, key = await engine.piece(live.loaded.fork), live.version, live.key
+    name = f"{id}-v{version}"
+    with tempfile.TemporaryDirectory() as place:
+        layers = await asyncio.to_thread(copy.export_lora, Path(place) / name, rank)
+        found: dict[str, Any] = {"name": name, "version": version, "layers": [layer.__dict__ for layer in layers]}
+        if folder is None:
+            return {**found, "zip": await asyncio.to_thread(_zip, Path(place))}
+        target = folder / f"{key.replace('/', '-')}-v{version}"
+        await asyncio.to_thread(_move, Path(place) / name, target)
+        return {**found, "path": str(target.resolve())}
+
+
+async def download(engine: Engine, owner: str, id: str) -> bytes:
+    """A session's file."""
+    async with engine.use(owner, id) as live:
+        copy = await engine.piece(live.loaded.fork)
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "session"
+        await asyncio.to_thread(copy.save, path)
+        return await asyncio.to_thread(path.read_bytes)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+async def read(engine: Engine, job: Job, owner: str, id: str, text: str, version: int | None = None) -> dict[str, Any]:
+    """Reads a text into a session, piece by piece; stopped, it ends after the present one."""
+    async with engine.use(owner, id, version) as live:
+        _check_thawed(live)
+        began, before, done = time.perf_counter(), live.tokens, 0
+        for at in range(0, len(text), engine.limits.piece):
+            if job.stopped:
+                break
+            await engine.do(live, {"op": "read", "text": text[at : at + engine.limits.piece]})
+            await engine.keep_up(live)
+            done = min(at + engine.limits.piece, len(text))
+            progress: dict[str, Any] = {"characters": done, "of": len(text), "tokens": live.tokens - before}
+            progress |= {"seconds": time.perf_counter() - began, "version": live.version, "bytes": live.held}
+            if samples := live.loaded.timeline.samples:
+                newest = samples[-1]
+                progress["probe"] = {"tokens": newest.tokens, "on": newest.loss_on, "off": newest.loss_off}
+            job.emit(progress)
+        warning = (await engine.piece(live.loaded.stats)).warning
+        return {
+            "id": id,
+            "tokens": live.tokens - before,
+            "characters": done,
+            "complete": done == len(text),
+            "seconds": time.perf_counter() - began,
+            "version": live.version,
+            "warning": warning,
+        }
+
+
+async def score(engine: Engine, job: Job, owner: str, id: str, text: str, losses: bool) -> dict[str, Any]:
+    """Loss of a text as a session's continuation; the session stays as it was."""
+    ids = await engine.with_tokenizer(lambda tokenizer: _plain_ids(tokenizer, text))
+    found: list[float] = []
+    async with engine.use(owner, id, copies=1) as live:
+        copy: Session = await engine.piece(live.loaded.fork)
+        if (await engine.piece(copy.stats)).held_characters:
+            await engine.piece(lambda: copy.generate(max_new_tokens=0))
+        for at in range(0, len(ids), IDS):
+            if job.stopped:
+                break
+            part = await engine.piece(lambda at=at: copy.read(ids[at : at + IDS], scored=True))
+            found += part.losses
+    mean = sum(found) / len(found) if found else None
+    return {"id": id, "tokens": len(ids), "mean": mean, **({"losses": found} if losses else {})}
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+Render = Callable[[Session, Live | None], Prompt]
+"""Says what is read before an answer, given the session that reads it (and what is known of it)."""
+
+
+async def answer(
+    engine: Engine,
+    job: Job,
+    owner: str,
+    id: str | None,
+    renders: list[Render],
+    options: dict[str, Any],
+    *,
+    choices: int = 1,
+    version: int | None = None,
+    look: Any = None,
+    remember: Callable[[str], str] | None = None,
+    context: bool = True,
+) -> list[Answered]:
+    """Answers prompts, each ``choices`` times, and tells (index, piece of text, ids, looked) and (index, Finish).
+
+    With ``id`` the session reads and learns what it reads and writes, unless it is frozen or ``context`` is False
+    (from its fast weights alone): then copies answer, as new sessions do without ``id``. ``remember`` makes the digest
+    of the answer that the session knows from then on. A job that is stopped ends its answers, with what they have.
+    """
+    check_options(options)
+    count = len(renders) * choices
+    if id is None:
+        async with engine.room(count):
+            starts = [await engine.piece(engine.blank.fork) for _ in renders]
+            pairs = [(s, await _rendered(engine, r, s, None)) for s, r in zip(starts, renders, strict=True)]
+            return await _answers(engine, job, pairs, options, choices, look)
+    async with engine.use(owner, id, version, copies=count) as live:
+        if context and not live.frozen:
+            if count > 1:
+                raise ServeError("a session that learns gives one answer at a time: n and the number of prompts are 1")
+            return [await _learning(engine, job, live, renders[0], options, look, remember)]
+        copy: Session = await engine.piece(live.loaded.fork)
+        if not context:
+            await engine.piece(copy.drop_context)
+        starts = [copy, *[await engine.piece(copy.fork) for _ in renders[1:]]]
+        known = live if context else None
+        pairs = [(s, await _rendered(engine, r, s, known)) for s, r in zip(starts, renders, strict=True)]
+        found = await _answers(engine, job, pairs, options, choices, look)
+        for each in found:
+            each.version = live.version
+        return found
+
+
+async def _learning(
+    engine: Engine, job: Job, live: Live, render: Render, options: dict[str, Any], look: Any, remember: Any
+) -> Answered:
+    session, before = live.loaded, live.tokens
+    prompt = await _rendered(engine, render, session, live)
+    if prompt.text or prompt.ids:
+        await engine.do(live, prompt.entry())
+    await engine.keep_up(live)
+    found = Answered("", "stop", live.tokens - before, [], [])
+    noted, failure = 0, None
+
+    async def note(**values: Any) -> Exception | None:
+        nonlocal noted
+        ids, noted = found.ids[noted:], len(found.ids)
+        try:
+            await engine.note(live, {"op": "wrote", "ids": ids, **values})
+        except (ServeError, OSError) as error:
+            await engine.forget(live)  # it holds what the journal does not
+            job.stop()
+            return error
+        return None
+
+    try:
+        async for event in _writing(engine, job, session, 0, look, options, found):
+            job.emit(event)
+            if failure is None and len(found.ids) - noted >= engine.chunk_size:
+                failure = await note()
+    finally:
+        if failure is None and found.ids:
+            messages = [remember(found.text)] if remember else []
+            failure = await note(messages=messages)
+            live.history += messages
+    if failure is not None:
+        raise failure
+    found.version = live.version
+    return found
+
+
+async def _answers(
+    engine: Engine, job: Job, prompts: list[tuple[Session, Prompt]], options: dict[str, Any], choices: int, look: Any
+) -> list[Answered]:
+    """Answers of sessions that nobody keeps."""
+    running: list[Awaitable[Answered]] = []
+    for number, (session, prompt) in enumerate(prompts):
+        before = (await engine.piece(session.stats)).tokens
+        for work in pieces_of(prompt.entry(), session, engine.limits.piece):
+            await engine.piece(work)
+        tokens = (await engine.piece(session.stats)).tokens - before
+        twins = [session, *[await engine.piece(session.fork) for _ in range(choices - 1)]]
+        for twin in range(choices):
+            index, own = number * choices + twin, dict(options)
+            if own.get("seed") is not None:
+                own["seed"] += twin  # answers to one prompt differ
+            found = Answered("", "stop", tokens, [], [])
+            running.append(_tell(engine, job, twins[twin], index, look, own, found))
+    return list(await _all(running))
+
+
+async def _all(running: list[Awaitable[Answered]]) -> list[Answered]:
+    """Waits for all of them, also when one fails; then raises the first failure."""
+    results = await asyncio.gather(*running, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if isinstance(result, Answered)]
+
+
+async def _tell(
+    engine: Engine, job: Job, session: Session, index: int, look: Any, options: dict[str, Any], found: Answered
+) -> Answered:
+    async for event in _writing(engine, job, session, index, look, options, found):
+        job.emit(event)
+    return found
+
+
+async def _writing(
+    engine: Engine, job: Job, session: Session, index: int, look: Any, options: dict[str, Any], found: Answered
+) -> Any:
+    """Lets a session write; fills in ``found`` and gives what to tell."""
+    writing = job.follow(engine.scheduler.write(session, look, **options))
+    while True:
+        event = await writing.events.get()
+        if isinstance(event, Finish):
+            break
+        piece, ids, looked = event
+        found.text += piece
+        found.ids += ids
+        found.looked += [looked] if ids else []
+        if piece or ids:
+            yield index, piece, ids, looked
+    if event.error is not None:
+        raise event.error
+    found.reason = event.reason
+    yield index, event
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """UserError for sampling settings out of range and empty stop strings, before anything is read."""
+    sampling = {name: value for name, value in options.items() if name not in ("max_new_tokens", "stop")}
+    StopText(options.get("stop", ()))
+    Sampling(**sampling)
+
+
+# -- inside ------------------------------------------------------------------------------------------------------------
+
+
+def _check_thawed(live: Live) -> None:
+    if live.frozen:
+        raise VersionError(f"session {live.id} is frozen: it answers, and learns nothing. Fork or thaw it")
+
+
+def _plain_ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return ids
+
+
+async def _rendered(engine: Engine, render: Render, session: Session, live: Live | None) -> Prompt:
+    """What is read before an answer; ServeError when that is too long."""
+    prompt: Prompt = await engine.with_tokenizer(lambda tokenizer: render(session, live))
+    ids = prompt.ids
+    if ids is None:
+        ids = await engine.with_tokenizer(lambda tokenizer: _plain_ids(tokenizer, prompt.text or ""))
+    if len(ids) > engine.limits.prompt:
+        raise ServeError(
+            f"the prompt has {len(ids):,} tokens, this server takes {engine.limits.prompt:,}: read long texts into a "
+            "session",
+            code="context_length_exceeded",
+        )
+    return prompt
+
+
+async def _check_count(engine: Engine, owner: str) -> None:
+    if await asyncio.to_thread(engine.store.count, owner) >= engine.limits.sessions:
+        raise BusyError(f"you have {engine.limits.sessions} sessions, which is the most: delete one first", 60)
+
+
+async def _new(engine: Engine, owner: str, id: str, session: Session | None, values: dict[str, Any]) -> int:
+    """A new stored session in a state; its version."""
+    try:
+        key = await asyncio.to_thread(engine.store.create, owner, id, {"created": time.time()})
+    except ConflictError as error:
+        raise VersionError(f"{error}: choose another id") from None
+    state = session or await engine.piece(engine.blank.fork)
+    await asyncio.to_thread(engine.store.add_state, key, 0, state.save, values)
+    return 0
+
+
+def _checked(engine: Engine, file: Path) -> Session:
+    try:
+        session = engine.pool.load("uploaded", file)
+    except UserError as error:
+        raise UserError(str(error).replace(str(file), "the session file")) from None
+    engine.pool.close("uploaded")
+    return session
+
+
+def _zip(folder: Path) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_STORED) as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                archive.write(path, path.relative_to(folder))
+    return data.getvalue()
+
+
+def _move(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        shutil.copytree(source, target, dirs_exist_ok=True)

@@ -1,0 +1,334 @@
+"""Versions, saved states, files; a server that is stopped, killed, or not alone."""
+
+import copy
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from itertools import islice
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+import torch
+from peft import PeftModel
+from serve.running import Running, model, session
+from session.models import TEXT, shipped, tokenizer
+from typer.testing import CliRunner
+
+import inplace_ttt as ittt
+from inplace_ttt.cli import app
+from inplace_ttt.serve.files import ExistsError, LocalFiles
+from inplace_ttt.serve.store import KEPT_STATES, ConflictError, Store
+
+
+def write(server, name: str, prompt: str = "It was", most: int = 5) -> str:
+    client = server.openai(session=name)
+    return client.completions.create(model="tiny", prompt=prompt, max_tokens=most, temperature=0).choices[0].text
+
+
+def test_versions_compare_and_set(server):
+    http = server.http()
+    http.post("/v1/sessions", json={"id": "v"})
+    assert http.post("/v1/sessions/v/read", json={"text": TEXT[:50], "if_version": 0}).json()["version"] == 1
+    refused = http.post("/v1/sessions/v/read", json={"text": "x", "if_version": 0})
+    assert refused.status_code == 409
+    assert "at version 1, not 0" in refused.json()["error"]["message"]
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 2}
+    for version, status in ((7, 409), (1, 200)):
+        headers = {"x-session-id": "v", "x-session-version": str(version)}
+        assert http.post("/v1/completions", json=body, headers=headers).status_code == status
+    assert http.get("/v1/sessions/v").json()["version"] == 3  # the prompt and what was written
+    assert http.post("/v1/sessions", json={"id": "v"}).status_code == 409
+
+
+def test_save_and_go_back(start):
+    server = start()
+    http = server.http()
+    http.post("/v1/sessions", json={"id": "s"})
+    refused = http.post("/v1/sessions/s/rollback")
+    assert refused.status_code == 409
+    assert "save it first" in refused.json()["error"]["message"]
+    http.post("/v1/sessions/s/read", json={"text": TEXT[:90]})
+    one = http.post("/v1/sessions/s/save").json()["version"]
+    want = session()
+    want.read(TEXT[:90])
+    first = want.fork().generate("It was", max_new_tokens=5)
+    assert write(server, "s") == first
+    two = http.post("/v1/sessions/s/save").json()["version"]
+    http.post("/v1/sessions/s/reset")
+    assert http.get("/v1/sessions/s").json()["stats"]["tokens"] == 0
+    assert http.get("/v1/sessions/s").json()["saved"] == [one, two]
+    assert http.post("/v1/sessions/s/rollback", json={"version": 99}).status_code == 409
+    version = http.post("/v1/sessions/s/rollback", json={"version": one}).json()["version"]
+    assert version > two
+    assert write(server, "s") == first
+    http.post("/v1/sessions/s/rollback", json={"version": one})
+    server.stop()
+    server = start()
+    assert server.http().get("/v1/sessions/s").json()["version"] > version
+    assert write(server, "s") == first
+    for _ in range(KEPT_STATES + 2):  # only so many are kept
+        write(server, "s", most=1)
+        server.http().post("/v1/sessions/s/save")
+    saved = server.http().get("/v1/sessions/s").json()["saved"]
+    assert len(saved) == KEPT_STATES
+    assert one not in saved
+
+
+def test_two_servers_on_one_directory(start):
+    """A server sees what another did to a session, and never overwrites it."""
+    a, b = start(), start()
+    a.http().post("/v1/sessions", json={"id": "s"})
+    want = session()
+    for server, text in ((a, TEXT[:50]), (b, TEXT[50:90]), (a, TEXT[90:130])):
+        assert server.http().post("/v1/sessions/s/read", json={"text": text}).status_code == 200
+        want.read(text)
+    assert write(b, "s") == want.generate("It was", max_new_tokens=5)
+    store, key = a.engine.store, a.engine.store.key("local", "s")
+    append = store.append
+
+    def late(key, version, entry):
+        append(key, version, {"op": "read", "text": "!"})  # somebody else was faster
+        append(key, version, entry)
+
+    store.append = late
+    assert a.http().post("/v1/sessions/s/read", json={"text": "lost"}).status_code == 409
+    store.append = append
+    want.read("!")
+    assert write(a, "s") == want.generate("It was", max_new_tokens=5)
+    assert store.version(key) == a.http().get("/v1/sessions/s").json()["version"]
+
+
+def test_what_the_journal_does_not_hold_is_not_kept(start, monkeypatch):
+    """The disk is full while a session writes: it goes back to what is on disk."""
+    server = start()
+    http = server.http()
+    http.post("/v1/sessions", json={"id": "s"})
+    http.post("/v1/sessions/s/read", json={"text": TEXT[:60]})
+    append, entries = server.engine.store.append, []
+
+    def full(key, version, entry):
+        entries.append(entry)
+        if entry["op"] == "wrote":
+            raise OSError(28, "No space left on device")
+        append(key, version, entry)
+
+    monkeypatch.setattr(server.engine.store, "append", full)
+    body = {"model": "tiny", "prompt": "It was", "max_tokens": 3}
+    failed = http.post("/v1/completions", json=body, headers={"x-session-id": "s"})
+    assert failed.status_code == 500
+    assert "No space" not in failed.text
+    monkeypatch.undo()
+    want = session()
+    want.read(TEXT[:60])
+    want.read("It was")
+    assert write(server, "s", " and") == want.generate(" and", max_new_tokens=5)
+
+
+def test_a_read_that_cannot_go_on_counts_up_to_there(start, monkeypatch):
+    server = start()
+    http = server.http()
+    http.post("/v1/sessions", json={"id": "s"})
+    real = ittt.Session.read
+
+    def breaks(self, source, **options):
+        if "whale" in str(source):
+            real(self, str(source)[:10], **options)
+            raise ittt.UserError("the context is full")
+        return real(self, source, **options)
+
+    monkeypatch.setattr(ittt.Session, "read", breaks)
+    assert http.post("/v1/sessions/s/read", json={"text": TEXT[:50]}).status_code == 200
+    failed = http.post("/v1/sessions/s/read", json={"text": "0123456789 the whale"})
+    assert failed.status_code == 400
+    assert "context is full" in failed.text
+    server.stop()
+    monkeypatch.undo()
+    want = session()
+    want.read(TEXT[:50])
+    want.read("0123456789")
+    assert write(start(), "s") == want.generate("It was", max_new_tokens=5)
+
+
+def test_files_go_out_and_come_in(server, tmp_path):
+    http = server.http()
+    s = session()
+    s.read(TEXT)
+    s.save(tmp_path / "own.session")
+    made = http.post("/v1/sessions", data={"id": "in"}, files={"file": (tmp_path / "own.session").read_bytes()})
+    assert made.status_code == 201, made.text
+    (tmp_path / "out").write_bytes(http.get("/v1/sessions/in/file").content)
+    back = ittt.Session.load(tmp_path / "out", model(), tokenizer())
+    want = s.fork().generate("It was", max_new_tokens=5)
+    assert want == write(server, "in") == back.generate("It was", max_new_tokens=5)
+    whole = bytearray((tmp_path / "own.session").read_bytes())
+    whole[len(whole) // 2] ^= 255
+    for wrong in (bytes(whole), whole[:100], b"", b"not a session at all"):
+        refused = http.post("/v1/sessions", files={"file": bytes(wrong)})
+        assert refused.status_code == 400
+        assert "session file" in refused.json()["error"]["message"]
+        assert "/tmp" not in refused.text
+    other = session(chunk_size=4)
+    other.read(TEXT)
+    other.save(tmp_path / "other")
+    refused = http.post("/v1/sessions", files={"file": (tmp_path / "other").read_bytes()})
+    assert refused.status_code == 400
+    assert "other settings" in refused.text
+
+
+def test_export_as_lora(start, tmp_path):
+    server = start()
+    http = server.http()
+    http.post("/v1/sessions", json={"id": "book"})
+    refused = http.post("/v1/sessions/book/export")
+    assert refused.status_code == 400
+    assert "nothing was learned" in refused.text
+    http.post("/v1/sessions/book/read", json={"text": TEXT})
+    zipped = http.post("/v1/sessions/book/export", json={"rank": 4})
+    assert zipped.headers["x-adapter-name"] == "book-v1"
+    zipfile.ZipFile(io.BytesIO(zipped.content)).extractall(tmp_path)
+    config = json.loads((tmp_path / "book-v1" / "adapter_config.json").read_text())
+    assert config["r"] == 4
+    server.service.adapters = tmp_path / "adapters"
+    found = http.post("/v1/sessions/book/export", json={"rank": 4}).json()
+    assert found["name"] == "book-v1"
+    assert Path(found["path"]).parent == tmp_path / "adapters"
+    with torch.no_grad():
+        base = ittt.detach(copy.deepcopy(model()))
+    PeftModel.from_pretrained(base, found["path"])
+
+
+def test_journal_and_states_on_disk(tmp_path):
+    store = Store(LocalFiles(tmp_path))
+    key = store.create("ada", "../../etc/passwd", {})
+    assert re.fullmatch(r"[0-9a-f]{40}/[0-9a-f]{40}", key)
+    with pytest.raises(ConflictError):
+        store.create("ada", "../../etc/passwd", {})
+    for version in range(1, 81):
+        store.append(key, version, {"n": version})
+    with pytest.raises(ConflictError):
+        store.append(key, 80, {})
+    with pytest.raises(ConflictError):
+        store.append(key, 82, {})
+    record = store.record(key)
+    assert (record.version, record.state, [e["n"] for e in record.entries]) == (80, None, list(range(1, 81)))
+    (tmp_path / key / ".killed.part").write_bytes(b"half")
+    (tmp_path / key / "state-000000000081-abc.session").write_bytes(b"killed before it was named")
+    assert store.record(key).version == 80
+    store.add_state(key, 80, lambda path: path.write_bytes(b"state 80"), {"history": []})
+    store.append(key, 81, {"n": 81})
+    record = store.record(key)
+    assert (record.version, record.state.version, record.entries) == (81, 80, [{"n": 81}])
+    with store.opened(record.state) as path:
+        assert path.read_bytes() == b"state 80"
+    assert sum(name.startswith("entry") for name in store.files.names(key)) == 66  # 0, and 17 to 81
+    with pytest.raises(ExistsError):
+        store.files.create(f"{key}/entry-000000000081.json", b"")
+    assert [about["id"] for _, about in store.of_owner("ada")] == ["../../etc/passwd"]
+    assert store.of_owner("eve") == []
+    store.delete(key)
+    assert store.record(key) is None
+    assert store.version(key) is None
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def command(state: Path, *more: str):
+    """The real thing, with the shipped model: its process, address and curl line."""
+    program = [sys.executable, "-m", "inplace_ttt", "serve", "--port", "0", "--state-dir", str(state), *more]
+    began = time.monotonic()
+    process = subprocess.Popen(program, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("curl "):
+            break
+    url = re.search(r"http://127.0.0.1:\d+", lines[0]).group()
+    return process, url, lines[-1], time.monotonic() - began
+
+
+def test_killed_while_it_reads_then_stopped_in_order(tmp_path):
+    text = (Path(ittt.__file__).parent / "session" / "session.py").read_text() * 4
+    process, url, curl, _ = command(tmp_path)  # benchmarks/serve_load.py measures how long a start takes
+    try:
+        said = subprocess.run(curl, shell=True, capture_output=True, text=True, check=True).stdout
+        assert json.loads(said)["usage"]["completion_tokens"] == 24
+        http = httpx.Client(base_url=url, timeout=120, trust_env=False)
+        http.post("/v1/sessions", json={"id": "book"})
+        with http.stream("POST", "/v1/sessions/book/read", json={"text": text, "stream": True}) as response:
+            progress = (line.removeprefix("data: ") for line in response.iter_lines() if line)
+            told = json.loads(next(islice(progress, 2, None)))
+            process.send_signal(signal.SIGKILL)
+        process.wait(10)
+    finally:
+        process.kill()
+    with Running(tmp_path, shipped_model=True) as server:
+        found = server.http().get("/v1/sessions/book").json()
+        pieces = found["version"]
+        assert told["version"] <= pieces < len(text) / 2048
+        assert found["stats"]["tokens"] >= told["tokens"]
+        want = ittt.Session(shipped(torch.float32), tokenizer(), probe_every=0)
+        for at in range(pieces):
+            want.read(text[2048 * at : 2048 * (at + 1)])
+        assert found["stats"]["tokens"] == want.stats().tokens
+        assert write(server, "book", "\n    def ", 20) == want.generate("\n    def ", max_new_tokens=20)
+    store = Store(LocalFiles(tmp_path))
+    record = store.record(store.key("local", "book"))
+    assert record.entries == []  # all of it is in the stored state
+    assert record.state.version == pieces + 2
+
+
+def test_stopped_in_order(start):
+    """What runs is ended after the grace and stored; the process would exit with 0, not by the signal."""
+    server = start(limits={"grace": 0.3})
+    server.http().post("/v1/sessions", json={"id": "book"})
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 4000, "stream": True, "temperature": 1.5}
+    with server.http().stream("POST", "/v1/completions", json=body, headers={"x-session-id": "book"}) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.server.handle_exit(signal.SIGTERM, None)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    server.thread.join(60)
+    assert not server.server._captured_signals
+    record = server.engine.store.record(server.engine.store.key("local", "book"))
+    assert record.entries == []
+    assert record.version > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--host", "0.0.0.0"], "anybody could use this server"),
+        (["--api-keys", "short"], "line 2: write owner:key"),
+        (["--api-keys", "twice"], "line 2: this key is there already"),
+        (["--api-keys", "missing"], "cannot read the keys"),
+        (["--api-keys", "empty"], "holds no keys"),
+        (["--chunk-size", "64"], "chunk_size: for a plain model"),
+        (["--objective", "nonsense"], "objective"),
+        (["--state", "sparse"], "--state sparse"),
+        (["--window", "3"], "window"),
+        (["nowhere/at/all/model"], "model"),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, list) else None,
+)
+def test_mistakes_on_the_command_line(arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("short", "# mine\nada:x"), ("twice", "a:12345678\nb:12345678"), ("empty", "\n")):
+        Path(name).write_text(text)
+    result = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, ["serve", *arguments])
+    assert result.exit_code == 2, result.output
+    assert says in result.output
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_the_port_is_taken(server, tmp_path):
+    result = CliRunner().invoke(app, ["serve", "--port", str(server.port)])
+    assert result.exit_code == 2
+    assert "in use" in result.output
