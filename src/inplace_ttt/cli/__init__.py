@@ -15,7 +15,7 @@ from .eval import evaluate
 from .inspect import inspect
 from .read import read
 from .train import tokenizer, train
-from .usage import Commands, main, print_version
+from .usage import Commands, print_version, run
 
 app = typer.Typer(
     name="inplace-ttt",
@@ -44,6 +44,11 @@ def options(
     ] = False,
 ) -> None:
     """Options before the command."""
+
+
+def main() -> None:
+    """The console script."""
+    run(app)
 
 
 __all__ = ["app", "main"]

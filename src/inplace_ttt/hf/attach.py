@@ -11,12 +11,13 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from ..config import InPlaceTTTConfig
-from ..errors import UserError
 from ..core import Target, make_target
-from .context import LayerSite, Runtime
+from ..errors import UserError
+from .context import Runtime
 from .families import Place, attention_of, decoder_layers, family_of, place
 from .linear import FastWeight, check_replaceable, make_fast, make_slow, output_size
 from .loss import LossForward
+from .sites import LayerSite
 from .tensor_parallel import check_split, is_split
 
 Model = TypeVar("Model", bound=nn.Module)

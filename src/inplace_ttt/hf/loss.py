@@ -31,9 +31,10 @@ from ..errors import UserError
 from .cache import FastCacheLayer, cache_name, fast_layers
 from .masks import real_tokens
 from .settings import Settings
+from .sites import LayerSite
 
 if TYPE_CHECKING:
-    from .context import LayerSite, Runtime
+    from .context import Runtime
 
 IGNORED = -100
 Sliding = dict[int, tuple[Tensor, Tensor]]

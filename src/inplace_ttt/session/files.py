@@ -11,10 +11,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,13 +24,12 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..hf.attach import READING, unwrap
 from .packing import pack, unpack
-
-if TYPE_CHECKING:
-    from .session import Session
+from .parts import SessionParts as Session
 
 FORMAT, VERSION = "inplace_ttt_session", 2
 READABLE = (1, 2)
 SAMPLES = 16
+Kind = TypeVar("Kind", bound=Session)
 
 
 def identity(model: nn.Module) -> dict[str, Any]:
@@ -54,7 +53,7 @@ def identity(model: nn.Module) -> dict[str, Any]:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def save(session: "Session", path: str | Path) -> None:
+def save(session: Session, path: str | Path) -> None:
     """Writes ``session`` to ``path``, atomically. OSError when it cannot be written (the old file stays)."""
     target = Path(path)
     if target.is_dir():
@@ -185,14 +184,12 @@ def _check_version(path: str | Path, version: str) -> None:
         raise UserError(f"{path} has format version {version}, this inplace-ttt reads {VERSION}: {advice}")
 
 
-def load(path: str | Path, model: nn.Module, tokenizer: Any = None) -> "Session":
-    """The session that ``path`` holds, on ``model``.
+def load(kind: Callable[..., Kind], path: str | Path, model: nn.Module, tokenizer: Any = None) -> Kind:
+    """The session that ``path`` holds, on ``model``, made by calling ``kind`` as ``Session`` is called.
 
     UserError, changing nothing, when the file is damaged, foreign or newer, or was written with another model,
     precision or tokenizer.
     """
-    from .session import Session
-
     tensors, header, version = read_file(path)
     try:
         _check_model(path, identity(model), header["model"])
@@ -200,7 +197,7 @@ def load(path: str | Path, model: nn.Module, tokenizer: Any = None) -> "Session"
             raise UserError(f"{path} was written with a tokenizer: pass tokenizer=")
         if tokenizer is not None and header["tokenizer"] not in (None, tokenizer_digest(tokenizer)):
             raise UserError(f"{path} was written with another tokenizer")
-        session = Session(
+        session = kind(
             model,
             tokenizer,
             window=header["window"],

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -11,9 +11,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
-
-if TYPE_CHECKING:
-    from .session import Session
+from .parts import SessionParts as Session
 
 EXACT = 1e-6
 """Singular values below this share of the largest one are rounding."""
@@ -30,7 +28,7 @@ class ExportedLayer:
     error: float
 
 
-def export(session: "Session", directory: str | Path, rank: int | None = None) -> list[ExportedLayer]:
+def export(session: Session, directory: str | Path, rank: int | None = None) -> list[ExportedLayer]:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors``: lr * S of every layer as B A, by truncated SVD.
 
     ``rank``: at most this many directions a layer; None: as many as S has, so that nothing is lost. Loaded with peft

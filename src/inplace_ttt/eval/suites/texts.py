@@ -11,9 +11,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from ...demo.text import read_text
 from ...errors import UserError
 from ...hub import PREFIX, hub_dataset
+from ...text_file import read_text
 
 TEXT_FILES = frozenset(
     [

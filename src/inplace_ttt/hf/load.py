@@ -1,4 +1,7 @@
-"""A model with fast weights and its tokenizer, from one name."""
+"""A model and its tokenizer from one name: a directory, a hub id, or the shipped model.
+
+The one loader of the whole command line.
+"""
 
 import json
 from pathlib import Path
@@ -8,28 +11,37 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..errors import UserError
-from ..hf.checkpoint import BASE, SETTINGS, from_pretrained, load_plain, require_hub_id
-from ..shipped import DEFAULT_MODEL
+from ..shipped import DEFAULT_MODEL, SHIPPED
+from .checkpoint import BASE, SETTINGS, from_pretrained, load_plain, require_hub_id
 
 
 def load(model: str | Path, device: str | None = None) -> tuple[PreTrainedModel, Any]:
-    """Model and fast tokenizer from a directory or hub id. Computes in float32 on a CPU, as stored elsewhere.
+    """Load a model with fast weights, as ``load_model`` does, and its fast tokenizer.
 
     UserError when either cannot be loaded or the tokenizer does not tell which characters a token spans.
     """
-    if Path(model) == DEFAULT_MODEL and not DEFAULT_MODEL.is_dir():
-        raise UserError(f"this installation lacks the shipped model ({DEFAULT_MODEL}): install the package again")
-    place = _device(device)
-    loaded = from_pretrained(model, dtype=torch.float32 if place.type == "cpu" else "auto").to(place).eval()
+    model = _place_of(model)
+    loaded = load_model(model, device)
     tokenizer = load_tokenizer(model, loaded)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"the tokenizer of {model} is not a fast one: it cannot tell which characters a token spans")
     return loaded, tokenizer
 
 
-def load_baseline(model: str | Path, device: str | None = None) -> PreTrainedModel:
-    """A model to compare with, plain or with fast weights; UserError when it cannot be loaded."""
+def load_model(model: str | Path, device: str | None = None, dtype: str | torch.dtype | None = None) -> PreTrainedModel:
+    """Load a model with fast weights from a directory, a hub id or ``SHIPPED``, ready to read.
+
+    ``device`` None: the GPU if there is one. ``dtype`` None: float32 on a CPU, as stored elsewhere. UserError when it
+    cannot be loaded or the device cannot be used.
+    """
     place = _device(device)
+    how = dtype or (torch.float32 if place.type == "cpu" else "auto")
+    return from_pretrained(_place_of(model), dtype=how).to(place).eval()  # type: ignore[no-any-return]
+
+
+def load_baseline(model: str | Path, device: str | None = None) -> PreTrainedModel:
+    """Load a model to compare with, plain or with fast weights; UserError when it cannot be loaded."""
+    place, model = _device(device), _place_of(model)
     dtype: Any = torch.float32 if place.type == "cpu" else "auto"
     path = Path(model).expanduser()
     if (path / SETTINGS).is_file():
@@ -41,7 +53,7 @@ def load_baseline(model: str | Path, device: str | None = None) -> PreTrainedMod
 
 
 def load_tokenizer(model: str | Path, loaded: PreTrainedModel) -> Any:
-    """The tokenizer beside a model, in its base, or of the base that an adapter names."""
+    """Load the tokenizer beside a model, in its base, or of the base that an adapter names. UserError without one."""
     path = Path(model).expanduser()
     places: list[str | Path] = [path if path.is_dir() else str(model)]
     if path.is_dir():
@@ -61,6 +73,14 @@ def _named_base(path: Path) -> list[str]:
     file = path / SETTINGS
     name = json.loads(file.read_text(encoding="utf-8"))["base"]["name"] if file.is_file() else ""
     return [name] if name else []
+
+
+def _place_of(model: str | Path) -> str | Path:
+    """Return the shipped model's directory for its name, other names as they are."""
+    place = DEFAULT_MODEL if model == SHIPPED else model
+    if Path(place) == DEFAULT_MODEL and not DEFAULT_MODEL.is_dir():
+        raise UserError(f"this installation lacks the shipped model ({DEFAULT_MODEL}): install the package again")
+    return place
 
 
 def _device(name: str | None) -> torch.device:
