@@ -92,7 +92,9 @@ class InPlaceTTTConfig:
 
     def __post_init__(self) -> None:
         for name, value in (LOSS_DEFAULTS if self.objective == "loss" else DEFAULTS).items():
-            taken = name == "update_size" and (self.rule != "sum" or self.clip is not None or "soft_cap" in self.rule_options)
+            taken = name == "update_size" and (
+                self.rule != "sum" or self.clip is not None or "soft_cap" in self.rule_options
+            )
             if getattr(self, name) is None and not taken:
                 object.__setattr__(self, name, value)
         if not isinstance(self.layers, str):
@@ -174,7 +176,9 @@ class InPlaceTTTConfig:
         """JSON-ready, with the format's version."""
         values = asdict(self)
         values["layers"] = self.layers if isinstance(self.layers, str) else list(self.layers)
-        default = {f.name for f in fields(self) if f.name in _LATER and getattr(self, f.name) in (None, {}, "sum", "read")}
+        default = {
+            f.name for f in fields(self) if f.name in _LATER and getattr(self, f.name) in (None, {}, "sum", "read")
+        }
         values = {name: value for name, value in values.items() if name not in default}
         return {"format_version": FORMAT_VERSION, **values}
 

@@ -221,7 +221,9 @@ def test_select_fork_and_stack(form):
         one.select([row])
         assert_state_equal(one, refs)
         assert one.rows == 1
-        assert getattr(one, "left", None) is None or one.left.shape[1] == one.count[0] == (lengths[b] + 2 * C + 1) // C * C
+        assert (
+            getattr(one, "left", None) is None or one.left.shape[1] == one.count[0] == (lengths[b] + 2 * C + 1) // C * C
+        )
     # What was copied from stays as it was, and a row taken out goes on like the state it came from.
     assert joined.seen == lengths
     for b, (part, length) in enumerate(zip(parts, lengths, strict=True)):
@@ -259,7 +261,11 @@ def test_stack_of_different_forms():
     ):
         joined = Held.stack(parts)
         assert joined.form == form
-        assert (joined.S is not None, getattr(joined, "left", None) is not None) == {True: (1, 0), False: (0, 1), None: (0, 0)}[dense]
+        assert (joined.S is not None, getattr(joined, "left", None) is not None) == {
+            True: (1, 0),
+            False: (0, 1),
+            None: (0, 0),
+        }[dense]
         for b, part in enumerate(parts):
             want = torch.zeros(D, F, dtype=torch.float64) if part.dense() is None else part.dense()[0]
             if dense is not None:

@@ -38,7 +38,14 @@ def product(z_1TF: Tensor, v_1ND: Tensor, weight_DF: Tensor, C: int, lr: float) 
 def run(call: Call) -> Result:
     """Run a call of one row that begins here (a path of ``core.scan``)."""
     table = call.table
-    if call.weight is None or table.index is not None or table.rows > 1 or call.state or table.prefix or call.rule.keep != 1:
+    if (
+        call.weight is None
+        or table.index is not None
+        or table.rows > 1
+        or call.state
+        or table.prefix
+        or call.rule.keep != 1
+    ):
         raise NotImplementedError(
             "the materialised formula takes one whole row from its beginning, without clip or decay"
         )
@@ -92,7 +99,9 @@ def check(model: nn.Module, ids_1T: Tensor) -> float:
         set_lr(model, before)
     found = ((ours - theirs).norm() / (ours - off).norm()).item()
     if not found <= OFF:
-        raise UserError(f"results are wrong, so no timings are shown: logits are {found:.2f} of the updates' effect from the formula's")
+        raise UserError(
+            f"results are wrong, so no timings are shown: logits are {found:.2f} of the updates' effect from the formula's"
+        )
     return found
 
 

@@ -181,9 +181,7 @@ class ChunkTable:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _irregular(
-    documents: Tensor, C: int, before: tuple[int, ...], keep_state: bool, from_zero: bool
-) -> ChunkTable:
+def _irregular(documents: Tensor, C: int, before: tuple[int, ...], keep_state: bool, from_zero: bool) -> ChunkTable:
     B, T = documents.shape
     seen = torch.tensor(before)
     pending = seen % C

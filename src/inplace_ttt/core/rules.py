@@ -185,7 +185,9 @@ class Sum(Rule):
             factor = tau / (largest_singular_value(v, z) + tau)
         else:
             assert self.clip is not None
-            factor = shrink(norm_of(v, z), self.clip * slow_norm(W0, "clip_relative") if self.clip_relative else self.clip)
+            factor = shrink(
+                norm_of(v, z), self.clip * slow_norm(W0, "clip_relative") if self.clip_relative else self.clip
+            )
         return (v * factor[:, None, None]).to(v.dtype)
 
 

@@ -87,7 +87,11 @@ def generic(call: Call) -> Result:
     rule, table, z = call.rule, call.table, call.z
     B, T, F = z.shape
     with torch.autocast(z.device.type, enabled=False):
-        out = z.new_zeros(B, T, call.width) if call.weight is None else torch.nn.functional.linear(z, call.weight, call.bias)
+        out = (
+            z.new_zeros(B, T, call.width)
+            if call.weight is None
+            else torch.nn.functional.linear(z, call.weight, call.bias)
+        )
         start = rule.init(B, call.width, F, z)
         state = start if call.state is None else call.state
         past = call.past if table.prefix and table.updates else None
@@ -109,9 +113,7 @@ def generic(call: Call) -> Result:
     return Result(out, state if table.keep_state and changed else None)
 
 
-def _segment(
-    call: Call, layout: Layout, start: State, state: State, slots: Any
-) -> tuple[list[Tensor], State]:
+def _segment(call: Call, layout: Layout, start: State, state: State, slots: Any) -> tuple[list[Tensor], State]:
     """Some slots in order: what the state adds to their tokens' outputs, and the state after them."""
     rule, parts = call.rule, []
     for m in slots:

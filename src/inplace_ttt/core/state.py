@@ -102,6 +102,13 @@ class FastWeights:
         """Return what a state in another form adds, ``S z_t`` [B, T, D] in S's precision; None for nothing."""
         return None
 
+    def output(self, rule: Rule, z_BTF: Tensor, width: int) -> Tensor | None:
+        """Return what the state adds to the output, [B, T, D], all of it for every token; None for nothing."""
+        if self.tensors is None and rule.from_zero:
+            return None
+        state = rule.init(self.rows, width, z_BTF.shape[-1], z_BTF) if self.tensors is None else self.tensors
+        return rule.apply(state, z_BTF)
+
     def wanted_snapshots(self, table: ChunkTable) -> set[int]:
         """Return the slots whose state before them goes into the history."""
         if not self.snapshots:
@@ -140,9 +147,7 @@ class FastWeights:
         self._set_pending(table, z_BTF, u_BTD)
         self.note(table.tokens, table.real, table.seen)
 
-    def _absorb_chunks(
-        self, slots: list[list[int]], restarted: list[int], chunks: dict[str, Tensor] | None
-    ) -> None:
+    def _absorb_chunks(self, slots: list[list[int]], restarted: list[int], chunks: dict[str, Tensor] | None) -> None:
         """Take completed chunks into a state that the scan does not carry."""
 
     def note(self, tokens: int, real: Tensor | None, seen: tuple[int, ...]) -> None:

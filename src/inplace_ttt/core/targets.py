@@ -73,7 +73,9 @@ def register_target(name: str) -> Callable[[Kind], Kind]:
 def target_options(name: str, options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keyword arguments of target ``name``. UserError for a name or an option that does not exist."""
     if name not in TARGETS:
-        raise UserError(f"objective must be one of {', '.join(sorted(TARGETS))}, got {name!r} (register_target adds one)")
+        raise UserError(
+            f"objective must be one of {', '.join(sorted(TARGETS))}, got {name!r} (register_target adds one)"
+        )
     parameters = list(inspect.signature(TARGETS[name].__init__).parameters.values())[2:]
     known = {p.name: None for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     options_of("objective", name, known, options)
@@ -228,9 +230,7 @@ class Shift(Shaped):
 
     shift: ClassVar[int]
 
-    def __init__(
-        self, width: int, *, projection: bool = True, gates: bool = False, ridge: float | None = None
-    ) -> None:
+    def __init__(self, width: int, *, projection: bool = True, gates: bool = False, ridge: float | None = None) -> None:
         super().__init__(width, projection, 0.0, gates, ridge)
 
     def mix(self, u: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -184,6 +184,33 @@ class FactoredWeights(FastWeights):
         self._remember(slots, [], chunks, {})
         self._absorb_chunks(slots, [], chunks)
 
+    def complete_with(
+        self, rows: list[int], rule: Rule, z_RCF: Tensor, v_RCD: Tensor, slow: Tensor | None, *, learned: bool = True
+    ) -> None:
+        if self.tensors is None and learned:
+            self.begin(
+                rule, ChunkTable.build(self.rows, self.chunk_size, self.chunk_size, keep_state=True), z_RCF, v_RCD
+            )
+        if self.tensors is not None:
+            super().complete_with(rows, rule, z_RCF, v_RCD, slow, learned=learned)
+            return
+        self.rule = rule
+        if learned:
+            with torch.autocast(z_RCF.device.type, enabled=False):
+                v_RCD = rule.values(z_RCF, v_RCD.to(z_RCF.dtype), slow)
+        index = torch.tensor(rows, device=z_RCF.device)
+        chunks = {"z": z_RCF, "v": v_RCD.to(z_RCF.dtype)}
+        if len(rows) < self.rows:
+            chunks = {n: x.new_zeros(self.rows, *x.shape[1:]).index_copy(0, index, x) for n, x in chunks.items()}
+        slots = [[0] if b in rows else [] for b in range(self.rows)]
+        self._remember(slots, [], chunks, {})
+        self._absorb_chunks(slots, [], chunks)
+
+    def output(self, rule: Rule, z_BTF: Tensor, width: int) -> Tensor | None:
+        if self.left is None or self.right is None:
+            return super().output(rule, z_BTF, width)
+        return (rule.lr * apply(z_BTF, self.left, self.right)).to(z_BTF.dtype)  # type: ignore[no-any-return]
+
     def before(self, b: int, chunks: int = 1) -> State | None:
         if self.left is None or self.right is None:
             return super().before(b, chunks)
@@ -230,7 +257,10 @@ class FactoredWeights(FastWeights):
             super()._stack(parts, rows)
             self.count = self.raw = (0,) * self.rows
         else:
-            self.left, self.right = stacked([x.left for x in factored], rows), stacked([x.right for x in factored], rows)
+            self.left, self.right = (
+                stacked([x.left for x in factored], rows),
+                stacked([x.right for x in factored], rows),
+            )
 
     def clear(self, rows: Sequence[int]) -> None:
         """No factors in some rows."""
@@ -291,7 +321,9 @@ def _add(numbers: tuple[int, ...], rows: Sequence[int], more: int) -> tuple[int,
     return tuple(n + more if b in rows else n for b, n in enumerate(numbers))
 
 
-def fast_weights(rows: int, chunk_size: int, rule: Rule, form: str | int = "dense", *, gates: bool = False) -> FastWeights:
+def fast_weights(
+    rows: int, chunk_size: int, rule: Rule, form: str | int = "dense", *, gates: bool = False
+) -> FastWeights:
     """Return an empty state in this form. UserError where the rule does not promise what the form needs."""
     if form == "dense":
         return FastWeights(rows, chunk_size, rule, snapshots=gates)

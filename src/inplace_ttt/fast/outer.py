@@ -292,7 +292,9 @@ def supports(call: Call) -> bool:
     """Tell whether the call is of an outer rule that reads and writes as the base class does, without gates."""
     rule, kind = call.rule, type(call.rule)
     own = kind.apply is Rule.apply and kind.update is Rule.update and kind.init is Rule.init
-    return rule.outer and own and rule.from_zero and kind.write is Rule.write and call.keep is None and call.watch is None
+    return (
+        rule.outer and own and rule.from_zero and kind.write is Rule.write and call.keep is None and call.watch is None
+    )
 
 
 def run(call: Call) -> Result:

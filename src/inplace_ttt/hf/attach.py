@@ -149,7 +149,10 @@ def detach(model: Model) -> Model:
                 setattr(parent, name, make_slow(child))
     for name in (RUNTIME, *runtime.overrides()):
         del root.__dict__[name]
-    if runtime.loss_forward is not None and getattr(runtime.loss_forward.forward, "__func__", None) is not type(root).forward:
+    if (
+        runtime.loss_forward is not None
+        and getattr(runtime.loss_forward.forward, "__func__", None) is not type(root).forward
+    ):
         root.__dict__["forward"] = runtime.loss_forward.forward  # somebody else's, from before attach
     del root.config.inplace_ttt
     return model

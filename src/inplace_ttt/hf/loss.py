@@ -13,6 +13,7 @@ the cache (``Record``) instead of inputs of the projection.
 Shapes: B rows, T tokens of a call, C of a chunk, n of a piece, V vocabulary, D, F as elsewhere.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,6 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from ..core import FastWeights, Rule, document_ids
 from ..core.algebra import state_dtype
-from ..core.rules import State
 from ..errors import UserError
 from .cache import FastCacheLayer, cache_name, fast_layers
 from .masks import real_tokens
@@ -114,19 +114,20 @@ class Record:
 class LossCall:
     """A piece of a call: every layer reads with its state; with ``capture`` what a gradient needs is kept."""
 
-    def __init__(self, rule: Rule, states: dict[int, State | None], rows: int, tokens: int, capture: bool) -> None:
+    def __init__(self, rule: Rule, states: dict[int, FastWeights], rows: int, tokens: int, capture: bool) -> None:
         self.rule, self.states, self.rows, self.tokens, self.capture = rule, states, rows, tokens, capture
         self.inputs: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
 
-    def project(self, site: "LayerSite", module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+    def project(
+        self, site: "LayerSite", module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         """Return the projection's output [B, n, D]."""
-        state = self.states.get(site.index)
         out = plain(z)
-        if state is not None or not self.rule.from_zero:
-            state = self.rule.init(z.shape[0], site.width, z.shape[-1], z) if state is None else state
-            with torch.autocast(z.device.type, enabled=False):
-                out = out + self.rule.apply(state, z).to(out.dtype)
+        with torch.autocast(z.device.type, enabled=False):
+            fast = self.states[site.index].output(self.rule, z, site.width)
+        if fast is not None:
+            out = out + fast.to(out.dtype)
         if self.capture:
             out = out if out.requires_grad else out.detach().requires_grad_()
             self.inputs[site.index], self.outputs[site.index] = z.detach(), out
@@ -228,8 +229,10 @@ class _Learner:
             piece["inputs_embeds"] = record.embeds[:, span].index_select(0, index)
         states = {}
         for i, slot in self.slots.items():
-            tensors = slot.fast.tensors
-            states[i] = None if tensors is None else {k: x.index_select(0, index) for k, x in tensors.items()}
+            states[i] = slot.fast
+            if len(rows) < self.B:
+                states[i] = copy.copy(slot.fast)  # select replaces its tensors and writes into none
+                states[i].select(rows)
         call = LossCall(self.rule, states, len(rows), n, True)
         mask = None if real is None else real.long()
         output = self.call(call, piece, mask, cache, 0)
@@ -244,7 +247,9 @@ class _Learner:
             weight = weight & inside[:, 1:] & inside[:, :-1]
         with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
             losses = cross_entropy(
-                logits[:, :-1].flatten(0, 1).to(state_dtype(logits.dtype)), ids[:, 1:].clamp(min=0).flatten(), reduction="none"
+                logits[:, :-1].flatten(0, 1).to(state_dtype(logits.dtype)),
+                ids[:, 1:].clamp(min=0).flatten(),
+                reduction="none",
             )
             loss = (losses * weight.flatten()).sum()
             outputs = list(call.outputs.values())
@@ -272,6 +277,7 @@ class _Learner:
 
     def _dtype(self, weight: Tensor) -> torch.dtype:
         return weight.dtype if weight.is_floating_point() else self.runtime.model.dtype
+
 
 class _Reading(_Learner):
     """One call of the whole model."""
@@ -393,7 +399,9 @@ class _Reading(_Learner):
             else:
                 before = counts[:, at - 1] if at else torch.zeros(self.B, dtype=torch.int64)
                 ends = [
-                    int(torch.searchsorted(counts[b], before[b] + n)) + 1 if counts[b, -1] >= before[b] + n else self.T + 1
+                    int(torch.searchsorted(counts[b], before[b] + n)) + 1
+                    if counts[b, -1] >= before[b] + n
+                    else self.T + 1
                     for b, n in enumerate(need)
                 ]
             end = min(min(ends), self.T)
@@ -410,7 +418,7 @@ class _Reading(_Learner):
         # Where all rows' chunks begin and end with this piece, its own forward gives the gradient.
         at_once = n == C and len(done) == self.B and self.record.real is None and self._dynamic()
         piece = _cut(self.ids, self.embeds, self.positions, at, end)
-        call = LossCall(self.rule, {i: fast.tensors for i, fast in fasts.items()}, self.B, n, at_once)
+        call = LossCall(self.rule, fasts, self.B, n, at_once)
         # Of the logits, those that are asked for and those that the loss needs.
         wanted = n if at_once or self.labels is not None or isinstance(self.keep, Tensor) or not self.keep else None
         if wanted is None:
@@ -505,9 +513,7 @@ class _Reading(_Learner):
             record = replace(record, sliding={**record.sliding, here: _sliding_keys(self.cache, here)})
         self.record = record.trimmed(self.first.fast.reach)
 
-    def _extended(
-        self, at: int, end: int, real: Tensor | None, learn: Tensor, piece: dict[str, Any]
-    ) -> Record:
+    def _extended(self, at: int, end: int, real: Tensor | None, learn: Tensor, piece: dict[str, Any]) -> Record:
         """Return the record with a piece's columns."""
         record, n = self.record, end - at
         ids = torch.full((self.B, n), IGNORED, device=self.device)

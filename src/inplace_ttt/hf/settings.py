@@ -77,5 +77,3 @@ _NOTHING: Any = object()
 def _thread() -> int:
     """Number of this thread; of the one that traced it, in compiled code."""
     return threading.get_ident()
-
-

@@ -10,6 +10,8 @@ from ..core.algebra import state_dtype
 from ..core.state import ROLLBACK_TOKENS
 from ..fast.factors import fast_weights
 from ..hf.attach import READING, inspect
+from ..hf.cache import FastCacheLayer
+from ..hf.loss import Record
 from ..hf.rows import from_tensors, to_tensors
 from .diagnostics import Timeline
 from .parts import SessionParts as Session
@@ -30,6 +32,9 @@ def pack(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         found, values = pack_fast(weights)
         tensors |= {f"fast.{index}.{name}": value for name, value in found.items()}
         fast[str(index)] = values
+    record = stream.record
+    if record is not None:
+        tensors |= {f"record.{name}": value for name, value in record_tensors(record).items()}
     if stream.logits is not None:
         tensors["logits"] = stream.logits
     header = {
@@ -40,6 +45,7 @@ def pack(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "state": reader.form,
         "context": layers,
         "fast": fast,
+        "record": None if record is None else {"base": record.base, "starts": [list(x) for x in record.starts[0]]},
         "stream": {name: getattr(stream, name) for name in NUMBERS},
         "text": None if encoder is None else encoder.state(),
         "probe_every": session._probe.every,
@@ -84,7 +90,10 @@ def unpack(session: Session, tensors: dict[str, Tensor], header: dict[str, Any],
     for index, values in header["fast"].items():
         fast = unpack_fast(_take(left, f"fast.{index}."), values, reader, shapes[int(index)])
         reader.install(stream, int(index), fast)
-    _check({fast.seen for fast in stream.fast.values()} <= {(stream.tokens,)}, "a layer has not read all the tokens")
+    if reader.by_loss:
+        restore_record(stream, _take(left, "record."), header.get("record"), reader)
+    else:
+        _check({x.seen for x in stream.fast.values()} <= {(stream.tokens,)}, "a layer has not read all the tokens")
     _check(not left, f"unknown tensors {', '.join(sorted(left)[:3])}")
     encoder = None if session.tokenizer is None else _encoder(session.tokenizer, header["text"])
     timeline, origin = _timeline(header["timeline"]), header["origin"]
@@ -135,7 +144,9 @@ def unpack_fast(
     _check(values["form"] == fast.form, "the fast weights were made under other settings")
     for name in fast.numbers:
         value, kind = values[name], int | float if name == "lost" else int
-        _check(isinstance(value, list) and len(value) == 1 and _is_number(value[0], kind), f"{name} is not about one row")
+        _check(
+            isinstance(value, list) and len(value) == 1 and _is_number(value[0], kind), f"{name} is not about one row"
+        )
         setattr(fast, name, tuple(value))
     _check(_is_number(values["fed"], int), "fed")
     fast.fed = values["fed"]
@@ -169,7 +180,7 @@ def unpack_fast(
         _check(name in wanted, f"unknown tensor {name}")
         _like(x, *wanted[name], name)
     parts = {name: left.get(name) for name in fast.parts}
-    _check(parts["z"] is not None and parts["u"] is not None, "pending tokens are missing")
+    _check(reader.by_loss or (parts["z"] is not None and parts["u"] is not None), "pending tokens are missing")
     for name, part in parts.items():
         setattr(fast, name, part)
     found = {name: left[f"tensors.{name}"] for name in state if f"tensors.{name}" in left}
@@ -182,6 +193,46 @@ def unpack_fast(
     _check(not count or factored, "left is missing")
     _check(bool(found) or factored or seen < C, "S is missing")
     return fast
+
+
+def record_tensors(record: Record) -> dict[str, Tensor]:
+    """Return the tensors of what is pending with objective "loss"."""
+    names = ("ids", "learn", "positions", "embeds", "real")
+    found = {name: value for name in names if (value := getattr(record, name)) is not None}
+    for column, layers in record.sliding.items():
+        for i, (keys, values) in layers.items():
+            found |= {f"{column}.{i}.keys": keys, f"{column}.{i}.values": values}
+    return found
+
+
+def restore_record(stream: Stream, tensors: dict[str, Tensor], values: Any, reader: Reader) -> None:
+    """Give a stream its pending columns back, checked."""
+    if values is None:
+        _check(not tensors, "pending columns without their header")
+        return
+    base, starts = values["base"], values["starts"]
+    ids, n = tensors["ids"], tensors["ids"].shape[1]
+    _check(_is_number(base, int) and base + n == stream.cache.get_seq_length(), "the pending columns' place")
+    _check(all(len(x) == 2 and all(_is_number(k, int) for k in x) for x in starts) and bool(starts), "starts")
+    _check(all(base <= column <= base + n for _, column in starts), "starts")
+    for name, kind in (("ids", torch.int64), ("learn", torch.bool), ("positions", torch.int64)):
+        _like(tensors[name], (1, n), kind, name)
+    reader.check([i for i in ids[0].tolist() if i >= 0])
+    if "real" in tensors:
+        _like(tensors["real"], (1, base + n), torch.bool, "real")
+    if "embeds" in tensors:
+        _like(tensors["embeds"], (1, n, tensors["embeds"].shape[2]), None, "embeds")
+    sliding: dict[int, dict[int, tuple[Tensor, Tensor]]] = {column: {} for _, column in starts}
+    for name in [name for name in tensors if name.endswith(".keys")]:
+        column, layer = map(int, name.split(".")[:2])
+        keys, other = tensors[name], tensors[f"{column}.{layer}.values"]
+        _check(column in sliding and keys.dim() == 4 and keys.shape[:3] == other.shape[:3], "the keys before a chunk")
+        sliding[column][layer] = keys, other
+    more = {name: tensors.get(name) for name in ("embeds", "real")}
+    own = tuple((m, column) for m, column in starts)
+    record = Record(base, ids, tensors["learn"], tensors["positions"], starts=(own,), sliding=sliding, **more)
+    first = next(layer for layer in stream.cache.layers if isinstance(layer, FastCacheLayer))
+    first.record = record
 
 
 def upgrade(tensors: dict[str, Tensor], header: dict[str, Any], reader: Reader) -> None:

@@ -212,7 +212,13 @@ class _Groups:
         self.chunk_size, self.most = config.chunk_size, min(sizes) if reader.form == "auto" else math.inf
 
     def step(self, streams: list[Stream], tokens: list[int]) -> None:
-        """Feeds one token to each stream."""
+        """Feed one token to each stream."""
+        reader = self.batches[0].reader
+        if reader.by_loss:  # a chunk that is complete is run again from its own context: one after another
+            for stream, token in zip(streams, tokens, strict=True):
+                for _ in reader.feed(stream, [token], learn=reader.config.learn == "all"):
+                    pass
+            return
         groups: tuple[list[int], list[int]] = ([], [])
         for i, stream in enumerate(streams):
             groups[self._dense_next(stream)].append(i)

@@ -86,16 +86,19 @@ class Session:
 
     # -- reading --------------------------------------------------------------------------------------------------
 
-    def read(self, source: Readable, *, scored: bool = False, progress: Any = None) -> Score:
+    def read(self, source: Readable, *, scored: bool = False, progress: Any = None, passes: int = 1) -> Score:
         """Reads a text, a ``Path``, an open file, an iterator of texts, or token ids; learns from every full chunk.
 
         Ids [n] or [1, n] are read as they are, after held characters; where a stream begins, the tokenizer's prefix
         (BOS) comes first, unless they begin with it. With ``scored`` the result holds the loss of every token read (of
-        held characters: later), else it is empty. ``progress(n)`` is called with the tokens of each piece.
+        held characters: later), else it is empty. ``progress(n)`` is called with the tokens of each piece. ``passes``:
+        read it so often, each time with an empty context and what was learned before; losses are those of the first.
 
         Raises UserError for what is neither text nor token ids of this model, and where the context is full and cannot
         move on. After an exception (Ctrl-C too) everything read so far stays read and learned.
         """
+        if not isinstance(passes, int) or passes < 1:
+            raise UserError(f"passes {passes}: 1 or more")
         fed: list[int] = []
         losses: list[float] = []
         with self._exclusive():
@@ -104,8 +107,28 @@ class Session:
                     losses += found
                     if progress is not None:
                         progress(n)
-                fed += ids if scored else []
-        return Score(tuple(fed), tuple(losses))
+                fed += ids if scored or passes > 1 else []
+            for _ in range(passes - 1):
+                if self._encoder is not None and self._encoder.held:
+                    ids = self._begin() + self._encoder.flush()
+                    losses += [x for _, found in self._feed(ids, scored) for x in found]
+                    fed += ids
+                self._reader.drop_context(self._stream)
+                for n, _ in self._feed(fed, False):
+                    if progress is not None:
+                        progress(n)
+        return Score(tuple(fed) if scored else (), tuple(losses))
+
+    def commit(self) -> bool:
+        """Learn what is pending now, as a chunk that is shorter than ``chunk_size``; the next token begins a chunk.
+
+        Return whether anything was pending. Raises UserError unless the objective is "loss".
+        """
+        if not self._reader.by_loss:
+            raise UserError('only objective="loss" can learn from a part of a chunk: choose a smaller chunk_size')
+        with self._exclusive():
+            self._flush()
+            return self._reader.commit(self._stream)
 
     def score(self, source: Readable) -> Score:
         """Loss of a text as the continuation of what was read, learning on the way; the session stays as it was.
@@ -200,7 +223,10 @@ class Session:
         self._clear()
 
     def drop_context(self) -> None:
-        """Attention forgets all tokens; the fast weights keep what they learned. What is read next begins with BOS."""
+        """Make attention forget all tokens; the fast weights keep what they learned. What is read next begins with BOS.
+
+        With objective "loss", what is pending is learned first.
+        """
         with self._exclusive():
             if not self._reader.fits(self._stream, self._waiting()):
                 self._reader.drop_context(self._stream)  # full, and held characters could not be read

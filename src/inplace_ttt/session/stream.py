@@ -20,6 +20,7 @@ from ..core import FastWeights
 from ..errors import UserError
 from ..hf.attach import RUNTIME, runtime_of, unwrap, updates_off
 from ..hf.cache import FastCacheLayer, cache_name, install
+from ..hf.loss import commit
 from ..hf.relocate import Relocation
 from ..hf.settings import Settings
 from ..hf.window import clear, empty_cache, evict, native_window, sliding_windows
@@ -60,6 +61,11 @@ class Stream:
         """Fast weights by layer."""
         return {i: x.fast for i, x in enumerate(self.cache.layers) if isinstance(x, FastCacheLayer)}
 
+    @property
+    def record(self) -> Any:
+        """What is pending with objective "loss" (``hf.loss.Record``)."""
+        return next((x.record for x in self.cache.layers if isinstance(x, FastCacheLayer) and x.record), None)
+
 
 def copy_cache(cache: DynamicCache) -> DynamicCache:
     """A cache of its own: keys, values and S are shared, as calls replace them; the pending buffers are copied."""
@@ -93,6 +99,7 @@ class Reader:
         self.config, self.form = config, form
         self.settings = Settings(config, form)
         self.gates = any(site.gates for site in self.runtime.sites)
+        self.by_loss = self.runtime.loss_forward is not None
         self.adapts = True
         """Whether it reads with the fast weights; if not, they stay empty."""
         self.device: torch.device = self.root.get_input_embeddings().weight.device  # type: ignore[assignment]
@@ -104,6 +111,11 @@ class Reader:
         # Attention over a piece costs piece + window a token: a small window is better read in small pieces.
         self.piece = PIECE if self.own_window is None else min(PIECE, max(512, 2 * self.own_window))
         self.scored_piece = max(1, min(self.piece, SCORED_LOGITS // int(text.vocab_size)))
+        if self.by_loss and self.window + self.sinks < 2 * config.chunk_size:
+            raise UserError(
+                f"chunks of {config.chunk_size:,} tokens do not fit twice into a window of {self.window:,}: make "
+                "chunk_size smaller"
+            )
 
     def _longest(self) -> int | None:
         value = getattr(self.root.config.get_text_config(), "max_position_embeddings", None)
@@ -165,9 +177,10 @@ class Reader:
             return (self.longest or 1 << 62) - stream.position
         return max(8 * self.own_window, 4096) - stream.position
 
-    def make_room(self, stream: Stream) -> None:
-        """Drops the window's oldest quarter and moves what is left to smaller positions, if the window is full."""
-        if self.room(stream) > 0:
+    def make_room(self, stream: Stream, need: int = 1) -> None:
+        """Drop the window's oldest quarter and move what is left to smaller positions, if ``need`` tokens do not fit."""
+        missing = need - self.room(stream)
+        if missing <= 0:
             return
         if not self.relocation.supported:
             raise UserError(
@@ -175,7 +188,7 @@ class Reader:
                 f"on because {self.relocation.reason}. drop_context() forgets the context and keeps what was learned"
             )
         bounded = self.own_window is None
-        drop = max(1, self.window // 4) if bounded else stream.position - (self.own_window or 0) + 1
+        drop = max(missing, self.window // 4) if bounded else stream.position - (self.own_window or 0) + 1
         with whole(stream.cache):
             if bounded:
                 evict(stream.cache, self.sinks, drop)
@@ -184,7 +197,9 @@ class Reader:
         stream.position -= drop
 
     def drop_context(self, stream: Stream) -> None:
-        """Attention forgets everything; the fast weights stay."""
+        """Make attention forget everything; the fast weights stay. With the loss, what is pending is learned first."""
+        if self.by_loss and self.adapts and stream.fast:
+            self.commit(stream)
         clear(stream.cache)
         stream.position = stream.cached = 0
         stream.started, stream.logits = False, None
@@ -192,24 +207,50 @@ class Reader:
 
     # -- calls ----------------------------------------------------------------------------------------------------
 
-    def feed(self, stream: Stream, ids: Sequence[int], scored: bool = False) -> Iterator[tuple[int, Tensor]]:
-        """Feeds ``ids`` piece by piece; yields each piece's size n and its logits, [n, V] if ``scored``, else [1, V].
+    def _fitting(self, stream: Stream, rest: int) -> int:
+        """Make room and return how many of ``rest`` tokens fit. With the loss as objective, chunks are never cut."""
+        if not self.by_loss or not self.adapts:
+            self.make_room(stream)
+            return min(rest, self.room(stream))
+        C = self.config.chunk_size
+        pending = next((fast.seen[0] % C for fast in stream.fast.values()), 0)
+        if not pending:
+            self.make_room(stream, C)  # all of it: what comes later must fit as well
+        return min(rest, (pending + self.room(stream)) // C * C - pending)
 
-        A piece is taken whole or not at all: whatever breaks off a call, the stream is as it was before the piece.
+    def commit(self, stream: Stream) -> bool:
+        """Learn what is pending as a shorter chunk; return whether there was anything."""
+        with _evaluating(self.model), self.runtime.reading(self.config, self.form), whole(stream.cache):
+            return commit(self.runtime, stream.cache)
+
+    def feed(
+        self, stream: Stream, ids: Sequence[int], scored: bool = False, *, learn: bool = True
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Feed ``ids`` piece by piece; yield each piece's size n and its logits, [n, V] if ``scored``, else [1, V].
+
+        ``learn``: False for tokens that are read but not learned (objective "loss"). A piece is taken whole or not at all: whatever breaks off a call, the stream is as it was before the piece.
         """
         at = 0
         while at < len(ids):
-            self.make_room(stream)
-            n = min(len(ids) - at, self.room(stream), self.scored_piece if scored else self.piece)
+            n = min(self._fitting(stream, len(ids) - at), self.scored_piece if scored else self.piece)
             piece = list(ids[at : at + n])
             with whole(stream.cache):
-                logits = self.call(stream.cache, torch.tensor([piece]), self._positions([stream], n), scored=scored)[0]
+                logits = self.call(
+                    stream.cache, torch.tensor([piece]), self._positions([stream], n), scored=scored, learn=learn
+                )[0]
             self.advance(stream, piece, logits[-1])
             at += n
             yield n, logits
 
     def call(
-        self, cache: Cache, ids: Tensor, positions: Tensor, mask: Tensor | None = None, *, scored: bool = False
+        self,
+        cache: Cache,
+        ids: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        *,
+        scored: bool = False,
+        learn: bool = True,
     ) -> Tensor:
         """Logits [B, n, V] ([B, 1, V] unless ``scored``) of ids [B, n]."""
         if self.root.__dict__.get(RUNTIME) is not self.runtime:
@@ -219,7 +260,11 @@ class Reader:
                 "updates are switched off (updates_off), which a session needs: lr=0 takes their effect away"
             )
         moved = {} if mask is None else {"attention_mask": mask.to(self.device)}
-        how = self.runtime.reading(self.config, self.form) if self.adapts else updates_off(self.model)
+        how = (
+            self.runtime.override(config=self.config, form=self.form, learn=learn)
+            if self.adapts
+            else updates_off(self.model)
+        )
         with _evaluating(self.model), torch.no_grad(), how:
             out = self.model(
                 input_ids=ids.to(self.device),

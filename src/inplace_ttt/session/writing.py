@@ -1,4 +1,4 @@
-"""How a session goes on by itself: token after token, each read before it is given."""
+"""Generation: sample a token, feed it, yield it."""
 
 from collections.abc import Generator
 from contextlib import closing
@@ -37,7 +37,7 @@ def tokens(session: Session, prompt: Any, most: int, sampler: Sampler) -> Genera
             token = sampler(stream.recent, stream.logits)
             if token in ends:
                 return
-            for _piece in reader.feed(stream, [token]):
+            for _piece in reader.feed(stream, [token], learn=reader.config.learn == "all"):
                 stream.written += 1
             yield token
 

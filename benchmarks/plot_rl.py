@@ -1,0 +1,193 @@
+"""Tables and pictures from the records of rl_running_sums.py.
+
+python benchmarks/plot_rl.py            prints the tables of docs/rl.md
+python benchmarks/plot_rl.py --plot     also writes docs/images/rl-noise.png, rl-proxy.png and rl-learning.png
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "benchmarks" / "results" / "rl"
+COLOURS = {
+    "otb": "#c2410c",
+    "instant": "#d97706",
+    "optimal_trajectory": "#7c3aed",
+    "length": "#0d9488",
+    "mean": "#2563eb",
+    "none": "#64748b",
+}
+LINES = {"rloo": "mean", "otb": "otb", "otb-loo": "otb", "rloo-scaled": "mean", "mean": "mean", "none": "none"}
+STYLES = {"rloo": "-", "otb": "-", "otb-loo": "--", "rloo-scaled": ":", "mean": "--", "none": "-", "instant": "-"}
+
+
+def read(folder: Path, part: str) -> dict[str, Any] | None:
+    """Return a record, or None."""
+    path = folder / f"{part}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def figure(columns: int, rows: int = 1) -> tuple[Any, Any]:
+    """Return a figure and its axes [rows, columns], all with a light grid."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(3.4 * columns + 0.6, 2.9 * rows + 0.4), layout="constrained")
+    FigureCanvasAgg(made)
+    axes = made.subplots(rows, columns, squeeze=False)
+    for each in axes.flat:
+        each.grid(axis="y", color="0.9", lw=0.7)
+        each.set_axisbelow(True)
+        each.spines[["top", "right"]].set_visible(False)
+    return made, axes
+
+
+def draw_noise(record: dict[str, Any], path: Path) -> None:
+    """Noise over signal against group size, relative to leave-one-out means, by model and level."""
+    kinds = sorted({job["kind"] for job in record["jobs"]}, reverse=True)
+    levels = sorted({job["level"] for job in record["jobs"]})
+    made, axes = figure(len(levels), len(kinds))
+    for job in record["jobs"]:
+        plot = axes[kinds.index(job["kind"])][levels.index(job["level"])]
+        for name, colour in COLOURS.items():
+            for loo, style in ((False, "o-"), (True, "o:")):
+                rows = [r for r in job["results"] if (r["baseline"], r["leave_one_out"]) == (name, loo)]
+                rows = [r for r in rows if r["noise_to_signal"] is not None]
+                if rows:
+                    label = name.replace("_", " ") + (", leave-one-out" if loo else "")
+                    x, y = [r["n"] for r in rows], [r["noise_to_signal"] for r in rows]
+                    plot.plot(x, y, style, color=colour, ms=3, lw=1.2, label=label)
+        plot.set(xscale="log", yscale="log", xlabel="completions of a group")
+        sizes = sorted({r["n"] for r in job["results"]})
+        plot.set_xticks(sizes, labels=[str(n) for n in sizes])
+        plot.set_xticks([], minor=True)
+        plot.set_title(f"{job['kind']}, {job['success']:.0%} success", fontsize=9, loc="left")
+    axes[0][0].set_ylabel("noise / signal of one group")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    if handles:
+        made.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
+    made.savefig(path, dpi=160)
+
+
+def draw_proxy(record: dict[str, Any], path: Path) -> None:
+    """Squared gradient norms against w and W, by model, at the middle level."""
+    levels = sorted({job["level"] for job in record["jobs"]})
+    jobs = [job for job in record["jobs"] if job["level"] == levels[len(levels) // 2]]
+    made, axes = figure(2, len(jobs))
+    for row, job in zip(axes, jobs, strict=True):
+        pairs = (("w", "own", "w_with_own_norm"), ("W", "cumulative", "W_with_cumulative_norm"))
+        for plot, (x, y, name) in zip(row, pairs, strict=True):
+            points = [(a, b) for a, b in zip(job["points"][x], job["points"][y], strict=True) if a > 0 and b > 0]
+            plot.scatter(*zip(*points, strict=True), s=3, alpha=0.4, color=COLOURS["otb"], lw=0)
+            plot.set(xscale="log", yscale="log", xlabel=x, ylabel="squared norm")
+            plot.set_title(f"{job['kind']}: {x}, rank correlation {job[name]:.2f}", fontsize=9, loc="left")
+    made.savefig(path, dpi=160)
+
+
+def draw_learning(record: dict[str, Any], path: Path) -> None:
+    """Success against steps, mean over seeds, by model and group size."""
+    import numpy as np
+
+    from inplace_ttt.plots import running_mean
+
+    panels = sorted({(job["kind"], job["n"]) for job in record["jobs"]}, key=lambda p: (p[0] != "plain", p[1]))
+    made, axes = figure(len(panels))
+    for plot, panel in zip(axes[0], panels, strict=True):
+        for job in (job for job in record["jobs"] if (job["kind"], job["n"]) == panel):
+            curves = np.array([running_mean(np.array(run["success"]), 9) for run in job["runs"]])
+            variant, x = job["variant"], np.arange(1, curves.shape[1] + 1)
+            colour = COLOURS[LINES.get(variant, variant)]
+            plot.plot(x, curves.mean(0), STYLES[variant], color=colour, lw=1.4, label=variant)
+            plot.fill_between(x, curves.min(0), curves.max(0), color=colour, alpha=0.08, lw=0)
+        plot.set(xlabel="step", ylim=(0, 1))
+        plot.set_title(f"{panel[0]}, groups of {panel[1]}", fontsize=9, loc="left")
+    axes[0][0].set_ylabel("success")
+    axes[0][0].legend(fontsize=7, frameon=False)
+    made.savefig(path, dpi=160)
+
+
+def draw(folder: Path, out: Path, prefix: str = "") -> list[Path]:
+    """Draw what there are records of; return the pictures."""
+    drawn = []
+    for part, function in (("noise", draw_noise), ("proxy", draw_proxy), ("learning", draw_learning)):
+        record = read(folder, part)
+        if record is not None and record["jobs"]:
+            drawn.append(out / f"{prefix}{part}.png")
+            function(record, drawn[-1])
+    return drawn
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def noise_table(record: dict[str, Any]) -> str:
+    """Return noise over signal, relative to leave-one-out means of the same size, and shrinkage."""
+    lines = [
+        "| model | success | baseline | N | noise / signal (standard error) | over leave-one-out mean | shrinkage |"
+    ]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    for job in record["jobs"]:
+        means = {r["n"]: r for r in job["results"] if (r["baseline"], r["leave_one_out"]) == ("mean", True)}
+        for r in job["results"]:
+            name = r["baseline"].replace("_", " ") + (", leave-one-out" if r["leave_one_out"] else "")
+            ours, theirs = r["noise_to_signal"], means[r["n"]]["noise_to_signal"]
+            ratio = "" if ours is None or theirs is None else f"{ours / theirs:.2f}"
+            cells = [job["kind"], f"{job['success']:.0%}", name, r["n"], with_error(r, "noise_to_signal", ".3g"), ratio]
+            lines.append(
+                " | ".join(["|", *map(str, cells), with_error(r, "shrinkage", ".2f"), "|"]).replace("| |", "|")
+            )
+    return "\n".join(lines)
+
+
+def with_error(result: dict[str, Any], name: str, form: str) -> str:
+    """Return a value and its standard error; "lost in noise" where there is none."""
+    value, error = result[name], result[f"{name}_se"]
+    return "lost in noise" if value is None else f"{value:{form}}" + ("" if error is None else f" ({error:{form}})")
+
+
+def proxy_table(record: dict[str, Any]) -> str:
+    """Return the rank correlations."""
+    names = {
+        "w_with_own_norm": "w, all tokens",
+        "w_with_own_norm_within_rows": "w, within rows",
+        "W_with_cumulative_norm": "W, all tokens",
+        "W_with_cumulative_norm_within_rows": "W, within rows",
+        "W_with_cumulative_norm_at_ends": "W, ends of rows",
+    }
+    lines = [f"| model | level | tokens | {' | '.join(names.values())} |", "| --- " * (3 + len(names)) + "|"]
+    for job in sorted(record["jobs"], key=lambda j: (j["kind"] != "plain", j["level"])):
+        cells = [job["kind"], f"{job['level']:.0%}", f"{job['tokens']:,}", *(f"{job[n]:.2f}" for n in names)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def learning_table(record: dict[str, Any]) -> str:
+    """Return the success of the last tenth of the steps and at the end, mean and range over seeds, and tokens."""
+    lines = ["| model | N | baseline | learning rate | last tenth | at the end | tokens of a run |", "| --- " * 7 + "|"]
+    for job in sorted(record["jobs"], key=lambda j: (j["kind"] != "plain", j["n"])):
+        last = [sum(tail) / len(tail) for run in job["runs"] if (tail := run["success"][-max(job["steps"] // 10, 1) :])]
+        ends = [run["final_success"] for run in job["runs"]]
+        tokens = sum(sum(run["tokens"]) for run in job["runs"]) / len(job["runs"])
+        spans = [f"{sum(x) / len(x):.1%} ({min(x):.1%} - {max(x):.1%})" for x in (last, ends)]
+        cells = [job["kind"], job["n"], job["variant"], f"{job['learning_rate']:.1e}", *spans, f"{tokens:,.0f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=Path, default=RECORDS)
+    parser.add_argument("--plot", action="store_true")
+    arguments = parser.parse_args()
+    for part, table in (("noise", noise_table), ("proxy", proxy_table), ("learning", learning_table)):
+        record = read(arguments.records, part)
+        if record is not None:
+            print(table(record) + "\n")
+    if arguments.plot:
+        draw(arguments.records, ROOT / "docs" / "images", "rl-")
+
+
+if __name__ == "__main__":
+    main()

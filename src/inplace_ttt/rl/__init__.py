@@ -1,0 +1,25 @@
+"""Reinforcement learning of plain and attached models: the Optimal Token Baseline, as functions and as a TRL trainer.
+
+`inplace_ttt.rl.baselines` needs torch alone. ``OTBTrainer`` and ``OTBConfig`` need trl (``pip install
+'inplace-ttt[rl]'``) and load on first use.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import OTBConfig
+    from .trainer import OTBTrainer
+
+__all__ = ["OTBConfig", "OTBTrainer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .config import OTBConfig  # first: it says plainly when trl is missing
+
+    if name == "OTBConfig":
+        return OTBConfig
+    from .trainer import OTBTrainer
+
+    return OTBTrainer
