@@ -11,7 +11,7 @@ Graph = dict[str, set[str]]
 ROOT = Path(inplace_ttt.__file__).parent
 LAYERS = (
     {"errors", "plots", "records", "shipped"},
-    {"hub", "text_file"},
+    {"hub", "text_files"},
     {"core"},
     {"fast"},
     {"config"},

@@ -12,7 +12,7 @@ from .usage import quiet_libraries
 
 if TYPE_CHECKING:
     from ..demo.result import DemoResult
-    from ..text_file import Source
+    from ..text_files import Source
 
 
 def demo(
@@ -35,7 +35,7 @@ def demo(
 
     from ..demo.text import library_file
     from ..plots import FORMATS
-    from ..text_file import read_text
+    from ..text_files import read_text
 
     if plot.suffix.lower() not in FORMATS:
         raise UserError(f"--plot {plot}: the name must end in {', '.join(FORMATS)}")

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..hf.attach import unwrap
-from ..text_file import Source
+from ..text_files import Source
 from .compare import Advance, Comparison, compare
 from .names import Names, attention_window, returning_names
 from .text import Tokens

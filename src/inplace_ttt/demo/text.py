@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..text_file import Source
+from ..text_files import Source
 
 LIBRARY_FILES = (
     "argparse.py",
