@@ -31,7 +31,7 @@ from inplace_ttt.hf.window import clear
 from inplace_ttt.records import about, write_json
 
 PIECE = 1024
-MODULES = ("argparse", "ast", "inspect", "tarfile", "turtle", "typing", "subprocess", "zipfile")
+MODULES = ("argparse", "ast", "inspect", "tarfile", "turtle", "typing", "subprocess", "doctest")
 """Long modules of the standard library."""
 
 
@@ -63,7 +63,8 @@ def modules() -> list[str]:
 
 def rows(texts: list[str], tokenizer: Any, tokens: int) -> Tensor:
     """Ids [documents, tokens] of the texts that are long enough."""
-    ids = [tokenizer(text, add_special_tokens=False).input_ids[:tokens] for text in texts]
+    begin = tokenizer("").input_ids  # a beginning of text, for models that have one
+    ids = [(begin + tokenizer(text, add_special_tokens=False).input_ids)[:tokens] for text in texts]
     return torch.tensor([x for x in ids if len(x) == tokens])
 
 

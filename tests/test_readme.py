@@ -59,6 +59,22 @@ def test_examples_of_the_page_about_sessions_run(number):
     assert run("-c", re.findall(r"```python\n(.*?)```", page, re.DOTALL)[number])
 
 
+def test_the_example_of_a_chat_prompt_reads_special_tokens():
+    """Beside the rendered string, in which they are text."""
+    page = (ROOT / "docs" / "sessions.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (example,) = [code for code in examples if "apply_chat_template" in code]
+    template = "{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}"
+    setting = f"tokenizer.chat_template = {template!r}\nmessages = [{{'role': 'user', 'content': 'def f():'}}]\n"
+    check = """
+session.reset()
+rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+as_text = session.read(rendered + " ", scored=True).tokens
+print(tokenizer.eos_token_id in ids, tokenizer.eos_token_id in as_text[1:], type(answer).__name__)
+"""
+    assert run("-c", examples[0] + setting + example + check).endswith("True False str\n")
+
+
 def test_session_tables_are_the_records():
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     for script in ("summarise_long_stream.py", "summarise_sessions.py"):

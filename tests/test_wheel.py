@@ -1,4 +1,4 @@
-"""What `pip install inplace-ttt` brings: the command and the shipped model."""
+"""What the wheel brings: the command, the shipped model, the recipes."""
 
 import os
 import subprocess
@@ -31,6 +31,14 @@ def test_carries_the_shipped_model(wheel):
     assert sum(sizes.values()) <= LIMIT
 
 
+def test_carries_recipes_and_what_a_model_in_memory_is_named_after(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    recipes = {f"inplace_ttt/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
+    assert len(recipes) > 10
+    assert recipes | {"inplace_ttt/hf/unsaved/config.json"} <= names
+
+
 def test_installs_the_command(wheel, tmp_path):
     target = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel)]
@@ -51,3 +59,8 @@ def test_installs_the_command(wheel, tmp_path):
         capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120,
     )  # fmt: skip
     assert where.stdout.split() == [str(target / MODEL), "True"]
+    planned = subprocess.run(
+        [sys.executable, str(command), "train", "tiny-cpu", "--plan"],
+        capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120,
+    )  # fmt: skip
+    assert "GFLOP a token" in planned.stdout, planned.stderr

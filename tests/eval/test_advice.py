@@ -7,10 +7,10 @@ from inplace_ttt.eval.advice import advice, interval_of_r
 from inplace_ttt.eval.summary import tables, verdicts
 
 
-def records(levels: dict[str, float]) -> list[dict]:
-    """Loss by variant, four documents, each with three windows whose overlap and rank go with the gain."""
+def records(levels: dict[str, float], documents: str = "abcdefgh") -> list[dict]:
+    """Loss by variant, eight documents, each with three windows whose overlap and rank go with the gain."""
     found = []
-    for number, document in enumerate("abcd"):
+    for number, document in enumerate(documents):
         for window in range(3):
             unit = f"window/{document}/{window}"
             about = {"unit": unit, "document": document, "domain": "code"}
@@ -35,9 +35,15 @@ def test_layers_that_help_and_that_hurt() -> None:
     lines = said(without_layer_0=0.2, without_layer_2=-0.1)
     expected = (
         "code, loss when one layer's updates are switched off: updates help in layer 0 "
-        "(+0.200, 95% interval +0.200 to +0.200); hurt in layer 2 (-0.100, 95% interval -0.100 to -0.100)."
+        "(+0.200, 95% interval +0.200 to +0.200, n = 8); "
+        "hurt in layer 2 (-0.100, 95% interval -0.100 to -0.100, n = 8)."
     )
     assert expected in lines
+    few = records({"on": 0.0, "off": 0.3, "without layer 0": 0.2, "without layer 2": -0.1}, "ab")
+    line = next(line for line in verdicts(tables(few)) if "switched off" in line)
+    assert "layer 0 +0.200, 95% interval +0.200 to +0.200, n = 2; layer 2 -0.100" in line
+    assert line.endswith("2 are too few documents for a verdict.")
+    assert not any(word in " ".join(verdicts(tables(few))) for word in ("help", "hurt", "harm"))
     assert any("layer 2 does the most harm" in line for line in lines)
     assert not any("does the most harm" in line for line in said(without_layer_0=0.2))
 
@@ -49,7 +55,7 @@ def test_the_best_setting_has_an_interval() -> None:
             row["loss_sum"] -= 100 * 0.04
     (line,) = [line for line in verdicts(tables(found)) if "settings" in line]
     assert line.startswith("code: of 3 other settings, decay=0.02 read best: ")
-    assert "-0.060 against the model's own, 95% interval -0.080 to -0.050." in line
+    assert "-0.055 against the model's own, 95% interval -0.065 to -0.050, n = 8." in line
     assert "confirm it on other text" in line
     worse = verdicts(tables(records({"on": 0.0, "off": 0.3, "lr=0.2": 0.1})))
     assert any("of 1 other setting, lr=0.2 read best, but no better than the model's own" in line for line in worse)
@@ -58,7 +64,7 @@ def test_the_best_setting_has_an_interval() -> None:
 def test_correlations_in_words() -> None:
     lines = said()
     overlap = next(line for line in lines if "overlap of new keys" in line)
-    assert overlap.startswith("Over 12 windows, updates gained more with a lower overlap")
+    assert overlap.startswith("Over 24 windows, updates gained more with a lower overlap")
     assert "layer 0 (r = -1.00" in overlap
     assert "layer 2" not in overlap
     assert "4 correlations were looked at; one in twenty looks clear by chance." in lines

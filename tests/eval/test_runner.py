@@ -23,7 +23,7 @@ class Fixed:
         self.breaks_at = breaks_at
 
     def units(self):
-        return [Unit(f"window/{d}/{i}", 10) for d in "abcd" for i in range(3)]
+        return [Unit(f"window/{d}/{i}", 10) for d in "abcdefgh" for i in range(3)]
 
     def measure(self, model, unit):
         if self.breaks_at is not None and len(self.calls) == self.breaks_at:
@@ -67,7 +67,7 @@ def test_a_run_is_taken_up_where_it_was_broken_off(tmp_path):
         file.write('{"suite": "nll", "unit": "torn')  # killed while it wrote
     suite = Fixed()
     assert run([suite], variants(), tmp_path / "cut", {"plan": 1}) == whole
-    assert len(suite.calls) == 24 - 7
+    assert len(suite.calls) == 48 - 7
     again = Fixed()
     assert run([again], variants(), tmp_path / "cut", {"plan": 1}) == whole
     assert again.calls == []
@@ -79,7 +79,7 @@ def test_another_evaluation_is_not_continued(tmp_path):
         run([Fixed()], variants(), tmp_path, {"length": 20})
     suite = Fixed()
     run([suite], variants(), tmp_path, {"length": 20}, fresh=True)
-    assert len(suite.calls) == 24
+    assert len(suite.calls) == 48
     (tmp_path / "file").touch()
     with pytest.raises(ittt.UserError, match="is a file"):
         run([Fixed()], variants(), tmp_path / "file", {})
@@ -131,13 +131,32 @@ def test_the_verdict_is_what_was_measured(tmp_path, on, said):
     found = tables(records)
     assert said in verdicts(found)[0]
     row = next(r for r in found["nll by document"] if r["variant"] == "on")
-    assert row["value"] == pytest.approx(4.16 + on)
+    assert row["value"] == pytest.approx(4.36 + on)
     assert row["difference"] == pytest.approx(on)
 
 
 def test_no_clear_difference(tmp_path):
     records = run([Fixed()], variants(0.0), tmp_path, {})
     assert "no clear difference" in verdicts(tables(records))[0]
+
+
+@pytest.mark.parametrize("on", [-0.3, 0.3])
+def test_few_documents_give_no_verdict(tmp_path, on):
+    """The number of documents is always said; below eight of them the interval is not one to lean on."""
+    records = run([Fixed()], variants(on), tmp_path, {})
+    enough = verdicts(tables(records))[0]
+    assert "by 0.300 nats per token (95% interval 0.300 to 0.300, n = 8)" in enough
+    for documents in ("ab", "abcdefg"):
+        few = tables([r for r in records if r["document"] in documents])
+        (line,) = verdicts(few)
+        assert line == (
+            f"books: {on:+.3f} nats per token with updates on (95% interval {on:+.3f} to {on:+.3f}, "
+            f"n = {len(documents)}): too few documents for a verdict, read at least 8."
+        )
+        report.write(tmp_path / documents, [r for r in records if r["document"] in documents], {"model": "m"})
+        assert "class=better" not in (tmp_path / documents / "report.html").read_text(encoding="utf-8")
+    report.write(tmp_path / "all", records, {"model": "m"})
+    assert "class=better" in (tmp_path / "all" / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_report_holds_everything_by_itself(tmp_path):

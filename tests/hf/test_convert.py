@@ -1,10 +1,11 @@
 """convert: there and back through every format, tensor for tensor."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import inplace_ttt
@@ -49,3 +50,20 @@ def test_shards_as_accelerate_lays_them_out_need_a_shape(model: LlamaForCausalLM
     convert(tmp_path / "checkpoint-3", tmp_path / "x", "model", config=tmp_path / "model")
     back = inplace_ttt.from_pretrained(tmp_path / "x")
     assert torch.equal(back.model.layers[1].mlp.ttt_conv.weight, model.model.layers[1].mlp.ttt_conv.weight)
+
+
+@pytest.mark.parametrize("to", ["adapter", "release", "sharded", "model"])
+def test_the_tokenizer_and_its_template_go_along(model: LlamaForCausalLM, tmp_path: Path, to: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(inplace_ttt.DEFAULT_MODEL)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    for place in (tmp_path / "model", tmp_path / "model" / "base"):  # beside the model, and beside its base
+        tokenizer.save_pretrained(place)
+        convert(tmp_path / "model", tmp_path / "x", to)
+        found = AutoTokenizer.from_pretrained(tmp_path / "x")
+        assert found.chat_template == tokenizer.chat_template
+        assert found("def f():")["input_ids"] == tokenizer("def f():")["input_ids"]
+        back = tmp_path / "back" if to != "release" else tmp_path / "x"
+        convert(tmp_path / "x", tmp_path / "back", "model", base=str(tmp_path / "base") if to == "adapter" else None)
+        assert AutoTokenizer.from_pretrained(back).chat_template == tokenizer.chat_template
+        for file in [*place.glob("*token*"), *place.glob("chat_template*"), tmp_path / "x", tmp_path / "back"]:
+            shutil.rmtree(file) if file.is_dir() else file.unlink()

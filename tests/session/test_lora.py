@@ -2,13 +2,14 @@
 
 import json
 import math
+import warnings
 
 import pytest
 import torch
 from contract.families import adapted, plain
 from safetensors.torch import load_file
 
-from inplace_ttt import Session, UserError
+from inplace_ttt import Session, UserError, from_pretrained, is_attached, save_pretrained
 from inplace_ttt.session.lora import factor
 
 peft = pytest.importorskip("peft")
@@ -43,6 +44,7 @@ def test_exact_when_the_rank_suffices(family, tmp_path):
     assert (plain_logits - expected).abs().max() > 1e-2
 
 
+@pytest.mark.filterwarnings("ignore:this LoRA adapter is an approximation")
 def test_within_the_printed_error_otherwise(tmp_path):
     s = learned("llama")
     for layer in s.export_lora(tmp_path, rank=5):
@@ -58,6 +60,7 @@ def test_within_the_printed_error_otherwise(tmp_path):
     assert (served("llama", tmp_path, question) - s.next_logits).abs().max() > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:this LoRA adapter is an approximation")
 def test_different_ranks_by_layer(tmp_path):
     s = learned("llama")
     S = s.fast_weights[0].S
@@ -68,6 +71,31 @@ def test_different_ranks_by_layer(tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"] == {layers[0].module: 3}
     question = IDS[5:8]
     served("llama", tmp_path, question)
+
+
+def test_the_default_rank_can_be_served_and_its_error_is_said(tmp_path):
+    wide = {"hidden_size": 96, "intermediate_size": 128}
+    s = Session(adapted("llama", torch.float64, wide), decay=0)
+    for _ in range(8):
+        s.read(torch.randint(1, 97, (88,)).tolist())
+    with pytest.warns(UserWarning, match=r"approximation \(layer 0: rank 64 of \d+, relative error \d+\.\d%; layer 2"):
+        layers = s.export_lora(tmp_path / "default")
+    assert all(layer.rank == 64 < layer.full_rank for layer in layers)
+    assert json.loads((tmp_path / "default" / "adapter_config.json").read_text())["r"] == 64
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(layer.rank > 64 and layer.error == 0 for layer in s.export_lora(tmp_path / "whole", rank=None))
+
+
+def test_it_names_the_plain_base(tmp_path):
+    save_pretrained(adapted("llama", torch.float64), tmp_path / "model")
+    s = Session(from_pretrained(tmp_path / "model"), decay=0)
+    s.read(IDS)
+    s.export_lora(tmp_path / "lora")
+    named = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    served = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora")
+    assert named == str(tmp_path / "model" / "base")
+    assert not is_attached(served.get_base_model())
 
 
 def test_a_state_of_rank_r(tmp_path):

@@ -9,7 +9,17 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import inplace_ttt
 from inplace_ttt.errors import UserError
@@ -127,6 +137,42 @@ def test_adapter_only_leaves_the_base_alone(values: dict[str, Any], tmp_path: Pa
     changed = {name for name, p in model.named_parameters() if not torch.equal(before[name], p)}
     added = {"model.layers.0.mlp.ttt_conv.weight", "model.layers.0.mlp.ttt_proj.weight"}
     assert changed == added | ({"model.layers.0.mlp.down_proj.weight"} if trainable != "adapter" else set())
+
+
+@pytest.mark.parametrize("trainable", ["adapter", "adapter_and_projections"])
+@pytest.mark.parametrize("begins", ["plain", "whole", "adapter with projections"])
+def test_a_run_on_a_frozen_base_saves_the_adapter_alone(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainable: str, begins: str
+) -> None:
+    """It names its base, and loads in any directory."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = prepare(make_recipe(values)).tokenizer
+    base: Any = tiny_base("mistral", Path("base"), tokenizer)
+    if begins != "plain":
+        model = AutoModelForCausalLM.from_pretrained(base)
+        inplace_ttt.attach(model, inplace_ttt.InPlaceTTTConfig(**TTT | {"layers": [0]}))
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+        is_adapter = begins != "whole"
+        inplace_ttt.save_pretrained(model, "begun", tokenizer, adapter_only=is_adapter, projections=is_adapter)
+    given = str(base) if begins == "plain" else "begun"
+    values |= {"model": {"base": given}, "tokenizer": {}, "ttt": TTT | {"layers": [0]}, "trainable": trainable}
+    values["output"] = "run"
+    saved = run(make_recipe(values)) / "model"
+    assert not (saved / "base").exists()
+    named = json.loads((saved / "inplace_ttt.json").read_text())["base"]["name"]
+    assert named == str((tmp_path / ("begun/base" if begins == "whole" else "base")).resolve())
+    card = (saved / "README.md").read_text()
+    assert f"an adapter for `{named}`" in card
+    assert "| text | " in card  # the test losses, by domain
+    own = {name.split(".mlp.")[1] for name in load_file(saved / "inplace_ttt.safetensors")}
+    trained = trainable == "adapter_and_projections" or begins == "adapter with projections"
+    assert own == {"ttt_conv.weight", "ttt_proj.weight"} | ({"down_proj.weight"} if trained else set())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = inplace_ttt.from_pretrained(tmp_path / saved)
+    assert [layer.index for layer in inplace_ttt.inspect(again)] == [0]
+    assert AutoTokenizer.from_pretrained(tmp_path / saved).get_vocab() == tokenizer.get_vocab()
 
 
 def test_accumulated_steps_equal_one_large_batch(values: dict[str, Any], tmp_path: Path) -> None:

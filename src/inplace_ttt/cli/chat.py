@@ -2,7 +2,7 @@
 
 import re
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,23 +51,30 @@ def chat(
     from rich.console import Console
 
     log = Console(stderr=True)
-    with log.status("loading the model"):
-        from ..session.sampling import Sampling
+    with ExitStack() as held:
+        with log.status("loading the model"):
+            from ..session.sampling import Sampling
+            from ..session.writers import holding
 
-        choice = Sampling(temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed)
-        opened = open_session(session, model, device, {"window": window, "state": state})
-        template = None if plain else Template.of(opened)
-    if sys.stdin.isatty():
-        with suppress(ImportError):
-            import readline  # noqa: F401 (gives input() arrow keys and history)
-    Chat(opened, session, template, {**asdict(choice), "max_new_tokens": max_tokens}, log).run()
+            choice = Sampling(temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed)
+            held.enter_context(holding(session))
+            opened = open_session(session, model, device, {"window": window, "state": state})
+            template = None if plain else Template.of(opened)
+        if sys.stdin.isatty():
+            with suppress(ImportError):
+                import readline  # noqa: F401 (gives input() arrow keys and history)
+        Chat(opened, session, template, {**asdict(choice), "max_new_tokens": max_tokens}, log, held).run()
 
 
 class Chat:
     """The conversation. What the model writes goes to stdout as it comes, all else to stderr."""
 
-    def __init__(self, session: Any, path: Path | None, template: Template | None, sampling: Any, log: Any) -> None:
+    def __init__(
+        self, session: Any, path: Path | None, template: Template | None, sampling: Any, log: Any, held: ExitStack
+    ) -> None:
         self.session, self.template, self.sampling, self.log = session, template, sampling, log
+        self.held = held
+        """Keeps other processes from writing the session's file."""
         self.saver = Saver(session, path)
         self.messages: list[dict[str, str]] = []
         self.undo: list[tuple[Any, list[dict[str, str]]]] = []
@@ -233,8 +240,17 @@ class Chat:
         return path
 
     def move(self, path: Path | None) -> None:
+        from ..session.writers import holding
+
         saver = Saver(self.session, path)
-        saver.now()
+        if path == self.saver.path:
+            saver.now()
+        else:
+            with ExitStack() as held:
+                held.enter_context(holding(path))
+                saver.now()
+                self.held.close()
+                self.held.enter_context(held.pop_all())
         self.saver = saver
 
     def keep(self) -> None:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from ..config import InPlaceTTTConfig
 from ..errors import UserError
 from ..hf.attach import LayerInfo, attach, inspect
-from ..hf.checkpoint import BASE, SETTINGS, require_hub_id
+from ..hf.auto import base_config
+from ..hf.directory import BASE, SETTINGS
+from ..hf.hub_files import require_hub_id
 from ..hf.release import is_release, load_release
 
 
@@ -85,21 +87,22 @@ def _stored(model: str) -> tuple[Any, InPlaceTTTConfig | None]:
             stored = json.loads(text)
             config = InPlaceTTTConfig.from_dict(stored["inplace_ttt"])
             whole, name = stored["kind"] == "model", stored["base"]["name"]
+            where = {key: stored["base"][key] for key in ("revision", "subfolder") if key in stored["base"]}
         except (json.JSONDecodeError, KeyError) as error:
             raise UserError(f"{SETTINGS} of {model} is damaged ({error}): save the model again") from None
         if whole:
-            return _config(model, subfolder=BASE), config
+            return _config(model, subfolder=BASE)[0], config
         if not name:
             raise UserError(f"{model} is an adapter without its base model's name: inspect the base model instead")
-        return _config(name), config
-    base = _config(model)
+        return _config(name, **where)[0], config
+    base, settings = _config(model)
     values = base.to_dict()
     if is_release(values):
         config, dropped = load_release(values)
         if dropped:
             warnings.warn(f"{model} names layers {dropped}, which the model does not have: left out", stacklevel=3)
         return base, config
-    return base, InPlaceTTTConfig.from_dict(values["inplace_ttt"]) if "inplace_ttt" in values else None
+    return base, None if settings is None else InPlaceTTTConfig.from_dict(settings)
 
 
 def _file(model: str, name: str) -> str | None:
@@ -121,11 +124,14 @@ def _file(model: str, name: str) -> str | None:
         raise UserError(f"{model} is no directory here and could not be fetched from the hub ({reason})") from None
 
 
-def _config(model: str, subfolder: str = "") -> Any:
+def _config(model: str, **where: str) -> tuple[Any, dict[str, Any] | None]:
     path = Path(model).expanduser()
-    if path.is_dir() and not (path / subfolder / "config.json").is_file():
-        raise UserError(f"{path / subfolder} holds no model: it has no config.json")
+    inside = path / where.get("subfolder", "")
+    if path.is_dir() and not (inside / "config.json").is_file():
+        raise UserError(f"{inside} holds no model: it has no config.json")
     try:
-        return AutoConfig.from_pretrained(path if path.is_dir() else model, subfolder=subfolder)
+        return base_config(str(path) if path.is_dir() else model, **where)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"the configuration of {model} cannot be read: {str(error).splitlines()[0][:200]}") from None

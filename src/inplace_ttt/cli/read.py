@@ -33,14 +33,23 @@ def read(
     device: Device = None,
 ) -> None:
     """Let a session learn from files. Ctrl-C stops and keeps what was learned."""
-    from rich.console import Console
-
     sources = [Source(path) for path in files]
     if not any(source.size is None or source.size for source in sources):
         raise UserError(f"{files[0]} is empty" if len(files) == 1 else "these files are all empty")
-    log = Console(stderr=True)
+    options = {"window": window, "sinks": sinks, "decay": decay, "chunk_size": chunk_size, "state": state}
+    from rich.console import Console
+
+    from ..session.writers import holding
+
+    with holding(session):
+        read_all(sources, session, model, device, options, Console(stderr=True))
+
+
+def read_all(
+    sources: list["Source"], session: Path, model: str | None, device: str | None, options: dict[str, Any], log: Any
+) -> None:
+    """Opens the session, reads the sources one after the other, and saves it, whatever happens."""
     with log.status("loading the model"):
-        options = {"window": window, "sinks": sinks, "decay": decay, "chunk_size": chunk_size, "state": state}
         opened = open_session(session, model, device, options)
     saver, stopped = Saver(opened, session), False
     with deferred_interrupt() as interrupt:

@@ -42,7 +42,12 @@ def open_session(
     if "state" in options:
         options["state"] = _state(options["state"])
     if path is None or not path.exists():
-        return _begin(model or SHIPPED, device, options)
+        session = _begin(model or SHIPPED, device, options)
+        if path is not None and write:
+            from ..session.writers import remember
+
+            remember(session, path)
+        return session
     if options:
         given = ", ".join(f"--{name.replace('_', '-')}" for name in options)
         raise UserError(f"{path} exists, and {given} is for a new session: leave that out, or name a new file")

@@ -11,7 +11,7 @@ from ..errors import UserError
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML file of the run, such as recipes/tiny-cpu.yaml.")],
+    recipe: Annotated[Path, typer.Argument(help="YAML file of the run, or a shipped one: tiny-cpu.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings that replace the recipe's: key.sub=value.", show_default=False)
     ] = None,
@@ -19,7 +19,9 @@ def train(
     prepare_only: Annotated[
         bool, typer.Option("--prepare-only", help="Make the tokenizer and the tokens, then stop.")
     ] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Print memory and time of the run, then stop.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print memory and time of the run, then stop. Needs no data.")
+    ] = False,
     tflops: Annotated[float, typer.Option(help="With --plan: the device's TFLOP/s (989: an H100 in bf16).")] = 989,
     bandwidth: Annotated[
         float, typer.Option(help="With --plan: its memory's TB/s (3.35: an H100, 4.8: an H200).")
@@ -35,7 +37,7 @@ def train(
 
     quiet_libraries()
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
-    checked = load_recipe(recipe, overrides or [])
+    checked = load_recipe(recipe, overrides or [], data=not plan)
     if plan:
         if tflops <= 0 or bandwidth <= 0:
             raise UserError(f"--tflops and --bandwidth must be above 0, got {tflops:g} and {bandwidth:g}")
@@ -51,7 +53,9 @@ def train(
 def tokenizer(
     sources: Annotated[
         list[str],
-        typer.Argument(help="Text: jsonl:PATH (also .xz, .gz), text:PATH, hf:DATASET?text=COLUMN, packages:train."),
+        typer.Argument(
+            help="Text: jsonl:PATH (also .xz, .gz), text:PATH, hf:DATASET?text=COLUMN, packages:train, library:train."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write.")],
     vocab_size: Annotated[int, typer.Option(help="Number of tokens.")] = 8192,

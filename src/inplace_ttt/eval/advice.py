@@ -9,6 +9,8 @@ from .paired import Record, by_group
 
 LAYER = "without layer "
 """How readings with one layer switched off are labelled."""
+ENOUGH = 8
+"""Documents from which on a bootstrap interval is trusted for a verdict in words."""
 WORDS = {
     "key_overlap": "overlap of new keys with what was learned",
     "effective_rank": "effective rank of the fast weights",
@@ -40,6 +42,10 @@ def _layers(domain: str, rows: _Rows) -> list[str]:
     """One sentence of what each layer's updates do: the loss without them against that with all."""
     if not rows:
         return []
+    about, documents = f"{domain}, loss when one layer's updates are switched off", rows[0]["documents"]
+    if documents < ENOUGH:
+        found = (f"layer {row['variant'].removeprefix(LAYER)} {row['difference']:+.3f}{span(row)}" for row in rows)
+        return [f"{about}: {'; '.join(found)}. {documents} are too few documents for a verdict."]
     parts: dict[str, list[str]] = {"help": [], "hurt": [], "make no clear difference": []}
     for row in rows:
         low, high = row["difference_low"], row["difference_high"]
@@ -47,7 +53,7 @@ def _layers(domain: str, rows: _Rows) -> list[str]:
         number = row["variant"].removeprefix(LAYER)
         parts[verdict].append(f"{number} ({row['difference']:+.3f}{span(row)})")
     said = [f"{verdict} in {_count(layers)} {', '.join(layers)}" for verdict, layers in parts.items() if layers]
-    line = f"{domain}, loss when one layer's updates are switched off: updates {'; '.join(said)}."
+    line = f"{about}: updates {'; '.join(said)}."
     if not parts["hurt"]:
         return [line]
     worst = min(rows, key=lambda row: row["difference"])["variant"].removeprefix(LAYER)
@@ -62,7 +68,7 @@ def _settings(domain: str, rows: _Rows) -> list[str]:
     best = min(rows, key=lambda row: row["value"])
     tried = f"{domain}: of {len(rows)} other setting{'s' * (len(rows) > 1)}, {best['variant']} read best"
     result = f"{best['value']:.3f} nats per token, {best['difference']:+.3f} against the model's own{span(best)}"
-    if best["difference_high"] < 0:
+    if best["difference_high"] < 0 and best["documents"] >= ENOUGH:
         return [f"{tried}: {result}. It was chosen on this text: confirm it on other text before you keep it."]
     if best["difference"] < 0:
         return [f"{tried}: {result}, not a clear difference."]
@@ -104,7 +110,7 @@ def span(row: Record) -> str:
     """The interval of a row's difference, to be put after it; empty where one document gives none."""
     if np.isnan(row["difference_low"]):
         return ""
-    return f", 95% interval {row['difference_low']:+.3f} to {row['difference_high']:+.3f}"
+    return f", 95% interval {row['difference_low']:+.3f} to {row['difference_high']:+.3f}, n = {row['documents']}"
 
 
 def _count(layers: Sequence[str]) -> str:

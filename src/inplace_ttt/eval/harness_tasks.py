@@ -74,7 +74,7 @@ def require() -> None:
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"lm-evaluation-harness is missing or incomplete ({error}): pip install 'inplace-ttt[eval]'"
+            f"lm-evaluation-harness is missing or incomplete ({error}): pip install 'lm-eval[ruler]' accelerate"
         ) from None
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..records import about, write_json
 from . import plots
+from .advice import ENOUGH
 from .nll import Mean
 from .paired import Record
 from .runner import read_seconds
@@ -195,7 +196,8 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
         low, high = (row["low"], row["high"]) if name == "value" else (row["difference_low"], row["difference_high"])
         if np.isnan(low):
             return f"<td>{value:.3f}</td>"
-        better = " class=better" if name == "difference" and (high < 0 or low > 0) else ""
+        is_clear = (high < 0 or low > 0) and row.get("documents", 0) >= ENOUGH
+        better = " class=better" if name == "difference" and is_clear else ""
         sign = "+" if name == "difference" else ""
         return f"<td{better}>{value:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})</td>"
     return f"<td>{html.escape(f'{value:.3g}' if isinstance(value, float) else str(value))}</td>"

@@ -136,7 +136,7 @@ def config(task: str, data: RulerData, texts: int) -> dict[str, Any] | str:
         import scipy  # noqa: F401
         import wonderwords  # noqa: F401
     except ImportError as error:
-        raise UserError(f"RULER needs the package {error.name}: pip install 'inplace-ttt[eval]'") from None
+        raise UserError(f"RULER needs the package {error.name}: pip install 'lm-eval[ruler]' accelerate") from None
     import lm_eval.tasks
     from lm_eval.tasks._yaml_loader import load_yaml
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .advice import advice
+from .advice import ENOUGH, advice
 from .nll import Mean
 from .paired import Record, by_group, difference, estimate
 
@@ -125,12 +125,13 @@ def verdicts(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     lines = []
     for row in found.get("nll by document", []):
         if row["variant"] == "on" and "difference" in row:
-            lines.append(_verdict(row["domain"], Mean(*(row[f"difference{x}"] for x in ("", "_low", "_high")))))
+            gap = Mean(*(row[f"difference{x}"] for x in ("", "_low", "_high")))
+            lines.append(_verdict(row["domain"], gap, row["documents"]))
     lines += advice(found, any(": updates hurt" in line for line in lines))
     for row in found.get("needle", []):
         if row["variant"] == "on" and "difference" in row:
             gap = 100 * row["difference"]
-            interval = _interval(100 * row["difference_low"], 100 * row["difference_high"], "+.0f")
+            interval = _interval(100 * row["difference_low"], 100 * row["difference_high"], "+.0f", row["documents"])
             lines.append(
                 f"Needle, {row['kind']}: {row['value']:.0%} right with updates, {gap:+.0f} points ({interval})."
             )
@@ -138,7 +139,7 @@ def verdicts(found: dict[str, list[dict[str, Any]]]) -> list[str]:
         for row in found.get(table, []):
             if row["variant"] == "on" and "difference" in row:
                 name = f"RULER, {row['length']:,} tokens" if table == "ruler" else f"{row['task']}, {row['metric']}"
-                interval = _interval(row["difference_low"], row["difference_high"], "+.3f")
+                interval = _interval(row["difference_low"], row["difference_high"], "+.3f", row["documents"])
                 lines.append(f"{name}: {row['value']:.3f} with updates, {row['difference']:+.3f} ({interval}).")
     return [*lines, *_theory(found.get("theory", []))]
 
@@ -150,7 +151,7 @@ def _theory(rows: Sequence[Record]) -> list[str]:
     lines = []
     for target in dict.fromkeys(row["target"] for row in rows):
         right, others, margin, won = (at[target, name] for name in ("right", "others", "margin", "won"))
-        interval = _interval(margin["low"], margin["high"], "+.3f")
+        interval = _interval(margin["low"], margin["high"], "+.3f", margin["documents"])
         lines.append(
             f"Theorem 1, {words[target]}: one update moved the logit of the word that followed by "
             f"{right['value']:+.3f}, of others by {others['value']:+.3f}: margin {margin['value']:+.3f} ({interval}); "
@@ -159,16 +160,28 @@ def _theory(rows: Sequence[Record]) -> list[str]:
     return lines
 
 
-def _verdict(domain: str, gap: Mean) -> str:
-    interval = _interval(gap.low, gap.high, "+.3f")
+def _verdict(domain: str, gap: Mean, documents: int) -> str:
+    """Whether updates help, where there are enough documents and the interval leaves zero out."""
+    interval = _interval(gap.low, gap.high, "+.3f", documents)
+    if documents < ENOUGH:
+        return (
+            f"{domain}: {gap.value:+.3f} nats per token with updates on ({interval}): too few documents for a verdict, "
+            f"read at least {ENOUGH}."
+        )
     if gap.high < 0:
-        return f"{domain}: updates help, by {-gap.value:.3f} nats per token ({interval})."
+        return (
+            f"{domain}: updates help, by {-gap.value:.3f} nats per token "
+            f"({_interval(-gap.high, -gap.low, '.3f', documents)})."
+        )
     if gap.low > 0:
-        return f"{domain}: updates hurt, by {gap.value:.3f} nats per token ({interval})."
+        return (
+            f"{domain}: updates hurt, by {gap.value:.3f} nats per token "
+            f"({_interval(gap.low, gap.high, '.3f', documents)})."
+        )
     return f"{domain}: no clear difference between updates on and off ({gap.value:+.3f} nats per token, {interval})."
 
 
-def _interval(low: float, high: float, form: str) -> str:
+def _interval(low: float, high: float, form: str, documents: int) -> str:
     if np.isnan(low):
         return "from one document, so without an interval"
-    return f"95% interval {low:{form}} to {high:{form}}"
+    return f"95% interval {low:{form}} to {high:{form}}, n = {documents}"

@@ -17,6 +17,7 @@ from .context import Runtime
 from .families import Place, attention_of, decoder_layers, family_of, place
 from .linear import FastWeight, check_replaceable, make_fast, make_slow, output_size
 from .loss import LossForward
+from .saving import after_attach, before_detach
 from .sites import LayerSite
 from .tensor_parallel import check_split, is_split
 
@@ -132,12 +133,14 @@ def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
     root.__dict__[RUNTIME] = runtime
     root.__dict__.update(runtime.overrides())
     root.config.inplace_ttt = config.to_dict()
+    after_attach(root)
     return model
 
 
 def detach(model: Model) -> Model:
     """Takes the fast weights out of ``model`` in place and returns it: the plain model with its present parameters."""
     root, runtime = unwrap(model), runtime_of(model)
+    before_detach(root)
     for handle in runtime.handles:
         handle.remove()
     for site in runtime.sites:

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -181,7 +180,8 @@ def _fast_layer(cache: Cache, index: int, rows: int, settings: Settings, gates: 
         return layer
     if type(layer) in _CLASSES and layer.get_seq_length() > 0:
         raise ValueError(
-            "this cache was filled without fast weights (before attach, with updates off, or in a training forward): "
+            "this cache was filled without fast weights (before attach, with updates off, in a training forward, or by "
+            "prefix tuning or a cartridge, whose keys and values come from no text): "
             "start from an empty cache"
         )
     return install(cache, index, fast_weights(rows, chunk_size, rule, settings.form, gates=gates))

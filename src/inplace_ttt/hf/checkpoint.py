@@ -4,19 +4,24 @@ A saved directory holds
 
 * ``inplace_ttt.json``: the settings, their format version, and samples of the slow weights as a fingerprint;
 * ``inplace_ttt.safetensors``: the parameters that attach adds (and, on request, the adapting projections);
-* for a whole model, transformers' own files in ``base/``. The root has no ``config.json`` on purpose: a library that
-  knows nothing of fast weights must not load the directory as the plain model.
+* for a whole model, transformers' own files in ``base/``;
+* ``config.json`` with a model type of this library: another library gets the whole model or an error, never the plain
+  model (see ``auto``);
+* ``README.md``: a model card.
 """
 
 import copy
 import json
 import logging
+import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,14 +31,30 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..config import InPlaceTTTConfig
-from ..errors import UserError
+from ..errors import UserError, in_one_line
 from .attach import attach, detach, is_attached, plain_config, runtime_of, unwrap, unwrap_to_save
+from .card import write_card
+from .directory import (
+    BASE,
+    CONFIG,
+    MODEL_TYPE,
+    SETTINGS,
+    TENSORS,
+    check_free,
+    place_of_base,
+    read_json,
+    split_config,
+    write_config,
+)
+from .hub_files import FETCHING, UPLOADING, fetch, take, upload
+from .names import BaseModel, base_of, rename_loaded
 from .release import is_release, load_release
 from .sharding import is_sharded, whole, whole_state
 from .tensor_parallel import is_split
 
-SETTINGS, TENSORS, BASE = "inplace_ttt.json", "inplace_ttt.safetensors", "base"
 SAMPLES = 16
+MODEL_KEYWORDS = ("dtype", "torch_dtype", "attn_implementation", "quantization_config")
+"""Keywords that transformers' ``from_pretrained`` takes from beside a configuration."""
 
 
 def adapter_state(model: nn.Module, projections: bool = False) -> dict[str, Tensor]:
@@ -73,21 +94,30 @@ def save_pretrained(
     *,
     adapter_only: bool = False,
     projections: bool = False,
+    base: str | None = None,
+    results: Mapping[str, Mapping[str, float]] | None = None,
+    push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
     """Saves an attached model so that ``from_pretrained`` gives it back.
 
     ``adapter_only`` leaves the base model out (load it with ``from_pretrained(directory, model=base)``);
-    ``projections`` then adds the adapting projections, for runs that trained them. Further keywords go to transformers'
-    ``save_pretrained``. A sharded model (FSDP2, tensor parallelism) is saved whole: all ranks call this, one writes.
-    Raises UserError when nothing is attached.
+    ``projections`` then adds the adapting projections, for runs that trained them. ``base``: the name under which an
+    adapter looks for its base, a directory, OWNER/NAME, or OWNER/NAME@REVISION; left out: where the base came from.
+    ``results``: losses for the model card, by the name of the text ``{"on": ..., "off": ...}`` in nats per token.
+    ``push_to_hub`` uploads the directory, with transformers' keywords (``repo_id``, ``token``, ``private``,
+    ``commit_message``, ``revision``, ``create_pr``). Further keywords (``variant``, ``max_shard_size``, ...) go to
+    transformers' ``save_pretrained``. A sharded model (FSDP2, tensor parallelism) is saved whole: all ranks call this,
+    one writes. Raises UserError when nothing is attached, and where ``directory`` is another model's.
     """
     root, runtime = unwrap(model) if adapter_only else unwrap_to_save(model), runtime_of(model)
-    path, sharded = Path(directory), is_sharded(root)
+    path, sharded, uploading = Path(directory), is_sharded(root), take(kwargs, UPLOADING)
+    check_free(path)
+    kind: dict[str, Any] = {"model_type": root.config.model_type, "architecture": plain_class(root).__name__}
     settings = {
         "inplace_ttt": runtime.config.to_dict(),
         "kind": "adapter" if adapter_only else "model",
-        "base": {"model_type": root.config.model_type, "name": root.config._name_or_path if adapter_only else ""},
+        "base": kind | (_base_to_name(root, base) if adapter_only else {"name": ""}),
         "fingerprint": {} if projections else fingerprint(model),
     }
     added = adapter_state(model, adapter_only and projections)
@@ -97,12 +127,38 @@ def save_pretrained(
         if not adapter_only:
             with plain_config(root):
                 save_base(root, path / BASE, {k: v for k, v in state.items() if not is_added(k)}, sharded, kwargs)
-        save_file(added, path / TENSORS, metadata={"format": "pt"})
+        save_file(added, path / tensors_name(kwargs.get("variant")), metadata={"format": "pt"})
         (path / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_config(path)
         if tokenizer is not None:
             tokenizer.save_pretrained(path)
+        write_card(path, settings, uploading.get("repo_id"), results)
+        if push_to_hub:
+            upload(path, **uploading)
     if sharded:
         dist.barrier()
+
+
+def tensors_name(variant: str | None) -> str:
+    """The file of the added parameters, beside which transformers' own carry the same variant."""
+    return TENSORS if not variant else TENSORS.replace(".safetensors", f".{variant}.safetensors")
+
+
+def plain_class(root: PreTrainedModel) -> type[PreTrainedModel]:
+    """The model's class without what FSDP2 adds to it."""
+    return next(cls for cls in type(root).__mro__ if not issubclass(cls, FSDPModule))  # type: ignore[return-value]
+
+
+def _base_to_name(root: PreTrainedModel, given: str | None) -> dict[str, Any]:
+    """What an adapter says about where its base is. A directory is named from the root, for any current directory."""
+    if given is None:
+        base = base_of(root)
+    else:
+        name, at, revision = given.rpartition("@")
+        base = BaseModel(name, revision) if at and not Path(given).exists() else BaseModel(given)
+    name = str(Path(base.name).expanduser().resolve()) if Path(base.name).expanduser().is_dir() else base.name
+    found = {"name": name if base.name else "", "revision": base.revision, "subfolder": base.subfolder}
+    return {key: value for key, value in found.items() if key == "name" or value}
 
 
 def save_base(
@@ -110,14 +166,14 @@ def save_base(
 ) -> None:
     """transformers' own files of the base model; of a sharded one through a model without weights that is not."""
     if not sharded:
-        root.save_pretrained(path, state_dict=state, **kwargs)
+        type(root).save_pretrained(root, path, state_dict=state, **kwargs)  # not attach's, see ``saving``
         return
     config = copy.deepcopy(root.config)
     config.dtype = next(x.dtype for x in state.values() if x.is_floating_point())
     config._attn_implementation = "eager"
     if getattr(config, "distributed_config", None) is not None:
         config.distributed_config = None
-    plain: Any = next(cls for cls in type(root).__mro__ if not issubclass(cls, FSDPModule))
+    plain: Any = plain_class(root)
     with torch.device("meta"):
         bare = plain(config)
     bare.generation_config = root.generation_config
@@ -129,30 +185,49 @@ def from_pretrained(directory: str | Path, model: nn.Module | None = None, **kwa
 
     Reads what ``save_pretrained`` wrote (an adapter is put on ``model``, or on the base it names), what transformers'
     own ``save_pretrained`` wrote of an attached model, and the authors' release format. Keywords (``dtype``,
-    ``device_map``, ...) go to ``AutoModelForCausalLM.from_pretrained``. Raises UserError, with the reason, on a missing
-    or foreign directory, a newer format, a wrong base model, and missing, extra or misshapen tensors.
+    ``device_map``, ...) go to transformers' ``from_pretrained``. ``revision``, ``subfolder`` and ``variant`` are those
+    of ``directory`` (an adapter names its base's own); ``token``, ``cache_dir``, ``local_files_only`` and
+    ``force_download`` hold for both. Raises UserError, with the reason, on a missing or foreign directory, a newer
+    format, a wrong base model, and missing, extra or misshapen tensors.
     """
-    path = _resolve(directory)
+    hub, subfolder = take(kwargs, FETCHING), kwargs.pop("subfolder", None) or ""
+    path = fetch(directory, subfolder, **hub)
+    is_exact = Path(directory).expanduser().is_dir() or subfolder or hub.pop("revision", None) is not None
+    name = str(path.resolve()) if is_exact else str(directory)
     if not (path / SETTINGS).is_file():
-        return _from_plain_layout(path, kwargs)
-    settings = _read_json(path / SETTINGS)
+        model_ = _from_plain_layout(path, kwargs)
+        rename_loaded(model_, name, BaseModel())
+        return model_
+    settings = read_json(path / SETTINGS)
     kinds = {"inplace_ttt": dict, "kind": str, "base": dict, "fingerprint": dict}
     if wrong := [key for key, kind in kinds.items() if not isinstance(settings.get(key), kind)]:
         raise UserError(f"{path / SETTINGS} is damaged (no {', '.join(wrong)}): save the model again")
     config = InPlaceTTTConfig.from_dict(settings["inplace_ttt"])
+    file = path / tensors_name(kwargs.get("variant"))
     try:
-        tensors = load_file(path / TENSORS)
+        tensors = load_file(file)
     except (FileNotFoundError, SafetensorError) as error:
-        raise UserError(f"{path / TENSORS} is missing or damaged ({error}): save the model again") from None
-    base = _base(path, settings, model, kwargs)
+        raise UserError(f"{file} is missing or damaged ({error}): save the model again") from None
+    base = _base(path, settings, model, kwargs, hub)
     attach(base, config)
     try:
         _check_fingerprint(base, settings, path)
-        load_added(base, tensors, str(path / TENSORS))
+        load_added(base, tensors, str(file))
     except UserError:
         detach(base)
         raise
+    if settings["kind"] == "model" or settings["base"].get("name"):
+        rename_loaded(unwrap(base), name, _named_base(name, path, settings))
     return base
+
+
+def _named_base(name: str, path: Path, settings: dict[str, Any]) -> BaseModel:
+    """Where the base of a loaded directory is: in the directory, or where an adapter says."""
+    if settings["kind"] == "model":
+        inside = str((path / BASE).resolve())
+        return BaseModel(inside, place=inside) if Path(name).is_dir() else BaseModel(name, None, BASE, inside)
+    wanted = settings["base"]
+    return BaseModel(wanted["name"], wanted.get("revision"), wanted.get("subfolder", ""))
 
 
 def is_added(name: str) -> bool:
@@ -183,15 +258,21 @@ def load_added(model: nn.Module, tensors: dict[str, Tensor], source: str) -> Non
             parameter.copy_(tensor)
 
 
-def load_plain(path: Path | str, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """``AutoModelForCausalLM.from_pretrained`` that refuses missing weights instead of making them up."""
+def load_plain(path: Path | str, kwargs: dict[str, Any], architecture: str | None = None) -> PreTrainedModel:
+    """The model in ``path`` by transformers; UserError where weights are missing, which transformers would make up.
+
+    ``architecture``: the name of its class, where it is not a causal language model (a classification head).
+    """
+    loader: Any = AutoModelForCausalLM
+    if architecture is not None and not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        loader = getattr(transformers, architecture, AutoModelForCausalLM)
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:
         kwargs = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        loaded: Any = loader.from_pretrained(path, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"transformers cannot load {path}: missing or damaged? ({error})") from None
+        raise UserError(f"transformers cannot load {path}: missing or damaged? ({in_one_line(error)})") from None
     finally:
         transformers_logging.set_verbosity(level)
     model, report = loaded
@@ -204,75 +285,82 @@ def load_plain(path: Path | str, kwargs: dict[str, Any]) -> PreTrainedModel:
     return model  # type: ignore[no-any-return]
 
 
-def stored_added(path: Path) -> dict[str, Tensor]:
-    """The added parameters in a directory's own safetensors files."""
-    files = sorted(path.glob("*.safetensors"))
+def stored_added(path: Path, variant: str | None = None) -> dict[str, Tensor]:
+    """The added parameters among the weights that transformers wrote into a directory."""
+    part, end = r"(-\d+-of-\d+)?", rf"\.{re.escape(variant)}" if variant else ""
+    name = re.compile(rf"model({part}{end}|{end}{part})\.safetensors")
+    files = sorted(file for file in path.glob("*.safetensors") if name.fullmatch(file.name))
     if not files:
-        raise UserError(f"{path} has no safetensors file")
+        raise UserError(f"{path} has no safetensors file" + (f" of the variant {variant}" if variant else ""))
     return {k: v for file in files for k, v in load_file(file).items() if is_added(k)}
 
 
-def require_hub_id(name: str) -> None:
-    """UserError unless a name that is no directory here can be one on the hub (OWNER/NAME)."""
-    if Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(f"no model directory at {name}")
+def has_fast_weights(directory: Path) -> bool:
+    """Whether ``from_pretrained`` reads a local directory."""
+    if (directory / SETTINGS).is_file() or not (directory / CONFIG).is_file():
+        return (directory / SETTINGS).is_file()
+    values = read_json(directory / CONFIG)
+    return "inplace_ttt" in values or is_release(values)
 
 
-def _resolve(directory: str | Path) -> Path:
-    path = Path(directory).expanduser()
-    if path.is_dir():
-        return path
-    require_hub_id(str(directory))
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(directory)))
-    except Exception as error:
-        raise UserError(f"{directory} is no directory here and could not be fetched from the hub ({error})") from None
+def add_results(directory: Path, results: Mapping[str, Mapping[str, float]]) -> None:
+    """Write the model card of a saved directory again, with results (see ``save_pretrained``)."""
+    write_card(directory, read_json(directory / SETTINGS), results=results)
 
 
 def _from_plain_layout(path: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
     """A directory that transformers wrote: of an attached model, or in the authors' format."""
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path} holds no model: it has neither {SETTINGS} nor config.json")
-    values = _read_json(path / "config.json")
+    if not (path / CONFIG).is_file():
+        raise UserError(f"{path} holds no model: it has neither {SETTINGS} nor {CONFIG}")
+    values = read_json(path / CONFIG)
+    architecture = None
     if is_release(values):
         config, dropped = load_release(values)
         if dropped:
             warnings.warn(f"{path} names layers {dropped}, which the model does not have: left out", stacklevel=3)
     elif "inplace_ttt" in values:
         config = InPlaceTTTConfig.from_dict(values["inplace_ttt"])
+        architecture = next(iter((values.get("base_config") or values).get("architectures") or []), None)
+        kwargs = with_config(split_config(values, path)[0], kwargs)
+    elif values.get("unsaved") or "base_config" in values:
+        split_config(values, path)
+        raise UserError(f"{path / CONFIG} is damaged (no inplace_ttt): save the model again")
+    elif values.get("model_type") == MODEL_TYPE:
+        raise UserError(f"{path} lacks {SETTINGS}: save or download the model again")
     else:
         raise UserError(
             f"{path} is a plain model without fast weights: load it with transformers and call inplace_ttt.attach"
         )
-    model = load_plain(path, kwargs)
+    model = load_plain(path, kwargs, architecture)
     attach(model, config)
-    load_added(model, stored_added(path), str(path))
+    load_added(model, stored_added(path, kwargs.get("variant")), str(path))
     return model
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}): save the model again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged (it holds a {type(values).__name__}): save the model again")
-    return values
+def with_config(config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keywords for transformers' ``from_pretrained`` with a configuration, which takes those that are its settings."""
+    apart = {name: kwargs[name] for name in MODEL_KEYWORDS if name in kwargs}
+    settings = {name: value for name, value in kwargs.items() if name not in apart}
+    config, rest = type(config).from_dict(config.to_dict(), return_unused_kwargs=True, **settings)
+    return {**rest, **apart, "config": config}
 
 
-def _base(path: Path, settings: dict[str, Any], model: nn.Module | None, kwargs: dict[str, Any]) -> Any:
+def _base(
+    path: Path, settings: dict[str, Any], model: nn.Module | None, kwargs: dict[str, Any], hub: dict[str, Any]
+) -> Any:
+    wanted = settings["base"]
     if settings["kind"] == "model":
         if model is not None:
             raise UserError(f"{path} holds a whole model: leave out model=")
-        return load_plain(path / BASE, kwargs)
-    wanted = settings["base"]
+        return load_plain(path / BASE, kwargs, wanted.get("architecture"))
     if model is None:
         if not wanted.get("name"):
             raise UserError(f"{path} is an adapter without its base model's name: pass model=")
+        hub = {key: value for key, value in hub.items() if key != "revision"}
+        hub |= {key: wanted[key] for key in ("revision", "subfolder") if wanted.get(key)}
+        rest = {key: value for key, value in kwargs.items() if key != "variant"}
         try:
-            return load_plain(wanted["name"], kwargs)
+            return load_plain(place_of_base(path, wanted), {**rest, **hub}, wanted.get("architecture"))
         except UserError as error:
             raise UserError(
                 f"{path} is an adapter, and its base model {wanted['name']!r} is not there: pass model= ({error})"

@@ -5,18 +5,18 @@ A sharded checkpoint is a directory of torch.distributed.checkpoint (with ``.met
 tensors only: the shape comes from that file, or from another saved model.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..config import InPlaceTTTConfig
 from ..errors import UserError
 from .attach import attach, is_attached, unwrap
-from .checkpoint import BASE, SETTINGS, from_pretrained, load_plain, save_pretrained
+from .checkpoint import from_pretrained, load_plain, save_pretrained
+from .directory import BASE, CONFIG, SETTINGS, mark_config, read_json, split_config, tokenizer_places
 from .release import save_release
 
 
@@ -25,7 +25,8 @@ def convert(
 ) -> None:
     """Reads any format that ``source`` is in and writes ``to``: "model", "adapter", "release" or "sharded".
 
-    Raises UserError, having written nothing, for what cannot be read or expressed.
+    The tokenizer with its chat template goes along. Raises UserError, having written nothing, for what cannot be read
+    or expressed.
     """
     if out.exists():
         raise UserError(f"{out} exists already: choose another directory")
@@ -34,14 +35,29 @@ def convert(
         model = _from_shards(shards, config)
     else:
         model = from_pretrained(source, model=None if base is None else load_plain(base, {}))
+    tokenizer = _tokenizer(source, config)
     if to == "model":
-        save_pretrained(model, out)
+        save_pretrained(model, out, tokenizer)
     elif to == "adapter":
-        save_pretrained(model, out, adapter_only=True, projections=projections)
+        save_pretrained(model, out, tokenizer, adapter_only=True, projections=projections, base=base)
     elif to == "release":
         save_release(model, out)
     else:
         _to_shards(model, out)
+    if tokenizer is not None and to in ("release", "sharded"):
+        tokenizer.save_pretrained(out)
+
+
+def _tokenizer(source: Path, config: Path | None) -> Any:
+    """The tokenizer of a directory; of a sharded one, what lies beside it or beside ``config``; None without one."""
+    places = [place for path in (source, config, source.parent) if path is not None for place in tokenizer_places(path)]
+    for place, where in places:
+        if not Path(place).is_dir() or any(Path(place).glob("tokenizer*")):
+            try:
+                return AutoTokenizer.from_pretrained(place, **where)
+            except (OSError, ValueError):
+                continue
+    return None
 
 
 def sharded_directory(source: Path) -> Path | None:
@@ -56,6 +72,7 @@ def _to_shards(model: Any, out: Path) -> None:
     out.mkdir(parents=True)
     save({"model": unwrap(model).state_dict()}, checkpoint_id=str(out), no_dist=True)
     unwrap(model).config.save_pretrained(out)
+    mark_config(out)
 
 
 def _from_shards(shards: Path, config: Path | None) -> Any:
@@ -87,13 +104,10 @@ def _empty(shards: Path, config: Path | None) -> Any:
     places = [config] if config is not None else [shards, shards.parent]
     for place in places:
         if (place / SETTINGS).is_file():
-            settings = json.loads((place / SETTINGS).read_text(encoding="utf-8"))["inplace_ttt"]
+            settings = read_json(place / SETTINGS).get("inplace_ttt")
             found = AutoConfig.from_pretrained(place / BASE)
-        elif (place / "config.json").is_file():
-            found = AutoConfig.from_pretrained(place)
-            settings = getattr(found, "inplace_ttt", None)
-            if settings is not None:
-                del found.inplace_ttt
+        elif (place / CONFIG).is_file():
+            found, settings = split_config(read_json(place / CONFIG), place)
         else:
             continue
         if settings is None:

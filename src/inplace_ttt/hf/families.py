@@ -58,6 +58,9 @@ FAMILIES: dict[str, Family] = {
 
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "linear_attn", "self_attention")
 
+WITHOUT_MLP = ("biogpt", "opt", "xglm")
+"""Model types whose decoder layers hold fc1 and fc2 without a module around them."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -75,6 +78,11 @@ def family_of(model: PreTrainedModel, config: InPlaceTTTConfig) -> Family:
     if config.layers_path is not None and config.projection_path is not None:
         return Family(config.layers_path, config.projection_path)
     model_type = model.config.model_type
+    if model_type in WITHOUT_MLP:
+        raise UserError(
+            f"model type {model_type!r} cannot adapt: its last projection lies on the decoder layer itself, not in an "
+            "MLP module, whose input the fast weights need"
+        )
     if model_type not in FAMILIES:
         raise UserError(
             f"model type {model_type!r} is not in the table of families ({', '.join(sorted(FAMILIES))}). Describe it: "

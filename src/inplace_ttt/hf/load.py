@@ -3,7 +3,6 @@
 The one loader of the whole command line.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from ..errors import UserError
 from ..shipped import DEFAULT_MODEL, SHIPPED
-from .checkpoint import BASE, SETTINGS, from_pretrained, load_plain, require_hub_id
+from .checkpoint import from_pretrained, has_fast_weights, load_plain
+from .directory import tokenizer_places
+from .hub_files import require_hub_id
 
 
 def load(model: str | Path, device: str | None = None) -> tuple[PreTrainedModel, Any]:
@@ -44,7 +45,7 @@ def load_baseline(model: str | Path, device: str | None = None) -> PreTrainedMod
     place, model = _device(device), _place_of(model)
     dtype: Any = torch.float32 if place.type == "cpu" else "auto"
     path = Path(model).expanduser()
-    if (path / SETTINGS).is_file():
+    if has_fast_weights(path):
         return from_pretrained(path, dtype=dtype).to(place).eval()  # type: ignore[no-any-return]
     if not path.is_dir():
         require_hub_id(str(model))
@@ -54,25 +55,15 @@ def load_baseline(model: str | Path, device: str | None = None) -> PreTrainedMod
 
 def load_tokenizer(model: str | Path, loaded: PreTrainedModel) -> Any:
     """Load the tokenizer beside a model, in its base, or of the base that an adapter names. UserError without one."""
-    path = Path(model).expanduser()
-    places: list[str | Path] = [path if path.is_dir() else str(model)]
-    if path.is_dir():
-        places += [path / BASE, *_named_base(path)]
     reason = "no tokenizer files"
-    for place in places:
-        if isinstance(place, Path) and not any(place.glob("tokenizer*")):
+    for place, where in tokenizer_places(model):
+        if Path(place).is_dir() and not any(Path(place).glob("tokenizer*")):
             continue
         try:
-            return AutoTokenizer.from_pretrained(place)
+            return AutoTokenizer.from_pretrained(place, **where)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
     raise UserError(f"no tokenizer for {model} ({reason}): save one beside it with tokenizer.save_pretrained")
-
-
-def _named_base(path: Path) -> list[str]:
-    file = path / SETTINGS
-    name = json.loads(file.read_text(encoding="utf-8"))["base"]["name"] if file.is_file() else ""
-    return [name] if name else []
 
 
 def _place_of(model: str | Path) -> str | Path:

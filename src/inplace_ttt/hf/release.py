@@ -68,7 +68,7 @@ def save_release(model: nn.Module, directory: str | Path, **kwargs: Any) -> None
         for name, value in fields.items():
             setattr(root.config, name, value)
         try:
-            root.save_pretrained(directory, **kwargs)
+            type(root).save_pretrained(root, directory, **kwargs)
         finally:
             for name in fields:
                 delattr(root.config, name)

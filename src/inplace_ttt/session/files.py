@@ -25,6 +25,7 @@ from ..errors import UserError
 from ..hf.attach import READING, unwrap
 from .packing import pack, unpack
 from .parts import SessionParts as Session
+from .writers import remember, saving
 
 FORMAT, VERSION = "inplace_ttt_session", 2
 READABLE = (1, 2)
@@ -47,20 +48,32 @@ def identity(model: nn.Module) -> dict[str, Any]:
         "dtype": str(root.dtype).removeprefix("torch."),
         "fast_weights": json.loads(json.dumps(fixed)),
         "weights": digest.hexdigest(),
+        "adapters": sorted({name for layer in root.modules() for name in _switched_on(layer)}),
     }
+
+
+def _switched_on(layer: nn.Module) -> list[str]:
+    """The adapters (peft's) that a layer applies, merged or not."""
+    if not hasattr(layer, "base_layer") or getattr(layer, "disable_adapters", False):
+        return []
+    return list(getattr(layer, "active_adapters", []))
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
 def save(session: Session, path: str | Path) -> None:
-    """Writes ``session`` to ``path``, atomically. OSError when it cannot be written (the old file stays)."""
+    """Writes ``session`` to ``path``, atomically. OSError when it cannot be written (the old file stays).
+
+    Raises UserError when somebody else has written the file since the session was loaded from it or saved to it.
+    """
     target = Path(path)
     if target.is_dir():
         raise UserError(f"{target} is a directory: name a file")
     tensors, header = pack(session)
     tokenizer = None if session.tokenizer is None else tokenizer_digest(session.tokenizer)
-    write(target, tensors, {"model": identity(session._reader.model), "tokenizer": tokenizer, **header})
+    with saving(session, target):
+        write(target, tensors, {"model": identity(session._reader.model), "tokenizer": tokenizer, **header})
 
 
 def write(target: Path, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> None:
@@ -207,6 +220,7 @@ def load(kind: Callable[..., Kind], path: str | Path, model: nn.Module, tokenize
             **header["settings"],
         )
         unpack(session, tensors, header, version)
+        remember(session, path)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
@@ -220,7 +234,8 @@ def _check_model(path: str | Path, have: dict[str, Any], wanted: dict[str, Any])
         "dtype": "on a model in {}, this one is in {}: load the model in that precision",
         "fast_weights": "with fast weights {}, this model has {}",
         "weights": "on a model with other weights",
+        "adapters": "with the adapters {} switched on, this model has {}",
     }
     for key, text in words.items():
-        if have[key] != wanted.get(key):
+        if have[key] != wanted.get(key) and (key != "adapters" or key in wanted):  # older files do not say
             raise UserError(f"{path} was written " + text.format(wanted.get(key), have[key]))

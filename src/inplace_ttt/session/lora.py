@@ -1,6 +1,7 @@
 """What a session learned as a PEFT LoRA adapter of the base model, for anything that serves LoRA."""
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
+from ..hf.names import base_of
 from .parts import SessionParts as Session
 
+RANK = 64
+"""Servers of LoRA stop at a few hundred, some at 64; S has as many directions as the smaller of its sizes."""
 EXACT = 1e-6
 """Singular values below this share of the largest one are rounding."""
 
@@ -27,11 +31,15 @@ class ExportedLayer:
     full_rank: int
     error: float
 
+    def __str__(self) -> str:
+        return f"layer {self.layer}: rank {self.rank} of {self.full_rank}, relative error {self.error:.1%}"
 
-def export(session: Session, directory: str | Path, rank: int | None = None) -> list[ExportedLayer]:
+
+def export(session: Session, directory: str | Path, rank: int | None = RANK) -> list[ExportedLayer]:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors``: lr * S of every layer as B A, by truncated SVD.
 
-    ``rank``: at most this many directions a layer; None: as many as S has, so that nothing is lost. Loaded with peft
+    ``rank``: at most this many directions a layer; None: as many as S has, so that nothing is lost. A warning says what
+    a rank leaves out; the returned layers have it as numbers. Loaded with peft
     on the base model (without fast weights) it gives the logits that the session's weights of this moment give; it does
     not learn on. Tokens whose chunk is not full yet (``stats().pending``) are not in it.
 
@@ -71,6 +79,9 @@ def export(session: Session, directory: str | Path, rank: int | None = None) -> 
     )
     settings = _adapter_config(layers, transposed, reader.root)
     (path / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if any(layer.error for layer in layers):
+        lost = "; ".join(map(str, layers))
+        warnings.warn(f"this LoRA adapter is an approximation ({lost}); rank=None loses nothing", stacklevel=3)
     return layers
 
 
@@ -90,7 +101,7 @@ def _adapter_config(layers: list[ExportedLayer], transposed: bool, root: Any) ->
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": root.config._name_or_path or None,
+        "base_model_name_or_path": (base := base_of(root)).place or base.name or None,
         "inference_mode": True,
         "r": top,
         "lora_alpha": top,  # scale 1

@@ -247,7 +247,7 @@ class Session:
 
         return load(cls, path, model, tokenizer)
 
-    def export_lora(self, directory: str | Path, rank: int | None = None) -> Any:
+    def export_lora(self, directory: str | Path, rank: int | None = 64) -> Any:
         """Writes what was learned as a PEFT LoRA adapter of the base model. See ``lora.export``."""
         from .lora import export
 

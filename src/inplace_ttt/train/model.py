@@ -1,6 +1,7 @@
 """The model of a recipe: built or loaded, given fast weights, saved."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from inplace_ttt.config import InPlaceTTTConfig
 from inplace_ttt.errors import UserError, in_one_line
 from inplace_ttt.hf.attach import attach, configure, is_attached
-from inplace_ttt.hf.checkpoint import from_pretrained, save_pretrained
+from inplace_ttt.hf.checkpoint import from_pretrained, has_fast_weights, save_pretrained
+from inplace_ttt.hf.names import base_of
 from inplace_ttt.train.specs import Recipe
 
 
@@ -89,7 +91,7 @@ def _load_base(recipe: Recipe, attention: str) -> PreTrainedModel:
     base = recipe.model.base
     assert base is not None
     keywords = {"dtype": torch.float32, "attn_implementation": attention, **recipe.model.settings}
-    attached = (Path(base) / "inplace_ttt.json").is_file()
+    attached = has_fast_weights(Path(base))
     tensor = 1 if recipe.parallel is None else recipe.parallel.tensor
     if tensor > 1:
         if attached:
@@ -145,16 +147,33 @@ def _from_scratch(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, attention:
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, dtype: torch.dtype | None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    dtype: torch.dtype | None,
+    recipe: Recipe,
 ) -> None:
-    """Writes model and tokenizer, weights as ``dtype`` (None: as they are; converts the model in place)."""
+    """Writes what was trained and the tokenizer, weights as ``dtype`` (None: as they are; converts the model in place).
+
+    Of a frozen base that is the adapter, which names the base; else the whole model.
+    """
     if dtype is not None:
         nn.Module.to(model, dtype)
     if is_attached(model):
-        save_pretrained(model, directory, tokenizer=tokenizer)
+        frozen = recipe.trainable != "all" and bool(base_of(model).name)
+        save_pretrained(model, directory, tokenizer, adapter_only=frozen, projections=frozen and _has_own(recipe))
     else:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+
+
+def _has_own(recipe: Recipe) -> bool:
+    """Whether the adapting projections are not the base's: trained now, or by an adapter that the run began with."""
+    settings = Path(str(recipe.model.base)) / "inplace_ttt.json"
+    before = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    return recipe.trainable == "adapter_and_projections" or (
+        before.get("kind") == "adapter" and not before["fingerprint"]
+    )
 
 
 def load_saved(directory: Path, attached: bool) -> PreTrainedModel:

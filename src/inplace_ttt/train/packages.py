@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
 from inplace_ttt.errors import SourceError
+from inplace_ttt.train.document import SPLITS, Document
 from inplace_ttt.train.licences import permitted_licence
-from inplace_ttt.train.sources import SPLITS, Document
 
 MAX_BYTES = 1 << 20  # of a file, and of a directory that stays one document
 MIN_DOCUMENT_BYTES = 64 << 10
@@ -194,21 +194,26 @@ def _wanted(file: str) -> bool:
         and len(parts) > 1  # a lone module is no package directory
         and ".." not in parts
         and not PurePosixPath(file).is_absolute()
-        and not _LEFT_OUT_FILE.fullmatch(parts[-1])
-        and not any(map(_LEFT_OUT_FOLDER.fullmatch, parts[:-1]))
+        and is_source(parts)
     )
+
+
+def is_source(parts: Sequence[str]) -> bool:
+    """Whether a file, by the parts of its path, is neither a test, nor vendored, nor generated."""
+    return not _LEFT_OUT_FILE.fullmatch(parts[-1]) and not any(map(_LEFT_OUT_FOLDER.fullmatch, parts[:-1]))
 
 
 def _read(files: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, str]]:
     """(name, text) of the files that may take part, in the order given."""
     with ThreadPoolExecutor(8) as pool:
-        texts = pool.map(_text, [path for _, path in files], chunksize=64)
+        texts = pool.map(read_text, [path for _, path in files], chunksize=64)
         for (name, _), text in zip(files, texts, strict=True):
             if text is not None:
                 yield name, text
 
 
-def _text(path: Path) -> str | None:
+def read_text(path: Path) -> str | None:
+    """The text of a file; None for one that is left out."""
     try:
         data = path.read_bytes()
         if not data.strip() or len(data) > MAX_BYTES:

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from inplace_ttt.errors import UserError
+from inplace_ttt.hf.auto import base_config
 from inplace_ttt.train.duration import LOGIT_BYTES, Work, layer_bytes
 from inplace_ttt.train.flops import attention_per_token, products_per_token
 from inplace_ttt.train.loss import tokens_at_once, why_whole
@@ -232,10 +233,9 @@ def _shape(recipe: Recipe) -> Any:
     if base in SHAPES:
         values = dict(SHAPES[base])
         return AutoConfig.for_model(values.pop("model_type"), **values)
-    from pathlib import Path
-
-    inner = Path(base) / "base"
     try:
-        return AutoConfig.from_pretrained(str(inner) if inner.is_dir() else base)
+        return base_config(base)[0]
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"model.base: the shape of {base} is not known: {str(error).splitlines()[0]}") from None

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -13,10 +14,11 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from inplace_ttt.records import write_json
+from inplace_ttt.train.document import SPLITS, Document
 from inplace_ttt.train.domain import DomainDocuments
 from inplace_ttt.train.packages import PackageCorpus, collect, installed
 from inplace_ttt.train.packing import TokenStore, TokenWriter
-from inplace_ttt.train.sources import SPLITS, Document, source_files, split_source
+from inplace_ttt.train.sources import source_files, split_source
 from inplace_ttt.train.specs import DomainSpec, Recipe
 from inplace_ttt.train.tokenizer import encode_documents, load_tokenizer, train_tokenizer
 
@@ -144,13 +146,14 @@ def _key(recipe: Recipe) -> str:
     tokenizer_path = recipe.tokenizer.path or recipe.model.base or ""
     files += sorted(Path(tokenizer_path).glob("*token*")) if tokenizer_path and Path(tokenizer_path).is_dir() else []
     stats = sorted((str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in set(files))
-    uses_packages = any(split_source(source)[0] == "packages" for source in sources)
+    kinds = {split_source(source)[0] for source in sources}
     parts = [
         _FORMAT,
         data,
         asdict(recipe.tokenizer),
         tokenizer_path,
         stats,
-        installed() if uses_packages else [],
+        installed() if "packages" in kinds else [],
+        *([sys.version] if "library" in kinds else []),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

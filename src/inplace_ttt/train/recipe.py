@@ -11,15 +11,32 @@ from typing import Any
 import yaml
 
 from inplace_ttt.errors import in_one_line
+from inplace_ttt.shipped import PACKAGE
 from inplace_ttt.train.recipe_checks import check
 from inplace_ttt.train.schema import RecipeError, build, expand_variables, load_yaml
 from inplace_ttt.train.specs import Recipe
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads and checks a recipe. ``overrides`` are ``key.sub=value`` with a YAML value. Raises RecipeError."""
+def find_recipe(name: str | Path) -> Path:
+    """A file, or one of the shipped recipes: NAME, NAME.yaml or recipes/NAME.yaml. Raises RecipeError."""
+    path = Path(name)
+    stem = path.name.removesuffix(".yaml")
+    if path.is_file() or str(path) not in (stem, f"{stem}.yaml", str(Path("recipes", f"{stem}.yaml"))):
+        return path
+    folders = (PACKAGE / "recipes", PACKAGE.parents[1] / "recipes")
+    shipped = {file.stem: file for folder in reversed(folders) for file in folder.glob("*.yaml")}
+    if stem in shipped:
+        return shipped[stem]
+    raise RecipeError(f"{name}: no such file, nor a recipe of that name, only {', '.join(sorted(shipped))}")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, data: bool = True) -> Recipe:
+    """Reads and checks a recipe. ``overrides`` are ``key.sub=value`` with a YAML value. Raises RecipeError.
+
+    ``data``: whether its data must be there (a plan needs none).
+    """
     try:
-        values = load_yaml(Path(path).read_text(encoding="utf-8"))
+        values = load_yaml(find_recipe(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -28,14 +45,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: expected settings (key: value)")
     for override in overrides:
         apply_override(values, override)
-    return make_recipe(values)
+    return make_recipe(values, data=data)
 
 
-def make_recipe(values: Mapping[str, Any]) -> Recipe:
-    """A checked recipe from plain values. Raises RecipeError."""
-    recipe = build(Recipe, expand_variables(dict(values)))
+def make_recipe(values: Mapping[str, Any], *, data: bool = True) -> Recipe:
+    """A checked recipe from plain values. Raises RecipeError. ``data``: as ``load_recipe`` has it."""
+    recipe = build(Recipe, expand_variables(dict(values), optional=None if data else "data"))
     object.__setattr__(recipe, "raw", dict(values))  # as written: results then name no machine's paths
-    check(recipe)
+    check(recipe, data)
     return recipe
 
 

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from inplace_ttt.errors import UserError, in_one_line
+from inplace_ttt.train.document import SPLITS
 from inplace_ttt.train.schema import RecipeError
-from inplace_ttt.train.sources import SPLITS, check_source, split_source
+from inplace_ttt.train.sources import INSTALLED, check_source, split_source
 from inplace_ttt.train.specs import ParallelSpec, Recipe
 
 
-def check(recipe: Recipe) -> None:
-    """Raises RecipeError for the first thing that cannot work. Reads no data."""
+def check(recipe: Recipe, data: bool = True) -> None:
+    """Raises RecipeError for the first thing that cannot work. Reads no data; without ``data`` none need be there."""
     _check_numbers(recipe)
     _check_model(recipe)
-    _check_data(recipe)
+    _check_data(recipe, data)
     _check_ttt(recipe)
     _check_alignment(recipe)
     _check_parallel(recipe)
@@ -153,7 +154,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
         raise RecipeError(f"model.config.num_key_value_heads: {shared} must divide num_attention_heads ({heads})")
 
 
-def _check_data(recipe: Recipe) -> None:
+def _check_data(recipe: Recipe, there: bool) -> None:
     data = recipe.data
     if not data.train:
         raise RecipeError("data.train: give at least one domain, such as books: jsonl:books.jsonl")
@@ -174,11 +175,12 @@ def _check_data(recipe: Recipe) -> None:
             for source in spec.sources:
                 try:
                     kind, wanted = split_source(source)
-                    check_source(source)
+                    if there:
+                        check_source(source)
                 except UserError as error:
                     raise RecipeError(f"{where}: {error}") from None
-                if kind == "packages" and wanted != split:
-                    raise RecipeError(f"{where}: {source} belongs to another split, write packages:{split}")
+                if kind in INSTALLED and wanted != split:
+                    raise RecipeError(f"{where}: {source} belongs to another split, write {kind}:{split}")
 
 
 def _check_ttt(recipe: Recipe) -> None:

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from inplace_ttt.errors import UserError
 from inplace_ttt.eval.nll import DomainResult, Text, evaluate_documents
 from inplace_ttt.hf.attach import configure, fast_settings, is_attached
+from inplace_ttt.hf.checkpoint import add_results
 from inplace_ttt.records import write_json
 from inplace_ttt.train.arguments import training_arguments
 from inplace_ttt.train.attention import choose_attention
@@ -53,9 +54,9 @@ _FREE_ON_RESUME = (
 def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, console: Console | None = None) -> Path:
     """Trains, evaluates and saves; returns the output directory.
 
-    It then holds ``model/`` (weights in bf16, tokenizer), ``run.json``, ``evaluation.json`` (test windows),
-    ``packages.json`` (the distributions trained on), ``loss.png``, and ``checkpoints/``. With ``prepare_only`` only the
-    tokens are made. Raises UserError for everything the user can mend.
+    It then holds ``model/`` (weights in bf16, of a frozen base the adapter alone; tokenizer), ``run.json``,
+    ``evaluation.json`` (test windows), ``packages.json`` (the distributions trained on), ``loss.png``, and
+    ``checkpoints/``. With ``prepare_only`` only the tokens are made. Raises UserError for everything the user can mend.
     """
     console = console or Console()
 
@@ -107,16 +108,19 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
     attached, parameters, device = is_attached(model), count_parameters(model), trainer.args.device
     trained = count_parameters(model, trainable=True)
     if place is None:
-        save_model(model, prepared.tokenizer, output / "model", torch.bfloat16)
+        save_model(model, prepared.tokenizer, output / "model", torch.bfloat16, recipe)
     else:
+        from inplace_ttt.hf.names import base_of, keep_base
         from inplace_ttt.train.parallel import save_whole
 
+        base = base_of(model)
         save_whole(model, output / "whole")
         place.end()
         if not main:
             return output
         whole = load_saved(output / "whole", attached)
-        save_model(whole, prepared.tokenizer, output / "model", torch.bfloat16)
+        keep_base(whole, base)
+        save_model(whole, prepared.tokenizer, output / "model", torch.bfloat16, recipe)
         shutil.rmtree(output / "whole")
         del whole
     say(f"saved {output / 'model'} ({_size(output / 'model') / 1e6:.1f} MB)")
@@ -129,6 +133,8 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
             f"the device is out of memory evaluating {output / 'model'}: set evaluation.batch_size below "
             f"{recipe.evaluation.batch_size} or evaluation.piece below {recipe.evaluation.piece}, with --resume"
         ) from None
+    if attached and results:
+        add_results(output / "model", _headline(results))
     write_json(output / "evaluation.json", {domain: result.to_dict() for domain, result in results.items()})
     record = run_record(
         recipe.raw,
@@ -152,7 +158,7 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
 
 def _check_machine(recipe: Recipe) -> None:
     if importlib.util.find_spec("accelerate") is None:
-        raise UserError("training needs accelerate: pip install 'inplace-ttt[train]'")
+        raise UserError("training needs accelerate: pip install accelerate")
     if recipe.attn_implementation == "flex_attention" and not torch.cuda.is_available():
         raise UserError("attn_implementation: flex_attention trains on CUDA devices only, leave it out (auto)")
     started = int(os.environ.get("WORLD_SIZE", "1"))

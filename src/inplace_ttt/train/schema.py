@@ -105,17 +105,22 @@ def load_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
-def expand_variables(value: Any, where: str = "") -> Any:
-    """Replaces ``${NAME}`` in every text by the environment variable. Raises RecipeError for one that is not set."""
+def expand_variables(value: Any, where: str = "", optional: str | None = None) -> Any:
+    """Replaces ``${NAME}`` in every text by the environment variable. Raises RecipeError for one that is not set.
+
+    ``optional``: a setting in which one that is not set stays as it is.
+    """
     if isinstance(value, Mapping):
-        return {key: expand_variables(item, _join(where, key)) for key, item in value.items()}
+        return {key: expand_variables(item, _join(where, key), optional) for key, item in value.items()}
     if isinstance(value, list):
-        return [expand_variables(item, where) for item in value]
+        return [expand_variables(item, where, optional) for item in value]
     if not isinstance(value, str):
         return value
 
     def replace(match: re.Match[str]) -> str:
         found = os.environ.get(match[1])
+        if not found and optional is not None and where.split(".")[0] == optional:
+            return match[0]
         if not found:
             raise RecipeError(f"{where}: the environment variable {match[1]} is not set: export {match[1]}=...")
         return found

@@ -7,37 +7,32 @@ A source is written ``kind:where``:
 * ``text:PATH`` one UTF-8 file a document; PATH may be a glob (``**`` reaches into folders);
 * ``hf:PLACE?split=train&text=COLUMN`` a dataset of the hub or of a folder, see `inplace_ttt.hub`;
 * ``packages:SPLIT`` the installed distributions that fall into SPLIT (train, validation or test), see
-  `inplace_ttt.train.packages`.
+  `inplace_ttt.train.packages`;
+* ``library:SPLIT`` the source of Python's standard library, see `inplace_ttt.train.library`.
 """
 
 import glob
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from inplace_ttt.errors import SourceError
 from inplace_ttt.hub import HubDataset, hub_dataset
 from inplace_ttt.text_files import read_json_lines, read_text
+from inplace_ttt.train.document import SPLITS, Document
+from inplace_ttt.train.library import library
 
-SPLITS = ("train", "validation", "test")
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One text. ``source`` says where it came from, ``licence`` under which terms ("" if unknown)."""
-
-    id: str
-    text: str
-    source: str
-    licence: str = ""
+INSTALLED = ("packages", "library")
+"""Kinds of source that name a split of what is installed, not a place."""
 
 
 def split_source(spec: str) -> tuple[str, str]:
     """``kind:where`` -> (kind, where). Raises SourceError for anything else."""
     kind, colon, where = spec.partition(":")
-    if not colon or kind not in ("jsonl", "text", "hf", "packages") or not where:
-        raise SourceError(f"{spec!r} is no document source: write jsonl:PATH, text:PATH, hf:DATASET or packages:SPLIT")
-    if kind == "packages" and where not in SPLITS:
+    if not colon or kind not in ("jsonl", "text", "hf", *INSTALLED) or not where:
+        raise SourceError(
+            f"{spec!r} is no document source: write jsonl:PATH, text:PATH, hf:DATASET, packages:SPLIT or library:SPLIT"
+        )
+    if kind in INSTALLED and where not in SPLITS:
         raise SourceError(f"{spec!r}: there is no split {where!r}, only {', '.join(SPLITS)}")
     return kind, where
 
@@ -45,7 +40,7 @@ def split_source(spec: str) -> tuple[str, str]:
 def source_files(spec: str) -> list[Path]:
     """Local files that a source names, sorted. Raises SourceError when a jsonl: or text: source has none."""
     kind, where = split_source(spec)
-    if kind == "packages":
+    if kind in INSTALLED:
         return []
     if kind == "hf":
         return _dataset(spec).files()
@@ -61,7 +56,7 @@ def check_source(spec: str) -> None:
     kind, _ = split_source(spec)
     if kind == "hf":
         _dataset(spec)
-    elif kind != "packages":
+    elif kind not in INSTALLED:
         source_files(spec)
 
 
@@ -72,6 +67,9 @@ def read_source(spec: str, packages: Callable[[str], list[Document]] | None = No
         if packages is None:
             raise SourceError(f"{spec}: installed packages are not available here")
         yield from packages(where)
+        return
+    if kind == "library":
+        yield from library(where)
         return
     if kind == "hf":
         yield from _rows(_dataset(spec))

@@ -1,0 +1,126 @@
+"""How transformers' Auto classes see this library's directories.
+
+Their ``config.json`` has a model type of its own. Where this library is not imported, transformers does not know it and
+refuses; where it is, ``AutoModelForCausalLM`` (by which trl, peft, pipelines and others load) gives the whole model.
+Two kinds of directory have such a file:
+
+* what ``save_pretrained`` of this library writes: the file holds nothing else;
+* what transformers' own ``save_pretrained`` (the Trainer's) writes of an attached model: weights under the names of the
+  base and of the added parameters, and in the file the fast weights' settings beside ``base_config`` (without its
+  model type, by which ``LlamaForCausalLM`` would find it).
+"""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+from ..errors import UserError
+from .checkpoint import from_pretrained
+from .directory import BASE, CONFIG, MODEL_TYPE, read_json, split_config, tokenizer_places
+from .names import UNSAVED, base_in_memory
+
+CLASSIFIER = "ForSequenceClassification"
+
+
+class FastWeightsConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
+    """The ``config.json`` of a directory. The model's own configuration is another one, see ``model.config``."""
+
+    model_type = MODEL_TYPE
+    auto_map: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Keep all keywords for the model: none of them are settings of this file."""
+        wants_rest = kwargs.pop("return_unused_kwargs", False)
+        for name in ("_from_auto", "_from_pipeline"):
+            kwargs.pop(name, None)
+        config = super().from_dict(config_dict, name_or_path=kwargs.pop("name_or_path", ""))
+        return (config, kwargs) if wants_rest else config
+
+
+class InPlaceTTTForCausalLM:
+    """Load a directory of this library where transformers asks for a class: the result is the base's own class."""
+
+    config_class = FastWeightsConfig
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """``inplace_ttt.from_pretrained``. Raises UserError when the directory holds a model with another head."""
+        for name in ("config", "adapter_kwargs", "_from_auto", "code_revision"):
+            kwargs.pop(name, None)
+        wants_report = kwargs.pop("output_loading_info", False)
+        model = from_pretrained(directory, **kwargs)
+        kind = type(model).__name__
+        if kind.endswith(CLASSIFIER) != (cls is not InPlaceTTTForCausalLM):
+            raise UserError(f"{directory} holds a {kind}: load it with inplace_ttt.from_pretrained")
+        report: dict[str, Any] = {
+            "missing_keys": set(),
+            "unexpected_keys": set(),
+            "mismatched_keys": set(),
+            "error_msgs": [],
+        }
+        return (model, report) if wants_report else model
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        raise UserError(
+            "the configuration of a directory does not say how to build its model: use inplace_ttt.from_pretrained, "
+            "or build the base and call inplace_ttt.attach"
+        )
+
+
+class InPlaceTTTForSequenceClassification(InPlaceTTTForCausalLM):
+    """The same for models with a classification head (reward models)."""
+
+
+class FolderTokenizer(PreTrainedTokenizerFast):
+    """Load a tokenizer where transformers asks for a class: a directory's own, or its base's."""
+
+    @classmethod
+    def from_pretrained(cls, directory: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """The tokenizer as transformers loads it from where its files are."""
+        if (Path(directory) / CONFIG).is_file() and read_json(Path(directory) / CONFIG).get("unsaved"):
+            return AutoTokenizer.from_pretrained(
+                base_in_memory(str(directory).removeprefix(str(UNSAVED))), *args, **kwargs
+            )
+        if any(Path(directory).glob("tokenizer*")) or not Path(directory).is_dir():
+            return PreTrainedTokenizerFast.from_pretrained(directory, *args, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("_commit_hash", "_from_auto")}
+        place, where = tokenizer_places(directory)[-1]
+        return AutoTokenizer.from_pretrained(place, *args, **{**kwargs, **where})
+
+
+AutoConfig.register(MODEL_TYPE, FastWeightsConfig, exist_ok=True)
+AutoModelForCausalLM.register(FastWeightsConfig, InPlaceTTTForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(FastWeightsConfig, InPlaceTTTForSequenceClassification, exist_ok=True)
+AutoTokenizer.register(  # type: ignore[no-untyped-call]
+    FastWeightsConfig, fast_tokenizer_class=FolderTokenizer, exist_ok=True
+)
+
+
+def base_config(name: str, **where: str) -> tuple[PretrainedConfig, dict[str, Any] | None]:
+    """The base's configuration and the fast weights' settings (None: a plain model) of a directory or hub id.
+
+    ``where``: revision and subfolder on the hub. Of an adapter: what it says about its base. Raises UserError, OSError
+    or ValueError where they cannot be read.
+    """
+    config = AutoConfig.from_pretrained(name, **where)
+    if not isinstance(config, FastWeightsConfig):
+        settings = config.__dict__.pop("inplace_ttt", None)
+        return config, settings
+    if "base_config" in config.__dict__ or "unsaved" in config.__dict__:
+        return split_config(config.to_dict(), Path(name))
+    if Path(name).is_dir() and not (Path(name) / BASE).is_dir():
+        place, place_where = tokenizer_places(name)[-1]
+        if place == str(Path(name)):
+            raise UserError(f"{name} is an adapter without its base model's name: name the base model instead")
+        return base_config(place, **place_where)
+    return AutoConfig.from_pretrained(name, **{**where, "subfolder": BASE}), None

@@ -1,0 +1,70 @@
+"""Directories on the hub: fetch one, upload one."""
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, in_one_line
+
+FETCHING = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+UPLOADING = ("repo_id", "token", "private", "commit_message", "revision", "create_pr")
+
+
+def take(kwargs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Take the keywords with these names out of ``kwargs``."""
+    return {name: kwargs.pop(name) for name in names if name in kwargs}
+
+
+def fetch(directory: str | Path, subfolder: str = "", **hub: Any) -> Path:
+    """The local directory of a model: ``directory`` itself, or a copy of that hub id; in it, ``subfolder``.
+
+    ``hub``: the keywords in ``FETCHING``, as huggingface_hub has them. Raises UserError when there is none.
+    """
+    path = Path(directory).expanduser()
+    if path.is_dir():
+        if hub.get("revision") not in (None, "main"):
+            raise UserError(f"{directory} is a local directory, which has no revision {hub['revision']!r}")
+    else:
+        require_hub_id(str(directory))
+        from huggingface_hub import snapshot_download
+
+        if subfolder:
+            hub["allow_patterns"] = [f"{subfolder.strip('/')}/*"]
+        try:
+            path = Path(snapshot_download(str(directory), **hub))
+        except Exception as error:
+            raise UserError(
+                f"{directory} is no directory here and could not be fetched from the hub ({in_one_line(error)})"
+            ) from None
+    if not (path / subfolder).is_dir():
+        raise UserError(f"{directory} has no directory {subfolder}")
+    return path / subfolder
+
+
+def require_hub_id(name: str) -> None:
+    """UserError unless a name that is no directory here can be one on the hub (OWNER/NAME)."""
+    if Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(f"no model directory at {name}")
+
+
+def upload(
+    directory: Path,
+    *,
+    repo_id: str | None = None,
+    token: Any = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> None:
+    """Upload a whole directory to the hub; ``repo_id`` left out: the directory's own name."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo = api.create_repo(repo_id or directory.resolve().name, private=private, exist_ok=True).repo_id
+    api.upload_folder(
+        repo_id=repo,
+        folder_path=directory,
+        commit_message=commit_message or "Upload model with fast weights",
+        revision=revision,
+        create_pr=create_pr,
+    )
