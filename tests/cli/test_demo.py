@@ -10,8 +10,8 @@ from rich.console import Console
 from tiny_models import CHUNK, LAYERS, WINDOW
 
 import inplace_ttt as ittt
-from inplace_ttt.cli.report import show
 from inplace_ttt import text_files
+from inplace_ttt.cli.report import show
 from inplace_ttt.demo import text
 from inplace_ttt.demo.compare import Comparison, LayerUpdates
 from inplace_ttt.demo.result import DemoResult
