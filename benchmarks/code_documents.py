@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from inplace_ttt.records import write_json
 from inplace_ttt.train.packages import SplitRule, collect
 
 
@@ -31,7 +32,7 @@ def main(recipe: str, split: str, out: str) -> None:
         for document in ordered:
             file.write(json.dumps({"id": document.id, "domain": "code", "text": document.text}) + "\n")
     made_from = [entry for entry in corpus.manifest_dicts() if entry["split"] == split]
-    path.with_suffix(".packages.json").write_text(json.dumps(made_from, indent=1) + "\n", encoding="utf-8")
+    write_json(path.with_suffix(".packages.json"), made_from)
     print(f"{out}: {len(corpus.of(split))} documents of {', '.join(str(entry['distribution']) for entry in made_from)}")
 
 

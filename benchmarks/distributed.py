@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +183,8 @@ def worker(run: str, kind: str, steps: int, out: Path) -> None:
         context = enable_context_parallel(model, meshes.slices, attention=spec.get("attention", "gather"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=kind == "cuda")
     watch = Stopwatch(device)
-    say(f"{parameters / 1e6:.0f}M parameters on {dist.get_world_size()} x {hardware(kind)}")
+    name = torch.cuda.get_device_name(0) if kind == "cuda" else "CPU"
+    say(f"{parameters / 1e6:.0f}M parameters on {dist.get_world_size()} x {name}")
 
     rows, tokens = shape[spec["work"]]
     generator = torch.Generator().manual_seed(2)
@@ -259,10 +260,6 @@ def worker(run: str, kind: str, steps: int, out: Path) -> None:
 # -- all runs ----------------------------------------------------------------------------------------------------------
 
 
-def hardware(kind: str) -> str:
-    return torch.cuda.get_device_name(0) if kind == "cuda" else "CPU"
-
-
 def launch(run: str, kind: str, steps: int, limit: float, out: Path) -> str | None:
     """Runs the processes of one run; None when all went well, else what went wrong."""
     with socket.socket() as free:
@@ -315,33 +312,27 @@ def main() -> None:
 
     import tempfile
 
-    from inplace_ttt.train.report import git_commit, versions
+    from inplace_ttt.records import about, write_json
 
     kind = "cpu" if arguments.cpu else "cuda"
     if kind == "cuda" and torch.cuda.device_count() < 2:
         parser.error(f"needs two GPUs, found {torch.cuda.device_count()} (--cpu tries the script without)")
     runs = arguments.runs or [r for r, spec in RUNS.items() if kind == "cuda" or spec.get("attention") != "torch"]
     console, records = Console(), dict[str, dict[str, Any]]()
-    about = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git_commit(),
-        "hardware": hardware(kind),
-        "versions": versions(),
-    }
+    origin = about()
     with tempfile.TemporaryDirectory() as folder:
         for run in runs:
             started, to = time.monotonic(), Path(folder) / f"{run}.json"
             console.print(f"{run} (at most {arguments.limit:.0f} s)")
             problem = launch(run, kind, arguments.steps, arguments.limit, to)
             if problem is None:
-                records[run] = about | json.loads(to.read_text())
+                records[run] = origin | json.loads(to.read_text())
                 compare(records, run)
                 console.print(line(records[run]) + f"  [{time.monotonic() - started:.0f} s in all]", highlight=False)
             else:
                 console.print(f"[red]{run}: {problem}[/red]")
             if problem is None and kind == "cuda":
-                arguments.out.mkdir(parents=True, exist_ok=True)
-                (arguments.out / f"{run}.json").write_text(json.dumps(records[run], indent=1) + "\n")
+                write_json(arguments.out / f"{run}.json", records[run])
     console.print(table(records))
     print(json.dumps({run: {k: v for k, v in r.items() if k in KEPT} for run, r in records.items()}), flush=True)
     sys.exit(0 if len(records) == len(runs) else 1)

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from transformers import AutoTokenizer
 
 import inplace_ttt as ittt
-from inplace_ttt.train.report import git_commit, hardware, versions, write_json
+from inplace_ttt.records import about, write_json
 
 BIN = 5000
 """Tokens a figure is averaged over."""
@@ -106,14 +106,11 @@ def main() -> None:
             )
             p.advance(task, len(ids))
     layers = {str(x.layer): x.relative_norm for x in session.diagnostics()}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    origin = about(started)
     record = {
         "command": f"long_stream.py --text {arguments.text} --tokens {arguments.tokens} --updates {arguments.updates}",
-        "commit": git_commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round((datetime.now(UTC) - started).total_seconds(), 1),
-        "hardware": {**hardware(), "threads": arguments.threads},
-        "versions": versions(),
+        **origin,
+        "hardware": {**origin["hardware"], "threads": arguments.threads},
         "settings": session.stats().settings,
         "relative_norm_at_the_end": layers,
         "rows": rows,

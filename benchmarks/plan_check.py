@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from inplace_ttt.records import write_json
 from inplace_ttt.train.plan import plan
 from inplace_ttt.train.recipe import make_recipe
 from inplace_ttt.train.run import run
@@ -73,11 +74,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     points = ((128, False), (128, True)) if given.tiny else ((8192, False), (8192, True), (32768, True))
-    given.out.mkdir(parents=True, exist_ok=True)
     for length, checkpointing in points:
         result = check(length, checkpointing, given.text, given.tokenizer, given.tiny, given.tflops)
         name = f"{'tiny' if given.tiny else 'qwen3-0.6b'}-{length}{'-checkpointing' if checkpointing else ''}"
-        (given.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(given.out / f"{name}.json", result)
         seen = f"{result['measured_bytes'] / 2**30:.2f} GiB" if result["measured_bytes"] else "not measured (no CUDA)"
         print(
             f"{name}: predicted {result['predicted_bytes'] / 2**30:.2f} GiB, measured {seen}; "

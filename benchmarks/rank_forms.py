@@ -18,7 +18,7 @@ from rich.progress import Progress
 from transformers import AutoTokenizer
 
 import inplace_ttt as ittt
-from inplace_ttt.train.report import git_commit, hardware, versions, write_json
+from inplace_ttt.records import about, write_json
 
 FORMS = ("off", "dense", 128, 64, 32, 16, 8)
 
@@ -66,14 +66,9 @@ def main() -> None:
             progress.console.print(f"{form}: {np.mean(losses):.4f}, {held / 2**20:.2f} MiB, lost {np.mean(lost, 0)}")
     record = {
         "command": f"rank_forms.py --text {arguments.text} --length {arguments.length} --windows {arguments.windows}",
-        "commit": git_commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round((datetime.now(UTC) - started).total_seconds(), 1),
-        "hardware": hardware(),
-        "versions": versions(),
+        **about(started),
         "rows": rows,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out, record)
 
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 import inplace_ttt as ittt
 from inplace_ttt.eval.read_then_ask import Task, ask
-from inplace_ttt.train.report import git_commit, hardware, versions, write_json
+from inplace_ttt.records import about, write_json
 
 TEMPLATES = {"books": "\nCaptain{name} said", "code": "\n    self.kind ={name}\n"}
 MENTIONS, DISTANCES = (1, 2, 4, 8, 16), (0, 1024, 4096)
@@ -50,15 +50,10 @@ def main() -> None:
         total=len(tasks) * arguments.trials,
         console=Console(stderr=True),
     )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "command": f"read_then_ask.py --text {arguments.text} --trials {arguments.trials}",
-        "commit": git_commit(),
         "answers": [answer.to_dict() for answer in answers],
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round((datetime.now(UTC) - started).total_seconds(), 1),
-        "hardware": hardware(),
-        "versions": versions(),
+        **about(started),
         "settings": ittt.fast_settings(model),
     }
     write_json(arguments.out, record)

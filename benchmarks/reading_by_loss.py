@@ -1,6 +1,6 @@
 """What a pretrained model gains when it learns from what it reads, with the loss as objective and nothing trained.
 
-    python benchmarks/reading_by_loss.py --model DIR_OR_FILE.gguf --window 512 --name NAME --jobs JOBS.yaml --run RUN --out DIR
+    python benchmarks/reading_by_loss.py --model DIR_OR_FILE.gguf --window 512 --name NAME --run RUN --out DIR
 
 Reads the same documents of two domains (books, and modules of Python's standard library) as rows of one batch, once
 without updates and once for every setting in the file of jobs, and writes one JSON record for each: losses by document
@@ -28,7 +28,7 @@ from inplace_ttt.eval.nll import token_losses
 from inplace_ttt.hf.attach import runtime_of
 from inplace_ttt.hf.cache import cache_name, cache_of
 from inplace_ttt.hf.window import clear
-from inplace_ttt.train.report import git_commit, hardware, versions
+from inplace_ttt.records import about, write_json
 
 PIECE = 1024
 MODULES = ("argparse", "ast", "inspect", "tarfile", "turtle", "typing", "subprocess", "doctest")
@@ -191,11 +191,9 @@ def main() -> None:
         found = measure(model, data, off, job)
         record = {
             "name": job["name"], "model": arguments.name, "window": arguments.window, "tokens": arguments.tokens,
-            "settings": job, "domains": found, "commit": git_commit(), "hardware": hardware(), "versions": versions(),
-            "date": time.strftime("%Y-%m-%d"),
+            "settings": job, "domains": found, **about(),
         }  # fmt: skip
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / f"{arguments.run}-{job['name']}.json").write_text(json.dumps(record, indent=1) + "\n")
+        write_json(arguments.out / f"{arguments.run}-{job['name']}.json", record)
         say = {
             d: (
                 round(r["gain"], 3),

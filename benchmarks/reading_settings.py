@@ -17,10 +17,11 @@ from rich.console import Console
 
 import inplace_ttt as ittt
 from inplace_ttt.eval.nll import evaluate_documents
+from inplace_ttt.records import write_json
 from inplace_ttt.train.model import load_saved
 from inplace_ttt.train.prepare import prepare
 from inplace_ttt.train.recipe import load_recipe
-from inplace_ttt.train.report import run_record, write_json
+from inplace_ttt.train.report import run_record
 from inplace_ttt.train.run import texts
 
 

@@ -35,7 +35,7 @@ from rich.console import Console
 from rl_parts import ATTACHED_VARIANTS, MIDDLE, RATES, VARIANTS, checkpoint, job_name
 from rl_policy import KINDS, SIZES, TTT
 
-from inplace_ttt.train.report import git_commit, hardware, versions, write_json
+from inplace_ttt.records import about, write_json
 
 OUT = Path(__file__).parent / "results" / "rl"
 PARTS = ("supervised", "tune", "noise", "proxy", "learning")
@@ -151,28 +151,23 @@ def main() -> None:
     gpus = arguments.gpus or (torch.cuda.device_count() if arguments.device == "cuda" else 1)
     if gpus < 1:
         parser.error("found no GPU (--device cpu --size tiny tries the script without)")
-    started = time.monotonic()
+    started, begun = time.monotonic(), datetime.now(UTC)
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         jobs = make_jobs(arguments.size, arguments.parts, arguments.steps, arguments.plain_learning)
         missing = run_all(jobs, work, arguments.size, arguments.device, gpus, arguments.per_gpu, 60 * arguments.minutes)
-        about = {
+        origin = {
             "command": " ".join(["rl_running_sums.py", *sys.argv[1:]]),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": git_commit(),
-            "hardware": hardware(),
-            "versions": versions(),
-            "seconds": round(time.monotonic() - started, 1),
+            **about(begun),
             "size": vars(SIZES[arguments.size]),
             "ttt": TTT,
         }
-        arguments.out.mkdir(parents=True, exist_ok=True)
         for part in arguments.parts:
             outputs = [work / f"{job_name(p, *words)}.json" for p, words, _ in jobs if p == part]
             found = [json.loads(path.read_text()) for path in outputs if path.exists()]
             left_out = [name for name in missing if name.startswith(f"{part}-")]
-            write_json(arguments.out / f"{part}.json", about | {"part": part, "missing": left_out, "jobs": found})
+            write_json(arguments.out / f"{part}.json", origin | {"part": part, "missing": left_out, "jobs": found})
     draw(arguments.out, arguments.out)
     print(f"{len(jobs) - len(missing)} of {len(jobs)} jobs in {time.monotonic() - started:.0f} s: {arguments.out}")
     sys.exit(1 if missing else 0)

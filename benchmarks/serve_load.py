@@ -32,7 +32,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 import inplace_ttt as ittt
-from inplace_ttt.train.report import git_commit, hardware, versions, write_json
+from inplace_ttt.records import git_commit, hardware, versions, write_json
 
 PLAIN = ("import os\n\ndef ", "class Reader:\n", "Call me Ishmael.")
 GARBAGE = (b"", b"{", b"[" * 5000, b'{"model": 1}', b'{"prompt": "\\ud800", "model": "x"}', b"\x00\xff" * 500)

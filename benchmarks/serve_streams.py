@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicCache
 
 import inplace_ttt as ittt
 from inplace_ttt.bench.prefill import build, plain_twin
-from inplace_ttt.train.report import git_commit, hardware, versions, write_json
+from inplace_ttt.records import git_commit, hardware, versions, write_json
 
 SETTINGS = {  # shape, state: chunk size, tokens read before
     ("0.6b", "dense"): (1024, 1990), ("0.6b", "pairs"): (256, 300),

@@ -12,7 +12,6 @@ import argparse
 import subprocess
 import sys
 import threading
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -20,11 +19,12 @@ from rich.console import Console
 
 from inplace_ttt import configure
 from inplace_ttt.eval.nll import evaluate_documents
+from inplace_ttt.records import about, write_json
 from inplace_ttt.train.model import load_saved
 from inplace_ttt.train.prepare import prepare
-from inplace_ttt.train.recipe import Recipe, load_recipe
-from inplace_ttt.train.report import git_commit, hardware, versions, write_json
+from inplace_ttt.train.recipe import load_recipe
 from inplace_ttt.train.run import texts
+from inplace_ttt.train.specs import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 ENDS = {
@@ -57,11 +57,8 @@ def evaluate_ends(recipe: Recipe, out: Path) -> None:
         )  # fmt: skip
         found[name] = {domain: result.to_dict() for domain, result in results.items()}
         print(name, {domain: round(result.on.value, 4) for domain, result in results.items()}, flush=True)
-    about = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": git_commit(), "hardware": hardware(),
-        "versions": versions(), "data": prepared.summary, "evaluation": recipe.raw["evaluation"],
-    }  # fmt: skip
-    write_json(out / "ends.json", about | found)
+    origin = {**about(), "data": prepared.summary, "evaluation": recipe.raw["evaluation"]}
+    write_json(out / "ends.json", origin | found)
 
 
 def main() -> None:

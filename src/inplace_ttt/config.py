@@ -66,7 +66,7 @@ class InPlaceTTTConfig:
     objective_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Options of the target, checked by it: "gates", "ridge" of the shipped ones."""
     rule: str = "sum"
-    """How the fast weights are read and written: "sum" (the paper), "delta", "momentum", "muon", or a registered one."""
+    """How fast weights are read and written: "sum" (the paper), "delta", "momentum", "muon", or a registered one."""
     rule_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Options of the rule, checked by it: "soft_cap" of "sum", "beta" of "momentum"."""
     projection: bool = True
@@ -80,9 +80,9 @@ class InPlaceTTTConfig:
     clip_relative: bool = False
     """Whether ``clip`` is a fraction of the slow weight's norm."""
     update_size: float | None = None
-    """r: every chunk's update is scaled to ``r * ||W0||_F`` (of S, before lr); None: updates are as large as they are."""
+    """r: every chunk's update of S is scaled to ``r * ||W0||_F``; None: updates are as large as they are."""
     learn: str = "read"
-    """What is learned with objective "loss": "read", what the model is given, or "all", what it writes itself as well."""
+    """What is learned with objective "loss": "read", what the model is given, or "all", what it writes as well."""
     init_std: float | None = None
     """sigma of P's diagonal at the start; None: the model's ``initializer_range``."""
     layers_path: str | None = None
@@ -136,6 +136,8 @@ class InPlaceTTTConfig:
             from .core import targets
 
             targets.target_options(self.objective, self.objective_options, self.settings)
+        if self.rule != "sum" and (own := [n for n in ("clip", "update_size") if getattr(self, n) is not None]):
+            raise UserError(f"{own[0]} is a setting of rule 'sum', not of {self.rule!r}: use rule_options")
         if self.rule not in RULES or self.rule_options or self.clip or self.update_size:
             self.make_rule()
 

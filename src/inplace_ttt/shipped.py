@@ -1,6 +1,9 @@
-"""The trained model that comes with the package."""
+"""What comes with the package: a trained model."""
 
 from pathlib import Path
 
-DEFAULT_MODEL = Path(__file__).resolve().parent / "models" / "books-and-code"
+PACKAGE = Path(__file__).resolve().parent
+SHIPPED = "shipped"
+"""How session files and options name it."""
+DEFAULT_MODEL = PACKAGE / "models" / "books-and-code"
 """Directory of a small model with fast weights, trained on books and on Python source (see docs/results.md)."""

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from inplace_ttt.bench import materialised, mlp
 from inplace_ttt.cli import app
-from inplace_ttt.fast.decoding import StepBuffers
 from inplace_ttt.errors import UserError
+from inplace_ttt.fast.decoding import StepBuffers
 
 
 def bench(*arguments):

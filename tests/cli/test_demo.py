@@ -10,6 +10,7 @@ from rich.console import Console
 from tiny_models import CHUNK, LAYERS, WINDOW
 
 import inplace_ttt as ittt
+from inplace_ttt import text_files
 from inplace_ttt.cli.report import show
 from inplace_ttt.demo import text
 from inplace_ttt.demo.compare import Comparison, LayerUpdates
@@ -125,7 +126,7 @@ def comparison(gaps: np.ndarray) -> Comparison:
 def test_verdict_is_honest(capsys, gap, noise, verdict, says):
     gaps = np.full(40 * CHUNK, gap) + noise * np.random.default_rng(0).normal(size=40 * CHUNK)
     gaps[:CHUNK] = 0
-    source = text.Source(Path("file.py"), "", 1000, True)
+    source = text_files.Source(Path("file.py"), "", 1000, True)
     result = DemoResult("model", source, text.Tokens("", list(range(641)), [], 641), comparison(gaps), None)
     assert result.verdict == verdict
     mean, error = result.comparison.gain()
@@ -149,7 +150,7 @@ def test_reading_stops_where_no_more_is_needed(tmp_path):
     """A long file's beginning, cut between characters; line ends become newlines and a byte order mark goes."""
     path = tmp_path / "long.txt"
     path.write_bytes(b"\xef\xbb\xbf" + "a\r\n€".encode() * 400_000)
-    source = text.read_text(path, 100)
+    source = text_files.read_text(path, 100)
     assert (source.whole, source.size) == (False, 3 + 6 * 400_000)
     assert source.text.startswith("a\n€a\n€")
     assert len(source.text) == pytest.approx((1 << 20) / 2, rel=0.01)

@@ -78,7 +78,7 @@ def test_max_tokens_below_a_chunk(cli, folder, tmp_path):
 
 
 def test_outputs_are_checked_before_the_work(cli, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("inplace_ttt.demo.load.load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("inplace_ttt.hf.load.load", lambda *_: pytest.fail("the model was loaded"))
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
     for options, says in (
@@ -114,7 +114,7 @@ def test_model_that_breaks_down(cli, folder, tmp_path, tokenizer):
 
 
 def test_missing_shipped_model(cli, folder, tmp_path, monkeypatch):
-    for module in ("cli.demo", "demo.load"):
+    for module in ("cli.demo", "hf.load"):
         monkeypatch.setattr(import_module(f"inplace_ttt.{module}"), "DEFAULT_MODEL", tmp_path / "gone")
     assert "lacks the shipped model" in line(cli("demo", folder.text))
 
@@ -136,7 +136,7 @@ def test_usage_errors(cli):
 
 def test_other_errors(cli, folder, monkeypatch):
     """Of the operating system, and what is not supported: plain. Anything else is a bug and is raised."""
-    where = "inplace_ttt.demo.text.read_text"
+    where = "inplace_ttt.text_files.read_text"
     monkeypatch.setattr(where, _raising(PermissionError(13, "Permission denied", "secret.txt")))
     assert line(cli("demo", folder.text)) == "error: secret.txt: Permission denied"
     monkeypatch.setattr(where, _raising(NotImplementedError("not with\nthis cache")))
@@ -158,7 +158,7 @@ def _raising(error):
 
 
 def test_interrupt(cli, folder, monkeypatch):
-    monkeypatch.setattr("inplace_ttt.demo.text.read_text", _raising(KeyboardInterrupt()))
+    monkeypatch.setattr("inplace_ttt.text_files.read_text", _raising(KeyboardInterrupt()))
     result = cli("demo", folder.text)
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
 
@@ -171,7 +171,7 @@ def test_as_processes(tmp_path):
     assert done.stderr == f"error: {tmp_path / 'none.txt'}: no such file\n"
 
     program = (
-        "import os, signal, time, inplace_ttt.demo.text as text, inplace_ttt.cli as cli\n"
+        "import os, signal, time, inplace_ttt.text_files as text, inplace_ttt.cli as cli\n"
         "text.read_text = lambda *_: (os.kill(os.getpid(), signal.SIGINT), time.sleep(9))\n"
         "cli.main()"
     )

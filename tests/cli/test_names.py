@@ -7,7 +7,8 @@ import pytest
 from tiny_models import NAMES, WINDOW
 
 from inplace_ttt.demo.names import LIKELY, attention_window, is_name, returning_names
-from inplace_ttt.demo.text import Source, Tokens, tokenize
+from inplace_ttt.demo.text import Tokens, tokenize
+from inplace_ttt.text_files import Source
 
 
 @pytest.fixture

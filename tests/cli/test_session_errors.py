@@ -47,7 +47,7 @@ def session(read, path) -> Path:
 
 @pytest.fixture
 def no_model(monkeypatch):
-    monkeypatch.setattr("inplace_ttt.demo.load.load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("inplace_ttt.hf.load.load", lambda *_: pytest.fail("the model was loaded"))
 
 
 @pytest.mark.parametrize(

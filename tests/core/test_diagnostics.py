@@ -8,7 +8,6 @@ import torch
 from inplace_ttt.core.diagnostics import (
     effective_rank,
     effective_rank_of,
-    factored_singular_values,
     key_overlap,
     output_change,
     relative_norm,
@@ -97,15 +96,6 @@ def test_singular_values(shape, dtype):
     )
 
 
-@pytest.mark.parametrize(("N", "D", "F"), [(3, 6, 10), (8, 6, 10), (20, 6, 10), (3, 10, 6), (8, 8, 8), (1, 4, 4)])
-def test_singular_values_of_the_factored_form(N, D, F):
-    left, right = randn(N, D), randn(N, F)
-    got, want = factored_singular_values(left, right), torch.linalg.svdvals(left.mT @ right)
-    assert len(got) == min(N, D, F)
-    torch.testing.assert_close(got, want[: len(got)], atol=1e-10, rtol=0)
-    assert effective_rank_of(got) == exact(effective_rank_of(want))
-
-
 def test_effective_rank_of_known_spectra():
     assert effective_rank(torch.eye(7)) == exact(7)
     assert effective_rank(torch.eye(12)[:5]) == exact(5)
@@ -181,4 +171,3 @@ def test_not_finite(bad):
     assert math.isnan(effective_rank(S))
     assert math.isnan(key_overlap(S, z))
     assert math.isnan(key_overlap(W, torch.cat([z, S])))
-    assert math.isnan(effective_rank_of(factored_singular_values(S.mT, W.mT)))

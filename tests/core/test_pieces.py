@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from method import feed
+from method import state as empty_state
 
 from inplace_ttt.core import reference
-from method import feed
-from method import state as FastWeights
 
 D, F, K, C = 5, 8, 5, 4
 
@@ -37,7 +37,7 @@ def test_any_split_with_any_padding_equals_one_pass(seed, sizes, decay):
     torch.manual_seed(seed)
     B = 3
     padded = bool(torch.rand(()) < 0.7)
-    state, outs, masks, zs, us = FastWeights(B, C, decay=decay), [], [], [], []
+    state, outs, masks, zs, us = empty_state(B, C, decay=decay), [], [], [], []
     weight, kappa, P = tensors(1, 1)[2:]
     for T in sizes:
         z, u, *_ = tensors(B, T)
@@ -61,7 +61,7 @@ def test_rollback_equals_never_having_read(seed, sizes, padded):
     B, total = 2, sum(sizes)
     z, u, weight, kappa, P = tensors(B, total)
     mask = torch.rand(B, total) < 0.8 if padded else torch.ones(B, total, dtype=torch.bool)
-    state, at = FastWeights(B, C, decay=0.2), 0
+    state, at = empty_state(B, C, decay=0.2), 0
     for T in sizes:
         s = slice(at, at + T)
         documents = None if bool(mask[:, s].all()) else torch.where(mask[:, s], 0, -1)
@@ -85,7 +85,7 @@ def test_rollback_equals_never_having_read(seed, sizes, padded):
 def test_rollback_with_clipping():
     z, u, weight, kappa, P = tensors(1, 3 * C)
     tau = torch.tensor(3.0, dtype=torch.float64)
-    state = FastWeights(1, C)
+    state = empty_state(1, C)
     feed(state, z, u, weight, kappa, P, clip=tau)
     state.rollback(C + 1)
     _, refs = reference(z[:, : 2 * C - 1], u[:, : 2 * C - 1], weight, kappa, P, lr=0.5, chunk_size=C, clip=3.0)
@@ -94,7 +94,7 @@ def test_rollback_with_clipping():
 
 def test_rollback_too_far_is_refused_and_changes_nothing():
     z, u, weight, kappa, P = tensors(1, 200)
-    state = FastWeights(1, C)
+    state = empty_state(1, C)
     feed(state, z, u, weight, kappa, P)
     before = state.fork()
     with pytest.raises(ValueError, match="cannot take back 150 tokens of row 0"):
@@ -105,7 +105,7 @@ def test_rollback_too_far_is_refused_and_changes_nothing():
 
 def test_select_fork_reset():
     z, u, weight, kappa, P = tensors(3, 2 * C + 1)
-    state = FastWeights(3, C)
+    state = empty_state(3, C)
     feed(state, z, u, weight, kappa, P)
     fork = state.fork()
     order = torch.tensor([2, 0, 0, 1])
@@ -132,7 +132,7 @@ def test_select_fork_reset():
 def test_gradients_flow_through_pieces(sizes):
     """State, pending tokens and outputs stay differentiable: pieces give the gradient of one pass."""
     z, u, weight, kappa, P = inputs = [x.requires_grad_() for x in tensors(2, sum(sizes))]
-    state, outs, at = FastWeights(2, C), [], 0
+    state, outs, at = empty_state(2, C), [], 0
     for T in sizes:
         outs.append(feed(state, z[:, at : at + T], u[:, at : at + T], weight, kappa, P))
         at += T
@@ -146,7 +146,7 @@ def test_gradients_flow_through_pieces(sizes):
 def test_new_document_inside_a_continued_row():
     """A document that begins inside a later call starts from S = 0; rollback may not cross its start."""
     z, u, weight, kappa, P = tensors(2, 3 * C)
-    state = FastWeights(2, C)
+    state = empty_state(2, C)
     feed(state, z, u, weight, kappa, P)
     documents = torch.tensor([[0] * 3 + [1] * 6, [0] * 9])
     z2, u2, *_ = tensors(2, 9)

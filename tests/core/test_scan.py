@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from method import scan, target
 
 from inplace_ttt.core import ChunkTable, reference
-from method import scan, target
 
 D, F, K, C = 6, 10, 5, 4
 ATOL = 1e-10

@@ -6,9 +6,9 @@ of token w after the update changes by ``e_w . lr * S z``.
 """
 
 import torch
+from method import scan, target
 
 from inplace_ttt.core import ChunkTable
-from method import scan, target
 
 VOCABULARY, D, F, LENGTH, LR = 40, 512, 256, 24, 0.5
 

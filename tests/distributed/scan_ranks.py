@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from method import target
 from torch import Tensor
 
 from inplace_ttt.core import Sum, reference
 from inplace_ttt.core.layer import written
-from method import target
 from inplace_ttt.fast.ranks import Slices, SliceTable, exclusive_scan, scan_slice
 
 C, D, F, K = 4, 6, 10, 5

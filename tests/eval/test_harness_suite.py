@@ -18,7 +18,8 @@ from inplace_ttt.errors import UserError
 pytest.importorskip("lm_eval")
 
 from inplace_ttt.eval import ruler
-from inplace_ttt.eval.harness_tasks import RULER, RULER_OFFLINE, run
+from inplace_ttt.eval.harness import run
+from inplace_ttt.eval.harness_tasks import RULER, RULER_OFFLINE
 from inplace_ttt.eval.report import pictures
 from inplace_ttt.eval.ruler import RulerData, load_questions
 from inplace_ttt.eval.suites import Record

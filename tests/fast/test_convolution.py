@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from method import target
 
 from inplace_ttt.core import ChunkTable
 from inplace_ttt.core.targets import convolve as plain
-from method import target
 
 pytestmark = pytest.mark.gpu
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from method import scan
 
 from inplace_ttt.core import ChunkTable
 from inplace_ttt.fast import outer, segments
-from method import scan
 
 D, F, C = 6, 10, 4
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from method import scan, target
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import inplace_ttt as ittt
 from inplace_ttt.core import ChunkTable, reference
-from method import scan, target
 
 pytestmark = pytest.mark.gpu
 D, F, K, C = 48, 80, 5, 32

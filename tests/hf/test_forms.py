@@ -13,8 +13,8 @@ from transformers.cache_utils import DynamicCache
 
 import inplace_ttt as ittt
 from inplace_ttt.hf.attach import runtime_of
-from inplace_ttt.hf.settings import Settings
 from inplace_ttt.hf.cache import fast_layers
+from inplace_ttt.hf.settings import Settings
 
 NEW = 3 * C
 ALL = 10**6

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import inplace_ttt as ittt
-from inplace_ttt.hf.checkpoint import SETTINGS, TENSORS
+from inplace_ttt.hf.directory import SETTINGS, TENSORS
 
 IDS = tokens(2, 2 * C + 3)
 FETCHING = {"token": "secret", "cache_dir": "cache", "local_files_only": True, "force_download": True}

@@ -26,7 +26,8 @@ import inplace_ttt as ittt
 from inplace_ttt.cli.preview import preview
 from inplace_ttt.hf.attach import runtime_of
 from inplace_ttt.hf.auto import base_config
-from inplace_ttt.hf.checkpoint import SETTINGS, has_fast_weights
+from inplace_ttt.hf.checkpoint import has_fast_weights
+from inplace_ttt.hf.directory import SETTINGS
 
 IDS = tokens(2, 2 * C + 3)
 

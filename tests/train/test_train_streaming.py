@@ -11,7 +11,8 @@ from inplace_ttt.errors import UserError
 from inplace_ttt.train import tokenizer as tokenizer_module
 from inplace_ttt.train.domain import DomainDocuments, hash_of
 from inplace_ttt.train.prepare import prepare
-from inplace_ttt.train.recipe import DomainSpec, make_recipe
+from inplace_ttt.train.recipe import make_recipe
+from inplace_ttt.train.specs import DomainSpec
 
 
 def domain(*sources: str, max_bytes: int | None = None) -> DomainDocuments:

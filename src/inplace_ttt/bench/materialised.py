@@ -100,7 +100,8 @@ def check(model: nn.Module, ids_1T: Tensor) -> float:
     found = ((ours - theirs).norm() / (ours - off).norm()).item()
     if not found <= OFF:
         raise UserError(
-            f"results are wrong, so no timings are shown: logits are {found:.2f} of the updates' effect from the formula's"
+            f"results are wrong, so no timings are shown: logits are {found:.2f} of the updates' effect from the "
+            "formula's"
         )
     return found
 

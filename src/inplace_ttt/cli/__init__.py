@@ -16,7 +16,7 @@ from .inspect import inspect
 from .read import read
 from .serve import serve
 from .train import tokenizer, train
-from .usage import Commands, main, print_version
+from .usage import Commands, print_version, run
 
 app = typer.Typer(
     name="inplace-ttt",
@@ -46,6 +46,11 @@ def options(
     ] = False,
 ) -> None:
     """Options before the command."""
+
+
+def main() -> None:
+    """The console script."""
+    run(app)
 
 
 __all__ = ["app", "main"]

@@ -1,7 +1,6 @@
 """``inplace-ttt bench``."""
 
 import json
-from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,7 +71,7 @@ def bench(
     from rich.table import Table
 
     from ..bench import decode, mlp, plots, prefill, stream, train
-    from ..train.report import git_commit, hardware, versions
+    from ..records import about, write_json
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     gpu = place.type == "cuda"
@@ -95,10 +94,7 @@ def bench(
     def say(line: str) -> None:
         log.print(line, highlight=False)
 
-    record: dict[str, Any] = {
-        "subject": str(subject), "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": git_commit(),
-        "hardware": hardware(), "versions": versions(), "rounds": rounds,
-    }  # fmt: skip
+    record: dict[str, Any] = {"subject": str(subject), **about(), "rounds": rounds}
     C, where = sizes[0], (place, dtype)
     if subject == Subject.mlp:
         known = prefill.SHAPES[shape]
@@ -124,8 +120,7 @@ def bench(
     console.print(table)
     print(json.dumps(record))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_json(out, record)
     if plot is not None:
         plots.prefill([record], plot)
 

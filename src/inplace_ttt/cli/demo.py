@@ -12,7 +12,7 @@ from .usage import quiet_libraries
 
 if TYPE_CHECKING:
     from ..demo.result import DemoResult
-    from ..demo.text import Source
+    from ..text_files import Source
 
 
 def demo(
@@ -33,8 +33,9 @@ def demo(
     """Read a long text with updates on and off, and compare."""
     from rich.console import Console
 
-    from ..demo.text import library_file, read_text
+    from ..demo.text import library_file
     from ..plots import FORMATS
+    from ..text_files import read_text
 
     if plot.suffix.lower() not in FORMATS:
         raise UserError(f"--plot {plot}: the name must end in {', '.join(FORMATS)}")
@@ -59,10 +60,10 @@ def _run(source: "Source", model: str | None, max_tokens: int, device: str | Non
 
     log = Console(stderr=True)
     with log.status("loading the model"):
-        from ..demo.load import load
         from ..demo.result import run_demo
         from ..demo.text import tokenize
         from ..hf.attach import runtime_of
+        from ..hf.load import load
 
         quiet_libraries()
         loaded, tokenizer = load(model or DEFAULT_MODEL, device)

@@ -97,10 +97,10 @@ def evaluate(
         )
     log = Console(file=sys.stderr)
     with log.status("loading the model"):
-        from ..demo.load import load
         from ..eval import report
         from ..eval.runner import run
         from ..eval.suites.texts import load_texts
+        from ..hf.load import load
         from ..session.files import identity
 
         quiet_libraries()
@@ -175,8 +175,8 @@ def _settings(text: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _baseline(name: str, model: Any, tokenizer: Any, device: str | None) -> "Variant":
-    from ..demo.load import load_baseline
     from ..eval.runner import Variant
+    from ..hf.load import load_baseline
 
     plain = load_baseline(name, device)
     if plain.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:

@@ -13,7 +13,7 @@ from ..config import InPlaceTTTConfig
 from ..errors import UserError
 from ..hf.attach import LayerInfo, attach, inspect
 from ..hf.auto import base_config
-from ..hf.checkpoint import BASE, SETTINGS
+from ..hf.directory import BASE, SETTINGS
 from ..hf.hub_files import require_hub_id
 from ..hf.release import is_release, load_release
 

@@ -7,11 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from ..shipped import DEFAULT_MODEL
+from ..shipped import SHIPPED
 from .usage import quiet_libraries
-
-SHIPPED = "shipped"
-"""How a session file names the model that comes with the package."""
 
 Model = Annotated[str | None, typer.Option(help="Path or hub id. Default: its own, or shipped.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda. Default: the GPU, if any.")]
@@ -82,10 +79,10 @@ def _go_on(path: Path, model: str | None, device: str | None) -> Any:
 
 
 def _load(name: str, device: str | None) -> tuple[Any, Any]:
-    from ..demo.load import load
+    from ..hf.load import load
 
     quiet_libraries()
-    return load(DEFAULT_MODEL if name == SHIPPED else name, device)
+    return load(name, device)
 
 
 def _origin(name: str) -> str:

@@ -66,8 +66,8 @@ def tokenizer(
 
     from inplace_ttt.train.domain import DomainDocuments
     from inplace_ttt.train.packages import SplitRule, collect
-    from inplace_ttt.train.recipe import DomainSpec
     from inplace_ttt.train.sources import check_source
+    from inplace_ttt.train.specs import DomainSpec
     from inplace_ttt.train.tokenizer import train_tokenizer
 
     for source in sources:

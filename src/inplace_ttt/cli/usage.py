@@ -40,10 +40,8 @@ def _fail(message: str) -> None:
     raise typer.Exit(USER_ERROR) from None
 
 
-def main() -> None:
-    """The console script."""
-    from . import app
-
+def run(app: typer.Typer) -> None:
+    """The console script of ``app``."""
     # Before torch is imported. By default its threads spin while they wait for each other; with one other busy process
     # on the machine's cores that made the demo up to seven times slower. Waiting asleep costs 15% on an idle machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -65,15 +65,6 @@ def singular_values(S_DF: Tensor) -> Tensor:
     return _gram_spectrum(S_DF)[0].sqrt()
 
 
-def factored_singular_values(left_ND: Tensor, right_NF: Tensor) -> Tensor:
-    """Singular values, descending, of ``left^T right`` without forming it: two QR and an SVD of N x N at most."""
-    if not (left_ND.isfinite().all() and right_NF.isfinite().all()):
-        return torch.full((min(*left_ND.shape, right_NF.shape[1]),), math.nan, dtype=torch.float64)
-    r_left, r_right = (torch.linalg.qr(_double(x).mT, mode="r").R for x in (left_ND, right_NF))
-    values: Tensor = torch.linalg.svdvals(r_left @ r_right.mT)
-    return values
-
-
 def effective_rank_of(singular_values: Tensor) -> float:
     """exp of the entropy of the singular values divided by their sum: n for n equal ones, 1 for a single one.
 

@@ -8,9 +8,10 @@ from torch import nn
 
 from ..errors import UserError
 from ..hf.attach import unwrap
+from ..text_files import Source
 from .compare import Advance, Comparison, compare
 from .names import Names, attention_window, returning_names
-from .text import Source, Tokens
+from .text import Tokens
 
 CLEAR = 2.0
 """Standard errors from zero at which a mean difference counts as one."""

@@ -10,25 +10,37 @@ Every request is read from an empty cache, so the fast weights start at zero and
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from inplace_ttt.demo.load import load_tokenizer
 from inplace_ttt.errors import UserError
-from inplace_ttt.eval.harness_tasks import PAPER, RULER, RULER_OFFLINE, Paired, Record, paired, require, run
+from inplace_ttt.eval.harness_tasks import (
+    PAPER,
+    RULER,
+    RULER_OFFLINE,
+    Paired,
+    Record,
+    load_tasks,
+    paired,
+    prepare,
+    records_of,
+    require,
+)
 from inplace_ttt.eval.nll import token_losses
 from inplace_ttt.hf.attach import READING, is_attached, runtime_of, updates_off
-from inplace_ttt.hf.checkpoint import from_pretrained
+from inplace_ttt.hf.load import load_model, load_tokenizer
 from inplace_ttt.hf.window import sliding_windows
 
 require()
 
+from lm_eval import evaluate  # noqa: E402
 from lm_eval import utils as harness_utils  # noqa: E402
 from lm_eval.api.registry import model_registry  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
@@ -201,6 +213,50 @@ if NAME not in model_registry:
     model_registry.register(NAME, target="inplace_ttt.eval.harness:InPlaceTTTLM")
 
 
+def run(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 1,
+    updates: Sequence[str] = ("on", "off"),
+    lengths: Sequence[int] = (),
+    num_fewshot: int | None = None,
+    include_path: str | Path | None = None,
+    seed: int = 0,
+    **arguments: Any,
+) -> list[Record]:
+    """Run tasks with updates on and off on the same samples; one record for each sample and metric.
+
+    ``model``: a model or a name as `InPlaceTTTLM` takes it (``arguments`` are its further ones); ``tokenizer`` None
+    takes the one beside the model. ``lengths``: RULER's texts in tokens. ``limit``: samples of each task, at each
+    length. ``include_path``: a directory of your own task files. Raises UserError, before anything is read, when a
+    task is unknown or its data cannot be had.
+    """
+    if not updates or set(updates) - {"on", "off"}:
+        raise UserError(f"updates must be of on and off, got {updates!r}")
+    was_training = isinstance(model, nn.Module) and model.training
+    lm = InPlaceTTTLM(model, tokenizer, batch_size=batch_size, **arguments)
+    records = []
+    try:
+        with TemporaryDirectory() as directory:
+            lm.tokenizer.save_pretrained(directory)
+            loaded = load_tasks(tasks, directory, lengths, include_path, texts=limit, seed=seed)
+        for name, length, parts in loaded:
+            samples = {}
+            for setting in updates:
+                lm.updates = setting == "on"
+                prepare(parts, num_fewshot, seed)
+                named = {part.task_name: part for part in parts}
+                found: Any = evaluate(lm=lm, task_dict={"tasks": named}, limit=limit, bootstrap_iters=0)
+                samples[setting] = found["samples"]
+            records += records_of(name, length, samples)
+    finally:
+        lm.model.train(was_training)
+    return records
+
+
 def main() -> None:
     """lm-evaluation-harness's own command line, with the model ``inplace-ttt`` in it."""
     from lm_eval.__main__ import cli_evaluate
@@ -214,11 +270,7 @@ def main() -> None:
 def _load(name: str, device: str | None, dtype: str | torch.dtype | None) -> Any:
     if not torch.cuda.is_available() and (device or "cuda").startswith("cuda"):  # cuda:0 is the harness's own default
         device = "cpu"
-    try:
-        place = torch.device(device or "cuda")
-    except RuntimeError as error:
-        raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return from_pretrained(name, dtype=dtype or ("float32" if place.type == "cpu" else "auto")).to(place).eval()
+    return load_model(name, device, dtype)
 
 
 def _tokenizer(given: Any, pretrained: Any, model: Any) -> Any:

@@ -4,12 +4,10 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from inplace_ttt.errors import UserError
 from inplace_ttt.eval.nll import Mean, bootstrap_mean
@@ -138,55 +136,6 @@ def _load(name: str, spec: Any, names: Sequence[str], manager: Any) -> list[Any]
         known = [n for n in names if n in PAPER + RULER_DOWNLOADS]
         also = f"; of the tasks asked for, these download data: {', '.join(known)}" if known else ""
         raise UserError(f"the data of task {name} cannot be had ({str(error).splitlines()[0]}){also}") from None
-
-
-def run(
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    *,
-    limit: int | None = None,
-    batch_size: int = 1,
-    updates: Sequence[str] = ("on", "off"),
-    lengths: Sequence[int] = (),
-    num_fewshot: int | None = None,
-    include_path: str | Path | None = None,
-    seed: int = 0,
-    **arguments: Any,
-) -> list[Record]:
-    """Runs tasks with updates on and off on the same samples; one record for each sample and metric.
-
-    ``model``: a model or a name as `InPlaceTTTLM` takes it (``arguments`` are its further ones); ``tokenizer`` None
-    takes the one beside the model. ``lengths``: RULER's texts in tokens. ``limit``: samples of each task, at each
-    length. ``include_path``: a directory of your own task files. Raises UserError, before anything is read, when a
-    task is unknown or its data cannot be had.
-    """
-    require()
-    from lm_eval import evaluate
-
-    from inplace_ttt.eval.harness import InPlaceTTTLM
-
-    if not updates or set(updates) - {"on", "off"}:
-        raise UserError(f"updates must be of on and off, got {updates!r}")
-    was_training = isinstance(model, nn.Module) and model.training
-    lm = InPlaceTTTLM(model, tokenizer, batch_size=batch_size, **arguments)
-    records = []
-    try:
-        with TemporaryDirectory() as directory:
-            lm.tokenizer.save_pretrained(directory)
-            loaded = load_tasks(tasks, directory, lengths, include_path, texts=limit, seed=seed)
-        for name, length, parts in loaded:
-            samples = {}
-            for setting in updates:
-                lm.updates = setting == "on"
-                prepare(parts, num_fewshot, seed)
-                named = {part.task_name: part for part in parts}
-                found: Any = evaluate(lm=lm, task_dict={"tasks": named}, limit=limit, bootstrap_iters=0)
-                samples[setting] = found["samples"]
-            records += records_of(name, length, samples)
-    finally:
-        lm.model.train(was_training)
-    return records
 
 
 def _seed(seed: int) -> None:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from inplace_ttt.errors import UserError
+from inplace_ttt.hf.attach import is_attached, updates_off
 from inplace_ttt.hf.cache import cache_name, cache_of
 
 RESAMPLES = 2000
@@ -211,10 +212,9 @@ def _windows(texts: Sequence[Text], length: int, most: int | None) -> Iterator[t
 
 def _settings(model: nn.Module) -> dict[str, Any]:
     """Label -> context manager: "on" alone for a plain model."""
-    from inplace_ttt import is_attached, updates_off
 
     def off() -> AbstractContextManager[None]:
-        return updates_off(model)
+        return updates_off(model)  # type: ignore[no-any-return]
 
     return {"on": nullcontext, "off": off} if is_attached(model) else {"on": nullcontext}
 

@@ -5,13 +5,12 @@ import html
 import io
 import json
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..train.report import git_commit, hardware, versions
+from ..records import about, write_json
 from . import plots
 from .advice import ENOUGH
 from .nll import Mean
@@ -37,13 +36,7 @@ details { margin: 0.8rem 0; } pre { background: #f8fafc; padding: 0.8rem; overfl
 
 def write(directory: Path, records: Sequence[Record], plan: Mapping[str, Any]) -> list[str]:
     """Writes all files into ``directory``; returns the verdicts."""
-    about = {
-        "commit": git_commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(),
-        "versions": versions(),
-        "seconds": read_seconds(directory),
-    }
+    origin = {**about(), "seconds": read_seconds(directory)}
     found = tables(records)
     said = verdicts(found)
     figures = pictures(found, plan)
@@ -51,12 +44,9 @@ def write(directory: Path, records: Sequence[Record], plan: Mapping[str, Any]) -
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=200)
-    (directory / "summary.json").write_text(
-        json.dumps({**about, "plan": plan, "verdicts": said, "tables": _finite(found)}, indent=1) + "\n",
-        encoding="utf-8",
-    )
+    write_json(directory / "summary.json", {**origin, "plan": plan, "verdicts": said, "tables": _finite(found)})
     _write_csv(directory / "summary.csv", found)
-    page = _page(found, said, figures, {**plan, **about})
+    page = _page(found, said, figures, {**plan, **origin})
     (directory / "report.html").write_text(page, encoding="utf-8")
     return said
 

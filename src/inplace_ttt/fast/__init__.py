@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..core import targets
-
 from .available import has_triton
 from .outer import scan
 

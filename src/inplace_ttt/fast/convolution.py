@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_T, BLOCK_D = 32, 128
 SPAN, SPAN_T = 256, 8
 

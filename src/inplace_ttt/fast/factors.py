@@ -209,7 +209,7 @@ class FactoredWeights(FastWeights):
     def output(self, rule: Rule, z_BTF: Tensor, width: int) -> Tensor | None:
         if self.left is None or self.right is None:
             return super().output(rule, z_BTF, width)
-        return (rule.lr * apply(z_BTF, self.left, self.right)).to(z_BTF.dtype)  # type: ignore[no-any-return]
+        return (rule.lr * apply(z_BTF, self.left, self.right)).to(z_BTF.dtype)
 
     def before(self, b: int, chunks: int = 1) -> State | None:
         if self.left is None or self.right is None:

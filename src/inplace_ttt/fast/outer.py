@@ -175,7 +175,7 @@ def _(g: Tensor, grad_state: Tensor | None, z: Tensor, v: Tensor | None, *rest: 
     return (*(z.new_empty(0) if x is None else x.new_empty(x.shape) for x in (z, v, state, past)), total)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output) -> None:
     z, v, weight, bias, state, past, index, update, reset, rest = inputs[:10]
     ctx.set_materialize_grads(False)
     last = output[1] if output[1].numel() else None
@@ -184,7 +184,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.has_bias = bias is not None
 
 
-def _backward(ctx, g, grad_state):  # type: ignore[no-untyped-def]
+def _backward(ctx, g, grad_state):
     z, v, weight, state, past, index, update, reset, rest, last = ctx.saved_tensors
     if grad_state is not None and grad_state.numel() == 0:
         grad_state = None

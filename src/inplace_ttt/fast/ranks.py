@@ -277,7 +277,7 @@ def piece_totals(
         return torch.stack(parts).sum(0)
     if weights is not None and table.binary:
         v, weights = v * weights.to(v.dtype).repeat_interleave(C, 1)[..., None], None
-    total: Tensor = _PieceTotals.apply(z_RNF, v, weights, C)  # type: ignore[no-untyped-call]
+    total: Tensor = _PieceTotals.apply(z_RNF, v, weights, C)
     return total
 
 
@@ -320,7 +320,7 @@ def _spans(z: Tensor, weights_RU: Tensor | None, C: int) -> list[tuple[slice, Te
 
 def exclusive_scan(totals_RDF: Tensor, table: SliceTable, group: Group) -> Tensor:
     """The state each of this rank's pieces starts from, [R, D, F]; differentiable. All ranks of ``group`` call it."""
-    states: Tensor = _ExclusiveScan.apply(totals_RDF, table, group)  # type: ignore[no-untyped-call]
+    states: Tensor = _ExclusiveScan.apply(totals_RDF, table, group)
     return states
 
 

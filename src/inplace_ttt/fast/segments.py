@@ -314,7 +314,7 @@ def _backward_at_once(
     steps: int,
     updates: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """``backward`` of a regular call without shrinking: S is unwound from ``last`` while H is built, so both are at hand.
+    """Run ``backward`` of a regular call with keep 1: S is unwound from ``last`` while H is built.
 
     ``dz = [g | v] @ [W_m; H_m]`` is one product with one rounding.
     """

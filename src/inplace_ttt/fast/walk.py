@@ -3,8 +3,8 @@
 Forward, slot m: reset (S = 0); write ``W0 + lr * S``; ``S <- keep * S + sum_t x_t z_t^T`` where it updates.
 Reverse (H), slot m: write ``lr * S`` where the slot updates, else 0; ``S <- keep * S`` where it updates; add
 ``sum_t x_t z_t^T``; reset. That is the recurrence of H = dL/dS (core.scan) with x = g, held over lr.
-Unwind, slot m, last one first: ``S <- S - sum_t x_t z_t^T`` where it updated; write ``W0 + lr * S``. Without shrinking and
-resets this is forward, backwards.
+Unwind, slot m, last one first: ``S <- S - sum_t x_t z_t^T`` where it updated; write ``W0 + lr * S``. With keep 1
+and without resets this is forward, backwards.
 
 Shapes: B rows, n slots of c tokens, D and F the widths of x and z.
 """

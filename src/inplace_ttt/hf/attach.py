@@ -14,12 +14,13 @@ from ..config import InPlaceTTTConfig
 from ..core import Call, ChunkTable, Rule, Target, make_target
 from ..core.scan import path_for
 from ..errors import UserError
-from .context import LayerSite, Runtime
+from .context import Runtime
 from .families import Place, attention_of, check_layers, decoder_layers, family_of, place, text_model
 from .linear import FastWeight, InitWeights, check_replaceable, make_fast, make_slow, output_size
 from .loss import LossForward
 from .nested import NestedText, OnePass
 from .saving import after_attach, before_detach
+from .sites import LayerSite
 from .tensor_parallel import check_split, is_split
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -192,7 +193,7 @@ def _target(
 ) -> Target:
     """A layer's target with parameters in the projection's precision and place, the same on all processes."""
     weight: torch.Tensor = projection.weight  # type: ignore[assignment]
-    dtype = weight.dtype if weight.is_floating_point() else root.get_input_embeddings().weight.dtype
+    dtype: Any = weight.dtype if weight.is_floating_point() else root.get_input_embeddings().weight.dtype
     with torch.device("cpu"):
         target = make_target(config.objective, width, config.objective_options, settings)
     target.to(device=weight.device, dtype=dtype)

@@ -10,7 +10,6 @@ Two kinds of directory have such a file:
   model type, by which ``LlamaForCausalLM`` would find it).
 """
 
-import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,14 +21,12 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerFast,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import UserError
-from .names import SAVE_FIRST, UNSAVED, base_in_memory
+from .checkpoint import from_pretrained
+from .directory import BASE, CONFIG, MODEL_TYPE, read_json, split_config, tokenizer_places
+from .names import UNSAVED, base_in_memory
 
-MODEL_TYPE, ARCHITECTURE, CONFIG = "inplace_ttt", "InPlaceTTTForCausalLM", "config.json"
-LOAD_WHOLE = "this directory has fast weights: load it with inplace_ttt.from_pretrained"
-"""Where a model's own configuration class reads a number first, so that it refuses."""
 CLASSIFIER = "ForSequenceClassification"
 
 
@@ -57,8 +54,6 @@ class InPlaceTTTForCausalLM:
     @classmethod
     def from_pretrained(cls, directory: str | Path, *args: Any, **kwargs: Any) -> Any:
         """``inplace_ttt.from_pretrained``. Raises UserError when the directory holds a model with another head."""
-        from .checkpoint import from_pretrained
-
         for name in ("config", "adapter_kwargs", "_from_auto", "code_revision"):
             kwargs.pop(name, None)
         wants_report = kwargs.pop("output_loading_info", False)
@@ -92,8 +87,6 @@ class FolderTokenizer(PreTrainedTokenizerFast):
     @classmethod
     def from_pretrained(cls, directory: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """The tokenizer as transformers loads it from where its files are."""
-        from .checkpoint import tokenizer_places
-
         if (Path(directory) / CONFIG).is_file() and read_json(Path(directory) / CONFIG).get("unsaved"):
             return AutoTokenizer.from_pretrained(
                 base_in_memory(str(directory).removeprefix(str(UNSAVED))), *args, **kwargs
@@ -113,68 +106,12 @@ AutoTokenizer.register(  # type: ignore[no-untyped-call]
 )
 
 
-# -- config.json -------------------------------------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; UserError when it is damaged."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}): save the model again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged (it holds a {type(values).__name__}): save the model again")
-    return values
-
-
-def check_free(directory: Path) -> None:
-    """UserError when a directory has the ``config.json`` of a plain model (the base's own?), which must not be lost."""
-    if (directory / CONFIG).is_file() and read_json(directory / CONFIG).get("model_type") != MODEL_TYPE:
-        raise UserError(f"{directory} holds another model: choose another directory")
-
-
-def write_config(directory: Path, **values: Any) -> None:
-    """Write the ``config.json`` of a directory of this library."""
-    text = json.dumps({"model_type": MODEL_TYPE, "architectures": [ARCHITECTURE], **values}, indent=2) + "\n"
-    (directory / CONFIG).write_text(text, encoding="utf-8")
-
-
-def mark_config(directory: Path) -> None:
-    """Give the ``config.json`` that transformers wrote of an attached model this library's model type.
-
-    A model type from outside transformers (remote code) is left as it is: only its own files can read it.
-    """
-    values = read_json(directory / CONFIG)
-    if "inplace_ttt" in values and values.get("model_type") in CONFIG_MAPPING and "base_config" not in values:
-        kept: dict[str, Any] = {name: values[name] for name in ("transformers_version", "dtype") if name in values}
-        settings, kind = values.pop("inplace_ttt"), values.pop("model_type")
-        kept |= {"inplace_ttt": settings, "base_model_type": kind, "base_config": values}
-        write_config(directory, hidden_size=LOAD_WHOLE, **kept)
-
-
-def split_config(values: dict[str, Any], path: Path) -> tuple[PretrainedConfig, dict[str, Any] | None]:
-    """The base's configuration and the fast weights' settings in the content of a ``config.json``, old or new form."""
-    if values.get("unsaved"):
-        raise UserError(SAVE_FIRST)
-    values = dict(values)
-    settings = values.pop("inplace_ttt", None)
-    if values.get("model_type") == MODEL_TYPE:
-        values = {**(values.get("base_config") or {}), "model_type": values.get("base_model_type")}
-    kind = str(values.get("model_type"))
-    if kind not in CONFIG_MAPPING:
-        raise UserError(f"{path} names the model type {kind!r}, which this version of transformers does not have")
-    config: PretrainedConfig = CONFIG_MAPPING[kind].from_dict(values)
-    return config, settings
-
-
 def base_config(name: str, **where: str) -> tuple[PretrainedConfig, dict[str, Any] | None]:
     """The base's configuration and the fast weights' settings (None: a plain model) of a directory or hub id.
 
     ``where``: revision and subfolder on the hub. Of an adapter: what it says about its base. Raises UserError, OSError
     or ValueError where they cannot be read.
     """
-    from .checkpoint import BASE, tokenizer_places
-
     config = AutoConfig.from_pretrained(name, **where)
     if not isinstance(config, FastWeightsConfig):
         settings = config.__dict__.pop("inplace_ttt", None)

@@ -5,7 +5,7 @@ A call knows how its tokens lie and gives every layer its output (``project``). 
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,30 +13,11 @@ from torch import Tensor
 from ..core import ChunkTable, read
 from .cache import FastCacheLayer
 from .settings import Settings
+from .sites import LayerSite
 from .tensor_parallel import check_split, is_split, local_input, replicated, summand
-
-if TYPE_CHECKING:
-    from .context import LayerSite
 
 CALL = "inplace_ttt_call"
 """Keyword under which a hook of a parallel mode hands the model a call of its own."""
-
-
-class LayerCall(Protocol):
-    """A call as the layers see it."""
-
-    rows: int
-    tokens: int
-
-    def project(
-        self, site: "LayerSite", module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """Return the output [B, T, D] of a layer's projection for its inputs z [B, T, F], u its target's source."""
-        ...
-
-    def end(self) -> None:
-        """Note that the model's forward is over."""
-        ...
 
 
 class WholeCall:
@@ -55,9 +36,7 @@ class WholeCall:
             self._moved[device] = self.table.to(device)
         return self._moved[device]
 
-    def project(
-        self, site: "LayerSite", module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def project(self, site: LayerSite, module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
         slot, rule = self.slots.get(site.index), self.settings.rule
         table = self.table_on(z.device)
         if slot is None and not table.updates and rule.from_zero:
@@ -102,16 +81,3 @@ class SplitTarget:
     def __call__(self, u: Tensor, z: Tensor | None) -> Any:
         found = self.target.forward(u, z)
         return (replicated(found[0], self.z), found[1]) if isinstance(found, tuple) else replicated(found, self.z)
-
-
-class Anchor(torch.autograd.Function):
-    """x as it is; every parameter gets a zero gradient, so that it is part of the graph whatever was read."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return (grads[0], *(torch.zeros_like(p) for p in ctx.saved_tensors))

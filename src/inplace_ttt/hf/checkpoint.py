@@ -33,8 +33,19 @@ from transformers.utils import logging as transformers_logging
 from ..config import InPlaceTTTConfig
 from ..errors import UserError, in_one_line
 from .attach import attach, detach, is_attached, plain_config, runtime_of, unwrap, unwrap_to_save
-from .auto import CONFIG, MODEL_TYPE, check_free, read_json, split_config, write_config
 from .card import write_card
+from .directory import (
+    BASE,
+    CONFIG,
+    MODEL_TYPE,
+    SETTINGS,
+    TENSORS,
+    check_free,
+    place_of_base,
+    read_json,
+    split_config,
+    write_config,
+)
 from .hub_files import FETCHING, UPLOADING, fetch, take, upload
 from .names import BaseModel, base_of, rename_loaded
 from .nested import auto_class
@@ -42,7 +53,6 @@ from .release import is_release, load_release
 from .sharding import is_sharded, whole, whole_state
 from .tensor_parallel import is_split
 
-SETTINGS, TENSORS, BASE = "inplace_ttt.json", "inplace_ttt.safetensors", "base"
 SAMPLES = 16
 MODEL_KEYWORDS = ("dtype", "torch_dtype", "attn_implementation", "quantization_config")
 """Keywords that transformers' ``from_pretrained`` takes from beside a configuration."""
@@ -55,7 +65,8 @@ def adapter_state(model: nn.Module, projections: bool = False) -> dict[str, Tens
     tensors = {}
     for site in runtime.sites:
         prefix = names[id(site.mlp)]
-        for name, child in site.bound_target().named_children():
+        for name, held in site.bound_target().named_children():
+            child: Any = held
             if hasattr(child, "modules_to_save"):  # peft's wrapper
                 child = child.modules_to_save[child.active_adapters[0]]
             for inner, parameter in child.named_parameters():
@@ -306,24 +317,6 @@ def add_results(directory: Path, results: Mapping[str, Mapping[str, float]]) -> 
     write_card(directory, read_json(directory / SETTINGS), results=results)
 
 
-def tokenizer_places(directory: str | Path) -> list[tuple[str, dict[str, str]]]:
-    """Where the tokenizer of a directory (or hub id) may be: places, each with revision and subfolder on the hub."""
-    path = Path(directory).expanduser()
-    places: list[tuple[str, dict[str, str]]] = [(str(path if path.is_dir() else directory), {})]
-    if (path / BASE).is_dir():
-        places.append((str(path / BASE), {}))
-    base = read_json(path / SETTINGS).get("base") if (path / SETTINGS).is_file() else None
-    if isinstance(base, dict) and base.get("name"):
-        places.append((_where(path, base), {key: base[key] for key in ("revision", "subfolder") if base.get(key)}))
-    return places
-
-
-def _where(path: Path, base: dict[str, Any]) -> str:
-    """The name of an adapter's base; a relative directory may start at the current directory or at the adapter's."""
-    name = str(base["name"])
-    return name if Path(name).is_dir() or not (path / name).is_dir() else str(path / name)
-
-
 def _from_plain_layout(path: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
     """A directory that transformers wrote: of an attached model, or in the authors' format."""
     if not (path / CONFIG).is_file():
@@ -376,7 +369,7 @@ def _base(
         hub |= {key: wanted[key] for key in ("revision", "subfolder") if wanted.get(key)}
         rest = {key: value for key, value in kwargs.items() if key != "variant"}
         try:
-            place, more = _where(path, wanted), {**rest, **hub}
+            place, more = place_of_base(path, wanted), {**rest, **hub}
             return load_plain(place, more, wanted.get("architecture"), wanted.get("model_type"))
         except UserError as error:
             raise UserError(

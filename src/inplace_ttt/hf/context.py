@@ -1,4 +1,4 @@
-"""What one forward call means for the adapting layers, and how it reaches them.
+"""How one forward call of the model becomes a call of the adapting layers, and reaches them.
 
 A pre-hook on the base model makes a ``CallContext`` and passes it as one keyword argument; transformers hands it to
 every attention module, whose pre-hook takes it out; the MLP of the same layer runs next and its projection uses it.
@@ -16,31 +16,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.pytorch_utils import Conv1D
 
 from ..config import InPlaceTTTConfig
-from ..core import ChunkTable, FastWeights, Target, document_ids
+from ..core import ChunkTable, FastWeights, document_ids
 from ..errors import UserError
 from .cache import FastCacheLayer, fast_layers, mark_stale
-from .calls import CALL, Anchor, LayerCall, WholeCall
-from .linear import FastWeight
+from .calls import CALL, WholeCall
 from .masks import real_tokens
 from .settings import PerThread, Settings
+from .sites import CONTEXT, CallContext, LayerCall, LayerSite
 from .steps import Step, may_step, source_of
-
-CONTEXT = "inplace_ttt_context"
-
-
-class CallContext:
-    """One forward call on its way through the layers. ``call`` None: with the slow weights alone."""
-
-    def __init__(self, call: LayerCall | None, settings: Settings) -> None:
-        self.call, self.settings = call, settings
-        self.grad = torch.is_grad_enabled()
-        self.embeddings: Tensor | None = None
-        self.outer: CallContext | None = None
-        self.ends = True
-        """Whether the call's end is ours to note."""
 
 
 class Runtime:
@@ -126,7 +111,7 @@ class Runtime:
         step, self.prepared = self.prepared, None
         mine, settings, inner = step is None, self.settings, self.inner.get()
         if mine and inner is None and settings.enabled and may_step(given):
-            step = Step.begin(self, given, vouched)
+            step = self.begin_step(given, vouched)
         cache = None
         if inner is not None:
             context = CallContext(inner, settings)
@@ -216,7 +201,15 @@ class Runtime:
         )
         return WholeCall(settings, table, slots), cache
 
-    def running_sites(self) -> "list[LayerSite]":
+    # What changes from token to token must not be seen by compiled code, which would compile it anew: not traced.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def begin_step(self, given: dict[str, Any], vouched: bool) -> Step | None:
+        """Make everything ready for a step of these arguments. See ``Step.begin``."""
+        if self.loss_forward is not None:
+            return None
+        return Step.begin(self.running_sites(), self.settings, given, vouched)
+
+    def running_sites(self) -> list[LayerSite]:
         """The layers that adapt at present."""
         off = self.settings.disabled_layers
         running = self.model_config.num_hidden_layers  # early-exit drafting lowers it for a while
@@ -306,141 +299,6 @@ class PrepareInputs:
         runtime.tokens_are_real.set(mask is None or mask is runtime.extended_mask.get())
         runtime.extended_mask.clear()
         return self._own(*args, **kwargs)
-
-
-class LayerSite:
-    """One adapting layer: receives the call's context, the MLP's input and the projection's input."""
-
-    def __init__(self, runtime: Runtime, index: int, mlp: nn.Module, target: Target, width: int) -> None:
-        self.runtime, self.index, self.mlp, self.target, self.width = runtime, index, mlp, target, width
-        self.names = tuple(name for name, _ in target.named_children())
-        """Of the target's modules, which stand beside the projection as ``mlp.ttt_NAME``."""
-        self._context: PerThread[CallContext | None] = PerThread(None)
-        self._input: PerThread[Tensor | None] = PerThread(None)
-        self._projected = PerThread(False)
-
-    @property
-    def context(self) -> CallContext | None:
-        """The call that runs in this thread."""
-        return self._context.get()
-
-    @property
-    def gates(self) -> bool:
-        """Whether the target gates the state."""
-        return self.target.gates
-
-    def before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._context.set(kwargs.get(CONTEXT))
-        return None
-
-    def projection(self) -> Any:
-        """Return the adapting module itself, under whatever wraps it."""
-        return next(m for m in self.mlp.modules() if isinstance(m, FastWeight))
-
-    def before_mlp(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._input.set(args[0] if args else kwargs["hidden_states"])
-        self._projected.set(False)
-
-    def after_mlp(self, module: nn.Module, args: Any, output: Any) -> None:
-        context, projected = self.context, self._projected.get()
-        self.forget()
-        if output is not None and not projected and context is not None and context.call is not None:
-            raise RuntimeError(
-                f"layer {self.index}: the MLP ran without calling its last projection, so the fast weights had no "
-                "effect (a fused MLP kernel, or a projection that was replaced after attach?): switch the kernel off, "
-                "or attach last"
-            )
-
-    def forget(self) -> None:
-        """Let go of what this thread's call left here."""
-        self._context.clear()
-        self._input.clear()
-        self._projected.clear()
-
-    def project(self, module: Any, z: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the projection's output for input z [B, T, F] or [B * T, F]: slow and fast weights together."""
-        context = self.context
-        if context is None:
-            raise RuntimeError(
-                f"layer {self.index} was called outside the model's forward, so its fast weights do not know the "
-                "document: call the whole model, or detach first (a family whose attention takes no extra keyword "
-                "arguments cannot be adapted)"
-            )
-        self._projected.set(True)
-        call = context.call
-        if call is None or self.index in context.settings.disabled_layers:
-            return plain(z)
-        flat = z.dim() == 2
-        if flat:
-            if z.shape[0] != call.rows * call.tokens:
-                raise NotImplementedError(
-                    f"layer {self.index} got {z.shape[0]} tokens of a call of {call.rows} x {call.tokens}: fast "
-                    "weights need a layer's tokens together (switch tiled MLPs off)"
-                )
-            z = z.view(call.rows, call.tokens, -1)
-        elif tuple(z.shape[:2]) != (call.rows, call.tokens):
-            raise NotImplementedError(
-                f"layer {self.index} got {z.shape[0]} x {z.shape[1]} tokens of a call of {call.rows} x {call.tokens}: "
-                "fast weights need a layer's tokens together (switch tiled MLPs off)"
-            )
-        u = z if self.target.source == "loss" else self._source(context, call)
-        out = call.project(self, module, compute_dtype(z), u, plain)
-        return out.flatten(0, 1) if flat else out
-
-    def _source(self, context: CallContext, call: LayerCall) -> Tensor:
-        """Return u [B, T, D]."""
-        mlp_input = self._input.get()
-        if (self.target.source or context.settings.config.target) == "hidden_states":
-            assert mlp_input is not None
-            return mlp_input if mlp_input.dim() == 3 else mlp_input.view(call.rows, call.tokens, -1)
-        if context.embeddings is None:
-            raise RuntimeError("the token embeddings of this call were not seen: was the embedding module replaced?")
-        if context.grad and not torch.is_grad_enabled():
-            raise RuntimeError(
-                "reentrant activation checkpointing cannot carry gradients to the embeddings that In-Place TTT learns "
-                'from: use gradient_checkpointing_kwargs={"use_reentrant": False}, or target="hidden_states"'
-            )
-        return context.embeddings.to(mlp_input.device) if mlp_input is not None else context.embeddings
-
-    def bound_target(self) -> Target:
-        """Return the target with the modules that stand beside the projection now (adapters may have wrapped them)."""
-        for name in self.names:
-            module = self.mlp._modules[f"ttt_{name}"]
-            if self.target._modules[name] is not module:
-                self.target._modules[name] = module
-        return self.target
-
-    @contextmanager
-    def learning_from(self, target: Target) -> Iterator[None]:
-        """Inside, the layer learns from another target, which keeps its own parameters."""
-        own = self.target, self.names
-        self.target, self.names = target, ()
-        try:
-            yield
-        finally:
-            self.target, self.names = own
-
-    def anchored(self, out: Tensor) -> Tensor:
-        """Return ``out``, in whose graph the target's parameters are although no chunk was complete."""
-        if not torch.is_grad_enabled():
-            return out
-        parameters = [p for p in self.bound_target().parameters() if p.requires_grad]
-        return Anchor.apply(out, *parameters) if parameters else out  # type: ignore[no-untyped-call,no-any-return]
-
-    def slow_weight(self, module: Any) -> Tensor | None:
-        """Return W0 [D, F]; None where there is no dense one."""
-        weight: Tensor = module.weight
-        if not weight.is_floating_point() or hasattr(weight, "device_mesh"):
-            return None
-        return weight.mT if type(module).slow_class is Conv1D else weight
-
-
-def compute_dtype(z: Tensor) -> Tensor:
-    """Return z in the precision in which the projection's product is taken."""
-    device = z.device.type
-    if z.dtype == torch.float32 and torch.is_autocast_enabled(device):
-        return z.to(torch.get_autocast_dtype(device))
-    return z
 
 
 def rows_are_cut() -> str | None:

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from ..config import InPlaceTTTConfig
 from ..errors import UserError
 from .attach import attach, is_attached, unwrap
-from .auto import CONFIG, mark_config, read_json, split_config
-from .checkpoint import BASE, SETTINGS, from_pretrained, load_plain, save_pretrained, tokenizer_places
+from .checkpoint import from_pretrained, load_plain, save_pretrained
+from .directory import BASE, CONFIG, SETTINGS, mark_config, read_json, split_config, tokenizer_places
 from .release import save_release
 
 

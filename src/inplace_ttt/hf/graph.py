@@ -81,7 +81,7 @@ class DecodingGraph:
         if self.runtime is None or not self.runtime.enabled:
             return None
         given = {"past_key_values": cache, "input_ids": self._ids}
-        step: Step | None = Step.begin(self.runtime, given, True)
+        step: Step | None = self.runtime.begin_step(given, True)
         if step is None:
             raise UserError(
                 "this cache cannot go on in single steps: read a prompt into it with the fast weights first"

@@ -3,9 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -14,7 +12,7 @@ from .tensor_parallel import split_forward
 
 
 class Site(Protocol):
-    """What a projection hands its input to (``context.LayerSite``)."""
+    """What a projection hands its input to (``sites.LayerSite``)."""
 
     def project(self, module: nn.Module, z: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor: ...
 

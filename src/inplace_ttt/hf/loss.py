@@ -18,6 +18,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,9 +32,10 @@ from ..errors import UserError
 from .cache import FastCacheLayer, cache_name, fast_layers
 from .masks import real_tokens
 from .settings import Settings
+from .sites import LayerSite
 
 if TYPE_CHECKING:
-    from .context import LayerSite, Runtime
+    from .context import Runtime
 
 IGNORED = -100
 Sliding = dict[int, tuple[Tensor, Tensor]]
@@ -69,7 +71,9 @@ class Record:
         kept = {c: {i: (pick(k), pick(v)) for i, (k, v) in s.items()} for c, s in self.sliding.items()}
         return replace(
             self,
-            **{n: pick(getattr(self, n)) for n in ("ids", "learn", "positions")},
+            ids=pick(self.ids),
+            learn=pick(self.learn),
+            positions=pick(self.positions),
             embeds=None if self.embeds is None else pick(self.embeds),
             real=None if self.real is None else pick(self.real),
             starts=tuple(self.starts[b] for b in rows.tolist()),
@@ -357,7 +361,7 @@ class _Reading(_Learner):
         spans = []
         for b, row in enumerate(documents.tolist()):
             cuts = [0, *(t for t in range(1, self.T) if row[t] != row[t - 1]), self.T]
-            spans += [(b, i, j) for i, j in zip(cuts, cuts[1:], strict=False) if row[i] >= 0]
+            spans += [(b, i, j) for i, j in pairwise(cuts) if row[i] >= 0]
         longest = max(j - i for _, i, j in spans)
         source = self.ids if self.ids is not None else self.embeds
         rows = source.new_zeros(len(spans), longest, *source.shape[2:])
@@ -469,7 +473,7 @@ class _Reading(_Learner):
 
     def _record(self, real: Tensor | None) -> Record:
         """Return the cache's record; a new one where its columns are no longer what was recorded."""
-        record = self.first.record
+        record: Record | None = self.first.record
         if record is None or record.end != self.past:
             for slot in self.slots.values():  # what was pending has lost its context: the next token begins a chunk
                 slot.fast.close_chunk()
@@ -514,7 +518,8 @@ class _Reading(_Learner):
 
     def _extended(self, at: int, end: int, real: Tensor | None, learn: Tensor, piece: dict[str, Any]) -> Record:
         """Return the record with a piece's columns."""
-        record, n = self.record, end - at
+        n = end - at
+        record: Record = self.record
         ids = torch.full((self.B, n), IGNORED, device=self.device)
         if self.ids is not None:
             ids = self.ids[:, at:end]
@@ -558,7 +563,8 @@ def commit(runtime: "Runtime", cache: Cache) -> bool:
 
     Return whether there were any.
     """
-    slots = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, FastCacheLayer)}
+    layers: list[Any] = list(cache.layers)
+    slots: dict[int, FastCacheLayer] = {i: x for i, x in enumerate(layers) if isinstance(x, FastCacheLayer)}
     first = next(iter(slots.values()), None)
     if first is None or first.record is None or not any(n % first.fast.chunk_size for n in first.fast.seen):
         return False

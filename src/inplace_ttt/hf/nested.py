@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from ..errors import UserError
-from .context import CONTEXT, LayerSite, Runtime
+from .context import Runtime
+from .sites import CONTEXT, LayerSite
 
 _HUB = ("revision", "token", "subfolder", "cache_dir", "local_files_only", "trust_remote_code")
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core import document_ids
-from ..fast.ranks import Group, Slices, SliceTable
 from ..errors import UserError
+from ..fast.ranks import Group, Slices, SliceTable
 from .attach import is_attached, runtime_of, unwrap
 from .context import rows_are_cut
 from .parallel_attention import GATHER, SLICES, RowSlices, register, working_ways

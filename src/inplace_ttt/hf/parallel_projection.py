@@ -30,7 +30,8 @@ class SliceCall:
         if keep is not None:
             raise UserError("gates do not pass from process to process: leave them out with context parallelism")
         if v is None:
-            return site.anchored(plain(z_BTF))
+            kept: Tensor = site.anchored(plain(z_BTF))
+            return kept
         slow = site.slow_weight(module)
         v = written(rule, z, v, table.table, None, slow) if rule.outer else v
         keywords: dict[str, Any] = {"rule": rule, "width": site.width, "slow": slow}

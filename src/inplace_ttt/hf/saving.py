@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .auto import CONFIG, mark_config
+from .directory import CONFIG, mark_config
 from .hub_files import UPLOADING, take, upload
 from .names import rename_attached, rename_detached
 

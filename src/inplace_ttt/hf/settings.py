@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -61,7 +61,7 @@ class PerThread(Generic[Value]):
             if before is _NOTHING:
                 had.pop(key, None)
             else:
-                had[key] = before  # type: ignore[assignment]
+                had[key] = before
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PerThread[Value]":
         return PerThread(self.default)

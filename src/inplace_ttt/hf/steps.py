@@ -5,7 +5,7 @@ complete and folds them, outside of what is compiled.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +14,11 @@ from transformers.cache_utils import Cache
 from ..core import complete
 from ..fast.decoding import StepClock
 from .cache import FastCacheLayer, fast_layers
-from .masks import real_tokens
 from .calls import CALL
+from .masks import real_tokens
 from .settings import Settings
+from .sites import LayerSite
 from .tensor_parallel import is_split
-
-if TYPE_CHECKING:
-    from .context import LayerSite, Runtime
 
 CLOCK = "_inplace_ttt_clock"
 
@@ -44,7 +42,7 @@ class Step:
     """One step of one cache."""
 
     def __init__(
-        self, sites: "dict[int, LayerSite]", slots: dict[int, FastCacheLayer], settings: Settings, clock: StepClock
+        self, sites: dict[int, LayerSite], slots: dict[int, FastCacheLayer], settings: Settings, clock: StepClock
     ) -> None:
         self.sites, self.slots, self.settings, self.clock = sites, slots, settings, clock
         fasts = [slot.fast for slot in slots.values()]
@@ -53,18 +51,15 @@ class Step:
         pending = tuple(n % C for n in fasts[0].seen)
         self.where = clock.set(pending, C, {fast.z.device for fast in fasts if fast.z is not None})
 
-    # What changes from token to token must not be seen by compiled code, which would compile it anew: not traced.
     @staticmethod
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def begin(runtime: "Runtime", given: dict[str, Any], vouched: bool) -> "Step | None":
-        """Makes everything ready for a step; None, having changed nothing, where the call must go the general way.
+    def begin(running: list[LayerSite], settings: Settings, given: dict[str, Any], vouched: bool) -> "Step | None":
+        """Make everything ready for a step; None, having changed nothing, where the call must go the general way.
 
-        ``vouched``: the token is known to be real in every row, so that no mask has to be read from the device.
+        ``running``: the layers that adapt. ``vouched``: the token is known to be real in every row, so that no mask has
+        to be read from the device.
         """
-        cache, settings = given["past_key_values"], runtime.settings
-        if runtime.loss_forward is not None:
-            return None
-        sites = {site.index: site for site in runtime.running_sites()}
+        cache = given["past_key_values"]
+        sites = {site.index: site for site in running}
         if not sites or max(sites) >= len(cache.layers):
             return None
         if not all(isinstance(cache.layers[i], FastCacheLayer) for i in sites):
@@ -87,9 +82,7 @@ class Step:
             slot.begin_step(weights[i], settings.rule.lr)
         return Step(sites, slots, settings, cache.__dict__.setdefault(CLOCK, StepClock()))
 
-    def project(
-        self, site: "LayerSite", module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def project(self, site: LayerSite, module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the projection's output [B, 1, D] for z [B, 1, F] and u [B, 1, D], which the layer keeps."""
         steps = self.slots[site.index].steps
         assert steps is not None
@@ -107,7 +100,7 @@ class Step:
                 complete(fast, rows, site.bound_target(), self.settings.rule, slow)
 
 
-def slow_weight(site: "LayerSite", rows: int) -> Any:
+def slow_weight(site: LayerSite, rows: int) -> Any:
     """W0 [D, F] to fold the fast weights into; None where it stays apart, False where no step can be taken.
 
     Several rows share one slow product, which keeps their sums as they are without fast weights.

@@ -20,7 +20,7 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, nanst
 
 from ..errors import UserError
 from ..hf.attach import is_attached, unwrap
-from ..hf.checkpoint import SETTINGS
+from ..hf.directory import SETTINGS
 from .baselines import USES_ENERGY, Advantages, energy_proxy, realised_energy, token_advantages
 from .config import OTBConfig
 from .noise import half_gradients, noise_and_signal, shrinkage

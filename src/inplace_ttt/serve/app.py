@@ -10,7 +10,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from .. import __name__ as package
 from ..errors import UserError
 from . import openai_routes, session_routes
 from .guard import Guard, error_body, internal
@@ -33,7 +32,7 @@ def make_app(service: Service, keys: dict[str, str] | None = None) -> Any:
         yield
         await engine.stop()
 
-    app = FastAPI(title=package, docs_url=None, redoc_url=None, openapi_url=None, lifespan=life)
+    app = FastAPI(title="inplace-ttt", docs_url=None, redoc_url=None, openapi_url=None, lifespan=life)
     app.state.service = service
     app.include_router(openai_routes.router)
     app.include_router(session_routes.router)

@@ -13,7 +13,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..config import InPlaceTTTConfig
-from ..demo.load import load, load_baseline, load_tokenizer
+from ..hf.load import load, load_baseline, load_tokenizer
 from ..errors import UserError
 from ..hf.attach import attach, is_attached
 from ..shipped import DEFAULT_MODEL

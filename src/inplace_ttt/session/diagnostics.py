@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import InPlaceTTTConfig
 from ..core import FastWeights
-from ..core.diagnostics import LayerDiagnostics, effective_rank, key_overlap, output_change, relative_norm, update_norm
 from ..core.algebra import state_dtype
+from ..core.diagnostics import LayerDiagnostics, effective_rank, key_overlap, output_change, relative_norm, update_norm
 from ..hf.attach import inspect, runtime_of
 
 SAMPLES = 256

@@ -11,10 +11,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,14 +24,13 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..hf.attach import READING, unwrap
 from .packing import pack, unpack
+from .parts import SessionParts as Session
 from .writers import remember, saving
-
-if TYPE_CHECKING:
-    from .session import Session
 
 FORMAT, VERSION = "inplace_ttt_session", 2
 READABLE = (1, 2)
 SAMPLES = 16
+Kind = TypeVar("Kind", bound=Session)
 
 
 def identity(model: nn.Module) -> dict[str, Any]:
@@ -63,7 +62,7 @@ def _switched_on(layer: nn.Module) -> list[str]:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def save(session: "Session", path: str | Path) -> None:
+def save(session: Session, path: str | Path) -> None:
     """Writes ``session`` to ``path``, atomically. OSError when it cannot be written (the old file stays).
 
     Raises UserError when somebody else has written the file since the session was loaded from it or saved to it.
@@ -148,7 +147,7 @@ def _sync_directory(path: Path) -> None:
 
 
 def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], int]:
-    """Return tensors, header and format version of a session file, checked for damage; UserError with the reason otherwise."""
+    """Return tensors, header and format version of a session file; UserError with the reason where it is damaged."""
     try:
         with _open(path) as file:
             metadata = _metadata(path, file)
@@ -198,14 +197,12 @@ def _check_version(path: str | Path, version: str) -> None:
         raise UserError(f"{path} has format version {version}, this inplace-ttt reads {VERSION}: {advice}")
 
 
-def load(path: str | Path, model: nn.Module, tokenizer: Any = None) -> "Session":
-    """The session that ``path`` holds, on ``model``.
+def load(kind: Callable[..., Kind], path: str | Path, model: nn.Module, tokenizer: Any = None) -> Kind:
+    """The session that ``path`` holds, on ``model``, made by calling ``kind`` as ``Session`` is called.
 
     UserError, changing nothing, when the file is damaged, foreign or newer, or was written with another model,
     precision or tokenizer.
     """
-    from .session import Session
-
     tensors, header, version = read_file(path)
     try:
         _check_model(path, identity(model), header["model"])
@@ -213,7 +210,7 @@ def load(path: str | Path, model: nn.Module, tokenizer: Any = None) -> "Session"
             raise UserError(f"{path} was written with a tokenizer: pass tokenizer=")
         if tokenizer is not None and header["tokenizer"] not in (None, tokenizer_digest(tokenizer)):
             raise UserError(f"{path} was written with another tokenizer")
-        session = Session(
+        session = kind(
             model,
             tokenizer,
             window=header["window"],

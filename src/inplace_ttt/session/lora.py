@@ -4,7 +4,7 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -13,9 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
 from ..hf.names import base_of
-
-if TYPE_CHECKING:
-    from .session import Session
+from .parts import SessionParts as Session
 
 RANK = 64
 """Servers of LoRA stop at a few hundred, some at 64; S has as many directions as the smaller of its sizes."""
@@ -37,7 +35,7 @@ class ExportedLayer:
         return f"layer {self.layer}: rank {self.rank} of {self.full_rank}, relative error {self.error:.1%}"
 
 
-def export(session: "Session", directory: str | Path, rank: int | None = RANK) -> list[ExportedLayer]:
+def export(session: Session, directory: str | Path, rank: int | None = RANK) -> list[ExportedLayer]:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors``: lr * S of every layer as B A, by truncated SVD.
 
     ``rank``: at most this many directions a layer; None: as many as S has, so that nothing is lost. A warning says what

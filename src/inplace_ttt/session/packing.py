@@ -1,6 +1,6 @@
 """A session as tensors and JSON values, and back with everything checked."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,17 +14,15 @@ from ..hf.cache import FastCacheLayer
 from ..hf.loss import Record
 from ..hf.rows import from_tensors, to_tensors
 from .diagnostics import Timeline
+from .parts import SessionParts as Session
 from .stream import RECENT, Reader, Stream
 from .text import StreamEncoder
-
-if TYPE_CHECKING:
-    from .session import Session
 
 NUMBERS = {"position": int, "cached": int, "tokens": int, "written": int, "started": bool, "recent": list}
 """What a stream is besides its tensors."""
 
 
-def pack(session: "Session") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def pack(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A session's tensors (CPU, each with its own storage) and the rest as JSON values."""
     stream, reader, encoder = session._stream, session._reader, session._encoder
     keys, layers = to_tensors(stream.cache)
@@ -65,7 +63,7 @@ def pack_fast(fast: FastWeights) -> tuple[dict[str, Tensor], dict[str, Any]]:
 # -- and back ----------------------------------------------------------------------------------------------------------
 
 
-def unpack(session: "Session", tensors: dict[str, Tensor], header: dict[str, Any], version: int = 2) -> None:
+def unpack(session: Session, tensors: dict[str, Tensor], header: dict[str, Any], version: int = 2) -> None:
     """Puts a stored state into a new session. ValueError (KeyError, TypeError) where it makes no sense."""
     reader = session._reader
     left = {name: value.to(reader.device) for name, value in tensors.items()}

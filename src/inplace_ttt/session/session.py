@@ -245,7 +245,7 @@ class Session:
         """A session from a file; UserError, with the reason, when it is damaged or belongs to another model."""
         from .files import load
 
-        return load(path, model, tokenizer)
+        return load(cls, path, model, tokenizer)
 
     def export_lora(self, directory: str | Path, rank: int | None = 64) -> Any:
         """Writes what was learned as a PEFT LoRA adapter of the base model. See ``lora.export``."""

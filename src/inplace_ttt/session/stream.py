@@ -178,7 +178,7 @@ class Reader:
         return max(8 * self.own_window, 4096) - stream.position
 
     def make_room(self, stream: Stream, need: int = 1) -> None:
-        """Drop the window's oldest quarter and move what is left to smaller positions, if ``need`` tokens do not fit."""
+        """Drop the window's oldest quarter and move the rest to smaller positions, if ``need`` tokens do not fit."""
         missing = need - self.room(stream)
         if missing <= 0:
             return
@@ -228,7 +228,8 @@ class Reader:
     ) -> Iterator[tuple[int, Tensor]]:
         """Feed ``ids`` piece by piece; yield each piece's size n and its logits, [n, V] if ``scored``, else [1, V].
 
-        ``learn``: False for tokens that are read but not learned (objective "loss"). A piece is taken whole or not at all: whatever breaks off a call, the stream is as it was before the piece.
+        ``learn``: False for tokens that are read but not learned (objective "loss"). A piece is taken whole or not at
+        all: whatever breaks off a call, the stream is as it was before the piece.
         """
         at = 0
         while at < len(ids):

@@ -2,19 +2,17 @@
 
 from collections.abc import Generator
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import UserError
+from .parts import SessionParts as Session
 from .sampling import Sampler, StopText
 from .text import StreamDecoder
-
-if TYPE_CHECKING:
-    from .session import Session
 
 NOTHING = "nothing to continue: read something first, or give a prompt"
 
 
-def write(session: "Session", prompt: Any, most: int, stops: StopText, sampler: Sampler) -> Generator[str, None, None]:
+def write(session: Session, prompt: Any, most: int, stops: StopText, sampler: Sampler) -> Generator[str, None, None]:
     """The new text, in pieces."""
     decoder: StreamDecoder | None = None
     with closing(tokens(session, prompt, most, sampler)) as found:
@@ -28,7 +26,7 @@ def write(session: "Session", prompt: Any, most: int, stops: StopText, sampler: 
         yield text
 
 
-def tokens(session: "Session", prompt: Any, most: int, sampler: Sampler) -> Generator[int, None, None]:
+def tokens(session: Session, prompt: Any, most: int, sampler: Sampler) -> Generator[int, None, None]:
     """The new tokens."""
     with session._exclusive():
         read_prompt(session, prompt)
@@ -44,23 +42,24 @@ def tokens(session: "Session", prompt: Any, most: int, sampler: Sampler) -> Gene
             yield token
 
 
-def replay(session: "Session", ids: list[int]) -> None:
-    """Reads tokens that this session wrote once, as if it wrote them now. Same state as after writing them."""
+def replay(session: Session, ids: list[int]) -> None:
+    """Read tokens that this session wrote once, as if it wrote them now. Same state as after writing them."""
     with session._exclusive():
         read_prompt(session, None)
-        for n, _ in session._reader.feed(session._stream, ids):
+        reader = session._reader
+        for n, _ in reader.feed(session._stream, ids, learn=reader.config.learn == "all"):
             session._stream.written += n
 
 
-def read_exactly(session: "Session", ids: list[int]) -> None:
-    """Reads ids as they are, after held characters; no prefix (BOS) is added where a stream begins."""
+def read_exactly(session: Session, ids: list[int]) -> None:
+    """Read ids as they are, after held characters; no prefix (BOS) is added where a stream begins."""
     with session._exclusive():
         session._flush()
         for _ in session._feed(ids, False):
             pass
 
 
-def read_prompt(session: "Session", prompt: Any) -> None:
+def read_prompt(session: Session, prompt: Any) -> None:
     """Reads what is held and the prompt, or BOS if there is nothing else; UserError where nothing can be continued."""
     check_continuable(session, prompt)
     for ids in () if prompt is None else session._ids(prompt):
@@ -74,7 +73,7 @@ def read_prompt(session: "Session", prompt: Any) -> None:
         raise UserError(NOTHING)
 
 
-def check_continuable(session: "Session", prompt: Any) -> None:
+def check_continuable(session: Session, prompt: Any) -> None:
     """UserError where there is nothing to continue, as far as can be told without reading."""
     held = session._encoder is not None and session._encoder.held
     empty = prompt is None or (isinstance(prompt, str | list | tuple) and not prompt)

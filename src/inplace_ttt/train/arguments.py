@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainingArguments
 
-from inplace_ttt.train.recipe import Recipe
+from inplace_ttt.train.specs import Recipe
 
 if TYPE_CHECKING:
     from inplace_ttt.train.parallel import Place

@@ -6,8 +6,9 @@ from dataclasses import replace
 from functools import cached_property
 
 from inplace_ttt.errors import UserError
-from inplace_ttt.train.recipe import DomainSpec
-from inplace_ttt.train.sources import Document, read_source
+from inplace_ttt.train.document import Document
+from inplace_ttt.train.sources import read_source
+from inplace_ttt.train.specs import DomainSpec
 
 
 class DomainDocuments:

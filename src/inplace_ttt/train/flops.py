@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from inplace_ttt import inspect, is_attached
+from inplace_ttt.hf.attach import inspect, is_attached
 from inplace_ttt.train.model import count_parameters
-from inplace_ttt.train.recipe import Recipe
+from inplace_ttt.train.specs import Recipe
 
 PEAK_TFLOPS: dict[str, tuple[float, float]] = {
     "B200": (2250, 1125), "H200": (989, 494), "H100 PCIe": (756, 378), "H100 NVL": (835, 417), "H100": (989, 494),

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from inplace_ttt.errors import SourceError
+from inplace_ttt.train.document import Document
 from inplace_ttt.train.packages import is_source, read_text
-from inplace_ttt.train.sources import Document
 
 HELD_OUT_PERCENT = 10
 """Of the modules, for validation and for test each."""

@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from inplace_ttt import is_attached
 from inplace_ttt.config import InPlaceTTTConfig
 from inplace_ttt.errors import UserError, in_one_line
-from inplace_ttt.hf.checkpoint import has_fast_weights
+from inplace_ttt.hf.attach import attach, configure, is_attached
+from inplace_ttt.hf.checkpoint import from_pretrained, has_fast_weights, save_pretrained
 from inplace_ttt.hf.names import base_of
-from inplace_ttt.train.recipe import Recipe
+from inplace_ttt.train.specs import Recipe
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, attention: str) -> PreTrainedModel:
@@ -41,8 +41,6 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, attention: s
     model.config.use_cache = True
     config = recipe.ttt_config()
     if config is not None and not is_attached(model):
-        from inplace_ttt import attach
-
         attach(model, config)
     elif config is not None:
         _continue_with(model, config, recipe.ttt or {})
@@ -54,8 +52,6 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, attention: s
 
 def prepare_trainable(model: PreTrainedModel, recipe: Recipe) -> None:
     """Fast weights on a model that has none yet, and what the recipe freezes."""
-    from inplace_ttt import attach
-
     config = recipe.ttt_config()
     if config is not None:
         attach(model, config)
@@ -64,7 +60,6 @@ def prepare_trainable(model: PreTrainedModel, recipe: Recipe) -> None:
 
 def _continue_with(model: PreTrainedModel, config: InPlaceTTTConfig, given: Mapping[str, Any]) -> None:
     """Goes on with a base's own fast weights; only how it reads may differ, where the recipe says so."""
-    from inplace_ttt import configure
     from inplace_ttt.hf.attach import READING, runtime_of
 
     have, count = runtime_of(model).config, model.config.get_text_config().num_hidden_layers
@@ -107,8 +102,6 @@ def _load_base(recipe: Recipe, attention: str) -> PreTrainedModel:
         keywords["distributed_config"] = DistributedConfig(tp_size=tensor, tp_plan="auto")
     try:
         if attached:
-            from inplace_ttt import from_pretrained
-
             model: Any = from_pretrained(base, **keywords)
         else:
             model = AutoModelForCausalLM.from_pretrained(base, **keywords)
@@ -167,8 +160,6 @@ def save_model(
     if dtype is not None:
         nn.Module.to(model, dtype)
     if is_attached(model):
-        from inplace_ttt import save_pretrained
-
         frozen = recipe.trainable != "all" and bool(base_of(model).name)
         save_pretrained(model, directory, tokenizer, adapter_only=frozen, projections=frozen and _has_own(recipe))
     else:
@@ -188,8 +179,6 @@ def _has_own(recipe: Recipe) -> bool:
 def load_saved(directory: Path, attached: bool) -> PreTrainedModel:
     """What `save_model` wrote, with float32 weights, on the CPU."""
     if attached:
-        from inplace_ttt import from_pretrained
-
         model: Any = from_pretrained(directory)
     else:
         model = AutoModelForCausalLM.from_pretrained(directory)

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
 from inplace_ttt.errors import SourceError
+from inplace_ttt.train.document import SPLITS, Document
 from inplace_ttt.train.licences import permitted_licence
-from inplace_ttt.train.sources import SPLITS, Document
 
 MAX_BYTES = 1 << 20  # of a file, and of a directory that stays one document
 MIN_DOCUMENT_BYTES = 64 << 10

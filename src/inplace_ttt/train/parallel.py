@@ -23,7 +23,7 @@ from inplace_ttt.errors import UserError
 from inplace_ttt.hf.parallel import ContextParallel, enable_context_parallel
 from inplace_ttt.hf.sharding import Meshes, from_first, load_sharded, make_meshes, save_sharded, shard_from_first
 from inplace_ttt.train.packing import IGNORED, PackedRows
-from inplace_ttt.train.parallel_spec import ParallelSpec
+from inplace_ttt.train.specs import ParallelSpec
 from inplace_ttt.train.stream import StreamedRows
 from inplace_ttt.train.trainer import PackedTrainer
 
@@ -272,8 +272,8 @@ class ParallelTrainer(PackedTrainer):
 
 def save_whole(model: PreTrainedModel, directory: Path) -> None:
     """The whole model in the format of one process, in the parameters' dtype; all processes call it, one writes."""
-    from inplace_ttt import is_attached, save_pretrained
-    from inplace_ttt.hf.checkpoint import save_base
+    from inplace_ttt.hf.attach import is_attached
+    from inplace_ttt.hf.checkpoint import save_base, save_pretrained
     from inplace_ttt.hf.sharding import is_sharded, whole_state
 
     if is_attached(model):

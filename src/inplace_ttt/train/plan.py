@@ -17,8 +17,7 @@ from inplace_ttt.train.duration import LOGIT_BYTES, Work, layer_bytes
 from inplace_ttt.train.flops import attention_per_token, products_per_token
 from inplace_ttt.train.loss import tokens_at_once, why_whole
 from inplace_ttt.train.model import count_parameters, prepare_trainable
-from inplace_ttt.train.parallel_spec import ParallelSpec
-from inplace_ttt.train.recipe import Recipe
+from inplace_ttt.train.specs import ParallelSpec, Recipe
 
 SHAPES: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-4B-Base": {

@@ -13,11 +13,13 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from inplace_ttt.records import write_json
+from inplace_ttt.train.document import SPLITS, Document
 from inplace_ttt.train.domain import DomainDocuments
 from inplace_ttt.train.packages import PackageCorpus, collect, installed
 from inplace_ttt.train.packing import TokenStore, TokenWriter
-from inplace_ttt.train.recipe import DomainSpec, Recipe
-from inplace_ttt.train.sources import SPLITS, Document, source_files, split_source
+from inplace_ttt.train.sources import source_files, split_source
+from inplace_ttt.train.specs import DomainSpec, Recipe
 from inplace_ttt.train.tokenizer import encode_documents, load_tokenizer, train_tokenizer
 
 _FORMAT = 2  # part of the cache key: raise it when the same recipe would give other tokens
@@ -94,8 +96,8 @@ def _write(recipe: Recipe, directory: Path, say: Callable[[str], None]) -> None:
                 f"{found['tokens']:,} tokens"
             )
     manifest = reader.packages.manifest_dicts() if reader.used_packages else []
-    _write_json(directory / "packages.json", manifest)
-    _write_json(directory / "summary.json", summary)
+    write_json(directory / "packages.json", manifest)
+    write_json(directory / "summary.json", summary)
 
 
 class _Reader:
@@ -155,7 +157,3 @@ def _key(recipe: Recipe) -> str:
         *([sys.version] if "library" in kinds else []),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1), encoding="utf-8")

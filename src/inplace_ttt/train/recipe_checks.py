@@ -5,28 +5,26 @@ import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from inplace_ttt.errors import UserError, in_one_line
-from inplace_ttt.train.parallel_spec import check_parallel
+from inplace_ttt.train.document import SPLITS
 from inplace_ttt.train.schema import RecipeError
-from inplace_ttt.train.sources import INSTALLED, SPLITS, check_source, split_source
-
-if TYPE_CHECKING:
-    from inplace_ttt.train.recipe import Recipe
+from inplace_ttt.train.sources import INSTALLED, check_source, split_source
+from inplace_ttt.train.specs import ParallelSpec, Recipe
 
 
-def check(recipe: "Recipe", data: bool = True) -> None:
+def check(recipe: Recipe, data: bool = True) -> None:
     """Raises RecipeError for the first thing that cannot work. Reads no data; without ``data`` none need be there."""
     _check_numbers(recipe)
     _check_model(recipe)
     _check_data(recipe, data)
     _check_ttt(recipe)
     _check_alignment(recipe)
-    check_parallel(recipe)
+    _check_parallel(recipe)
 
 
-def _check_alignment(recipe: "Recipe") -> None:
+def _check_alignment(recipe: Recipe) -> None:
     if recipe.cut_multiple is not None and not 1 <= recipe.cut_multiple <= recipe.sequence_length:
         raise RecipeError(
             f"cut_multiple: {recipe.cut_multiple} must lie between 1 and sequence_length ({recipe.sequence_length})"
@@ -35,7 +33,7 @@ def _check_alignment(recipe: "Recipe") -> None:
         raise RecipeError("align_documents: needs ttt, and a sequence_length that is a multiple of ttt.chunk_size")
 
 
-def _check_numbers(recipe: "Recipe") -> None:
+def _check_numbers(recipe: Recipe) -> None:
     optimizer, evaluation = recipe.optimizer, recipe.evaluation
     at_least: dict[int, dict[str, float]] = {
         1: {
@@ -85,7 +83,7 @@ def _check_numbers(recipe: "Recipe") -> None:
         raise RecipeError(f"evaluation.edges: must rise, got {list(evaluation.edges)}")
 
 
-def _check_model(recipe: "Recipe") -> None:
+def _check_model(recipe: Recipe) -> None:
     model, tokenizer = recipe.model, recipe.tokenizer
     if (model.base is None) == (model.config is None):
         raise RecipeError("model: give either base (a directory or hub id) or config (model_type and its settings)")
@@ -156,7 +154,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
         raise RecipeError(f"model.config.num_key_value_heads: {shared} must divide num_attention_heads ({heads})")
 
 
-def _check_data(recipe: "Recipe", there: bool) -> None:
+def _check_data(recipe: Recipe, there: bool) -> None:
     data = recipe.data
     if not data.train:
         raise RecipeError("data.train: give at least one domain, such as books: jsonl:books.jsonl")
@@ -185,7 +183,7 @@ def _check_data(recipe: "Recipe", there: bool) -> None:
                     raise RecipeError(f"{where}: {source} belongs to another split, write {kind}:{split}")
 
 
-def _check_ttt(recipe: "Recipe") -> None:
+def _check_ttt(recipe: Recipe) -> None:
     if recipe.ttt is None:
         if recipe.ttt_lr_warmup_steps:
             raise RecipeError("ttt_lr_warmup_steps: there is no ttt whose lr could warm up")
@@ -223,4 +221,64 @@ def _check_ttt(recipe: "Recipe") -> None:
         raise RecipeError(
             f"sequence_length: {recipe.sequence_length} tokens never see an update with ttt.chunk_size "
             f"{config.chunk_size}: make the sequence longer or the chunk smaller"
+        )
+
+
+def _check_parallel(recipe: Recipe) -> None:
+    """Raises RecipeError for combinations that cannot work. Reads no data, starts no process."""
+    spec = recipe.parallel
+    if spec is None:
+        return
+    for name in ("data", "shard", "context", "tensor"):
+        if getattr(spec, name) < 1:
+            raise RecipeError(f"parallel.{name}: must be at least 1, got {getattr(spec, name)}")
+    if recipe.compile:
+        raise RecipeError("compile: not supported together with parallel, leave it out")
+    readers = spec.data * spec.shard
+    if recipe.batch_size % readers:
+        raise RecipeError(
+            f"batch_size: {recipe.batch_size} rows cannot be dealt to {readers} processes (parallel.data x "
+            f"parallel.shard): use a multiple of {readers}"
+        )
+    if spec.tensor > 1:
+        _check_tensor(recipe, spec)
+    if spec.context > 1:
+        _check_context(recipe, spec)
+
+
+def _check_tensor(recipe: Recipe, spec: ParallelSpec) -> None:
+    if spec.processes != spec.tensor:
+        raise RecipeError("parallel.tensor: not supported together with data, shard or context")
+    if recipe.model.base is None:
+        raise RecipeError("parallel.tensor: only for model.base (transformers splits a model while it loads it)")
+    if recipe.precision == "bf16":
+        raise RecipeError("parallel.tensor: needs precision: fp32 (it has no mixed precision)")
+    if recipe.trainable != "all" or recipe.ttt_relative_update is not None:
+        raise RecipeError(
+            "parallel.tensor: trains all weights with a given ttt.lr: no trainable, no ttt_relative_update"
+        )
+    config = recipe.ttt_config()
+    if config is not None and config.clip is not None:
+        raise RecipeError("parallel.tensor: ttt.clip needs the norm of whole updates, leave it out (decay works)")
+
+
+def _check_context(recipe: Recipe, spec: ParallelSpec) -> None:
+    config = recipe.ttt_config()
+    pieces = spec.context * (2 if spec.slices == "head_tail" else 1)
+    multiple = pieces * (1 if config is None else config.chunk_size)
+    if recipe.sequence_length % multiple:
+        raise RecipeError(
+            f"sequence_length: {recipe.sequence_length} cannot be cut into {pieces} slices that end on chunk "
+            f"boundaries: use a multiple of {multiple} (slices x ttt.chunk_size)"
+        )
+    if config is not None and not recipe.align_documents:
+        raise RecipeError(
+            "align_documents: must be true with parallel.context, so that no document's chunk lies on two processes"
+        )
+    if recipe.attn_implementation != "auto":
+        raise RecipeError("attn_implementation: parallel.context chooses it, leave it out (auto)")
+    window = (recipe.model.config or {}).get("sliding_window")
+    if spec.attention == "torch" and (spec.slices != "head_tail" or window or recipe.align_documents):
+        raise RecipeError(
+            'parallel.attention: "torch" knows neither windows nor packed documents nor contiguous slices: use "gather"'
         )

@@ -16,10 +16,11 @@ from rich.console import Console
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from inplace_ttt import configure, fast_settings, is_attached
 from inplace_ttt.errors import UserError
 from inplace_ttt.eval.nll import DomainResult, Text, evaluate_documents
+from inplace_ttt.hf.attach import configure, fast_settings, is_attached
 from inplace_ttt.hf.checkpoint import add_results
+from inplace_ttt.records import write_json
 from inplace_ttt.train.arguments import training_arguments
 from inplace_ttt.train.attention import choose_attention
 from inplace_ttt.train.flops import flops_per_token, peak_flops
@@ -28,8 +29,8 @@ from inplace_ttt.train.model import build_model, count_parameters, load_saved, s
 from inplace_ttt.train.monitor import FastWeightMonitor
 from inplace_ttt.train.packing import PackedRows, TokenStore, first_rows
 from inplace_ttt.train.prepare import Prepared, prepare, training_documents
-from inplace_ttt.train.recipe import Recipe
-from inplace_ttt.train.report import loss_curve, plot_losses, run_record, write_json
+from inplace_ttt.train.report import loss_curve, plot_losses, run_record
+from inplace_ttt.train.specs import Recipe
 from inplace_ttt.train.stream import Layout, StreamedRows
 from inplace_ttt.train.trainer import COMPLETE, InnerLrWarmup, MarkComplete, PackedTrainer, quiet
 

@@ -20,7 +20,7 @@ from inplace_ttt.core.layer import written
 from inplace_ttt.core.scan import Call, generic
 from inplace_ttt.core.targets import chunked, values_of
 from inplace_ttt.hf.attach import runtime_of
-from inplace_ttt.hf.context import compute_dtype
+from inplace_ttt.hf.sites import compute_dtype
 
 
 @dataclass(frozen=True)

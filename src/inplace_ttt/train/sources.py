@@ -12,30 +12,17 @@ A source is written ``kind:where``:
 """
 
 import glob
-import gzip
-import json
-import lzma
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from inplace_ttt.errors import SourceError
 from inplace_ttt.hub import HubDataset, hub_dataset
+from inplace_ttt.text_files import read_json_lines, read_text
+from inplace_ttt.train.document import SPLITS, Document
+from inplace_ttt.train.library import library
 
-SPLITS = ("train", "validation", "test")
 INSTALLED = ("packages", "library")
 """Kinds of source that name a split of what is installed, not a place."""
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One text. ``source`` says where it came from, ``licence`` under which terms ("" if unknown)."""
-
-    id: str
-    text: str
-    source: str
-    licence: str = ""
 
 
 def split_source(spec: str) -> tuple[str, str]:
@@ -82,8 +69,6 @@ def read_source(spec: str, packages: Callable[[str], list[Document]] | None = No
         yield from packages(where)
         return
     if kind == "library":
-        from inplace_ttt.train.library import library
-
         yield from library(where)
         return
     if kind == "hf":
@@ -104,49 +89,15 @@ def _rows(dataset: HubDataset) -> Iterator[Document]:
         yield Document(id=name, text=row[dataset.text], source=dataset.place)
 
 
-def _open(path: Path) -> IO[str]:
-    if path.suffix == ".xz":
-        return lzma.open(path, "rt", encoding="utf-8")
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    return open(path, encoding="utf-8")
-
-
 def _json_lines(path: Path) -> Iterator[Document]:
-    number = 0
-    try:
-        with _open(path) as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _record(path, number, line)
-    except UnicodeDecodeError:
-        raise SourceError(f"{path}, after line {number}: not UTF-8 text") from None
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise SourceError(f"{path}, after line {number}: cannot be read ({error})") from None
-
-
-def _record(path: Path, number: int, line: str) -> Document:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise SourceError(f"{path}, line {number}: not JSON ({error.msg})") from None
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise SourceError(f'{path}, line {number}: no "text" (each line must be an object with a string "text")')
-    return Document(
-        id=str(record.get("id", f"{path.name}:{number}")),
-        text=record["text"],
-        source=str(record.get("source", path.name)),
-        licence=str(record.get("licence", record.get("license", ""))),
-    )
+    for number, record in read_json_lines(path):
+        yield Document(
+            id=str(record.get("id", f"{path.name}:{number}")),
+            text=record["text"],
+            source=str(record.get("source", path.name)),
+            licence=str(record.get("licence", record.get("license", ""))),
+        )
 
 
 def _text_file(path: Path) -> Document:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise SourceError(f"{path}: not UTF-8 text") from None
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror})") from None
-    if not text.strip():
-        raise SourceError(f"{path}: empty")
-    return Document(id=str(path), text=text, source=path.name)
+    return Document(id=str(path), text=read_text(path).text, source=path.name)

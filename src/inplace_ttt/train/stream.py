@@ -20,9 +20,9 @@ from torch.utils.data import Dataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from inplace_ttt.errors import UserError
+from inplace_ttt.records import write_json
+from inplace_ttt.train.document import Document
 from inplace_ttt.train.packing import Row, TokenStore, plan_rows, row_tensors
-from inplace_ttt.train.report import write_json
-from inplace_ttt.train.sources import Document
 from inplace_ttt.train.tokenizer import encode_documents
 
 WINDOW_ROWS = 32

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from inplace_ttt.errors import UserError, in_one_line
+from inplace_ttt.train.document import Document
 from inplace_ttt.train.domain import hash_of
-from inplace_ttt.train.sources import Document
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # every byte and the special token

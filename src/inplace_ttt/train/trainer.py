@@ -22,12 +22,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from inplace_ttt import is_attached
 from inplace_ttt.errors import UserError
+from inplace_ttt.hf.attach import is_attached, set_lr, updates_off
+from inplace_ttt.records import peak_memory
 from inplace_ttt.train.loss import loss_in_pieces
 from inplace_ttt.train.monitor import FastWeightMonitor
 from inplace_ttt.train.packing import IGNORED, PackedRows
-from inplace_ttt.train.report import peak_memory
 from inplace_ttt.train.stream import StreamedRows
 
 COMPLETE = "complete"
@@ -139,8 +139,6 @@ class PackedTrainer(Trainer):
     @torch.no_grad()
     def _mean_loss(self, model: nn.Module, rows: Sequence[dict[str, Tensor]], updates: bool = True) -> float:
         """Loss per predicted token over ``rows``, in nats."""
-        from inplace_ttt import updates_off
-
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         tokens = 0
         size = self.args.per_device_eval_batch_size
@@ -168,16 +166,12 @@ class InnerLrWarmup(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        from inplace_ttt import set_lr
-
         if state.global_step <= self.steps:
             set_lr(self.model, self.lr * min(1.0, (state.global_step + 1) / self.steps))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        from inplace_ttt import set_lr
-
         set_lr(self.model, self.lr)
 
 

@@ -1,19 +1,16 @@
 """Documents to measure on: text files, directories of them, JSON lines and datasets, each document tokenised once."""
 
-import gzip
-import json
-import lzma
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from ...demo.text import read_text
 from ...errors import UserError
 from ...hub import PREFIX, hub_dataset
+from ...text_files import read_json_lines, read_text
 
 TEXT_FILES = frozenset(
     [
@@ -122,46 +119,14 @@ def _file(path: Path, domain: str) -> Iterator[tuple[str, str, str]]:
     if path.name.endswith(JSON_LINES):
         yield from _json_lines(path, domain)
         return
-    size = path.stat().st_size if path.is_file() else 0
-    yield str(path), domain, read_text(path, size).text
+    yield str(path), domain, read_text(path).text
 
 
 def _json_lines(path: Path, domain: str) -> Iterator[tuple[str, str, str]]:
     number = 0
-    try:
-        with _open(path) as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _record(path, number, line, domain)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}, after line {number}: not UTF-8 text") from None
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}, after line {number}: cannot be read ({reason})") from None
+    for number, record in read_json_lines(path):
+        if not record["text"].strip():
+            raise UserError(f'{path}, line {number}: its "text" is empty')
+        yield str(record.get("id", f"{path}:{number}")), str(record.get("domain", domain)), record["text"]
     if not number:
         raise UserError(f"{path} is empty")
-
-
-def _open(path: Path) -> IO[str]:
-    if path.suffix == ".xz":
-        return lzma.open(path, "rt", encoding="utf-8-sig")
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    return open(path, encoding="utf-8-sig")
-
-
-def _record(path: Path, number: int, line: str, domain: str) -> tuple[str, str, str]:
-    where = f"{path}, line {number}"
-    if "\0" in line:
-        raise UserError(f"{where}: binary data (NUL bytes), not JSON lines")
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({getattr(error, 'msg', 'too deeply nested')})") from None
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise UserError(f'{where}: no "text" (each line must be an object with a string "text")')
-    if not record["text"].strip():
-        raise UserError(f'{where}: its "text" is empty')
-    return str(record.get("id", f"{path}:{number}")), str(record.get("domain", domain)), record["text"]

@@ -1,4 +1,7 @@
-"""A model with fast weights and its tokenizer, from one name."""
+"""A model and its tokenizer from one name: a directory, a hub id, or the shipped model.
+
+The one loader of the whole command line.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -7,29 +10,39 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..errors import UserError
-from ..hf.checkpoint import from_pretrained, has_fast_weights, load_plain, tokenizer_places
-from ..hf.hub_files import require_hub_id
-from ..shipped import DEFAULT_MODEL
+from ..shipped import DEFAULT_MODEL, SHIPPED
+from .checkpoint import from_pretrained, has_fast_weights, load_plain
+from .directory import tokenizer_places
+from .hub_files import require_hub_id
 
 
 def load(model: str | Path, device: str | None = None) -> tuple[PreTrainedModel, Any]:
-    """Model and fast tokenizer from a directory or hub id. Computes in float32 on a CPU, as stored elsewhere.
+    """Load a model with fast weights, as ``load_model`` does, and its fast tokenizer.
 
     UserError when either cannot be loaded or the tokenizer does not tell which characters a token spans.
     """
-    if Path(model) == DEFAULT_MODEL and not DEFAULT_MODEL.is_dir():
-        raise UserError(f"this installation lacks the shipped model ({DEFAULT_MODEL}): install the package again")
-    place = _device(device)
-    loaded = from_pretrained(model, dtype=torch.float32 if place.type == "cpu" else "auto").to(place).eval()
+    model = _place_of(model)
+    loaded = load_model(model, device)
     tokenizer = load_tokenizer(model, loaded)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"the tokenizer of {model} is not a fast one: it cannot tell which characters a token spans")
     return loaded, tokenizer
 
 
-def load_baseline(model: str | Path, device: str | None = None) -> PreTrainedModel:
-    """A model to compare with, plain or with fast weights; UserError when it cannot be loaded."""
+def load_model(model: str | Path, device: str | None = None, dtype: str | torch.dtype | None = None) -> PreTrainedModel:
+    """Load a model with fast weights from a directory, a hub id or ``SHIPPED``, ready to read.
+
+    ``device`` None: the GPU if there is one. ``dtype`` None: float32 on a CPU, as stored elsewhere. UserError when it
+    cannot be loaded or the device cannot be used.
+    """
     place = _device(device)
+    how = dtype or (torch.float32 if place.type == "cpu" else "auto")
+    return from_pretrained(_place_of(model), dtype=how).to(place).eval()  # type: ignore[no-any-return]
+
+
+def load_baseline(model: str | Path, device: str | None = None) -> PreTrainedModel:
+    """Load a model to compare with, plain or with fast weights; UserError when it cannot be loaded."""
+    place, model = _device(device), _place_of(model)
     dtype: Any = torch.float32 if place.type == "cpu" else "auto"
     path = Path(model).expanduser()
     if has_fast_weights(path):
@@ -41,7 +54,7 @@ def load_baseline(model: str | Path, device: str | None = None) -> PreTrainedMod
 
 
 def load_tokenizer(model: str | Path, loaded: PreTrainedModel) -> Any:
-    """The tokenizer beside a model, in its base, or of the base that an adapter names."""
+    """Load the tokenizer beside a model, in its base, or of the base that an adapter names. UserError without one."""
     reason = "no tokenizer files"
     for place, where in tokenizer_places(model):
         if Path(place).is_dir() and not any(Path(place).glob("tokenizer*")):
@@ -51,6 +64,14 @@ def load_tokenizer(model: str | Path, loaded: PreTrainedModel) -> Any:
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
     raise UserError(f"no tokenizer for {model} ({reason}): save one beside it with tokenizer.save_pretrained")
+
+
+def _place_of(model: str | Path) -> str | Path:
+    """Return the shipped model's directory for its name, other names as they are."""
+    place = DEFAULT_MODEL if model == SHIPPED else model
+    if Path(place) == DEFAULT_MODEL and not DEFAULT_MODEL.is_dir():
+        raise UserError(f"this installation lacks the shipped model ({DEFAULT_MODEL}): install the package again")
+    return place
 
 
 def _device(name: str | None) -> torch.device:

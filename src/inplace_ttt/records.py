@@ -1,0 +1,89 @@
+"""What every record of results says about where it comes from, and the files that records are written to."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VERSIONS = ("inplace-ttt", "torch", "transformers", "accelerate", "tokenizers", "numpy", "triton")
+
+
+def about(started: datetime | None = None) -> dict[str, Any]:
+    """Return commit, date, hardware and versions, with the seconds since ``started`` (aware of its time zone)."""
+    now = datetime.now(UTC)
+    seconds = {} if started is None else {"seconds": round((now - started).total_seconds(), 1)}
+    return {
+        "commit": git_commit(),
+        "date": now.isoformat(timespec="seconds"),
+        **seconds,
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+
+
+def git_commit() -> str | None:
+    """Return the commit of the library's source tree, None when it is not a git checkout; "-dirty": with changed files.
+
+    The environment variable INPLACE_TTT_COMMIT replaces it where the source travels without its history.
+    """
+    if named := os.environ.get("INPLACE_TTT_COMMIT"):
+        return named
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # else the checkout around an installed copy would be named
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def hardware() -> dict[str, Any]:
+    """Return the names of the processor and of the accelerators."""
+    found: dict[str, Any] = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    if torch.cuda.is_available():
+        found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Return those of Python and of the libraries that decide the result."""
+    found = {name: _version(name) for name in VERSIONS}
+    return {"python": sys.version.split()[0]} | {name: text for name, text in found.items() if text}
+
+
+def peak_memory() -> int:
+    """Return bytes at the peak: of the GPU's allocations where there is one, else of the process; 0 if not known."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write readable JSON, and directories as needed: the whole file or none, even if the process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,42 @@
+"""A session as seen by the modules that do a part of its work: writing, files, LoRA export."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from .diagnostics import Timeline
+from .probe import Probe
+from .results import Score, Stats
+from .sources import Readable
+from .stream import Reader, Stream
+from .text import StreamEncoder
+
+
+class SessionParts(Protocol):
+    """What ``Session`` lends to these modules. They are documented there."""
+
+    tokenizer: Any
+    origin: str | None
+    _reader: Reader
+    _stream: Stream
+    _encoder: StreamEncoder | None
+    _timeline: Timeline
+    _probe: Probe
+
+    @property
+    def fast_weights(self) -> dict[int, Any]: ...
+
+    @property
+    def timeline(self) -> Timeline: ...
+
+    def stats(self) -> Stats: ...
+
+    def _exclusive(self) -> AbstractContextManager[None]: ...
+
+    def _ids(self, source: Readable) -> Iterator[list[int]]: ...
+
+    def _begin(self) -> list[int]: ...
+
+    def _feed(self, ids: list[int], scored: bool) -> Iterator[tuple[int, list[float]]]: ...
+
+    def _flush(self, scored: bool = False) -> Score: ...
