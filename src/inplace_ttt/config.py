@@ -23,9 +23,9 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
 )
 """Defaults that depend on the objective: what all but "loss" have."""
 LOSS_DEFAULTS: Mapping[str, Any] = MappingProxyType(
-    {"layers": "0::3", "chunk_size": 256, "lr": 1.0, "decay": 0.0, "update_size": 3e-3}
+    {"layers": "0::3", "chunk_size": 128, "lr": 1.0, "decay": 0.0, "update_size": 2e-3}
 )
-"""What "loss" has: the best single set over the models of docs/reading.md."""
+"""What "loss" has: docs/reading.md has the measurements."""
 _KINDS = (
     (("chunk_size", "conv_kernel", "lookahead"), Integral, "a whole number"),
     (("lr", "decay", "clip", "init_std", "update_size"), Real, "a number"),

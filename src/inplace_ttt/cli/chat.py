@@ -12,7 +12,7 @@ import typer
 from ..errors import UserError, in_one_line
 from .inspect_session import stats_lines
 from .read import Saver, Source, deferred_interrupt, next_line, read_one
-from .sessions import Device, Model, State, Window, check_place, open_session
+from .sessions import Device, Model, Objective, State, Window, check_place, open_session
 
 HELP = """\
 /help            this
@@ -46,6 +46,7 @@ def chat(
     window: Window = None,
     state: State = None,
     device: Device = None,
+    objective: Objective = None,
 ) -> None:
     """Talk to a session that remembers: it learns from what you and it write."""
     from rich.console import Console
@@ -59,7 +60,7 @@ def chat(
 
             choice = Sampling(temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed)
             held.enter_context(holding(session))
-            opened = open_session(session, model, device, {"window": window, "state": state})
+            opened = open_session(session, model, device, {"window": window, "state": state}, objective=objective)
             template = None if plain else Template.of(opened)
         if sys.stdin.isatty():
             with suppress(ImportError):

@@ -26,6 +26,12 @@ def demo(
     json: Annotated[Path | None, typer.Option(help="Write all figures here.", show_default=False)] = None,
     plot: Annotated[Path, typer.Option(help="Write the picture here (.png, .pdf or .svg).")] = Path("out/demo.png"),
     max_tokens: Annotated[int, typer.Option(help="Tokens to read.", min=1)] = 16384,
+    objective: Annotated[
+        str | None, typer.Option(help="For a plain model: loss (nothing to train).", show_default=False)
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="A plain Llama reads through a window.", min=1, show_default=False)
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="Such as cpu or cuda. Left out: the GPU if there is one.", show_default=False)
     ] = None,
@@ -42,7 +48,7 @@ def demo(
     for path in (plot, json):
         _check_writable(path)
     source = read_text(file or library_file(), max_tokens)
-    result = _run(source, model, max_tokens, device)
+    result = _run(source, model, max_tokens, device, objective, window)
 
     from .report import picture, show
 
@@ -54,7 +60,14 @@ def demo(
     console.print("\n".join(written), highlight=False, soft_wrap=True)
 
 
-def _run(source: "Source", model: str | None, max_tokens: int, device: str | None) -> "DemoResult":
+def _run(
+    source: "Source",
+    model: str | None,
+    max_tokens: int,
+    device: str | None,
+    objective: str | None = None,
+    window: int | None = None,
+) -> "DemoResult":
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -66,7 +79,7 @@ def _run(source: "Source", model: str | None, max_tokens: int, device: str | Non
         from ..hf.load import load
 
         quiet_libraries()
-        loaded, tokenizer = load(model or DEFAULT_MODEL, device)
+        loaded, tokenizer = load(model or DEFAULT_MODEL, device, objective=objective, window=window)
         tokens = tokenize(source, tokenizer, runtime_of(loaded).config.chunk_size, max_tokens)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as progress:

@@ -14,7 +14,7 @@ import typer
 
 from ..errors import UserError
 from .inspect_session import stats_lines
-from .sessions import ChunkSize, Decay, Device, Model, Sinks, State, Window, open_session
+from .sessions import ChunkSize, Decay, Device, Model, Objective, Sinks, State, Window, open_session
 from .usage import INTERRUPTED
 
 FIRST, SMALLEST, LARGEST = 2048, 512, 1 << 15
@@ -31,6 +31,7 @@ def read(
     chunk_size: ChunkSize = None,
     state: State = None,
     device: Device = None,
+    objective: Objective = None,
 ) -> None:
     """Let a session learn from files. Ctrl-C stops and keeps what was learned."""
     sources = [Source(path) for path in files]
@@ -42,15 +43,21 @@ def read(
     from ..session.writers import holding
 
     with holding(session):
-        read_all(sources, session, model, device, options, Console(stderr=True))
+        read_all(sources, session, model, device, options, Console(stderr=True), objective)
 
 
 def read_all(
-    sources: list["Source"], session: Path, model: str | None, device: str | None, options: dict[str, Any], log: Any
+    sources: list["Source"],
+    session: Path,
+    model: str | None,
+    device: str | None,
+    options: dict[str, Any],
+    log: Any,
+    objective: str | None = None,
 ) -> None:
     """Opens the session, reads the sources one after the other, and saves it, whatever happens."""
     with log.status("loading the model"):
-        opened = open_session(session, model, device, options)
+        opened = open_session(session, model, device, options, objective=objective)
     saver, stopped = Saver(opened, session), False
     with deferred_interrupt() as interrupt:
         try:

@@ -16,6 +16,7 @@ Window = Annotated[int | None, typer.Option(help="New session: tokens attention 
 Sinks = Annotated[int | None, typer.Option(help="New session: first tokens kept, too.", min=0)]
 Decay = Annotated[float | None, typer.Option(help="New session: share forgotten per update.")]
 ChunkSize = Annotated[int | None, typer.Option(help="New session: tokens per update.", min=1)]
+Objective = Annotated[str | None, typer.Option(help="New session on a plain model: loss.")]
 State = Annotated[str | None, typer.Option(help="New session: dense, auto or a rank.")]
 
 
@@ -23,7 +24,12 @@ State = Annotated[str | None, typer.Option(help="New session: dense, auto or a r
 
 
 def open_session(
-    path: Path | None, model: str | None, device: str | None, options: dict[str, Any], write: bool = True
+    path: Path | None,
+    model: str | None,
+    device: str | None,
+    options: dict[str, Any],
+    write: bool = True,
+    objective: str | None = None,
 ) -> Any:
     """The session in ``path``, or a new one where there is no such file (or no path).
 
@@ -36,7 +42,7 @@ def open_session(
     if "state" in options:
         options["state"] = parse_state(options["state"])
     if path is None or not path.exists():
-        session = _begin(model or SHIPPED, device, options)
+        session = _begin(model or SHIPPED, device, options, objective)
         if path is not None and write:
             from ..session.writers import remember
 
@@ -48,22 +54,22 @@ def open_session(
     return _go_on(path, model, device)
 
 
-def _begin(name: str, device: str | None, options: dict[str, Any]) -> Any:
+def _begin(name: str, device: str | None, options: dict[str, Any], objective: str | None) -> Any:
     from ..session import Session
 
-    session = Session(*_load(name, device), **options)
+    session = Session(*_load(name, device, objective), **options)
     session.origin = _origin(name)
     return session
 
 
 def _go_on(path: Path, model: str | None, device: str | None) -> Any:
     from ..session import Session
-    from ..session.files import model_name
+    from ..session.files import model_name, objective_of
 
     known = model_name(path)
     name = model or known or SHIPPED
     try:
-        loaded = _load(name, device)
+        loaded = _load(name, device, "loss" if objective_of(path) == "loss" else None)
     except UserError as error:
         if model or not known or known == SHIPPED:
             raise
@@ -78,11 +84,11 @@ def _go_on(path: Path, model: str | None, device: str | None) -> Any:
     return session
 
 
-def _load(name: str, device: str | None) -> tuple[Any, Any]:
+def _load(name: str, device: str | None, objective: str | None) -> tuple[Any, Any]:
     from ..hf.load import load
 
     quiet_libraries()
-    return load(name, device)
+    return load(name, device, objective=objective)
 
 
 def _origin(name: str) -> str:

@@ -338,7 +338,8 @@ def _from_plain_layout(path: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
         raise UserError(f"{path} lacks {SETTINGS}: save or download the model again")
     else:
         raise UserError(
-            f"{path} is a plain model without fast weights: load it with transformers and call inplace_ttt.attach"
+            f"{path} is a plain model without fast weights: load it with transformers and call inplace_ttt.attach. "
+            'With objective="loss" it learns as it reads, nothing to train (on the command line: --objective loss)'
         )
     model = load_plain(path, kwargs, architecture)
     attach(model, config)

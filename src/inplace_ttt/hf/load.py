@@ -1,29 +1,45 @@
-"""A model and its tokenizer from one name: a directory, a hub id, or the shipped model.
+"""A model and its tokenizer from one name: a directory, a hub id, a GGUF file, or the shipped model.
 
 The one loader of the whole command line.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedModel
 
+from ..config import InPlaceTTTConfig
 from ..errors import UserError
 from ..shipped import DEFAULT_MODEL, SHIPPED
+from .attach import attach, is_attached
 from .checkpoint import from_pretrained, has_fast_weights, load_plain
 from .directory import tokenizer_places
 from .hub_files import require_hub_id
 
 
-def load(model: str | Path, device: str | None = None) -> tuple[PreTrainedModel, Any]:
+def load(
+    model: str | Path, device: str | None = None, *, objective: str | None = None, window: int | None = None
+) -> tuple[PreTrainedModel, Any]:
     """Load a model with fast weights, as ``load_model`` does, and its fast tokenizer.
+
+    ``objective``: for a plain model, which then gets fast weights with it ("loss" needs no training). ``window``: a
+    plain Llama reads through a sliding window of so many tokens.
 
     UserError when either cannot be loaded or the tokenizer does not tell which characters a token spans.
     """
     model = _place_of(model)
-    loaded = load_model(model, device)
-    tokenizer = load_tokenizer(model, loaded)
+    if objective is None and window is None:
+        loaded = load_model(model, device)
+    else:
+        loaded = _plain(model, device, window)
+        if not is_attached(loaded):
+            attach(loaded, InPlaceTTTConfig(objective=objective or "learned"))
+    if Path(model).suffix == ".gguf":
+        tokenizer: Any = AutoTokenizer.from_pretrained(Path(model).parent, gguf_file=Path(model).name)
+    else:
+        tokenizer = load_tokenizer(model, loaded)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"the tokenizer of {model} is not a fast one: it cannot tell which characters a token spans")
     return loaded, tokenizer
@@ -51,6 +67,28 @@ def load_baseline(model: str | Path, device: str | None = None) -> PreTrainedMod
         require_hub_id(str(model))
     plain: Any = load_plain(path if path.is_dir() else str(model), {"dtype": dtype})
     return plain.to(place).eval()  # type: ignore[no-any-return]
+
+
+def _plain(model: str | Path, device: str | None, window: int | None) -> PreTrainedModel:
+    """Load a model that may have no fast weights; a Llama as a Mistral, which is the same but for its window."""
+    place = _device(device)
+    if Path(model).suffix == ".gguf":
+        if not Path(model).is_file():
+            raise UserError(f"{model}: no such file")
+        if find_spec("gguf") is None:
+            raise UserError("reading a GGUF file needs the package gguf: pip install gguf")
+        dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
+        loaded: Any = load_plain(Path(model).parent, {"dtype": dtype, "gguf_file": Path(model).name})
+    else:
+        loaded = load_baseline(model, device)
+    if window is not None:
+        if loaded.config.model_type != "llama":
+            raise UserError(f"a window can be given to a plain Llama, not to a {loaded.config.model_type} model")
+        values = {k: v for k, v in loaded.config.to_dict().items() if k not in ("model_type", "architectures")}
+        slides = MistralForCausalLM(MistralConfig(**{**values, "sliding_window": window})).to(loaded.dtype)
+        slides.load_state_dict(loaded.state_dict())
+        slides.generation_config, loaded = loaded.generation_config, slides
+    return loaded.to(place).eval()  # type: ignore[no-any-return]
 
 
 def load_tokenizer(model: str | Path, loaded: PreTrainedModel) -> Any:

@@ -13,9 +13,9 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..config import InPlaceTTTConfig
-from ..hf.load import load, load_baseline, load_tokenizer
 from ..errors import UserError
 from ..hf.attach import attach, is_attached
+from ..hf.load import load, load_baseline, load_tokenizer
 from ..shipped import DEFAULT_MODEL
 from .app import make_app
 from .engine import Engine

@@ -173,6 +173,14 @@ def model_name(path: str | Path) -> str | None:
     return origin if isinstance(origin, str) else None
 
 
+def objective_of(path: str | Path) -> str | None:
+    """Return the objective of the model with which a session file was written."""
+    _, header, _ = read_file(path)
+    settings = header.get("model", {}).get("fast_weights", {})
+    found = settings.get("objective") if isinstance(settings, dict) else None
+    return found if isinstance(found, str) else None
+
+
 def _open(path: str | Path) -> Any:
     if Path(path).is_dir():
         raise UserError(f"{path} is a directory: name a session file")

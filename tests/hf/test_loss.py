@@ -1,0 +1,280 @@
+"""The next-token loss as objective: the naive loop, every form of call, nothing left behind."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import (
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+import inplace_ttt as ittt
+from inplace_ttt.hf.attach import runtime_of
+from inplace_ttt.hf.cache import cache_name, cache_of
+
+C, VOCAB, SIZE = 8, 97, 0.1
+KINDS = ("llama", "gemma3", "gpt2")
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def plain(kind, dtype=torch.float64):
+    torch.manual_seed(0)
+    ends = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    shape = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4}
+    if kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=4, n_head=4, n_positions=128, **ends))
+    elif kind == "gemma3":
+        layers = ["sliding_attention", "full_attention"] * 2
+        config = Gemma3TextConfig(
+            vocab_size=VOCAB, **shape, num_key_value_heads=2, head_dim=8, sliding_window=12, layer_types=layers, **ends
+        )
+        model = Gemma3ForCausalLM(config)
+    else:
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **shape, num_key_value_heads=2, **ends))
+    return model.to(dtype).eval()
+
+
+def reader(kind, dtype=torch.float64, **settings):
+    values = {"layers": "0::2", "chunk_size": C, "update_size": SIZE, **settings}
+    return ittt.attach(plain(kind, dtype), ittt.InPlaceTTTConfig(objective="loss", **values))
+
+
+def tokens(rows, n, seed=1):
+    return torch.randint(1, VOCAB, (rows, n), generator=torch.Generator().manual_seed(seed))
+
+
+IDS = tokens(2, 45)
+
+
+@torch.no_grad()
+def logits(model, ids, **keywords):
+    return model(ids, use_cache=False, **keywords).logits
+
+
+@torch.no_grad()
+def pieces(model, ids, sizes, cache=None):
+    out, at = [], 0
+    for n in sizes:
+        found = model(ids[:, at : at + n], use_cache=True, **{cache_name(model): cache})
+        cache, at = cache_of(found), at + n
+        out.append(found.logits)
+    return torch.cat(out, 1), cache
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+def projections(model, kind):
+    layers = model.transformer.h if kind == "gpt2" else model.model.layers
+    return [layers[i].mlp.c_proj if kind == "gpt2" else layers[i].mlp.down_proj for i in (0, 2)]
+
+
+@kinds
+@pytest.mark.parametrize("settings", [{}, {"decay": 0.2}, {"update_size": None, "clip": 0.3, "lr": 0.5}])
+def test_equals_gradient_descent_on_the_weights_themselves(kind, settings):
+    """The naive loop: after each chunk, one step of the projections' weights down the gradient of its loss."""
+    got = logits(reader(kind, **settings), IDS[:1])
+    model, out = plain(kind), []
+    modules, cache = projections(model, kind), DynamicCache(config=model.config)
+    slow = [m.weight.detach().clone() for m in modules]
+    size, clip, lr = settings.get("update_size", SIZE), settings.get("clip"), settings.get("lr", 1.0)
+    sums = [torch.zeros_like(w) for w in slow]
+    for at in range(0, IDS.shape[1], C):
+        ids = IDS[:1, at : at + C]
+        found = model(ids, use_cache=True, **{cache_name(model): cache})
+        out.append(found.logits.detach())
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        if ids.shape[1] < C:
+            break
+        loss = cross_entropy(found.logits[0, :-1], ids[0, 1:], reduction="sum")
+        for S, W, module, g in zip(
+            sums, slow, modules, torch.autograd.grad(loss, [m.weight for m in modules]), strict=True
+        ):
+            step = -g * (size * W.norm() / g.norm() if size else min(1.0, clip / float(g.norm())))
+            S.mul_(1 - settings.get("decay", 0.0)).add_(step)
+            module.weight.data = W + lr * S
+    close(got, torch.cat(out, 1))
+    assert not torch.allclose(got[:, C:], logits(plain(kind), IDS[:1])[:, C:])
+
+
+@kinds
+@pytest.mark.parametrize("sizes", [[13, 3, 20, 9], [1] * 45, [8] * 5 + [5], [45]])
+def test_one_call_is_any_pieces(kind, sizes):
+    model = reader(kind)
+    close(pieces(model, IDS, sizes)[0], logits(model, IDS))
+
+
+@kinds
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(kind, side):
+    model, rows, pads = reader(kind), tokens(3, 45), (0, 5, 11)
+    ids, mask = torch.zeros(3, 56, dtype=torch.int64), torch.zeros(3, 56, dtype=torch.int64)
+    spans = [slice(p, p + 45) if side == "left" else slice(0, 45 - p) for p in pads]
+    for b, span in enumerate(spans):
+        ids[b, span] = rows[b, : span.stop - span.start]
+        mask[b, span] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    got = logits(model, ids, attention_mask=mask, position_ids=positions)
+    for b, span in enumerate(spans):
+        close(got[b, span], logits(model, rows[b : b + 1, : span.stop - span.start])[0])
+
+
+@kinds
+def test_packed_documents_are_read_apart(kind):
+    model = reader(kind)
+    positions = torch.cat([torch.arange(30), torch.arange(15)])[None]
+    got = logits(model, IDS[:1], position_ids=positions)
+    want = torch.cat([logits(model, IDS[:1, :30]), logits(model, IDS[:1, 30:])], 1)
+    close(got, want)
+
+
+@kinds
+def test_scores_come_before_updates(kind):
+    model, changed = reader(kind), IDS.clone()
+    changed[:, 30] = (changed[:, 30] + 1) % VOCAB
+    moved = (logits(model, changed) - logits(model, IDS)).abs().amax(-1)
+    assert moved[:, :30].max() == 0
+    assert moved[:, 30:].min(1).values.max() > 0
+
+
+def test_rows_are_independent():
+    model = reader("llama")
+    close(logits(model, IDS), torch.cat([logits(model, row[None]) for row in IDS]))
+
+
+@kinds
+@pytest.mark.parametrize("learn", ["read", "all"])
+def test_generate_in_all_modes(kind, learn):
+    model = reader(kind, learn=learn)
+    found, cache = pieces(model, IDS, [45])
+    want = IDS
+    for _ in range(20):
+        token = found[:, -1:].argmax(-1)
+        want = torch.cat([want, token], 1)
+        with runtime_of(model).override(learn=learn == "all"):
+            found, cache = pieces(model, token, [1], cache)
+    options = {"max_new_tokens": 20, "do_sample": False}
+    assert torch.equal(model.generate(IDS, **options), want)
+    assert torch.equal(model.generate(IDS, cache_implementation="static", **options), want)
+    assert torch.equal(model.generate(IDS, prefill_chunk_size=7, **options), want)
+    assert torch.equal(model.generate(IDS[:1], prompt_lookup_num_tokens=5, **options), want[:1])
+    beams = [model.generate(IDS, num_beams=3, use_cache=use, **options) for use in (True,)]
+    assert beams[0].shape == want.shape
+
+
+def test_what_the_model_writes_is_learned_only_when_asked():
+    read, everything = reader("llama"), reader("llama", learn="all")
+    options = {"max_new_tokens": 3 * C, "do_sample": False, "return_dict_in_generate": True}
+    states = []
+    for model in (read, everything):
+        cache = DynamicCache(config=model.config)
+        model.generate(IDS[:1, : 2 * C], **{cache_name(model): cache}, **options)
+        states.append(ittt.fast_weights(cache)[0].S)
+    want = ittt.fast_weights(pieces(read, IDS[:1, : 2 * C], [2 * C])[1])[0].S
+    close(states[0], want)
+    assert not torch.allclose(states[1], want)
+
+
+@kinds
+def test_caches_are_cropped_reordered_and_repeated(kind):
+    model, want = reader(kind), logits(reader(kind), IDS)
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    _, cache = pieces(model, IDS, [30, 15], cache)
+    cache.crop(-17)
+    close(pieces(model, IDS[:, 28:], [17], cache)[0], want[:, 28:])
+    _, cache = pieces(model, IDS, [29])
+    cache.reorder_cache(torch.tensor([1, 1]))
+    close(pieces(model, IDS[[1, 1], 29:], [16], cache)[0], want[[1, 1], 29:])
+
+
+def test_nothing_is_left_behind():
+    model = reader("llama")
+    want = logits(model, IDS)
+    with torch.inference_mode():
+        close(model(IDS, use_cache=False).logits.clone(), want)
+    out = model(IDS, labels=IDS, use_cache=False)  # without no_grad
+    assert not out.logits.requires_grad
+    torch.testing.assert_close(out.loss.double(), cross_entropy(want[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()))
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    _, cache = pieces(model, IDS, [45])
+    assert not any(x.requires_grad for layer in cache.layers for x in (layer.keys, layer.values))
+    before = logits(plain("llama"), IDS)
+    with ittt.updates_off(model):
+        close(logits(model, IDS), before)
+    close(logits(ittt.detach(model), IDS), before)
+    assert "forward" not in model.__dict__
+
+
+@pytest.mark.parametrize("keep", [1, 3, 20])
+def test_logits_to_keep(keep):
+    model = reader("llama")
+    close(logits(model, IDS, logits_to_keep=keep), logits(model, IDS)[:, -keep:])
+
+
+def test_tokens_can_be_left_out_of_learning():
+    model = reader("llama")
+    mask = torch.ones_like(IDS)
+    mask[:, :C] = 0
+    with runtime_of(model).override(learn=mask):
+        got = logits(model, IDS)
+    with runtime_of(model).override(learn=False):
+        off = logits(model, IDS)
+    close(got[:, : 2 * C], off[:, : 2 * C])  # the first chunk taught nothing
+    close(off, logits(plain("llama"), IDS))
+    assert not torch.allclose(got[:, 2 * C :], off[:, 2 * C :])
+
+
+@pytest.mark.parametrize("rule", ["delta", "momentum", "muon"])
+def test_any_rule(rule):
+    model = reader("llama", rule=rule, update_size=None, lr=0.05)
+    close(pieces(model, IDS, [13, 3, 29])[0], logits(model, IDS))
+    assert not torch.allclose(logits(model, IDS)[:, C:], logits(plain("llama"), IDS)[:, C:])
+
+
+def test_bfloat16_and_autocast():
+    half = logits(reader("llama", torch.bfloat16), IDS).float()
+    exact = logits(reader("llama"), IDS).float()
+    off = logits(plain("llama"), IDS).float()
+    assert (half - exact)[:, C:].norm() < 0.5 * (exact - off)[:, C:].norm()
+    single = reader("llama", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = logits(single, IDS).float()
+    assert (cast - exact)[:, C:].norm() < 0.5 * (exact - off)[:, C:].norm()
+
+
+def test_under_lora():
+    peft = pytest.importorskip("peft")
+    model = plain("llama")
+    lora = peft.get_peft_model(model, peft.LoraConfig(target_modules=["down_proj", "q_proj"], r=4)).eval()
+    for name, p in lora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    before = logits(lora, IDS)
+    ittt.attach(lora, ittt.InPlaceTTTConfig(objective="loss", layers="0::2", chunk_size=C, update_size=SIZE))
+    got = logits(lora, IDS)
+    close(got[:, :C], before[:, :C])
+    assert not torch.allclose(got[:, C:], before[:, C:])
+    close(pieces(lora, IDS, [13, 32])[0], got)
+
+
+def test_refusals():
+    model = reader("llama")
+    with pytest.raises(ittt.UserError, match=r"a gradient through its own updates is not supported.*model.eval\(\)"):
+        model.train()(IDS, labels=IDS)
+    with pytest.raises(ittt.UserError, match="call the whole model, not its base"):
+        model.eval().model(IDS)
+    with pytest.raises(ittt.UserError, match="read each on its own"):
+        positions = torch.cat([torch.arange(30), torch.arange(15)])[None].expand(2, -1)
+        model(
+            IDS, seq_idx=positions.diff(prepend=positions[:, :1]).lt(0).cumsum(1), **{cache_name(model): DynamicCache()}
+        )
+    with pytest.raises(ittt.UserError, match=r'learn must be "read" or "all"'):
+        ittt.InPlaceTTTConfig(objective="loss", learn="none")

@@ -1,0 +1,109 @@
+"""Sessions that learn by the loss: any cut, windows that move, forks, files, pools, passes, a chunk that is closed."""
+
+import pytest
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+
+import inplace_ttt as ittt
+from inplace_ttt import Session, SessionPool, UserError
+
+C, WINDOW = 8, 40
+TOKENS = torch.randint(1, 97, (350,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+def reader(kind, **settings):
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": None,
+        "eos_token_id": None,
+    }  # fmt: skip
+    if kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**shape))
+    else:
+        layers = ["sliding_attention", "full_attention"] * 2
+        model = Gemma3ForCausalLM(Gemma3TextConfig(**shape, head_dim=8, sliding_window=12, layer_types=layers))
+    values = {"layers": "0::2", "chunk_size": C, "update_size": 0.1, **settings}
+    return ittt.attach(model.double().eval(), ittt.InPlaceTTTConfig(objective="loss", **values))
+
+
+def session(model, form="dense"):
+    return Session(model, window=WINDOW, state=form, probe_every=0)
+
+
+kinds = pytest.mark.parametrize("kind", ["llama", "gemma3"])
+
+
+@kinds
+@pytest.mark.parametrize("form", ["dense", "auto", 600])
+def test_any_cut_of_the_text_and_all_copies_agree(kind, form, tmp_path):
+    model = reader(kind)
+    whole, parts, at, losses = session(model, form), session(model, form), 0, []
+    want = whole.read(TOKENS[:300], scored=True).losses
+    for n in (5, 17, 100, 1, 1, 3, 173):
+        losses += parts.read(TOKENS[at : at + n], scored=True).losses
+        at += n
+    assert losses == pytest.approx(list(want), abs=1e-9)
+    assert (whole.stats().updates, whole.stats().pending) == (300 // C, 300 % C)
+    parts.save(tmp_path / "a.session")
+    others = [parts, parts.fork(), Session.load(tmp_path / "a.session", model)]
+    more = whole.read(TOKENS[300:], scored=True).losses
+    for other in others:
+        assert other.read(TOKENS[300:], scored=True).losses == pytest.approx(list(more), abs=1e-9)
+        assert other.generate_ids(max_new_tokens=2 * C) == whole.fork().generate_ids(max_new_tokens=2 * C)
+
+
+@kinds
+def test_commit_learns_a_part_of_a_chunk(kind):
+    s = session(reader(kind))
+    s.read(TOKENS[: C // 2])
+    assert s.fast_weights[0].S is None
+    assert s.commit()
+    assert not s.commit()
+    assert (s.stats().updates, s.stats().pending) == (1, 0)
+    assert s.fast_weights[0].S.any()
+    with pytest.raises(UserError, match='only objective="loss" can learn from a part of a chunk'):
+        from contract.families import adapted
+
+        Session(adapted("llama")).commit()
+
+
+def test_dropping_the_context_learns_what_is_pending_first():
+    s = session(reader("llama"))
+    s.read(TOKENS[: C + 3])
+    before = s.fast_weights[0].S.clone()
+    s.drop_context()
+    assert not torch.equal(s.fast_weights[0].S, before)
+    assert s.stats().in_context == 0
+
+
+def test_passes_learn_a_text_by_heart():
+    model, losses = reader("llama", update_size=0.05), []
+    for passes in (1, 4, 16):
+        s = session(model)
+        s.read(TOKENS[:32], passes=passes)
+        s.drop_context()
+        found = s.read(TOKENS[:32], scored=True).losses
+        losses.append(sum(found) / len(found))
+    assert losses[0] > losses[1] > losses[2]
+    with pytest.raises(UserError, match="passes 0: 1 or more"):
+        s.read(TOKENS[:8], passes=0)
+
+
+@kinds
+@pytest.mark.parametrize("learn", ["read", "all"])
+def test_a_pool_writes_what_each_session_would(kind, learn):
+    model = reader(kind, learn=learn)
+    pool, alone = SessionPool(model, window=WINDOW), {}
+    for i in range(3):
+        part = TOKENS[20 * i : 20 * i + 30 + i]
+        pool.open(str(i)).read(part)
+        s = session(model)
+        s.read(part)
+        alone[str(i)] = s.generate_ids(max_new_tokens=2 * C)
+    assert pool.generate(list(alone), max_new_tokens=2 * C) == alone
+
+
+def test_chunks_must_fit_into_the_window():
+    with pytest.raises(UserError, match="do not fit twice into a window"):
+        Session(reader("llama", chunk_size=32), window=40)
