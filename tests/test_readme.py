@@ -18,14 +18,33 @@ def run(*command):
 
 
 def test_first_example_prints_what_it_says():
-    printed = re.search(r"```python\n.*?```\n\n```text\n(.*?)```", README, re.DOTALL)[1]
-    out = run("-c", EXAMPLES[0])
+    printed = re.search(r"```text\n(\d+ tokens: loss .*?)```", README, re.DOTALL)[1]
+    out = run("-c", EXAMPLES[1])
     pattern = r"\d+ tokens: loss (\d+\.\d+) with updates, (\d+\.\d+) without\n"
     on, off = map(float, re.fullmatch(pattern, out).groups())
     said_on, said_off = map(float, re.fullmatch(pattern, printed).groups())
     assert on < off - 0.05
     if sys.version_info[:2] == (3, 11):  # the text read is a module of the running Python
         assert (on, off) == pytest.approx((said_on, said_off), abs=0.02)
+
+
+def test_the_first_screen_runs_on_a_local_model(tmp_path):
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    import inplace_ttt as ittt
+
+    tokenizer = AutoTokenizer.from_pretrained(ittt.DEFAULT_MODEL)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, vocab_size=len(tokenizer)
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "book.txt").write_text("It was the best of times, it was the worst of times. " * 40, encoding="utf-8")
+    code = EXAMPLES[0].replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / "model"))
+    code = code.replace('"book.', f'"{tmp_path}/book.').replace('generate("Chapter")', 'generate("Chapter", max_new_tokens=4)')
+    out = run("-c", code + "\nprint(session.stats().updates)")
+    assert int(out.split()[-1]) >= 2
+    assert (tmp_path / "book.session").exists()
 
 
 def test_attach_example_runs_on_a_local_model(tmp_path):
@@ -35,14 +54,14 @@ def test_attach_example_runs_on_a_local_model(tmp_path):
         hidden_size=32, intermediate_size=64, num_hidden_layers=7, num_attention_heads=2, vocab_size=50
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    code = EXAMPLES[1].replace("Qwen/Qwen3-4B-Base", str(tmp_path / "model")).replace('"out"', f'"{tmp_path}/out"')
+    code = EXAMPLES[2].replace("Qwen/Qwen3-4B-Base", str(tmp_path / "model")).replace('"out"', f'"{tmp_path}/out"')
     out = run("-c", code + "\nprint([site.index for site in ittt.inspect(model)])")
     assert out.strip() == "[0, 6]"
 
 
 def test_session_example_prints_what_it_says(tmp_path):
-    code = EXAMPLES[2].replace('"argparse', f'"{tmp_path}/argparse')
-    printed = README[README.index(EXAMPLES[2]) :]
+    code = EXAMPLES[3].replace('"argparse', f'"{tmp_path}/argparse')
+    printed = README[README.index(EXAMPLES[3]) :]
     printed = re.search(r"```text\n(.*?)```", printed, re.DOTALL)[1]
     before, after = map(float, re.findall(r"\d\.\d\d", run("-c", code)))
     said = [float(x) for x in re.findall(r"\d\.\d\d", printed)]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from contract.families import adapted
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 import inplace_ttt as ittt
@@ -62,10 +63,9 @@ def test_commit_learns_a_part_of_a_chunk(kind):
     assert not s.commit()
     assert (s.stats().updates, s.stats().pending) == (1, 0)
     assert s.fast_weights[0].S.any()
+    learned = Session(adapted("llama"))
     with pytest.raises(UserError, match='only objective="loss" can learn from a part of a chunk'):
-        from contract.families import adapted
-
-        Session(adapted("llama")).commit()
+        learned.commit()
 
 
 def test_dropping_the_context_learns_what_is_pending_first():

@@ -58,6 +58,8 @@ def demo(
     _write_json(result, json)
     written = [f"{label}: {path}" for label, path in (("Picture", plot), ("Figures", json)) if path]
     console.print("\n".join(written), highlight=False, soft_wrap=True)
+    if model is None:
+        console.print("A real pretrained model, with nothing trained: make demo-llm", highlight=False)
 
 
 def _run(

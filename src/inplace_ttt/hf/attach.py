@@ -71,6 +71,18 @@ def runtime_of(model: nn.Module) -> Runtime:
     return runtime  # type: ignore[no-any-return]
 
 
+UNTRAINED = (
+    'the fast weights of this model were never trained, so nothing changes while it reads: attach with objective="loss", '
+    "which needs no training, or train it (docs/training.md; inplace-ttt train RECIPE --plan tells what that takes)"
+)
+"""What to say where a model pretends to learn."""
+
+
+def is_trained(model: nn.Module) -> bool:
+    """Tell whether an attached model writes anything into its fast weights; always with objective "loss"."""
+    return any(site.bound_target().is_trained for site in runtime_of(model).sites)
+
+
 def is_attached(model: nn.Module) -> bool:
     """Whether the model has fast weights."""
     return RUNTIME in unwrap(model).__dict__

@@ -13,7 +13,7 @@ from ..errors import UserError
 from .context import Runtime
 from .sites import CONTEXT, LayerSite
 
-_HUB = ("revision", "token", "subfolder", "cache_dir", "local_files_only", "trust_remote_code")
+_HUB = ("gguf_file", "revision", "token", "subfolder", "cache_dir", "local_files_only", "trust_remote_code")
 
 
 def auto_class(path: Path | str, kwargs: dict[str, Any], model_type: str | None = None) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
+from ..hf.attach import UNTRAINED, is_trained
 from ..hf.names import base_of
 from .parts import SessionParts as Session
 
@@ -51,6 +52,8 @@ def export(session: Session, directory: str | Path, rank: int | None = RANK) -> 
     reader = session._reader
     reader.settings.rule.need("linear", "an export as LoRA")
     learned = {i: S[0] for i, fast in session.fast_weights.items() if (S := fast.dense()) is not None and S.any()}
+    if not learned and not is_trained(reader.model):
+        raise UserError(UNTRAINED)
     if not learned:
         raise UserError(
             f"nothing was learned yet: this session learns after every {reader.config.chunk_size:,} tokens, and it has "

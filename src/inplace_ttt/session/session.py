@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import InPlaceTTTConfig
 from ..errors import UserError
-from ..hf.attach import READING, runtime_of
+from ..hf.attach import READING, UNTRAINED, is_trained, runtime_of
 from ..hf.window import cache_bytes
 from .diagnostics import Timeline, harm, measure
 from .probe import Probe
@@ -280,7 +280,9 @@ class Session:
 
     @property
     def warning(self) -> str | None:
-        """One line when the updates look harmful, by the probes."""
+        """One line when the updates look harmful, by the probes, or when the model was never trained."""
+        if not is_trained(self._reader.model):
+            return UNTRAINED
         return harm(self._timeline, self._settings())
 
     def diagnostics(self) -> list[Any]:
