@@ -6,6 +6,7 @@ python benchmarks/plot_rl.py --plot     also writes docs/images/rl-noise.png, rl
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,30 +45,56 @@ def figure(columns: int, rows: int = 1) -> tuple[Any, Any]:
     return made, axes
 
 
+def excess(result: dict[str, Any], mean: dict[str, Any]) -> float | None:
+    """Return the noise at equal signal, over that of leave-one-out means (``mean``) in groups of the same size.
+
+    Gradients without bias have one expectation, so their noise is compared as it is; the others' is divided by the
+    square of the shrinkage. That leaves out the signal of each baseline, which is measured far less well.
+    """
+    unbiased = result["leave_one_out"] or result["baseline"] == "none"
+    scale = 1.0 if unbiased else result["shrinkage"]
+    return result["noise"] / scale**2 / mean["noise"] if scale else None
+
+
+def leave_one_out_means(job: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Return the results of leave-one-out means by group size."""
+    return {r["n"]: r for r in job["results"] if (r["baseline"], r["leave_one_out"]) == ("mean", True)}
+
+
 def draw_noise(record: dict[str, Any], path: Path) -> None:
-    """Noise over signal against group size, relative to leave-one-out means, by model and level."""
+    """Noise over signal against group size, by model and level; nothing where a record is missing."""
     kinds = sorted({job["kind"] for job in record["jobs"]}, reverse=True)
     levels = sorted({job["level"] for job in record["jobs"]})
     made, axes = figure(len(levels), len(kinds))
     for job in record["jobs"]:
-        plot = axes[kinds.index(job["kind"])][levels.index(job["level"])]
+        plot, means = axes[kinds.index(job["kind"])][levels.index(job["level"])], leave_one_out_means(job)
         for name, colour in COLOURS.items():
             for loo, style in ((False, "o-"), (True, "o:")):
                 rows = [r for r in job["results"] if (r["baseline"], r["leave_one_out"]) == (name, loo)]
-                rows = [r for r in rows if r["noise_to_signal"] is not None]
-                if rows:
+                found = [(r["n"], excess(r, means[r["n"]]), means[r["n"]]["noise_to_signal"]) for r in rows]
+                points = [(n, ours * theirs) for n, ours, theirs in found if ours is not None and theirs is not None]
+                if points:
                     label = name.replace("_", " ") + (", leave-one-out" if loo else "")
-                    x, y = [r["n"] for r in rows], [r["noise_to_signal"] for r in rows]
-                    plot.plot(x, y, style, color=colour, ms=3, lw=1.2, label=label)
+                    plot.plot(*zip(*points, strict=True), style, color=colour, ms=3, lw=1.2, label=label)
         plot.set(xscale="log", yscale="log", xlabel="completions of a group")
         sizes = sorted({r["n"] for r in job["results"]})
         plot.set_xticks(sizes, labels=[str(n) for n in sizes])
         plot.set_xticks([], minor=True)
+        for which in ("major", "minor"):
+            plot.tick_params(axis="y", which=which, labelsize=8)
+        plot.yaxis.set_major_formatter("{x:g}")
+        plot.yaxis.set_minor_formatter("{x:g}")
         plot.set_title(f"{job['kind']}, {job['success']:.0%} success", fontsize=9, loc="left")
-    axes[0][0].set_ylabel("noise / signal of one group")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    if handles:
-        made.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
+    drawn = [plot for plot in axes.flat if plot.has_data()]
+    for plot in axes.flat:
+        if plot not in drawn:
+            plot.set_axis_off()
+    for row in axes:
+        row[0].set_ylabel("noise / signal of one group")
+    if drawn:
+        made.legend(
+            *drawn[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7, frameon=False
+        )
     made.savefig(path, dpi=160)
 
 
@@ -101,8 +128,11 @@ def draw_learning(record: dict[str, Any], path: Path) -> None:
             colour = COLOURS[LINES.get(variant, variant)]
             plot.plot(x, curves.mean(0), STYLES[variant], color=colour, lw=1.4, label=variant)
             plot.fill_between(x, curves.min(0), curves.max(0), color=colour, alpha=0.08, lw=0)
-        plot.set(xlabel="step", ylim=(0, 1))
+        plot.set_xlabel("step")
         plot.set_title(f"{panel[0]}, groups of {panel[1]}", fontsize=9, loc="left")
+    limits = [plot.get_ylim() for plot in axes[0]]
+    for plot in axes[0]:
+        plot.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
     axes[0][0].set_ylabel("success")
     axes[0][0].legend(fontsize=7, frameon=False)
     made.savefig(path, dpi=160)
@@ -123,22 +153,36 @@ def draw(folder: Path, out: Path, prefix: str = "") -> list[Path]:
 
 
 def noise_table(record: dict[str, Any]) -> str:
-    """Return noise over signal, relative to leave-one-out means of the same size, and shrinkage."""
-    lines = [
-        "| model | success | baseline | N | noise / signal (standard error) | over leave-one-out mean | shrinkage |"
+    """Return noise over signal of leave-one-out means, and the noise of other baselines at equal signal over theirs."""
+    names = [(b, loo) for b in COLOURS for loo in (False, True) if b not in ("length", "mean", "none")] + [
+        ("none", False)
     ]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
-    for job in record["jobs"]:
-        means = {r["n"]: r for r in job["results"] if (r["baseline"], r["leave_one_out"]) == ("mean", True)}
-        for r in job["results"]:
-            name = r["baseline"].replace("_", " ") + (", leave-one-out" if r["leave_one_out"] else "")
-            ours, theirs = r["noise_to_signal"], means[r["n"]]["noise_to_signal"]
-            ratio = "" if ours is None or theirs is None else f"{ours / theirs:.2f}"
-            cells = [job["kind"], f"{job['success']:.0%}", name, r["n"], with_error(r, "noise_to_signal", ".3g"), ratio]
-            lines.append(
-                " | ".join(["|", *map(str, cells), with_error(r, "shrinkage", ".2f"), "|"]).replace("| |", "|")
-            )
+    titles = [b.replace("_", " ") + (", leave-one-out" if loo else "") for b, loo in names]
+    lines = [f"| model | success | N | mean, leave-one-out: noise / signal | {' | '.join(titles)} |"]
+    lines.append("| --- " * (4 + len(titles)) + "|")
+    for job, n, mean, results in by_size(record):
+        found = [excess(results[name], mean) for name in names]
+        cells = [job["kind"], f"{job['success']:.0%}", str(n), with_error(mean, "noise_to_signal", ".3g")]
+        lines.append(f"| {' | '.join(cells + ['' if x is None else f'{x:.2f}' for x in found])} |")
     return "\n".join(lines)
+
+
+def shrinkage_table(record: dict[str, Any]) -> str:
+    """Return what is left of the unbiased gradient under baselines that contain the completion itself."""
+    names = [b for b in COLOURS if b not in ("length", "none")]
+    lines = [f"| model | success | N | {' | '.join(b.replace('_', ' ') for b in names)} |"]
+    lines.append("| --- " * (3 + len(names)) + "|")
+    for job, n, _, results in by_size(record):
+        cells = [job["kind"], f"{job['success']:.0%}", str(n)]
+        lines.append(f"| {' | '.join(cells + [with_error(results[b, False], 'shrinkage', '.2f') for b in names])} |")
+    return "\n".join(lines)
+
+
+def by_size(record: dict[str, Any]) -> Iterator[tuple[dict[str, Any], int, dict[str, Any], dict[Any, dict[str, Any]]]]:
+    """Yield jobs with a group size, its leave-one-out mean and its results by (baseline, leave-one-out)."""
+    for job in sorted(record["jobs"], key=lambda j: (j["kind"] != "plain", j["level"])):
+        for n, mean in leave_one_out_means(job).items():
+            yield job, n, mean, {(r["baseline"], r["leave_one_out"]): r for r in job["results"] if r["n"] == n}
 
 
 def with_error(result: dict[str, Any], name: str, form: str) -> str:
@@ -176,12 +220,20 @@ def learning_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+TABLES = (
+    ("noise", noise_table),
+    ("noise", shrinkage_table),
+    ("proxy", proxy_table),
+    ("learning", learning_table),
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--plot", action="store_true")
     arguments = parser.parse_args()
-    for part, table in (("noise", noise_table), ("proxy", proxy_table), ("learning", learning_table)):
+    for part, table in TABLES:
         record = read(arguments.records, part)
         if record is not None:
             print(table(record) + "\n")
