@@ -22,7 +22,7 @@ from ..core import ChunkTable, FastWeights, document_ids
 from ..errors import UserError
 from .cache import FastCacheLayer, fast_layers, mark_stale
 from .calls import CALL, WholeCall
-from .masks import real_tokens
+from .masks import documents_of_mask, real_tokens
 from .settings import PerThread, Settings
 from .sites import CONTEXT, CallContext, LayerCall, LayerSite
 from .steps import Step, may_step, source_of
@@ -185,7 +185,9 @@ class Runtime:
         documents = document_ids(
             real_tokens(given.get("attention_mask"), rows, tokens, cache),
             position_ids if fresh and position_ids is not None and position_ids.dim() == 2 else None,
-            given.get("seq_idx"),
+            given.get("seq_idx")
+            if (packed := documents_of_mask(given.get("attention_mask"), tokens, cache)) is None
+            else packed,
             given.get("cu_seq_lens_q"),
             rows=rows,
             tokens=tokens,

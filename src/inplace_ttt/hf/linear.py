@@ -92,6 +92,11 @@ def make_slow(fast: nn.Module) -> nn.Module:
 
 def check_replaceable(module: nn.Module) -> None:
     """UserError when the module's forward is not its class's own and cannot be moved to another module."""
+    if not isinstance(getattr(module, "weight", None), Tensor):
+        raise UserError(
+            f"a {type(module).__name__} ({type(module).__module__}) holds no weight tensor (torch's dynamic "
+            "quantisation?): attach to the plain model, or quantise with bitsandbytes"
+        )
     hook = module.__dict__.get("_hf_hook")
     if "forward" in module.__dict__ and (hook is None or getattr(hook, "offload", True)):
         if split_forward(module) is not None:

@@ -100,6 +100,11 @@ class LayerSite:
     def project(self, module: Any, z: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the projection's output for input z [B, T, F] or [B * T, F]: slow and fast weights together."""
         context = self.context
+        if context is None and torch._C._current_graph_task_id() != -1:
+            raise NotImplementedError(
+                f"the MLP of layer {self.index} is computed again alone, in backward, where its fast weights do not know "
+                "the document: checkpoint whole decoder layers (gradient_checkpointing_enable), not MLPs"
+            )
         if context is None:
             raise RuntimeError(
                 f"layer {self.index} was called outside the model's forward, so its fast weights do not know the "

@@ -31,6 +31,7 @@ class FastWeightMonitor(TrainerCallback):
         self.model, self.log_every, self.say = model, log_every, say
         self.lr = runtime_of(model).config.lr  # in full: a warm-up lowers it for a while
         self.warnings: list[str] = []
+        self._adapted = False
         self._watching = ExitStack()
         self._sizes: dict[int, Sizes] = {}
 
@@ -49,6 +50,13 @@ class FastWeightMonitor(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._watching.close()
+        self._adapted = self._adapted or bool(self._sizes)
+        if state.global_step == FIRST_STEPS and not self._adapted:
+            self.warnings.append(
+                f"no document of the rows looked at in the first {FIRST_STEPS} steps reached chunk_size tokens, so no "
+                "updates were made and nothing of the fast weights is trained: make ttt.chunk_size smaller"
+            )
+            self.say(f"warning: {self.warnings[-1]}")
         if self._sizes and state.global_step <= FIRST_STEPS and not self.warnings:
             warning = self._size_warning(first=state.global_step == 1)
             if warning:
