@@ -41,7 +41,9 @@ def test_the_first_screen_runs_on_a_local_model(tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "book.txt").write_text("It was the best of times, it was the worst of times. " * 40, encoding="utf-8")
     code = EXAMPLES[0].replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / "model"))
-    code = code.replace('"book.', f'"{tmp_path}/book.').replace('generate("Chapter")', 'generate("Chapter", max_new_tokens=4)')
+    code = code.replace('"book.', f'"{tmp_path}/book.').replace(
+        'generate("Chapter")', 'generate("Chapter", max_new_tokens=4)'
+    )
     out = run("-c", code + "\nprint(session.stats().updates)")
     assert int(out.split()[-1]) >= 2
     assert (tmp_path / "book.session").exists()

@@ -223,9 +223,9 @@ def test_missing_data_and_wrong_names_are_said(monkeypatch: pytest.MonkeyPatch) 
 def test_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
     monkeypatch.delitem(sys.modules, "inplace_ttt.eval.harness")
-    with pytest.raises(UserError, match=r"pip install 'inplace-ttt\[eval\]'"):
+    with pytest.raises(UserError, match=r"pip install 'lm-eval\[ruler\]' accelerate"):
         importlib.import_module("inplace_ttt.eval.harness")
-    with pytest.raises(UserError, match=r"pip install 'inplace-ttt\[eval\]'"):
+    with pytest.raises(UserError, match=r"pip install 'lm-eval\[ruler\]' accelerate"):
         harness_tasks.load_tasks(["piqa"], "")
 
 

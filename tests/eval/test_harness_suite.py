@@ -135,7 +135,7 @@ def test_tables_and_words(local: HarnessSuite) -> None:
     found = tables(records)
     said = verdicts(found)
     assert any(line.startswith("local_choice, acc: ") for line in said)
-    assert "RULER, 8,192 tokens: 1.000 with updates, +0.750 (95% interval +0.750 to +0.750)." in said
+    assert "RULER, 8,192 tokens: 1.000 with updates, +0.750 (95% interval +0.750 to +0.750, n = 3)." in said
     row = next(r for r in found["harness"] if r["metric"] == "word_perplexity" and r["variant"] == "on")
     words = sum(len(text.split()) for text in TEXTS)
     assert row["value"] == pytest.approx(
@@ -187,7 +187,7 @@ def test_what_needs_a_download_is_left_out_and_said() -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wonderwords", None)
-    with pytest.raises(UserError, match=r"wonderwords: pip install 'inplace-ttt\[eval\]'"):
+    with pytest.raises(UserError, match=r"wonderwords: pip install 'lm-eval\[ruler\]' accelerate"):
         ruler.config("ruler_vt", RulerData(), 1)
 
 

@@ -11,7 +11,7 @@ import yaml
 from contract.families import C, adapted, logits, plain, randomise, tokens
 from huggingface_hub import CommitInfo, HfApi, RepoUrl
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 import inplace_ttt as ittt
 from inplace_ttt.hf.directory import SETTINGS, TENSORS
@@ -85,6 +85,7 @@ def test_an_adapter_s_base_has_its_own_revision(repositories, tmp_path, monkeypa
         raise OSError("no network here")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", load)
     for keywords, revision in (({}, "main9"), ({"revision": "v2"}, "v29")):
         asked.clear()
         with pytest.raises(ittt.UserError, match=r"its base model 'org/base' .*pass model="):

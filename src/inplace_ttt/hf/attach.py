@@ -72,8 +72,9 @@ def runtime_of(model: nn.Module) -> Runtime:
 
 
 UNTRAINED = (
-    'the fast weights of this model were never trained, so nothing changes while it reads: attach with objective="loss", '
-    "which needs no training, or train it (docs/training.md; inplace-ttt train RECIPE --plan tells what that takes)"
+    "the fast weights of this model were never trained, so nothing changes while it reads: attach with "
+    'objective="loss", which needs no training, '
+    "or train it (docs/training.md; inplace-ttt train RECIPE --plan tells what that takes)"
 )
 """What to say where a model pretends to learn."""
 

@@ -102,8 +102,8 @@ class LayerSite:
         context = self.context
         if context is None and torch._C._current_graph_task_id() != -1:
             raise NotImplementedError(
-                f"the MLP of layer {self.index} is computed again alone, in backward, where its fast weights do not know "
-                "the document: checkpoint whole decoder layers (gradient_checkpointing_enable), not MLPs"
+                f"the MLP of layer {self.index} is computed again alone, in backward, where its fast weights do not "
+                "know the document: checkpoint whole decoder layers (gradient_checkpointing_enable), not MLPs"
             )
         if context is None:
             raise RuntimeError(

@@ -120,7 +120,8 @@ class SessionPool:
         pieces = self._run(wanted, max_new_tokens, StopText(stop).stops, Sampling(**sampling))
         if stream:
             return pieces
-        found: dict[str, Any] = {name: [] if self._blank.tokenizer is None else "" for name in wanted}
+        by_ids = {name: self._sessions.get(name, self._blank).tokenizer is None for name in wanted}
+        found: dict[str, Any] = {name: [] if ids else "" for name, ids in by_ids.items()}
         with closing(pieces):
             for name, piece in pieces:
                 found[name] += piece
