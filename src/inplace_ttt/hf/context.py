@@ -47,6 +47,8 @@ class Runtime:
         """Whether the tokens of the next call are known to be real (``generate`` wrote them)."""
         self.inner: PerThread[LayerCall | None] = PerThread(None)
         """The call that the model's own forward runs, where ours runs it in pieces."""
+        self.relocation: Any = None
+        """How cached tokens of this model can be moved, once somebody asked (``relocate.Relocation``)."""
         self.loss_forward: Any = None
         """The forward that reads with the loss as objective (``loss.LossForward``)."""
         self.prompt: PerThread[int | None] = PerThread(None)

@@ -5,6 +5,7 @@ arrives the same calls happen to the cache, up to where a call ends inside a chu
 """
 
 import copy
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -103,7 +104,7 @@ class Reader:
         self.adapts = True
         """Whether it reads with the fast weights; if not, they stay empty."""
         self.device: torch.device = self.root.get_input_embeddings().weight.device  # type: ignore[assignment]
-        self.relocation = Relocation.of(model)
+        self.relocation = _relocation(self.runtime, model)
         self.own_window = native_window(model)
         self.longest = self._longest()
         self.window, self.sinks = self._check_window(window, sinks), 0 if self.own_window else sinks
@@ -290,6 +291,18 @@ class Reader:
         stream.started = True
         stream.logits = logits.detach().clone()
         stream.recent = [*stream.recent, *ids][-RECENT:]
+
+
+_PROBING = threading.Lock()
+
+
+def _relocation(runtime: Any, model: nn.Module) -> Relocation:
+    """Try out once a model, not in several threads at once, whether its cached tokens can be moved."""
+    with _PROBING:
+        if runtime.relocation is None:
+            runtime.relocation = Relocation.of(model)
+    found: Relocation = runtime.relocation
+    return found
 
 
 def losses_of(before: Tensor | None, logits_nV: Tensor, ids: Sequence[int]) -> list[float]:
