@@ -103,6 +103,11 @@ def test_session_tables_are_the_records():
             assert table in results
 
 
+def test_reading_table_is_the_records():
+    page = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
+    assert run("benchmarks/summarise_reading.py").strip() in page
+
+
 def test_families_table_is_the_code_s():
     table = run("-m", "inplace_ttt.hf.families").strip()
     assert table in README
