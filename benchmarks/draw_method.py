@@ -126,7 +126,7 @@ def call() -> plt.Figure:
     a, b, c = 0.25, 3.35, 7.95  # columns
     wa, wb, wc = 2.45, 3.75, 3.25
     axes.text(a + wa / 2, 7.75, "transformers", ha="center", size=11, color=BLUE)
-    axes.text(b + wb / 2, 7.75, "hooks: hf/context.py", ha="center", size=11, color=ORANGE)
+    axes.text(b + wb / 2, 7.75, "hooks: hf/context.py, hf/sites.py", ha="center", size=11, color=ORANGE)
     axes.text(c + wc / 2, 7.75, "hf/calls.py and core/", ha="center", size=11, color=GREEN)
 
     layer = FancyBboxPatch((0.1, 1.25), 7.2, 4.3, "round,pad=0,rounding_size=0.1", ec=GREY, fc="none", lw=1, ls="--")
