@@ -53,7 +53,7 @@ def excess(result: dict[str, Any], mean: dict[str, Any]) -> float | None:
     """
     unbiased = result["leave_one_out"] or result["baseline"] == "none"
     scale = 1.0 if unbiased else result["shrinkage"]
-    return result["noise"] / scale**2 / mean["noise"] if scale else None
+    return result["noise"] / scale**2 / mean["noise"] if scale and mean["noise"] else None
 
 
 def leave_one_out_means(job: dict[str, Any]) -> dict[int, dict[str, Any]]:

@@ -108,7 +108,7 @@ class TestRead:
         self.check(folder, path, 7)
 
     def test_while_the_model_loads(self, read, path, monkeypatch):
-        monkeypatch.setattr("inplace_ttt.hf.load.load", lambda *_: ctrl_c())
+        monkeypatch.setattr("inplace_ttt.hf.load.load", lambda *_, **__: ctrl_c())
         result = read()
         assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
         assert not path.exists()

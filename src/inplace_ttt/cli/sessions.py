@@ -67,9 +67,9 @@ def _go_on(path: Path, model: str | None, device: str | None) -> Any:
     from ..session.files import model_name, objective_of
 
     known = model_name(path)
-    name = model or known or SHIPPED
+    name, objective = model or known or SHIPPED, "loss" if objective_of(path) == "loss" else None
     try:
-        loaded = _load(name, device, "loss" if objective_of(path) == "loss" else None)
+        loaded = _load(name, device, objective)
     except UserError as error:
         if model or not known or known == SHIPPED:
             raise

@@ -184,12 +184,13 @@ class Runtime:
             raise ValueError("a call on this cache broke off half way through the layers: start from an empty cache")
         fresh = given.get("past_key_values") is None
         position_ids = given.get("position_ids")
+        numbers = given.get("seq_idx")
+        if numbers is None:
+            numbers = documents_of_mask(given.get("attention_mask"), tokens, cache)
         documents = document_ids(
             real_tokens(given.get("attention_mask"), rows, tokens, cache),
             position_ids if fresh and position_ids is not None and position_ids.dim() == 2 else None,
-            given.get("seq_idx")
-            if (packed := documents_of_mask(given.get("attention_mask"), tokens, cache)) is None
-            else packed,
+            numbers,
             given.get("cu_seq_lens_q"),
             rows=rows,
             tokens=tokens,
