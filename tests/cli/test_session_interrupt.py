@@ -150,7 +150,7 @@ class TestRead:
 class TestChat:
     @pytest.fixture
     def chat(self, cli, path):
-        def run(model: Path, lines: str, flags=("--max-tokens", 9)):
+        def run(model: Path, lines: str, flags=("--max-tokens", 9, "--seed", 1)):
             return cli("chat", "--session", path, "--model", model, *flags, input=lines)
 
         return run
