@@ -21,6 +21,7 @@ from naive_rules import (
     the_target,
 )
 
+import inplace_ttt.fast  # noqa: F401 (registers the fast paths)
 from inplace_ttt.core import FastWeights, make_rule
 from inplace_ttt.core.rules import largest_singular_value
 from inplace_ttt.core.targets import ridge_values
