@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .algebra import accumulate, outer
 from .chunks import HOST, ChunkTable
 from .rules import Rule, State, Sum
+from .scan import scaled
 from .targets import chunked
 
 ROLLBACK_TOKENS = 128
@@ -273,14 +274,14 @@ class FastWeights:
         if not learned:  # time passes all the same
             if rule.additive and rule.keep != 1 and self.tensors is not None:
                 factor = torch.ones(self.rows, device=z.device).index_fill(0, index, rule.keep)
-                self.tensors = _scaled(start, factor)
+                self.tensors = {name: scaled(x, factor) for name, x in start.items()}
             return start
         old = {name: x.index_select(0, index) for name, x in start.items()}  # a copy: others may hold them
         if rule.outer and keep_B1 is None:
             new = {"S": accumulate(None if self.tensors is None else old["S"], z, v, rule.keep)}
         else:
             with torch.autocast(z.device.type, enabled=False):
-                shrunk = old if keep_B1 is None else _scaled(old, keep_B1.index_select(0, index)[:, 0])
+                shrunk = old if keep_B1 is None else {k: scaled(x, keep_B1[index, 0]) for k, x in old.items()}
                 new = rule.update_as_written(shrunk, z, v, slow)
         whole = len(rows) == self.rows
         self.tensors = new if whole else {name: x.index_copy(0, index, new[name]) for name, x in start.items()}
@@ -474,10 +475,6 @@ def stacked(parts: Sequence[Tensor | None], rows: Sequence[int], side: str = "ri
     none, dtype = known[0][:1, :0], reduce(torch.promote_types, [x.dtype for x in known])
     whole = [none.expand(n, *none.shape[1:]) if x is None else x for x, n in zip(parts, rows, strict=True)]
     return pad_sequence([row.to(dtype) for x in whole for row in x], batch_first=True, padding_side=side)
-
-
-def _scaled(state: State, keep_B: Tensor) -> State:
-    return {name: x * keep_B.to(x.dtype).view(-1, *[1] * (x.dim() - 1)) for name, x in state.items()}
 
 
 def _chunk(old_BHW: Tensor | None, new_BNW: Tensor, m: int, C: int) -> Tensor:

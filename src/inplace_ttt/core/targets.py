@@ -88,10 +88,8 @@ def make_target(name: str, width: int, options: Mapping[str, Any], settings: Map
     ``settings``: values of the configuration, for keywords that the options leave out. UserError for a name or an
     option that does not exist, for values out of range, and for parameters that are not in child modules.
     """
-    target = TARGETS[name](width, **target_options(name, options, settings)) if name in TARGETS else None
-    if target is None:
-        target_options(name, options, settings)  # raises
-    assert target is not None
+    keywords = target_options(name, options, settings)
+    target = TARGETS[name](width, **keywords)
     if own := [*target._parameters, *target._buffers]:
         raise UserError(f"target {name!r} holds {own[0]!r} itself: put parameters and buffers into a child module")
     return target

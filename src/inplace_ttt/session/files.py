@@ -165,19 +165,23 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], int]
 
 def model_name(path: str | Path) -> str | None:
     """The name under which the command line finds a session file's model."""
-    try:
-        with _open(path) as file:
-            origin = json.loads(_metadata(path, file).get("header", "")).get("origin")
-    except (SafetensorError, json.JSONDecodeError, OSError, AttributeError) as error:
-        raise UserError(f"{path} is no whole session file (cut off, damaged, or of another kind: {error})") from None
-    return origin if isinstance(origin, str) else None
+    return _named(path, "origin")
 
 
 def objective_of(path: str | Path) -> str | None:
     """Return the objective of the model with which a session file was written."""
-    _, header, _ = read_file(path)
-    settings = header.get("model", {}).get("fast_weights", {})
-    found = settings.get("objective") if isinstance(settings, dict) else None
+    return _named(path, "model", "fast_weights", "objective")
+
+
+def _named(path: str | Path, *keys: str) -> str | None:
+    """Return a text from the header, which alone is read; None where there is none."""
+    try:
+        with _open(path) as file:
+            found: Any = json.loads(_metadata(path, file).get("header", ""))
+        for key in keys:
+            found = (found or {}).get(key)
+    except (SafetensorError, json.JSONDecodeError, OSError, AttributeError) as error:
+        raise UserError(f"{path} is no whole session file (cut off, damaged, or of another kind: {error})") from None
     return found if isinstance(found, str) else None
 
 
