@@ -20,6 +20,7 @@ from inplace_ttt.hf.cache import cache_name, cache_of
 C, VOCAB, SIZE = 8, 97, 0.1
 KINDS = ("llama", "gemma3", "gpt2")
 kinds = pytest.mark.parametrize("kind", KINDS)
+sizings = pytest.mark.parametrize("size", [SIZE, "auto"])
 
 
 def plain(kind, dtype=torch.float64):
@@ -104,17 +105,19 @@ def test_equals_gradient_descent_on_the_weights_themselves(kind, settings):
     assert not torch.allclose(got[:, C:], logits(plain(kind), IDS[:1])[:, C:])
 
 
+@sizings
 @kinds
 @pytest.mark.parametrize("sizes", [[13, 3, 20, 9], [1] * 45, [8] * 5 + [5], [45]])
-def test_one_call_is_any_pieces(kind, sizes):
-    model = reader(kind)
+def test_one_call_is_any_pieces(kind, size, sizes):
+    model = reader(kind, update_size=size)
     close(pieces(model, IDS, sizes)[0], logits(model, IDS))
 
 
+@sizings
 @kinds
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding(kind, side):
-    model, rows, pads = reader(kind), tokens(3, 45), (0, 5, 11)
+def test_padding(kind, size, side):
+    model, rows, pads = reader(kind, update_size=size), tokens(3, 45), (0, 5, 11)
     ids, mask = torch.zeros(3, 56, dtype=torch.int64), torch.zeros(3, 56, dtype=torch.int64)
     spans = [slice(p, p + 45) if side == "left" else slice(0, 45 - p) for p in pads]
     for b, span in enumerate(spans):
@@ -126,33 +129,36 @@ def test_padding(kind, side):
         close(got[b, span], logits(model, rows[b : b + 1, : span.stop - span.start])[0])
 
 
+@sizings
 @kinds
-def test_packed_documents_are_read_apart(kind):
-    model = reader(kind)
+def test_packed_documents_are_read_apart(kind, size):
+    model = reader(kind, update_size=size)
     positions = torch.cat([torch.arange(30), torch.arange(15)])[None]
     got = logits(model, IDS[:1], position_ids=positions)
     want = torch.cat([logits(model, IDS[:1, :30]), logits(model, IDS[:1, 30:])], 1)
     close(got, want)
 
 
+@sizings
 @kinds
-def test_scores_come_before_updates(kind):
-    model, changed = reader(kind), IDS.clone()
+def test_scores_come_before_updates(kind, size):
+    model, changed = reader(kind, update_size=size), IDS.clone()
     changed[:, 30] = (changed[:, 30] + 1) % VOCAB
     moved = (logits(model, changed) - logits(model, IDS)).abs().amax(-1)
     assert moved[:, :30].max() == 0
     assert moved[:, 30:].min(1).values.max() > 0
 
 
-def test_rows_are_independent():
-    model = reader("llama")
+@sizings
+def test_rows_are_independent(size):
+    model = reader("llama", update_size=size)
     close(logits(model, IDS), torch.cat([logits(model, row[None]) for row in IDS]))
 
 
 @kinds
-@pytest.mark.parametrize("learn", ["read", "all"])
-def test_generate_in_all_modes(kind, learn):
-    model = reader(kind, learn=learn)
+@pytest.mark.parametrize(("learn", "size"), [("read", SIZE), ("all", SIZE), ("all", "auto")])
+def test_generate_in_all_modes(kind, learn, size):
+    model = reader(kind, learn=learn, update_size=size)
     found, cache = pieces(model, IDS, [45])
     want = IDS
     for _ in range(20):
@@ -182,9 +188,10 @@ def test_what_the_model_writes_is_learned_only_when_asked():
     assert not torch.allclose(states[1], want)
 
 
+@sizings
 @kinds
-def test_caches_are_cropped_reordered_and_repeated(kind):
-    model, want = reader(kind), logits(reader(kind), IDS)
+def test_caches_are_cropped_reordered_and_repeated(kind, size):
+    model, want = reader(kind, update_size=size), logits(reader(kind, update_size=size), IDS)
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
     _, cache = pieces(model, IDS, [30, 15], cache)
@@ -276,3 +283,9 @@ def test_refusals():
         model(IDS, seq_idx=numbers, **{cache_name(model): DynamicCache()})
     with pytest.raises(ittt.UserError, match=r'learn must be "read" or "all"'):
         ittt.InPlaceTTTConfig(objective="loss", learn="none")
+    with pytest.raises(ittt.UserError, match=r'update_size="auto" .* needs objective="loss"'):
+        ittt.InPlaceTTTConfig(update_size="auto")
+    with pytest.raises(ittt.UserError, match="clip and update_size both set the size"):
+        ittt.InPlaceTTTConfig(objective="loss", update_size="auto", clip=1.0)
+    with pytest.raises(ittt.UserError, match="update_size must be a number or"):
+        ittt.InPlaceTTTConfig(objective="loss", update_size="large")
