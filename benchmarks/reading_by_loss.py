@@ -1,6 +1,6 @@
 """What a pretrained model gains when it learns from what it reads, with the loss as objective and nothing trained.
 
-    python benchmarks/reading_by_loss.py --model DIR_OR_FILE.gguf --window 512 --name NAME --run RUN --books FILE --out DIR
+    python benchmarks/reading_by_loss.py --model DIR_OR_FILE.gguf --window 512 --name N --run RUN --books FILE --out DIR
 
 Reads the same documents of some domains (``--texts``; by default books, and modules of Python's standard library) as
 rows of one batch, once without updates and once for every setting in the file of jobs, and writes one JSON record for

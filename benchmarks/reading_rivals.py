@@ -1,6 +1,6 @@
 """Other ways to adapt a model to what it reads, at as many forward and backward passes as the loss as objective takes.
 
-    python benchmarks/reading_rivals.py --model FILE.gguf --window 512 --name smollm2 --run rivals --books FILE --out DIR
+    python benchmarks/reading_rivals.py --model FILE.gguf --window 512 --name smollm2 --run rivals --books F --out DIR
 
 Every document is a row of one batch with weights of its own. A chunk is scored, then one backward pass of its own
 next-token loss (mean over its tokens; keys and values of earlier chunks are constants) and one step of an optimizer
