@@ -14,6 +14,7 @@ from transformers import (
 )
 
 import inplace_ttt as ittt
+from inplace_ttt.hf import loss
 from inplace_ttt.hf.attach import runtime_of
 from inplace_ttt.hf.cache import cache_name, cache_of
 
@@ -244,6 +245,21 @@ def test_any_rule(rule):
     model = reader("llama", rule=rule, update_size=None, lr=0.05)
     close(pieces(model, IDS, [13, 3, 29])[0], logits(model, IDS))
     assert not torch.allclose(logits(model, IDS)[:, C:], logits(plain("llama"), IDS)[:, C:])
+
+
+@pytest.mark.parametrize("at_once", [1, 3 * 2 * VOCAB, 1 << 25])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradient_of_the_loss_is_the_same_in_slices(dtype, at_once, monkeypatch):
+    monkeypatch.setattr(loss, "_AT_ONCE", at_once)
+    scores = torch.randn(2, C, VOCAB, dtype=dtype, generator=torch.Generator().manual_seed(0)).mul(3).requires_grad_()
+    targets, weight = tokens(2, C - 1), torch.rand(2, C - 1) < 0.7
+    wide = scores[:, :-1].flatten(0, 1).to(torch.promote_types(dtype, torch.float32))
+    losses = cross_entropy(wide, targets.flatten(), reduction="none")
+    (expected,) = torch.autograd.grad((losses * weight.flatten()).sum(), scores)
+    found = loss._loss_gradient(scores, targets, weight)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, atol=1e-12 if dtype == torch.float64 else 1e-6, rtol=1e-12 if
+                               dtype == torch.float64 else 1e-2)  # fmt: skip
 
 
 def test_bfloat16_and_autocast():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from ..config import InPlaceTTTConfig
@@ -17,6 +18,9 @@ from .attach import attach, is_attached
 from .checkpoint import from_pretrained, has_fast_weights, load_plain
 from .directory import tokenizer_places
 from .hub_files import require_hub_id
+
+WORDS = 200
+"""How many words of a converted tokenizer's vocabulary are looked at."""
 
 
 def load(
@@ -38,6 +42,7 @@ def load(
             attach(loaded, InPlaceTTTConfig(objective=objective or "learned"))
     if Path(model).suffix == ".gguf":
         tokenizer: Any = AutoTokenizer.from_pretrained(Path(model).parent, gguf_file=Path(model).name)
+        check_words(tokenizer, model)
     else:
         tokenizer = load_tokenizer(model, loaded)
     if not getattr(tokenizer, "is_fast", False):
@@ -102,6 +107,25 @@ def load_tokenizer(model: str | Path, loaded: PreTrainedModel) -> Any:
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
     raise UserError(f"no tokenizer for {model} ({reason}): save one beside it with tokenizer.save_pretrained")
+
+
+def check_words(tokenizer: Any, model: str | Path) -> None:
+    """Raise UserError if a converted tokenizer splits words of its own vocabulary.
+
+    transformers 5.17 makes such tokenizers of GGUF files that list no merges (Gemma 3's, say): the model reads, badly.
+    """
+    vocabulary = tokenizer.get_vocab()
+    words = [w for w in sorted(vocabulary) if w[:1] in "▁Ġ" and 4 < len(w) < 12 and w[1:].isascii() and w[1:].isalpha()]
+    words = words[:: max(1, len(words) // WORDS)]
+    texts = [(word, vocabulary[word], (word[1:], f" {word[1:]}")) for word in words]
+    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
+    split = [word[1:] for word, number, written in texts if not any(number in encode(text) for text in written)]
+    if len(split) > len(words) / 20:
+        raise UserError(
+            f"transformers {transformers.__version__} converts the tokenizer of {model} wrongly: it splits "
+            f"{split[0]!r}, a word of its vocabulary. Update transformers, or load the model from a directory that has "
+            "its own tokenizer"
+        )
 
 
 def _place_of(model: str | Path) -> str | Path:

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..core import FastWeights, Rule, document_ids
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from .context import Runtime
 
 IGNORED = -100
+_AT_ONCE = 1 << 25  # logits turned to float32 at a time
 Sliding = dict[int, tuple[Tensor, Tensor]]
 """Keys and values of the sliding layers, by layer."""
 
@@ -248,15 +248,10 @@ class _Learner:
         weight = learn[:, 1:] & (ids[:, 1:] >= 0)
         if inside is not None:
             weight = weight & inside[:, 1:] & inside[:, :-1]
-        with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
-            losses = cross_entropy(
-                logits[:, :-1].flatten(0, 1).to(state_dtype(logits.dtype)),
-                ids[:, 1:].clamp(min=0).flatten(),
-                reduction="none",
-            )
-            loss = (losses * weight.flatten()).sum()
-            outputs = list(call.outputs.values())
-            grads = torch.autograd.grad(loss, outputs, allow_unused=True)
+        outputs = list(call.outputs.values())
+        slope = _loss_gradient(logits, ids[:, 1:].clamp(min=0), weight)
+        with torch.autocast(logits.device.type, enabled=False):
+            grads = torch.autograd.grad(logits, outputs, slope, allow_unused=True)
         found = zip(call.outputs, outputs, grads, strict=True)
         return {i: torch.zeros_like(o) if g is None else -g for i, o, g in found}
 
@@ -579,6 +574,23 @@ def commit(runtime: "Runtime", cache: Cache) -> bool:
         for rows, start in learner._groups(list(pending)):
             learner._again(rows, start, [pending[b] for b in rows])
     return True
+
+
+def _loss_gradient(logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient of the summed next-token losses with respect to the logits, computed in float32 or better.
+
+    logits [B, n, V], targets and weight [B, n - 1]: a token's loss counts 0 or 1. Some tokens at a time, so that beside
+    the result no tensor of its size is made.
+    """
+    slope, dtype = torch.zeros_like(logits), state_dtype(logits.dtype)
+    step = max(1, _AT_ONCE // logits[:, 0].numel())
+    for at in range(0, targets.shape[1], step):
+        here = slice(at, at + step)
+        part = logits[:, :-1][:, here].detach().softmax(-1, dtype=dtype)
+        index = targets[:, here, None]
+        part.scatter_add_(-1, index, part.new_full(index.shape, -1))
+        slope[:, :-1][:, here] = part.mul_(weight[:, here, None])
+    return slope
 
 
 def _width(module: Any) -> int:
