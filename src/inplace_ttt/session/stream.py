@@ -6,7 +6,7 @@ arrives the same calls happen to the cache, up to where a call ends inside a chu
 
 import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from numbers import Integral
@@ -52,6 +52,8 @@ class Stream:
     logits: Tensor | None = None
     """[V]: prediction of the next token; None at a stream's beginning."""
     recent: list[int] = field(default_factory=list)
+    messages: tuple[Mapping[str, str], ...] = ()
+    """What was said in a chat that is still in context; a session's file does not have it."""
 
     def copy(self) -> "Stream":
         """An independent copy that shares tensors which are only ever replaced."""
@@ -205,6 +207,7 @@ class Reader:
         stream.position = stream.cached = 0
         stream.started, stream.logits = False, None
         stream.recent.clear()
+        stream.messages = ()
 
     # -- calls ----------------------------------------------------------------------------------------------------
 
