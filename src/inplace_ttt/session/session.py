@@ -18,9 +18,11 @@ from .diagnostics import Timeline, harm, measure
 from .probe import Probe
 from .results import Score as Score
 from .results import Stats as Stats
+from .results import Studied as Studied
 from .sampling import Sampler, Sampling, StopText
 from .sources import Readable, texts, token_ids
 from .stream import Reader, Stream, losses_of
+from .study import study
 from .template import Messages, converse
 from .text import StreamEncoder
 from .writing import check_most, tokens, write
@@ -131,6 +133,17 @@ class Session:
         with self._exclusive():
             self._flush()
             return self._reader.commit(self._stream)
+
+    def study(self, source: Readable, *, minutes: float = 2.0, progress: Any = None) -> Studied:
+        """Learns what a text says so that it can be asked for by itself (``ask``), which reading does not do.
+
+        Needs objective "loss". Sentences are learned alone, and questions about them that the model asks and answers
+        with the sentence before it (docs/reading.md). Only the fast weights change: the context stays, with what it
+        holds; what is pending is learned first. ``minutes``: at most. ``progress(share, loss)`` is called on the way;
+        what it raises ends the study, and what was learned until then stays learned.
+        """
+        with self._exclusive():
+            return study(self, source, minutes, progress)
 
     def score(self, source: Readable) -> Score:
         """Loss of a text as the continuation of what was read, learning on the way; the session stays as it was.

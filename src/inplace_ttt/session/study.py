@@ -7,8 +7,9 @@ the model asks and answers itself while the sentence is before it. Several such 
 
 import random
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +18,13 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from ..config import InPlaceTTTConfig
 from ..core import FastWeights
+from ..errors import UserError
 from ..hf.attach import runtime_of, updates_off
 from ..hf.loss import learn_from
+from .parts import SessionParts as Session
+from .results import Studied
+from .sources import texts, token_ids
+from .stream import evaluating
 from .template import Template
 from .writing import end_tokens
 
@@ -40,6 +46,14 @@ Question:"""
 """How a model is made to ask and to answer, whether it was tuned for chats or not."""
 ANSWER = "{text}\n\n{question}"
 _END = re.compile(r"(?<=[.!?])[\"'\u2019\u201d)\]]*\s+|\n\s*\n\s*")
+
+
+TOKENS = 256
+"""Of one update."""
+PASSES = 16
+"""Over all examples, at most."""
+WRITING, TRIES = 0.35, 4
+"""Share of the time in which questions are written; tries for each sentence."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +102,9 @@ def is_about(pair: Pair) -> bool:
 
 
 class Examples:
-    """Makes examples of texts for one tokenizer and its chat template. ``prefix``: of a text (BOS)."""
+    """Makes examples of texts for one tokenizer and its chat template, if any. ``prefix``: of a text (BOS)."""
 
-    def __init__(self, tokenizer: Any, template: Template, prefix: Sequence[int] = (), most: int = 96) -> None:
+    def __init__(self, tokenizer: Any, template: Template | None, prefix: Sequence[int] = (), most: int = 96) -> None:
         self.tokenizer, self.template, self.prefix, self.most = tokenizer, template, tuple(prefix), most
 
     def ids(self, text: str) -> tuple[int, ...]:
@@ -104,12 +118,16 @@ class Examples:
 
     def chat(self, words: str) -> tuple[int, ...]:
         """Return the ids of a user's words, up to where the answer begins."""
+        if self.template is None:
+            return (*self.prefix, *self.ids(f"Question: {words}\nAnswer:"))
         return tuple(self.template.opening((), words))
 
     def answered(self, pair: Pair, soft: bool = False) -> Example:
         """Return a question with its answer; ``soft``: with what the model predicts while the text is before it."""
         source = self.chat(ANSWER.format(text=pair.text, question=pair.question)) if soft else None
-        return Example(self.chat(pair.question), (*self.ids(pair.answer), *self.template.ends), source)
+        answer = self.ids(f" {pair.answer}\n") if self.template is None else self.ids(pair.answer)
+        ends = () if self.template is None else self.template.ends
+        return Example(self.chat(pair.question), (*answer, *ends), source)
 
 
 @torch.no_grad()
@@ -141,12 +159,12 @@ def write_many(
 
 
 def pairs_of(
-    model: Any, examples: Examples, texts: Sequence[str], temperature: float = 0.0, batch: int = 256
+    model: Any, examples: Examples, told: Sequence[str], temperature: float = 0.0, batch: int = 256
 ) -> list[Pair]:
     """Return questions about some of the texts, with answers, as the model writes them with the text before it."""
-    prompts = [(*examples.prefix, *examples.ids(SHOWN.format(text=text))) for text in texts]
+    prompts = [(*examples.prefix, *examples.ids(SHOWN.format(text=text))) for text in told]
     found = []
-    for text, wrote in zip(texts, write_many(model, examples.tokenizer, prompts, 48, temperature, batch), strict=True):
+    for text, wrote in zip(told, write_many(model, examples.tokenizer, prompts, 48, temperature, batch), strict=True):
         question, _, rest = wrote.strip().partition("\nAnswer:")
         pair = Pair(text, question.strip(), rest.strip().split("\n")[0].strip())
         if "\n" not in pair.question and is_about(pair):
@@ -159,6 +177,69 @@ def in_sentences(model: Any, examples: Examples, pairs: Sequence[Pair], batch: i
     prompts = [examples.chat(ANSWER.format(text=x.text, question=x.question)) for x in pairs]
     replies = write_many(model, examples.tokenizer, prompts, 40, batch=batch)
     return [Pair(x.text, x.question, reply.strip()) for x, reply in zip(pairs, replies, strict=True)]
+
+
+def study(session: Session, source: Any, minutes: float, progress: Any = None) -> Studied:
+    """Learn a text's sentences, and the model's own questions about them. See ``Session.study``."""
+    reader, tokenizer, began = session._reader, session.tokenizer, time.monotonic()
+    if not reader.by_loss:
+        raise UserError('study needs objective="loss": attach the model with InPlaceTTTConfig(objective="loss")')
+    if tokenizer is None or session._encoder is None:
+        raise UserError("this session has no tokenizer, so it cannot study a text: make it with one")
+    if isinstance(reader.form, int):
+        raise UserError(f'study needs dense fast weights, not rank {reader.form}: make the session with state="dense"')
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes < float("inf"):
+        raise UserError(f"minutes {minutes}: a number above 0")
+    if token_ids(source) is not None:
+        raise UserError("study needs a text, not token ids: decode them")
+    told = list(dict.fromkeys(sentences("".join(texts(source)))))
+    if not told:
+        raise UserError("this text has no sentence of three words or more: nothing to study")
+    session._flush()
+    reader.commit(session._stream)
+    template = Template(tokenizer) if getattr(tokenizer, "chat_template", None) else None
+    examples, tell = Examples(tokenizer, template, session._encoder.prefix), progress or (lambda share, loss: None)
+    config = replace(reader.config, decay=0.0)
+    states = reader.detached(session._stream)
+    pairs: list[Pair] = []
+    losses: list[float] = []
+    seconds = 60 * minutes
+    passed: Callable[[], float] = lambda: (time.monotonic() - began) / seconds  # noqa: E731
+    try:
+        with evaluating(reader.model):
+            for some, temperature in _portions(told, passed):
+                pairs += pairs_of(reader.model, examples, some, temperature)
+                tell(min(passed(), 1.0), None)
+            pairs = list(dict.fromkeys(pairs))
+            known = [x for text in told for x in examples.statement(text)] + [examples.answered(p) for p in pairs]
+            first, shuffle, total = passed(), random.Random(0), PASSES * sum(map(len, known))
+            done = 0
+            for batch in (batch for _ in range(PASSES) for batch in batches(known, TOKENS, shuffle)):
+                share = max((passed() - first) / max(1 - first, 1e-9), done / total)
+                if share >= 1 and losses:
+                    break
+                size = config.update_size and config.update_size * max(1 - share, 0.05)
+                losses.append(learn(reader.model, states, [batch], replace(config, update_size=size)))
+                done += sum(map(len, batch))
+                tell(min(first + (1 - first) * share, 1.0), losses[-1])
+    finally:
+        if losses:
+            reader.adopt(session._stream, states)
+    return Studied(len(told), len(pairs), tuple(losses))
+
+
+def _portions(told: Sequence[str], passed: Callable[[], float]) -> Iterator[tuple[list[str], float]]:
+    """Yield sentences to ask about, with a temperature, while there is time; those with names and numbers first."""
+    order = sorted(told, key=lambda text: not re.search(r"\d|\w.*\b[A-Z]", text))
+    for n in range(TRIES):
+        at, size = 0, 8
+        while at < len(order):
+            before = passed()
+            if before >= WRITING:
+                return
+            yield order[at : at + size], 0.8 if n else 0.0
+            at += size
+            size = min(2 * size, 256) if passed() - before < WRITING / 8 else size
 
 
 def batches(examples: Sequence[Example], tokens: int, shuffle: random.Random) -> Iterator[list[Example]]:
