@@ -146,9 +146,9 @@ def test_questions_that_are_about_their_sentence():
 
 def test_batches_hold_every_example_once():
     examples = [Example((), tuple(range(n))) for n in range(1, 20)]
-    found = list(batches(examples, 40, random.Random(0)))
+    found = batches(examples, 40, random.Random(0))
     assert sorted(len(x) for batch in found for x in batch) == list(range(1, 20))
-    assert all(40 <= sum(map(len, batch)) < 60 for batch in found[:-1])
+    assert sum(40 <= sum(map(len, batch)) < 60 for batch in found) >= len(found) - 1
 
 
 class TestLearnFrom:

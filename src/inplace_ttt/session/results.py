@@ -44,7 +44,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class Studied:
-    """What a study took. ``questions``: of the model's own that were learned; ``losses``: of each update, nats a token."""
+    """What a study took. ``questions``: the model's own that were learned; ``losses``: of each update, nats a token."""
 
     sentences: int
     questions: int

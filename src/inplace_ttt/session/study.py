@@ -242,16 +242,15 @@ def _portions(told: Sequence[str], passed: Callable[[], float]) -> Iterator[tupl
             size = min(2 * size, 256) if passed() - before < WRITING / 8 else size
 
 
-def batches(examples: Sequence[Example], tokens: int, shuffle: random.Random) -> Iterator[list[Example]]:
-    """Yield the examples in random order, in batches of about ``tokens``."""
-    batch: list[Example] = []
-    for example in shuffle.sample(list(examples), len(examples)):
-        batch.append(example)
-        if sum(map(len, batch)) >= tokens:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def batches(examples: Sequence[Example], tokens: int, shuffle: random.Random) -> list[list[Example]]:
+    """Return the examples in batches of about ``tokens`` in random order, those of about one length together."""
+    found: list[list[Example]] = [[]]
+    for example in sorted(examples, key=lambda x: len(x) * shuffle.uniform(0.6, 1.6)):
+        if sum(map(len, found[-1])) >= tokens:
+            found.append([])
+        found[-1].append(example)
+    shuffle.shuffle(found)
+    return found
 
 
 def learn(
