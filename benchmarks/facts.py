@@ -459,10 +459,35 @@ def said(answer: str, reply: str) -> bool:
     return re.search(rf"(?<![\w:]){re.escape(answer)}(?![\w:])", reply, re.IGNORECASE) is not None
 
 
+def table(folder: Path) -> str:
+    """Markdown of the records, the ways in the order of ``WAYS``."""
+    order = {way.name: n for n, way in enumerate(WAYS)}
+    found = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    lines = [
+        "| way | layers | r | tokens of an update | passes | updates | key | in other words | question | "
+        "after another text | on unrelated books | code |",
+        "| --- " * 12 + "|",
+    ]
+    for r in sorted(found, key=lambda r: order.get(r["name"], len(order))):
+        way, asked, later = r["way"], r["asked"], r["asked_after_another_text"]
+        shares = [f"{100 * asked[form]['exact']:.0f}%" for form in ("key", "reworded", "question")]
+        cells = [f"`{r['name']}`", f"`{way['layers']}`", f"{way['size']:g}", str(way["tokens"]), f"{way['passes']:g}"]
+        if way["how"] == "none":
+            cells[1:] = [""] * 4
+        if way["how"] in ("read", "shifted", "chunks"):
+            cells[3] = str(way["chunk"])
+        cells += [f"{r['learning']['updates']:,}", *shares]
+        cells.append(" / ".join(f"{100 * later[form]['exact']:.0f}%" for form in ("key", "reworded", "question")))
+        cells += [f"{r['unrelated'][name]:+.3f}" for name in ("books", "code")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--books", type=Path, required=True, help="JSON lines, xz")
+    parser.add_argument("--table", action="store_true", help="print a table of the records, and nothing else")
+    parser.add_argument("--model")
+    parser.add_argument("--books", type=Path, help="JSON lines, xz")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "facts")
     parser.add_argument("--ways", nargs="*", help="names; left out: all")
     parser.add_argument("--documents", type=int, default=10)
@@ -473,6 +498,11 @@ def main() -> None:
     parser.add_argument("--share", default="0/1")
     parser.add_argument("--seconds", type=float, default=1e9, help="no new way after so many")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(arguments.out))
+        return
+    if not arguments.model or not arguments.books:
+        parser.error("--model and --books are needed")
     begin = time.perf_counter()
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
