@@ -287,6 +287,23 @@ class FastWeights:
         self.tensors = new if whole else {name: x.index_copy(0, index, new[name]) for name, x in start.items()}
         return start
 
+    def add(self, rule: Rule, z_BNF: Tensor, v_BND: Tensor, slow: Tensor | None) -> None:
+        """Take in an update that comes from no tokens of the rows, of any length, and count it like a chunk."""
+        with torch.autocast(z_BNF.device.type, enabled=False):
+            v = rule.values(z_BNF, v_BND.to(z_BNF.dtype), slow) if rule.outer else v_BND
+        self._update(list(range(self.rows)), rule, z_BNF, v.to(z_BNF.dtype), None, slow)
+        self.seen = tuple(n + self.chunk_size for n in self.seen)
+
+    def adopt(self, other: "FastWeights") -> None:
+        """Take over a dense state of the same rows that began as this one and has learned since, between two chunks.
+
+        Its updates are counted, and cannot be taken back.
+        """
+        if any(n % self.chunk_size for n in self.seen):
+            raise ValueError("tokens are pending: close their chunk first")
+        self.tensors, self.history, self.kept = other.tensors, {}, (0,) * self.rows
+        self.seen = tuple(mine + more for mine, more in zip(self.seen, other.seen, strict=True))
+
     def close_chunk(self) -> None:
         """End every row's pending chunk here: the next token begins one."""
         C = self.chunk_size

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
+from ..config import InPlaceTTTConfig
 from ..core import FastWeights, Rule, document_ids
 from ..core.algebra import state_dtype
 from ..errors import UserError
@@ -128,9 +129,10 @@ class LossCall:
         """Return the projection's output [B, n, D]."""
         out = plain(z)
         with torch.autocast(z.device.type, enabled=False):
-            fast = self.states[site.index].output(self.rule, z, site.width)
+            state = self.states[site.index]  # one row of it may read several texts
+            fast = state.output(self.rule, z.reshape(state.rows, -1, z.shape[-1]), site.width)
         if fast is not None:
-            out = out + fast.to(out.dtype)
+            out = out + fast.view_as(out).to(out.dtype)
         if self.capture:
             out = out if out.requires_grad else out.detach().requires_grad_()
             self.inputs[site.index], self.outputs[site.index] = z.detach(), out
@@ -591,6 +593,34 @@ def _loss_gradient(logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
         part.scatter_add_(-1, index, part.new_full(index.shape, -1))
         slope[:, :-1][:, here] = part.mul_(weight[:, here, None])
     return slope
+
+
+def learn_from(
+    runtime: "Runtime",
+    states: dict[int, FastWeights],
+    ids_RMn: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    config: InPlaceTTTConfig | None = None,
+) -> Tensor:
+    """Read R * M short texts from an empty context, M with each of the states' R rows, and write one update per row.
+
+    ids: padded at the right. The update is minus the gradient of ``loss(logits)``, logits [R * M, n, V], which must not
+    depend on padding; return that loss. ``config``: whose rule writes; None: the one the model reads with now.
+    States are dense and belong to no cache.
+    """
+    settings = runtime.settings if config is None else Settings(config)
+    with torch.inference_mode(False), torch.no_grad():
+        call = LossCall(settings.rule, states, *ids_RMn.shape, True)
+        with runtime.inner.as_(call), torch.enable_grad(), _frozen(runtime.model, True):
+            found = loss(runtime.loss_forward.forward(input_ids=ids_RMn, use_cache=False).logits)
+            grads = torch.autograd.grad(found, list(call.outputs.values()), allow_unused=True)
+        for (i, z), grad in zip(call.inputs.items(), grads, strict=True):
+            site, state = next(x for x in runtime.sites if x.index == i), states[i]
+            v = torch.zeros_like(call.outputs[i]) if grad is None else -grad
+            z = z * (v != 0).any(-1, keepdim=True)  # tokens that the loss does not depend on are no part of the update
+            z, v = (x.reshape(state.rows, -1, x.shape[-1]) for x in (z, v))
+            state.add(settings.rule, z, v, site.slow_weight(site.projection()))
+    return found.detach()
 
 
 def _width(module: Any) -> int:
