@@ -48,9 +48,9 @@ def alone(session, text):
         return copy.score(text).mean
 
 
-@pytest.mark.parametrize("form", ["dense", "auto"])
-def test_sentences_and_questions_are_learned_and_the_context_stays(tokenizer, clock, tmp_path, form):
-    session = Session(reader(), tokenizer, state=form)
+@pytest.mark.parametrize(("form", "size"), [("dense", 0.03), ("auto", 0.03), ("dense", "auto")])
+def test_sentences_and_questions_are_learned_and_the_context_stays(tokenizer, clock, tmp_path, form, size):
+    session = Session(reader(update_size=size), tokenizer, state=form)
     session.read("it is written where the file was read by the code of a block")
     before = [alone(session, text) for text in TOLD]
     session.commit()

@@ -218,8 +218,9 @@ def study(session: Session, source: Any, minutes: float, progress: Any = None) -
                 share = max((passed() - first) / max(1 - first, 1e-9), done / total)
                 if share >= 1 and losses:
                     break
-                size = config.update_size and config.update_size * max(1 - share, 0.05)
-                losses.append(learn(reader.model, states, [batch], replace(config, update_size=size)))
+                if isinstance(size := reader.config.update_size, int | float):
+                    config = replace(config, update_size=size * max(1 - share, 0.05))
+                losses.append(learn(reader.model, states, [batch], config))
                 done += sum(map(len, batch))
                 tell(min(first + (1 - first) * share, 1.0), losses[-1])
     finally:
