@@ -108,4 +108,4 @@ def slow_weight(site: LayerSite, rows: int) -> Any:
     module = site.projection()
     if getattr(module, "split", False) or is_split(module.weight) or module.weight.is_meta:  # meta: offloaded
         return False
-    return module.weight if rows == 1 and getattr(module, "fuses", False) else None
+    return module.weight if rows == 1 and site.fuses(module) else None
