@@ -236,8 +236,8 @@ def test_what_a_cuda_graph_cannot_do_is_said():
 
 def test_generate_s_own_tokens_need_no_look_at_the_mask(monkeypatch, steps):
     """A look would wait for the device in every step. Afterwards masks count again."""
-    looks, look = [], hf_steps.real_tokens
-    monkeypatch.setattr(hf_steps, "real_tokens", lambda *args: looks.append(args) or look(*args))
+    looks, look = [], hf_steps.read_mask
+    monkeypatch.setattr(hf_steps, "read_mask", lambda *args: looks.append(args) or look(*args))
     model, prompt = adapted("llama"), tokens(2, C + 1)
     mask = torch.ones_like(prompt)
     mask[0, 0] = 0

@@ -22,7 +22,7 @@ from ..core import ChunkTable, FastWeights, document_ids
 from ..errors import UserError
 from .cache import FastCacheLayer, fast_layers, mark_stale
 from .calls import CALL, WholeCall
-from .masks import documents_of_mask, real_tokens
+from .masks import read_mask
 from .settings import PerThread, Settings
 from .sites import CONTEXT, CallContext, LayerCall, LayerSite
 from .steps import Step, may_step, source_of
@@ -55,6 +55,8 @@ class Runtime:
         """Tokens of the prompt of the ``generate`` that runs: those behind it are written by the model."""
         self.extended_mask: PerThread[Tensor | None] = PerThread(None)
         """The mask to which ``generate`` has just added a token."""
+        self.prepared_mask: PerThread[Any] = PerThread((None, None))
+        """The last mask that ``generate`` prepared for a static cache, and the 2-D one that it stands for."""
 
     @property
     def settings(self) -> Settings:
@@ -184,13 +186,13 @@ class Runtime:
             raise ValueError("a call on this cache broke off half way through the layers: start from an empty cache")
         fresh = given.get("past_key_values") is None
         position_ids = given.get("position_ids")
-        numbers = given.get("seq_idx")
-        if numbers is None:
-            numbers = documents_of_mask(given.get("attention_mask"), tokens, cache)
+        first = next((slot.fast for slot in slots.values()), None)
+        numbered = given.get("seq_idx")
+        real, numbers = read_mask(self.mask_of(given), rows, tokens, cache, first, divided=numbered is None)
         documents = document_ids(
-            real_tokens(given.get("attention_mask"), rows, tokens, cache),
+            real,
             position_ids if fresh and position_ids is not None and position_ids.dim() == 2 else None,
-            numbers,
+            numbers if numbered is None else numbered,
             given.get("cu_seq_lens_q"),
             rows=rows,
             tokens=tokens,
@@ -206,13 +208,23 @@ class Runtime:
         )
         return WholeCall(settings, table, slots), cache
 
+    def mask_of(self, given: dict[str, Any]) -> Any:
+        """Return a call's mask; the 2-D one where ``generate`` prepared another from it."""
+        mask = given.get("attention_mask")
+        return mask if mask is None or getattr(mask, "ndim", 4) == 2 else self._original_mask(mask)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _original_mask(self, mask: Any) -> Any:
+        prepared, original = self.prepared_mask.get()
+        return original if mask is prepared else mask
+
     # What changes from token to token must not be seen by compiled code, which would compile it anew: not traced.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin_step(self, given: dict[str, Any], vouched: bool) -> Step | None:
         """Make everything ready for a step of these arguments. See ``Step.begin``."""
         if self.loss_forward is not None:
             return None
-        return Step.begin(self.running_sites(), self.settings, given, vouched)
+        return Step.begin(self.running_sites(), self.settings, given | {"attention_mask": self.mask_of(given)}, vouched)
 
     def running_sites(self) -> list[LayerSite]:
         """The layers that adapt at present."""
@@ -303,7 +315,10 @@ class PrepareInputs:
         mask, runtime = kwargs.get("attention_mask"), self.runtime
         runtime.tokens_are_real.set(mask is None or mask is runtime.extended_mask.get())
         runtime.extended_mask.clear()
-        return self._own(*args, **kwargs)
+        inputs = self._own(*args, **kwargs)
+        made = inputs.get("attention_mask")
+        runtime.prepared_mask.set((None, None) if made is mask else (made, mask))
+        return inputs
 
 
 def rows_are_cut() -> str | None:

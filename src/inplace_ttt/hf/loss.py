@@ -30,7 +30,7 @@ from ..core import FastWeights, Rule, document_ids
 from ..core.algebra import state_dtype
 from ..errors import UserError
 from .cache import FastCacheLayer, cache_name, fast_layers
-from .masks import real_tokens
+from .masks import read_mask
 from .settings import Settings
 from .sites import LayerSite
 
@@ -294,7 +294,8 @@ class _Reading(_Learner):
             raise ValueError("a call needs input_ids or inputs_embeds")
         self.B, self.T = source.shape[:2]
         self.device = source.device
-        self.mask, self.positions = given.pop("attention_mask", None), given.pop("position_ids", None)
+        self.mask, self.positions = self.runtime.mask_of(given), given.pop("position_ids", None)
+        given.pop("attention_mask", None)
         self.labels, self.use_cache = given.pop("labels", None), given.pop("use_cache", None)
         self.keep = given.pop("logits_to_keep", 0)
         self.return_dict = given.pop("return_dict", None)
@@ -342,12 +343,15 @@ class _Reading(_Learner):
         packed = {name: self.given.get(name) for name in ("seq_idx", "cu_seq_lens_q")}
         positions = self.positions
         fresh = self.cache is None and self.T > 1 and positions is not None and positions.dim() == 2
-        if not fresh and all(x is None for x in packed.values()):
+        real = numbers = None
+        if packed["seq_idx"] is None and getattr(self.mask, "ndim", 4) == 4:
+            real, numbers = read_mask(self.mask, self.B, self.T, self.cache)
+        if not fresh and numbers is None and all(x is None for x in packed.values()):
             return None
         documents = document_ids(
-            None,
+            None if numbers is None else real,
             positions if fresh and self.mask is None else None,
-            packed["seq_idx"],
+            packed["seq_idx"] if numbers is None else numbers,
             packed["cu_seq_lens_q"],
             rows=self.B,
             tokens=self.T,
@@ -387,9 +391,9 @@ class _Reading(_Learner):
         self.sites, self.slots = sites, slots
         vouched = self.runtime.tokens_are_real.get()
         self.runtime.tokens_are_real.clear()
-        real = None if vouched else real_tokens(self.mask, self.B, self.T, self.cache)
-        if real is not None and bool(real.all()):
-            real = None
+        own = None if vouched else read_mask(self.mask, self.B, self.T, self.cache, self.first.fast)[0]
+        padded = document_ids(own, rows=self.B, tokens=self.T)
+        real = None if padded is None else (padded >= 0).to(self.device)
         self.past = int(self.cache.get_seq_length())
         self.record = self._record(real)
         learn = self._learn(real)
@@ -456,7 +460,7 @@ class _Reading(_Learner):
         if mask is None or end - at == self.T:
             return mask
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            return mask[:, : mask.shape[1] - self.T + end]
+            return mask[:, : min(mask.shape[1] - self.T, self.past) + end]
         known = self.record.real  # a prepared mask is of the call's size: the model makes one for the piece
         if real is None and known is None:
             return None
