@@ -100,8 +100,24 @@ class LayerSite:
     def before_mlp(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if (outer := self._outside()) is not self.wrapper:
             self._watch(outer)
-        self._input.set(args[0] if args else kwargs["hidden_states"])
+        source = args[0] if args else kwargs["hidden_states"]
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            self._recomputed(source)
+        self._input.set(source)
         self._projected.set(False)
+
+    def _recomputed(self, source: Tensor) -> None:
+        """Take up the call again where backward computes the MLP alone (activation checkpointing of MLPs).
+
+        The input, which checkpointing keeps, carries the call with it.
+        """
+        context: Any = self.context
+        if context is None:
+            context = getattr(source, CONTEXT, None)
+            if context is not None and torch._C._current_graph_task_id() != -1:
+                self._context.set(context)
+        elif not getattr(context.call, "slots", None):
+            setattr(source, CONTEXT, context)
 
     def after_mlp(self, module: nn.Module, args: Any, output: Any) -> None:
         context, projected = self.context, self._projected.get()
@@ -147,8 +163,10 @@ class LayerSite:
         context = self.context
         if context is None and torch._C._current_graph_task_id() != -1:
             raise NotImplementedError(
-                f"the MLP of layer {self.index} is computed again alone, in backward, where its fast weights do not "
-                "know the document: checkpoint whole decoder layers (gradient_checkpointing_enable), not MLPs"
+                f"the MLP of layer {self.index} is computed again in backward in a way that does not tell its fast "
+                "weights the document (use_reentrant=True, a cache, a tiled MLP or a replaced forward): pass "
+                "use_reentrant=False and use_cache=False, or checkpoint whole decoder layers "
+                "(gradient_checkpointing_enable)"
             )
         if context is None:
             raise RuntimeError(
