@@ -14,7 +14,7 @@ from ..config import InPlaceTTTConfig
 from ..core import Call, ChunkTable, Rule, Target, make_target
 from ..core.scan import path_for
 from ..errors import UserError
-from .context import Runtime
+from .context import Forward, Runtime
 from .families import attention_of, check_layers, decoder_layers, family_of, place, text_model
 from .linear import FastWeight, InitWeights, check_replaceable, innermost, make_fast, make_slow, output_size
 from .loss import LossForward
@@ -149,6 +149,8 @@ def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
         root.base_model.register_forward_hook(runtime.after_model, always_call=True),
         root.get_input_embeddings().register_forward_hook(runtime.after_embedding),
     ]
+    runtime.handles.append(Forward(runtime, root.base_model))
+    root.base_model.__dict__["forward"] = runtime.handles[-1]
     if any(target.source == "loss" for target in targets):
         runtime.loss_forward = LossForward(runtime, root.forward)
     root.__dict__[RUNTIME] = runtime

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..config import InPlaceTTTConfig
 from ..core import ChunkTable, FastWeights, document_ids
 from ..errors import UserError
-from .cache import FastCacheLayer, fast_layers, mark_stale
+from .cache import FastCacheLayer, fast_layers, mark_broken, mark_stale
 from .calls import CALL, WholeCall
 from .masks import read_mask
 from .settings import PerThread, Settings
@@ -114,19 +114,16 @@ class Runtime:
         self.tokens_are_real.clear()
         step, self.prepared = self.prepared, None
         mine, settings, inner = step is None, self.settings, self.inner.get()
+        context = CallContext(inner, settings)
+        context.outer = self._current.get()
+        self._current.set(context)  # before anything can fail: the call's end takes it away
         if mine and inner is None and settings.enabled and may_step(given):
             step = self.begin_step(given, vouched)
         cache = None
-        if inner is not None:
-            context = CallContext(inner, settings)
-        elif step is None:
-            call, cache = self._call(module, given)
-            context = CallContext(call, settings)
-        else:
-            context = CallContext(step, settings)
-            context.ends = mine
-        context.outer = self._current.get()
-        self._current.set(context)
+        if step is not None:
+            context.call, context.ends = step, mine
+        elif inner is None:
+            context.call, cache = self._call(module, given)
         if given.get("inputs_embeds") is not None:
             context.embeddings = given["inputs_embeds"]
         kwargs = {**kwargs, CONTEXT: context}
@@ -144,6 +141,8 @@ class Runtime:
     def before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if CONTEXT not in kwargs:
             return None
+        if not torch.compiler.is_compiling():
+            kwargs[CONTEXT].begun = True
         return args, {k: v for k, v in kwargs.items() if k != CONTEXT}
 
     def after_model(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -157,6 +156,8 @@ class Runtime:
         if output is None:  # the call failed: nothing of it may stay behind
             for site in self.sites:
                 site.forget()
+            if context.begun:
+                mark_broken(getattr(context.call, "slots", {}))
         elif context.ends and context.call is not None:
             context.call.end()
 
@@ -294,6 +295,40 @@ class Runtime:
             "continuous batching mixes requests in one row and names none of them, so fast weights cannot follow: "
             "call generate() instead"
         )
+
+
+class Forward:
+    """The base model's own forward, which lets go of a call that is interrupted: PyTorch runs no hooks then."""
+
+    def __init__(self, runtime: Runtime, module: nn.Module) -> None:
+        self.runtime, self.module = runtime, module
+        self.own: Callable[..., Any] | None = module.__dict__.get("forward")
+        """What stood in the module in the place of its class's."""
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # by which transformers tells what a model understands
+        return inspect.signature(self._forward)
+
+    @property
+    def _forward(self) -> Callable[..., Any]:
+        return type(self.module).forward.__get__(self.module) if self.own is None else self.own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._forward(*args, **kwargs)
+        try:
+            return self._forward(*args, **kwargs)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                self.runtime.after_model(self.module, args, None)
+            raise
+
+    def remove(self) -> None:
+        """Put back what was there, unless somebody else took the place since."""
+        if self.module.__dict__.get("forward") is self:
+            del self.module.__dict__["forward"]
+            if self.own is not None:
+                self.module.__dict__["forward"] = self.own
 
 
 class PrepareInputs:

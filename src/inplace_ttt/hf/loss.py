@@ -29,7 +29,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..core import FastWeights, Rule, document_ids
 from ..core.algebra import state_dtype
 from ..errors import UserError
-from .cache import FastCacheLayer, cache_name, fast_layers
+from .cache import FastCacheLayer, cache_name, fast_layers, mark_broken
 from .masks import read_mask
 from .settings import Settings
 from .sites import LayerSite
@@ -163,7 +163,12 @@ class LossForward:
             )
         with torch.inference_mode(False), torch.no_grad():
             plain = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in given.items()}
-            return _Reading(self, plain).run()
+            reading = _Reading(self, plain)
+            try:
+                return reading.run()
+            except BaseException:
+                reading.abandon()
+                raise
 
 
 class _Learner:
@@ -299,6 +304,8 @@ class _Reading(_Learner):
         self.labels, self.use_cache = given.pop("labels", None), given.pop("use_cache", None)
         self.keep = given.pop("logits_to_keep", 0)
         self.return_dict = given.pop("return_dict", None)
+        self.begun = False
+        """Whether the cache may have changed."""
         self.hidden = given.get("output_hidden_states")
         if given.get("output_attentions"):
             raise UserError('objective="loss" reads in chunks, so there is no one attention matrix to return')
@@ -319,6 +326,12 @@ class _Reading(_Learner):
         if self.hidden:
             last.hidden_states = tuple(torch.cat(x, 1) for x in zip(*(o.hidden_states for _, o in parts), strict=True))
         return self._finish(logits, last, self.cache if wanted else None)
+
+    def abandon(self) -> None:
+        """Leave nothing of a call that broke off, and a cache that says so."""
+        if self.begun:
+            mark_broken(self.slots)
+            self._detach_cache()
 
     def _finish(self, logits: Tensor, output: Any, cache: Any) -> Any:
         if isinstance(self.keep, Tensor):
@@ -419,7 +432,7 @@ class _Reading(_Learner):
     def _piece(
         self, at: int, end: int, done: list[int], real: Tensor | None, learn: Tensor
     ) -> tuple[Tensor | None, Any]:
-        n, C = end - at, self.config.chunk_size
+        n, C, self.begun = end - at, self.config.chunk_size, True
         fasts = {i: slot.fast for i, slot in self.slots.items()}
         self._begin_chunks()
         # Where all rows' chunks begin and end with this piece, its own forward gives the gradient.
@@ -555,7 +568,7 @@ class _Reading(_Learner):
 
     def _detach_cache(self) -> None:
         for layer in self.cache.layers:
-            if layer.keys is not None:
+            if getattr(layer, "keys", None) is not None:
                 layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
 
 

@@ -45,6 +45,8 @@ class CallContext:
         self.call, self.settings = call, settings
         self.grad = torch.is_grad_enabled()
         self.embeddings: Tensor | None = None
+        self.begun = False
+        """Whether a layer was entered, so that the cache may have changed."""
         self.outer: CallContext | None = None
         self.ends = True
         """Whether the call's end is ours to note."""
