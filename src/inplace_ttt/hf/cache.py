@@ -217,6 +217,21 @@ def install(cache: Cache, index: int, fast: FastWeights) -> FastCacheLayer:
     return new  # type: ignore[no-any-return]
 
 
+def detach_cache(cache: Cache) -> Cache:
+    """Cut a cache off the graph that filled it, in place: keys, values and fast weights. Return the cache.
+
+    For truncated backpropagation through a long text: the next call reads with what was learned so far, and its
+    gradients stop here.
+    """
+    for layer in cache.layers:
+        for name, value in layer.__dict__.items():
+            if isinstance(value, FastWeights):
+                value.detach()
+            elif isinstance(value, torch.Tensor):
+                layer.__dict__[name] = value.detach()
+    return cache
+
+
 def mark_broken(slots: Mapping[int, FastCacheLayer]) -> None:
     """Note that a call on these layers broke off."""
     for slot in slots.values():
