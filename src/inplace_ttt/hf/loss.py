@@ -29,8 +29,8 @@ from ..config import InPlaceTTTConfig
 from ..core import FastWeights, Rule, document_ids
 from ..core.algebra import state_dtype
 from ..errors import UserError
-from .cache import FastCacheLayer, cache_name, fast_layers
-from .masks import real_tokens
+from .cache import FastCacheLayer, cache_name, fast_layers, mark_broken
+from .masks import read_mask
 from .settings import Settings
 from .sites import LayerSite
 
@@ -165,7 +165,12 @@ class LossForward:
             )
         with torch.inference_mode(False), torch.no_grad():
             plain = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in given.items()}
-            return _Reading(self, plain).run()
+            reading = _Reading(self, plain)
+            try:
+                return reading.run()
+            except BaseException:
+                reading.abandon()
+                raise
 
 
 class _Learner:
@@ -291,10 +296,13 @@ class _Reading(_Learner):
             raise ValueError("a call needs input_ids or inputs_embeds")
         self.B, self.T = source.shape[:2]
         self.device = source.device
-        self.mask, self.positions = given.pop("attention_mask", None), given.pop("position_ids", None)
+        self.mask, self.positions = self.runtime.mask_of(given), given.pop("position_ids", None)
+        given.pop("attention_mask", None)
         self.labels, self.use_cache = given.pop("labels", None), given.pop("use_cache", None)
         self.keep = given.pop("logits_to_keep", 0)
         self.return_dict = given.pop("return_dict", None)
+        self.begun = False
+        """Whether the cache may have changed."""
         self.hidden = given.get("output_hidden_states")
         if given.get("output_attentions"):
             raise UserError('objective="loss" reads in chunks, so there is no one attention matrix to return')
@@ -315,6 +323,12 @@ class _Reading(_Learner):
         if self.hidden:
             last.hidden_states = tuple(torch.cat(x, 1) for x in zip(*(o.hidden_states for _, o in parts), strict=True))
         return self._finish(logits, last, self.cache if wanted else None)
+
+    def abandon(self) -> None:
+        """Leave nothing of a call that broke off, and a cache that says so."""
+        if self.begun:
+            mark_broken(self.slots)
+            self._detach_cache()
 
     def _finish(self, logits: Tensor, output: Any, cache: Any) -> Any:
         if isinstance(self.keep, Tensor):
@@ -339,12 +353,15 @@ class _Reading(_Learner):
         packed = {name: self.given.get(name) for name in ("seq_idx", "cu_seq_lens_q")}
         positions = self.positions
         fresh = self.cache is None and self.T > 1 and positions is not None and positions.dim() == 2
-        if not fresh and all(x is None for x in packed.values()):
+        real = numbers = None
+        if packed["seq_idx"] is None and getattr(self.mask, "ndim", 4) == 4:
+            real, numbers = read_mask(self.mask, self.B, self.T, self.cache)
+        if not fresh and numbers is None and all(x is None for x in packed.values()):
             return None
         documents = document_ids(
-            None,
+            None if numbers is None else real,
             positions if fresh and self.mask is None else None,
-            packed["seq_idx"],
+            packed["seq_idx"] if numbers is None else numbers,
             packed["cu_seq_lens_q"],
             rows=self.B,
             tokens=self.T,
@@ -384,9 +401,9 @@ class _Reading(_Learner):
         self.sites, self.slots = sites, slots
         vouched = self.runtime.tokens_are_real.get()
         self.runtime.tokens_are_real.clear()
-        real = None if vouched else real_tokens(self.mask, self.B, self.T, self.cache)
-        if real is not None and bool(real.all()):
-            real = None
+        own = None if vouched else read_mask(self.mask, self.B, self.T, self.cache, self.first.fast)[0]
+        padded = document_ids(own, rows=self.B, tokens=self.T)
+        real = None if padded is None else (padded >= 0).to(self.device)
         self.past = int(self.cache.get_seq_length())
         self.record = self._record(real)
         learn = self._learn(real)
@@ -412,7 +429,7 @@ class _Reading(_Learner):
     def _piece(
         self, at: int, end: int, done: list[int], real: Tensor | None, learn: Tensor
     ) -> tuple[Tensor | None, Any]:
-        n, C = end - at, self.config.chunk_size
+        n, C, self.begun = end - at, self.config.chunk_size, True
         fasts = {i: slot.fast for i, slot in self.slots.items()}
         self._begin_chunks()
         # Where all rows' chunks begin and end with this piece, its own forward gives the gradient.
@@ -453,7 +470,7 @@ class _Reading(_Learner):
         if mask is None or end - at == self.T:
             return mask
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            return mask[:, : mask.shape[1] - self.T + end]
+            return mask[:, : min(mask.shape[1] - self.T, self.past) + end]
         known = self.record.real  # a prepared mask is of the call's size: the model makes one for the piece
         if real is None and known is None:
             return None
@@ -548,7 +565,7 @@ class _Reading(_Learner):
 
     def _detach_cache(self) -> None:
         for layer in self.cache.layers:
-            if layer.keys is not None:
+            if getattr(layer, "keys", None) is not None:
                 layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
 
 
