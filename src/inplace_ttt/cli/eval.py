@@ -24,6 +24,13 @@ def evaluate(
     model: Annotated[
         str | None, typer.Argument(help="Directory or hub id. Left out: the shipped model.", show_default=False)
     ] = None,
+    named: Annotated[str | None, typer.Option("--model", help="The same, as an option.", show_default=False)] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="For a plain model: loss (nothing to train).", show_default=False)
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="A plain Llama reads through a window.", min=1, show_default=False)
+    ] = None,
     data: Annotated[
         list[Path] | None,
         typer.Option(
@@ -66,7 +73,8 @@ def evaluate(
     sweep: Annotated[
         list[str] | None,
         typer.Option(
-            help="Other settings to try: lr, chunk_size, decay or clip, as NAME=VALUE,VALUE. May be repeated."
+            help="Other settings to try: lr, chunk_size, decay, clip or update_size, as NAME=VALUE,VALUE. "
+            "May be repeated."
         ),
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Also read with each adapting layer switched off.")] = False,
@@ -76,6 +84,8 @@ def evaluate(
     """Measure whether adapting helps: updates on and off on the same text, with intervals and pictures."""
     from rich.console import Console
 
+    if model is not None and named is not None:
+        raise UserError(f"--model {named}: the model is {model} already, name it once")
     options = Options(
         wanted=ONLY_TEXT if suite == "all" else _names(suite),
         length=length,
@@ -100,12 +110,13 @@ def evaluate(
         from ..eval import report
         from ..eval.runner import run
         from ..eval.suites.texts import load_texts
+        from ..hf.attach import UNTRAINED, is_trained
         from ..hf.load import load
         from ..session.files import identity
 
         quiet_libraries()
-        name = model or str(DEFAULT_MODEL)
-        loaded, tokenizer = load(name, device)
+        name = model or named or str(DEFAULT_MODEL)
+        loaded, tokenizer = load(name, device, objective=objective, window=window)
         variants = _variants(loaded, sweep or [], layers)
         if baseline is not None:
             variants.append(_baseline(baseline, loaded, tokenizer, device))
@@ -115,7 +126,8 @@ def evaluate(
             texts = sorted(texts, key=lambda text: len(text.ids) < length)[:documents]
     with log.status("preparing the suites"):
         suites, notes = build(options, texts, tokenizer, loaded)
-    for note in notes:
+    useless = [] if is_trained(loaded) else [UNTRAINED]
+    for note in notes + useless:
         log.print(note, soft_wrap=True, markup=False)
     plan = {
         "model": Path(name).name,
@@ -126,9 +138,10 @@ def evaluate(
         "variants": [variant.label for variant in variants],
         **options.plan(),
     }
+    plan |= {key: value for key, value in (("objective", objective), ("window", window)) if value is not None}
     records = run(suites, variants, out, plan, fresh=fresh, console=log)
     console = Console(highlight=False)
-    for line in report.write(out, records, plan):
+    for line in report.write(out, records, plan, useless):
         console.print(line, soft_wrap=True, markup=False)
     console.print(f"Report: {out / 'report.html'} (figures: summary.json, summary.csv, plots/)", soft_wrap=True)
 
@@ -165,7 +178,7 @@ def _reading(model: Any, settings: dict[str, Any]) -> Any:
 def _settings(text: str) -> list[tuple[str, dict[str, Any]]]:
     """``lr=0.05,0.1`` -> [("lr=0.05", {"lr": 0.05}), ...]; several names joined by spaces change together."""
     name, _, values = text.partition("=")
-    kinds = {"lr": float, "decay": float, "clip": float, "chunk_size": int}
+    kinds = {"lr": float, "decay": float, "clip": float, "update_size": float, "chunk_size": int}
     if name not in kinds or not values:
         raise UserError(f"--sweep {text}: write one of {', '.join(kinds)} as NAME=VALUE,VALUE")
     try:

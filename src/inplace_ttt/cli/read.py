@@ -58,6 +58,8 @@ def read_all(
     """Opens the session, reads the sources one after the other, and saves it, whatever happens."""
     with log.status("loading the model"):
         opened = open_session(session, model, device, options, objective=objective)
+    if opened.warning:
+        typer.echo(f"warning: {opened.warning}", err=True)
     saver, stopped = Saver(opened, session), False
     with deferred_interrupt() as interrupt:
         try:

@@ -34,11 +34,13 @@ details { margin: 0.8rem 0; } pre { background: #f8fafc; padding: 0.8rem; overfl
 """
 
 
-def write(directory: Path, records: Sequence[Record], plan: Mapping[str, Any]) -> list[str]:
-    """Writes all files into ``directory``; returns the verdicts."""
+def write(
+    directory: Path, records: Sequence[Record], plan: Mapping[str, Any], useless: Sequence[str] = ()
+) -> list[str]:
+    """Writes all files into ``directory``; returns the verdicts. ``useless``: why there is nothing to compare."""
     origin = {**about(), "seconds": read_seconds(directory)}
     found = tables(records)
-    said = verdicts(found)
+    said = list(useless) or verdicts(found)
     figures = pictures(found, plan)
     folder = directory / "plots"
     folder.mkdir(parents=True, exist_ok=True)

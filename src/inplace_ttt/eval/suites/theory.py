@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache
 
 from ...core import make_target
 from ...errors import UserError
-from ...hf.attach import runtime_of, unwrap, updates_off
+from ...hf.attach import UNTRAINED, runtime_of, unwrap, updates_off
 from ...hf.cache import cache_name
 from ...hf.context import fast_weights
 from ..read_then_ask import words
@@ -37,7 +37,8 @@ class TheorySuite:
 
     The theorem's targets replace a layer's convolution and projection by ``s * u[t + 1]`` and ``s * u[t]``, u the token
     embeddings; s makes the update as large (Frobenius norm) as the model's own is in that layer, so that the three
-    differ in where their updates point, and not in size. Every other setting is the model's at the moment.
+    differ in where their updates point, and not in size. Every other setting is the model's at the moment. A model with
+    objective "loss" has no target to replace: only its own is measured.
 
     One record per target, with "document", "target", "chance" and, of the logits after the second key, updates on minus
     off,
@@ -91,8 +92,8 @@ class TheorySuite:
                 before = _logits(model, ids, choices)
             own = self._update_norms(model, ids)
             if not all(own.values()):
-                raise UserError("theory: an update of this model is zero, so nothing can be compared: train it first")
-            for target in TARGETS:
+                raise UserError(f"theory: an update of this model is zero, so nothing can be compared: {UNTRAINED}")
+            for target in TARGETS[:1] if runtime.loss_forward else TARGETS:
                 change = self._read(model, target, own, ids, choices) - before
                 records.append({"document": name, "target": target, "chance": 1 / self.candidates, **_figures(change)})
         return records
