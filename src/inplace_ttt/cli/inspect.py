@@ -26,9 +26,7 @@ def inspect(
     objective: Annotated[str | None, typer.Option(help="Plain model: loss (nothing to train).")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Session: picture of its diagnostics (.png, .pdf, .svg).")] = None,
-    of: Annotated[
-        str | None, typer.Option("--model", help="Session: where its model is now. Alone: the model to inspect.")
-    ] = None,
+    of: Annotated[str | None, typer.Option("--model", help="The model; of a session: where it is now.")] = None,
     device: Annotated[str | None, typer.Option(help="Session: such as cpu or cuda.")] = None,
 ) -> None:
     """Show which modules of a model adapt (or would), and what that costs; or what a session has learned."""
