@@ -10,11 +10,10 @@ from session.models import TEXT, ids_of, shipped, tiny, tokenizer
 
 import inplace_ttt as ittt
 from inplace_ttt.errors import UserError
-from inplace_ttt.eval.report import pictures
+from inplace_ttt.eval.report import pictures, tables, verdicts
 from inplace_ttt.eval.suites import Record
 from inplace_ttt.eval.suites.texts import Document
 from inplace_ttt.eval.suites.theory import TARGETS, TheorySuite
-from inplace_ttt.eval.summary import tables, verdicts
 from inplace_ttt.hf.attach import runtime_of
 
 C = 16
