@@ -77,11 +77,13 @@ def _run(
     with log.status("loading the model"):
         from ..demo.result import run_demo
         from ..demo.text import tokenize
-        from ..hf.attach import runtime_of
+        from ..hf.attach import UNTRAINED, is_trained, runtime_of
         from ..hf.load import load
 
         quiet_libraries()
         loaded, tokenizer = load(model or DEFAULT_MODEL, device, objective=objective, window=window)
+        if not is_trained(loaded):
+            raise UserError(UNTRAINED)
         tokens = tokenize(source, tokenizer, runtime_of(loaded).config.chunk_size, max_tokens)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as progress:

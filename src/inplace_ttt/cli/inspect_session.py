@@ -44,6 +44,17 @@ def inspect_session(path: Path, json: bool, plot: Path | None, model: str | None
         typer.echo(f"Picture: {plot}", err=json)
 
 
+def nothing_learned(session: Any) -> str | None:
+    """Say why a session has learned nothing so far; None where it has."""
+    from ..hf.attach import UNTRAINED
+
+    stats = session.stats()
+    if stats.warning == UNTRAINED:
+        return UNTRAINED
+    every = f"0 updates so far, one comes after every {stats.settings['chunk_size']:,} tokens"
+    return None if stats.updates else f"nothing was learned yet: {every}"
+
+
 def stats_lines(session: Any) -> list[str]:
     """Where a session stands, for a person."""
     s = session.stats()
@@ -54,4 +65,6 @@ def stats_lines(session: Any) -> list[str]:
         f"in context {s.in_context:,} tokens ({size(s.bytes_context)}); fast weights {size(s.bytes_fast_weights)}",
         f"window {s.window:,}, sinks {s.sinks}, {kept}",
     ]
-    return lines + ([f"warning: {s.warning}"] if s.warning else [])
+    if s.warning:
+        return [*lines, f"warning: {s.warning}"]
+    return lines if s.updates else [*lines, nothing_learned(session) or ""]

@@ -1,5 +1,6 @@
 """attach and detach: put fast weights into a model that is already there, and take them out again."""
 
+import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from .saving import after_attach, before_detach
 from .sites import LayerSite
 from .tensor_parallel import check_split, is_split
 
+log = logging.getLogger("inplace_ttt")
 Model = TypeVar("Model", bound=nn.Module)
 RUNTIME = "_inplace_ttt"
 READING = ("chunk_size", "lr", "decay", "clip", "clip_relative", "update_size", "learn")
@@ -77,6 +79,12 @@ UNTRAINED = (
     "or train it (docs/training.md; inplace-ttt train RECIPE --plan tells what that takes)"
 )
 """What to say where a model pretends to learn."""
+PLAIN = (
+    "is a plain model without fast weights: load it with transformers and call inplace_ttt.attach. With "
+    'objective="loss" it learns as it reads, nothing to train (on the command line: --objective loss); with any other '
+    "it has to be trained first (docs/training.md; inplace-ttt train RECIPE --plan tells what that takes)"
+)
+"""What to say of a model that has no fast weights, after its name."""
 
 
 def is_trained(model: nn.Module) -> bool:
@@ -98,9 +106,17 @@ def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
     starts at zero; a fixed target without a projection has nothing that could be zero, so there the outputs do change.
 
     Raises UserError, changing nothing, when the model's family is unknown, a chosen layer does not exist or cannot
-    adapt, the rule or the target refuses its options, or the model is attached already.
+    adapt, the rule or the target refuses its options, or the model is attached already. Logs a warning where nothing
+    will change until the model is trained.
     """
-    config = InPlaceTTTConfig() if config is None else config
+    install(model, InPlaceTTTConfig() if config is None else config)
+    if not is_trained(model):
+        log.warning(UNTRAINED)
+    return model
+
+
+def install(model: Model, config: InPlaceTTTConfig) -> Model:
+    """Attach without a word: the parameters are loaded, or trained, next."""
     root = unwrap(model)
     if RUNTIME in root.__dict__:
         raise UserError("the model has fast weights already: detach(model) first")
