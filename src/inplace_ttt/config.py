@@ -29,11 +29,11 @@ LOSS_DEFAULTS: Mapping[str, Any] = MappingProxyType(
 _KINDS = (
     (("chunk_size", "conv_kernel", "lookahead"), Integral, "a whole number"),
     (("lr", "decay", "clip", "init_std", "update_size"), Real, "a number"),
-    (("projection", "clip_relative"), bool, "true or false"),
+    (("projection", "clip_relative", "first_order"), bool, "true or false"),
 )
 
 
-_LATER = ("learn", "objective_options", "rule", "rule_options", "update_size")
+_LATER = ("first_order", "learn", "objective_options", "rule", "rule_options", "update_size")
 """Fields that files of the first release do not have: left out while they are as there, so that it can read them."""
 
 
@@ -84,6 +84,8 @@ class InPlaceTTTConfig:
     None: updates are as large as they are."""
     learn: str = "read"
     """What is learned with objective "loss": "read", what the model is given, or "all", what it writes as well."""
+    first_order: bool = False
+    """Whether a model with objective "loss" may be trained: the gradient is that of reading with every S a constant."""
     init_std: float | None = None
     """sigma of P's diagonal at the start; None: the model's ``initializer_range``."""
     layers_path: str | None = None
@@ -189,7 +191,9 @@ class InPlaceTTTConfig:
         values = asdict(self)
         values["layers"] = self.layers if isinstance(self.layers, str) else list(self.layers)
         default = {
-            f.name for f in fields(self) if f.name in _LATER and getattr(self, f.name) in (None, {}, "sum", "read")
+            f.name
+            for f in fields(self)
+            if f.name in _LATER and getattr(self, f.name) in (None, {}, "sum", "read", False)
         }
         values = {name: value for name, value in values.items() if name not in default}
         return {"format_version": FORMAT_VERSION, **values}

@@ -288,6 +288,59 @@ def test_under_lora():
     close(pieces(lora, IDS, [13, 32])[0], got)
 
 
+def first_order(kind, **settings):
+    model = reader(kind, first_order=True, **settings).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def total(found, ids):
+    return cross_entropy(found[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum", ignore_index=-100)
+
+
+@sizings
+@kinds
+def test_first_order_training_is_the_gradient_with_every_state_a_constant(kind, size):
+    """The naive loop: weights that are what they were plus a constant, one chunk after another, one graph."""
+    model = first_order(kind, update_size=size)
+    states = []
+    for n in range(0, IDS.shape[1], C):  # S before each chunk, from reading alone
+        found = pieces(model.eval(), IDS[:1], [n] if n else [1])[1]
+        states.append({i: fast.S for i, fast in ittt.fast_weights(found).items()} if n else {})
+    loss = total(model.train()(IDS[:1]).logits, IDS[:1])
+    got = torch.autograd.grad(loss, list(model.parameters()))
+    other = plain(kind)
+    names = {id(m): n for n, m in other.named_modules()}
+    out, cache = [], DynamicCache(config=other.config)
+    for state, at in zip(states, range(0, IDS.shape[1], C), strict=True):
+        changed = dict(other.named_parameters())
+        for module, S in zip(projections(other, kind), state.values(), strict=False):
+            name = f"{names[id(module)]}.weight"
+            changed[name] = changed[name] + (S[0].mT if kind == "gpt2" else S[0])
+        given = {"use_cache": True, cache_name(other): cache}
+        out.append(torch.func.functional_call(other, changed, (IDS[:1, at : at + C],), given).logits)
+    want = total(torch.cat(out, 1), IDS[:1])
+    close(loss, want)
+    for a, b in zip(got, torch.autograd.grad(want, list(other.parameters())), strict=True):
+        close(a, b)
+
+
+def test_first_order_training_of_padded_rows_is_that_of_each():
+    model, mask = first_order("llama"), torch.ones(2, 45, dtype=torch.int64)
+    mask[1, :7] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    labels = IDS.masked_fill(positions == 0, -100)  # padding, and what nothing comes before
+    both = total(model(IDS, attention_mask=mask, position_ids=positions).logits, labels)
+    got = torch.autograd.grad(both, list(model.parameters()))
+    alone = sum(total(model(row).logits, row) for row in (IDS[:1], IDS[1:, 7:]))
+    for a, b in zip(got, torch.autograd.grad(alone, list(model.parameters())), strict=True):
+        close(a, b)
+    model(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_refusals():
     model = reader("llama")
     with pytest.raises(ittt.UserError, match=r"a gradient through its own updates is not supported.*model.eval\(\)"):
@@ -299,6 +352,10 @@ def test_refusals():
         model(IDS, seq_idx=numbers, **{cache_name(model): DynamicCache()})
     with pytest.raises(ittt.UserError, match=r'learn must be "read" or "all"'):
         ittt.InPlaceTTTConfig(objective="loss", learn="none")
+    model = first_order("llama")
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ittt.UserError, match="gradient_checkpointing_disable"):
+        model(IDS, labels=IDS)
     with pytest.raises(ittt.UserError, match=r'update_size="auto" .* needs objective="loss"'):
         ittt.InPlaceTTTConfig(update_size="auto")
     with pytest.raises(ittt.UserError, match="clip and update_size both set the size"):

@@ -116,10 +116,16 @@ class Record:
 
 
 class LossCall:
-    """A piece of a call: every layer reads with its state; with ``capture`` what a gradient needs is kept."""
+    """A piece of a call: every layer reads with its state; with ``capture`` what a gradient needs is kept.
 
-    def __init__(self, rule: Rule, states: dict[int, FastWeights], rows: int, tokens: int, capture: bool) -> None:
-        self.rule, self.states, self.rows, self.tokens, self.capture = rule, states, rows, tokens, capture
+    ``train``: the parameters ask for gradients, too (``first_order``).
+    """
+
+    def __init__(
+        self, rule: Rule, states: dict[int, FastWeights], rows: int, tokens: int, capture: bool, train: bool = False
+    ) -> None:
+        self.rule, self.states, self.rows, self.tokens = rule, states, rows, tokens
+        self.capture, self.train = capture, train
         self.inputs: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
 
@@ -158,12 +164,18 @@ class LossForward:
         if not self.runtime.settings.enabled:
             return self.forward(*args, **kwargs)
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        if torch.is_grad_enabled() and self.runtime.model.training:
+        train = torch.is_grad_enabled() and self.runtime.model.training
+        if train and not self.runtime.settings.config.first_order:
             raise UserError(
                 'objective="loss" learns while it reads, without training; a gradient through its own updates is not '
-                "supported. Call model.eval() and torch.no_grad(), or train with updates_off(model)"
+                "supported. Call model.eval() and torch.no_grad(), train with updates_off(model), or attach with "
+                "InPlaceTTTConfig(first_order=True, ...), which takes them as constants"
             )
-        with torch.inference_mode(False), torch.no_grad():
+        if train and getattr(self.runtime.model, "is_gradient_checkpointing", False):
+            raise UserError(
+                "first_order=True reads chunk by chunk from a cache: model.gradient_checkpointing_disable()"
+            )
+        with torch.inference_mode(False), torch.set_grad_enabled(train):
             plain = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in given.items()}
             reading = _Reading(self, plain)
             try:
@@ -195,7 +207,8 @@ class _Learner:
         """Run the model's own forward on a piece; ``logits``: how many of its last tokens need them, 0: all."""
         rest = {k: v for k, v in self.given.items() if k not in _PACKING}
         model = self.runtime.model
-        with self.runtime.inner.as_(call), torch.set_grad_enabled(call.capture), _frozen(model, call.capture):
+        grad, frozen = call.capture or call.train, call.capture and not call.train
+        with self.runtime.inner.as_(call), torch.set_grad_enabled(grad), _frozen(model, frozen):
             return self.forward.forward(
                 **piece,
                 **{**rest, self.forward.cache_name: cache},
@@ -211,6 +224,7 @@ class _Learner:
             starts.setdefault(self.record.starts[b][-1][1], []).append(b)
         return [(rows, start) for start, rows in starts.items()]
 
+    @torch.no_grad()
     def _again(self, rows: list[int], start: int, lengths: Sequence[int]) -> None:
         """Run the columns from ``start`` on once more for some rows, from the keys before them, and learn them.
 
@@ -258,10 +272,11 @@ class _Learner:
         outputs = list(call.outputs.values())
         slope = _loss_gradient(logits, ids[:, 1:].clamp(min=0), weight)
         with torch.autocast(logits.device.type, enabled=False):
-            grads = torch.autograd.grad(logits, outputs, slope, allow_unused=True)
+            grads = torch.autograd.grad(logits, outputs, slope, retain_graph=call.train, allow_unused=True)
         found = zip(call.outputs, outputs, grads, strict=True)
         return {i: torch.zeros_like(o) if g is None else -g for i, o, g in found}
 
+    @torch.no_grad()
     def _write(
         self, rows: list[int], inputs: dict[int, Tensor] | None, v: dict[int, Tensor] | None, inside: Tensor | None
     ) -> None:
@@ -339,7 +354,8 @@ class _Reading(_Learner):
         if self.labels is not None:
             model: Any = self.runtime.model
             size = self.runtime.model_config.vocab_size
-            loss = model.loss_function(logits=logits, labels=self.labels, vocab_size=size)
+            more = {name: self.given[name] for name in ("num_items_in_batch", "shift_labels") if name in self.given}
+            loss = model.loss_function(logits=logits, labels=self.labels, vocab_size=size, **more)
         output.logits = logits
         for name in ("cache", "past_key_values"):
             if name in output:
@@ -435,7 +451,8 @@ class _Reading(_Learner):
         # Where all rows' chunks begin and end with this piece, its own forward gives the gradient.
         at_once = n == C and len(done) == self.B and self.record.real is None and self._dynamic()
         piece = _cut(self.ids, self.embeds, self.positions, at, end)
-        call = LossCall(self.rule, fasts, self.B, n, at_once)
+        train = torch.is_grad_enabled()
+        call = LossCall(self.rule, fasts, self.B, n, at_once, train)
         # Of the logits, those that are asked for and those that the loss needs.
         wanted = n if at_once or self.labels is not None or isinstance(self.keep, Tensor) or not self.keep else None
         if wanted is None:
@@ -448,7 +465,8 @@ class _Reading(_Learner):
             fast.note(n, own_real, tuple(s + k for s, k in zip(fast.seen, tokens, strict=True)))
         if done:
             if at_once:
-                self._detach_cache()
+                if not train:
+                    self._detach_cache()
                 ids = self.record.ids[:, -n:]
                 learned = self._gradients(call, output.logits, ids, self.record.learn[:, -n:], None)
                 self._write(done, call.inputs, learned, None)
@@ -458,7 +476,8 @@ class _Reading(_Learner):
         for slot in self.slots.values():
             slot.record = None
         self.first.record = self.record
-        logits = output.logits.detach() if wanted else None
+        logits = output.logits if wanted else None
+        logits = logits.detach() if logits is not None and not train else logits
         if at_once and self.keep and not isinstance(self.keep, Tensor) and self.labels is None and logits is not None:
             logits = logits[:, max(0, self.T - int(self.keep) - at) :]
             logits = logits if logits.shape[1] else None
@@ -530,6 +549,7 @@ class _Reading(_Learner):
             record = replace(record, sliding={**record.sliding, here: _sliding_keys(self.cache, here)})
         self.record = record.trimmed(self.first.fast.reach)
 
+    @torch.no_grad()
     def _extended(self, at: int, end: int, real: Tensor | None, learn: Tensor, piece: dict[str, Any]) -> Record:
         """Return the record with a piece's columns."""
         n = end - at
