@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reading_by_loss import load, modules, read, rows
+from reading_by_loss import modules, read, rows
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
@@ -35,6 +35,7 @@ from inplace_ttt import InPlaceTTTConfig
 from inplace_ttt.core import FastWeights
 from inplace_ttt.hf.attach import runtime_of
 from inplace_ttt.hf.cache import cache_name, install
+from inplace_ttt.hf.load import load
 from inplace_ttt.records import about, write_json
 from inplace_ttt.session.study import Example, Examples, Pair, batches, in_sentences, learn, pairs_of, sentences
 from inplace_ttt.session.template import Template
@@ -506,7 +507,9 @@ def main() -> None:
     begin = time.perf_counter()
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load(arguments.model, None, device)
+    model, tokenizer = load(arguments.model, "cpu", objective="loss")  # in float32
+    ittt.detach(model)
+    model.to(device)
     own, of = map(int, arguments.share.split("/"))
     data = prepare(arguments.books, tokenizer, arguments.documents, arguments.facts, arguments.tokens, device)
     bench = Bench(model, tokenizer, data, arguments.tries)
