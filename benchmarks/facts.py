@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reading_by_loss import load, modules, read, rows
+from reading_by_loss import modules, read, rows
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
@@ -35,6 +35,7 @@ from inplace_ttt import InPlaceTTTConfig
 from inplace_ttt.core import FastWeights
 from inplace_ttt.hf.attach import runtime_of
 from inplace_ttt.hf.cache import cache_name, install
+from inplace_ttt.hf.load import load
 from inplace_ttt.records import about, write_json
 from inplace_ttt.session.study import Example, Examples, Pair, batches, in_sentences, learn, pairs_of, sentences
 from inplace_ttt.session.template import Template
@@ -88,7 +89,7 @@ class Fact:
 
 
 def facts_of(document: int, count: int) -> list[Fact]:
-    """The facts of a document: names that no other document has."""
+    """Return the facts of a document: names that no other document has."""
     draw, made = random.Random(document), []
     for n, (kind, *forms) in enumerate(KINDS[:count]):
         name = {"captain": SHIPS, "password": CLUBS, "price": PLAYS, "colour": PEOPLE[:10], "born": PEOPLE[10:20],
@@ -110,7 +111,7 @@ def facts_of(document: int, count: int) -> list[Fact]:
 
 
 def planted(text: str, facts: list[Fact], tokenizer: Any, tokens: int) -> str:
-    """The beginning of a text with the facts spread over it, of so many tokens and a few more."""
+    """Return the beginning of a text with the facts spread over it, of so many tokens and a few more."""
     parts = re.findall(r".*?[.!?][\"'\u2019\u201d)]*\s+", text[: 8 * tokens], re.DOTALL)
     sizes = [len(x) for x in tokenizer(parts, add_special_tokens=False)["input_ids"]]
     room, at = tokens - 64 - sum(len(tokenizer(f.sentence)["input_ids"]) for f in facts), 0
@@ -219,7 +220,7 @@ class Bench:
         self.unrelated_before: dict[str, Tensor] = {}
 
     def pairs(self, replies: bool) -> list[list[Pair]]:
-        """Questions and answers by document, written once; those kept that are about their sentence.
+        """Return questions and answers by document, written once; those kept that are about their sentence.
 
         ``replies``: answers as the model gives them in a chat with the sentence before it, which say it in a sentence.
         """
@@ -250,7 +251,7 @@ class Bench:
         return self.written["reply" if replies else "short"]
 
     def material(self, way: Way, pass_: int) -> list[list[Example]]:
-        """All examples of a pass, by document."""
+        """Return all examples of a pass, by document."""
         key = (way.how, way.replies, way.soft, pass_ if way.how == "chunks" else 0)
         if key not in self.made:
             self.made[key] = self.make(way, pass_)
@@ -279,7 +280,7 @@ class Bench:
         return {site.index: FastWeights(self.B, way.chunk, runtime.config.make_rule()) for site in runtime.sites}
 
     def learn(self, way: Way) -> tuple[dict[int, FastWeights], dict[str, Any]]:
-        """States after learning, and what it took."""
+        """Return the states after learning, and what it took."""
         runtime, budget, count = (
             runtime_of(self.model),
             int(way.passes * self.data.ids.shape[1]),
@@ -320,7 +321,7 @@ class Bench:
         }  # fmt: skip
 
     def endless(self, way: Way, document: int, shuffle: random.Random) -> Iterator[list[Example]]:
-        """Batches of a document's examples, all of them before any comes again."""
+        """Yield batches of a document's examples, all of them before any comes again."""
         n = 0
         while True:
             examples = self.material(way, n)[document]
@@ -330,7 +331,7 @@ class Bench:
     # -- asking --------------------------------------------------------------------------------------------------------
 
     def cache(self, states: dict[int, FastWeights], picked: list[int] | None = None) -> DynamicCache:
-        """An empty context with the states of some documents, one a row."""
+        """Return an empty context with the states of some documents, one a row."""
         cache = DynamicCache(config=self.model.config)
         for i, state in states.items():
             twin = state.fork()
@@ -344,7 +345,7 @@ class Bench:
     def log_p(
         self, states: dict[int, FastWeights], prompts: list[tuple[int, ...]], answers: list[tuple[int, ...]]
     ) -> list[tuple[float, bool]]:
-        """Of each document's prompts: log p of the answer, and whether greedy decoding gives it."""
+        """Return log p of each prompt's answer, and whether greedy decoding gives it."""
         owner = [d for d, own in enumerate(self.data.facts) for _ in own]
         longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
         ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -364,7 +365,7 @@ class Bench:
 
     @torch.no_grad()
     def replies(self, states: dict[int, FastWeights] | None, prompts: list[tuple[int, ...]]) -> list[str]:
-        """Greedy answers."""
+        """Return greedy answers."""
         owner = [d for d, own in enumerate(self.data.facts) for _ in own]
         ends = sorted(end_tokens(self.model, self.tokenizer))
         longest = max(map(len, prompts))
@@ -380,7 +381,7 @@ class Bench:
         return list(self.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True))
 
     def ask(self, states: dict[int, FastWeights], detail: bool) -> dict[str, Any]:
-        """Exact matches and log p of all questions."""
+        """Return exact matches and log p of all questions."""
         facts, make = [f for own in self.data.facts for f in own], self.examples
         found: dict[str, Any] = {}
         answers = [make.ids(" " + f.answer) for f in facts]
@@ -410,7 +411,7 @@ class Bench:
         return found
 
     def with_sentence(self) -> float:
-        """Share of right answers with the sentence in context: what the model could do at best."""
+        """Return the share of right answers with the sentence in context: what the model could do at best."""
         facts = [f for own in self.data.facts for f in own]
         prompts = [self.examples.chat(f"{f.sentence}\n\n{f.asked['question']}") for f in facts]
         replies = self.replies(None, prompts)
@@ -418,7 +419,7 @@ class Bench:
 
     @torch.no_grad()
     def unrelated(self, states: dict[int, FastWeights]) -> dict[str, float]:
-        """Loss on other books and on code, with what was learned, nats more than before."""
+        """Return what the loss on other books and on code has grown by, nats."""
         found = {}
         for name, ids in self.data.unrelated.items():
             losses = read(self.model, ids, self.cache(states), learn=False)[0]
@@ -431,7 +432,7 @@ class Bench:
         return found
 
     def measure(self, way: Way) -> dict[str, Any]:
-        """One way, all of it."""
+        """Learn in one way, and ask."""
         ittt.attach(
             self.model,
             InPlaceTTTConfig(objective="loss", layers=way.layers, chunk_size=way.chunk, update_size=way.size),
@@ -455,12 +456,12 @@ class Bench:
 
 
 def said(answer: str, reply: str) -> bool:
-    """Whether a reply gives the answer, as words of its own."""
+    """Return whether a reply gives the answer, as words of its own."""
     return re.search(rf"(?<![\w:]){re.escape(answer)}(?![\w:])", reply, re.IGNORECASE) is not None
 
 
 def table(folder: Path) -> str:
-    """Markdown of the records, the ways in the order of ``WAYS``."""
+    """Return Markdown of the records, the ways in the order of ``WAYS``."""
     order = {way.name: n for n, way in enumerate(WAYS)}
     found = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     lines = [
@@ -506,7 +507,9 @@ def main() -> None:
     begin = time.perf_counter()
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load(arguments.model, None, device)
+    model, tokenizer = load(arguments.model, "cpu", objective="loss")  # in float32
+    ittt.detach(model)
+    model.to(device)
     own, of = map(int, arguments.share.split("/"))
     data = prepare(arguments.books, tokenizer, arguments.documents, arguments.facts, arguments.tokens, device)
     bench = Bench(model, tokenizer, data, arguments.tries)

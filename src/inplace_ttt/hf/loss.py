@@ -648,9 +648,10 @@ def learn_from(
     settings = runtime.settings if config is None else Settings(config)
     with torch.inference_mode(False), torch.no_grad():
         call = LossCall(settings.rule, states, *ids_RMn.shape, True)
-        with runtime.inner.as_(call), torch.enable_grad(), _frozen(runtime.model, True):
-            found = loss(runtime.loss_forward.forward(input_ids=ids_RMn, use_cache=False).logits)
-            grads = torch.autograd.grad(found, list(call.outputs.values()), allow_unused=True)
+        output = _Learner(runtime.loss_forward, None, {}).call(call, {"input_ids": ids_RMn}, None, None, 0)
+        with torch.enable_grad():
+            found = loss(output.logits)
+        grads = torch.autograd.grad(found, list(call.outputs.values()), allow_unused=True)
         for (i, z), grad in zip(call.inputs.items(), grads, strict=True):
             site, state = next(x for x in runtime.sites if x.index == i), states[i]
             v = torch.zeros_like(call.outputs[i]) if grad is None else -grad

@@ -135,7 +135,7 @@ class Session:
             return self._reader.commit(self._stream)
 
     def study(self, source: Readable, *, minutes: float = 2.0, progress: Any = None) -> Studied:
-        """Learns what a text says so that it can be asked for by itself (``ask``), which reading does not do.
+        """Learn what a text says so that it can be asked for by itself (``ask``), which reading does not do.
 
         Needs objective "loss". Sentences are learned alone, and questions about them that the model asks and answers
         with the sentence before it (docs/reading.md). Only the fast weights change: the context stays, with what it
@@ -203,7 +203,7 @@ class Session:
         stop: str | Sequence[str] = (),
         **sampling: Any,
     ) -> Any:
-        """Reads a chat's messages by the tokenizer's chat template and answers, as ``generate`` writes.
+        """Read a chat's messages by the tokenizer's chat template and answer, as ``generate`` writes.
 
         messages: ``{"role": ..., "content": ...}`` each: those that are new, or the whole chat so far (its beginning
         must then be what was said, the answers as this returned them). What looks like a special token in them is read
@@ -219,7 +219,7 @@ class Session:
             return "".join(pieces)
 
     def ask(self, question: str, *, chat: bool = False, **options: Any) -> Any:
-        """Answers from the fast weights alone: the context is dropped first. Options as for ``generate``.
+        """Answer from the fast weights alone: the context is dropped first. Options as for ``generate``.
 
         ``chat``: as a user's message in the tokenizer's chat template. The session stays as it was, whatever is asked.
         What is not yet in the fast weights (with objective "learned" the tokens ``pending`` in ``stats``) cannot be

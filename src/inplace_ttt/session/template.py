@@ -157,7 +157,7 @@ class Template:
 def converse(
     session: Session, messages: Messages, learn: Sequence[str] | None, most: int, stops: StopText, sampler: Sampler
 ) -> Generator[str, None, None]:
-    """The answer to a chat's messages, in pieces. See ``Session.chat``."""
+    """Yield the answer to a chat's messages, in pieces. See ``Session.chat``."""
     template = Template.of(session)
     if template is None:
         raise UserError("this session's tokenizer has no chat template: use generate or ask without chat")
