@@ -188,7 +188,6 @@ class _Learner:
     def call(self, call: LossCall, piece: dict[str, Any], mask: Any, cache: Any, logits: int) -> Any:
         """Run the model's own forward on a piece; ``logits``: how many of its last tokens need them, 0: all."""
         rest = {k: v for k, v in self.given.items() if k not in _PACKING}
-        model = self.runtime.model
         with self.runtime.inner.as_(call), torch.set_grad_enabled(call.capture), self._frozen(call.capture):
             return self.forward.forward(
                 **piece,
