@@ -173,6 +173,14 @@ def own_gain(model: Any, ids: Tensor) -> dict[str, float]:
             "own_gain": float((stopped - learning).mean())}  # fmt: skip
 
 
+def settings_of(job: dict[str, Any]) -> dict[str, Any]:
+    """A job with the defaults that it leaves out."""
+    given = {k: v for k, v in job.items() if k not in ("name", "own", "other", "method")}
+    config = ittt.InPlaceTTTConfig(**{"objective": "loss", **given})
+    kept = ("layers", "chunk_size", "update_size", "decay", "rule", "lr")
+    return {name: getattr(config, name) for name in kept} | job
+
+
 def measure(model: Any, data: dict[str, Tensor], off: dict[str, Tensor], job: dict[str, Any]) -> dict[str, Any]:
     """One setting, all domains. Objective "learned": a model that has fast weights already, as it is."""
     settings = {k: v for k, v in job.items() if k not in ("name", "own", "other")}
@@ -255,7 +263,7 @@ def main() -> None:
             continue
         record = {
             "name": job["name"], "model": arguments.name, "window": arguments.window, "tokens": arguments.tokens,
-            "settings": job, "domains": found, **about(),
+            "weights": arguments.weights, "settings": settings_of(job), "domains": found, **about(),
         }  # fmt: skip
         write_json(arguments.out / f"{arguments.run}-{job['name']}.json", record)
         for domain, row in found.items():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reading_by_loss import arguments_of, books, jobs_of, modules, plain, read, rows, with_state
+from reading_by_loss import arguments_of, books, jobs_of, modules, plain, read, rows, settings_of, with_state
 from torch import Tensor
 
 import inplace_ttt as ittt
@@ -81,7 +81,7 @@ def main() -> None:
         ]
         record = {
             "name": job["name"], "model": arguments.name, "window": arguments.window, "tokens": arguments.tokens,
-            "settings": job, "same_answers": same, "prompts": turns, **about(),
+            "settings": settings_of(job), "same_answers": same, "prompts": turns, **about(),
         }  # fmt: skip
         write_json(arguments.out / f"{arguments.run}-{job['name']}.json", record)
         print(f"{arguments.name} {job['name']}: of {len(prompts)} answers, the same as before: {same}", flush=True)

@@ -16,7 +16,7 @@ import time
 from typing import Any
 
 import torch
-from reading_by_loss import arguments_of, books, figures, jobs_of, measure, modules, plain, read, rows
+from reading_by_loss import arguments_of, books, figures, jobs_of, measure, modules, plain, read, rows, settings_of
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
@@ -232,7 +232,7 @@ def main() -> None:
             found = rival(arguments, job, data, off, fresh)
         record = {
             "name": job["name"], "model": arguments.name, "window": arguments.window, "tokens": arguments.tokens,
-            "settings": job, "domains": found, **about(),
+            "settings": settings_of(job) if job["method"] == "loss" else job, "domains": found, **about(),
         }  # fmt: skip
         write_json(arguments.out / f"{arguments.run}-{job['name']}.json", record)
         for domain, row in found.items():

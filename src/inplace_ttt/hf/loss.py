@@ -195,6 +195,7 @@ class _Learner:
         self.sites: dict[int, LayerSite] = {}
         self.slots: dict[int, FastCacheLayer] = {}
         self.record: Any = None
+        self.asking: list[nn.Parameter] | None = None
         self.B = 0
         self.device = torch.device("cpu")
 
@@ -206,9 +207,8 @@ class _Learner:
     def call(self, call: LossCall, piece: dict[str, Any], mask: Any, cache: Any, logits: int) -> Any:
         """Run the model's own forward on a piece; ``logits``: how many of its last tokens need them, 0: all."""
         rest = {k: v for k, v in self.given.items() if k not in _PACKING}
-        model = self.runtime.model
         grad, frozen = call.capture or call.train, call.capture and not call.train
-        with self.runtime.inner.as_(call), torch.set_grad_enabled(grad), _frozen(model, frozen):
+        with self.runtime.inner.as_(call), torch.set_grad_enabled(grad), self._frozen(frozen):
             return self.forward.forward(
                 **piece,
                 **{**rest, self.forward.cache_name: cache},
@@ -216,6 +216,20 @@ class _Learner:
                 use_cache=True,
                 logits_to_keep=logits,
             )
+
+    @contextmanager
+    def _frozen(self, active: bool) -> Iterator[None]:
+        """Inside, no parameter asks for a gradient, so that backward goes to the projections' outputs alone."""
+        if active and self.asking is None:
+            self.asking = [p for p in self.runtime.model.parameters() if p.requires_grad]
+        asking = (self.asking or ()) if active else ()
+        for p in asking:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p in asking:
+                p.requires_grad_(True)
 
     def _groups(self, done: list[int]) -> list[tuple[list[int], int]]:
         """Return rows whose complete chunks began at one column, with that column."""
@@ -722,16 +736,3 @@ def _before(cache: Cache, config: Any, columns: int, sliding: Sliding, rows: lis
         if getattr(y, "is_sliding", False):
             y.cumulative_length = columns
     return new  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _frozen(model: nn.Module, active: bool) -> Iterator[None]:
-    """Inside, no parameter asks for a gradient, so that backward goes to the projections' outputs alone."""
-    asking = [p for p in model.parameters() if p.requires_grad] if active else []
-    for p in asking:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in asking:
-            p.requires_grad_(True)
