@@ -191,3 +191,8 @@ def test_chat_learns_each_turn_by_the_loss(cli, plain, tmp_path):
     assert said[2] == "It learns after every 128 tokens and at the end of each turn; 0 updates so far."
     assert [int(n) for n in re.findall(r"(\d+) updates a layer", result.stderr)] == [1, 2]
     assert "the context is forgotten, what was learned is kept" in said
+
+
+def test_serve(cli, fresh, monkeypatch):
+    monkeypatch.setattr("inplace_ttt.serve.run._run", lambda *_: None)
+    assert f"warning: {UNTRAINED}" in cli("serve", fresh).stdout.splitlines()

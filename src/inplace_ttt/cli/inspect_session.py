@@ -7,21 +7,18 @@ from typing import Any
 import typer
 
 from ..errors import UserError
-from .demo import _check_writable
 from .sessions import open_session
-from .usage import size
+from .usage import check_picture, size
 
 
 def inspect_session(path: Path, json: bool, plot: Path | None, model: str | None, device: str | None) -> None:
     """Prints where a session stands and what its fast weights are like; draws how that came about."""
     from rich.console import Console
 
-    from ..plots import FORMATS
     from ..session.plots import diagnostics_table, save_diagnostics
 
-    if plot is not None and plot.suffix.lower() not in FORMATS:
-        raise UserError(f"--plot {plot}: the name must end in {', '.join(FORMATS)}")
-    _check_writable(plot)
+    if plot is not None:
+        check_picture(plot)
     with Console(stderr=True).status("loading the model"):
         session = open_session(path, model, device, {}, write=False)
     timeline, layers = session.timeline, session.diagnostics()

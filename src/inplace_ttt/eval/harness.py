@@ -261,44 +261,30 @@ def run(
         raise UserError(f"updates must be of on and off, got {updates!r}")
     was_training = isinstance(model, nn.Module) and model.training
     lm = InPlaceTTTLM(model, tokenizer, batch_size=batch_size, **arguments)
-    records = []
+    found: dict[tuple[Any, ...], dict[str, tuple[float, float]]] = {}
+    prompts: dict[tuple[str, int | None, int], str] = {}
     try:
         with TemporaryDirectory() as directory:
             lm.tokenizer.save_pretrained(directory)
             loaded = load_tasks(tasks, directory, lengths, include_path, texts=limit, seed=seed)
-        for name, length, parts in loaded:
-            records += _paired_records(lm, name, length, parts, updates, limit, num_fewshot, seed)
+        for (task, length, parts), setting in product(loaded, updates):
+            lm.updates = setting == "on"
+            for part, name in ((part, part.task_name) for part in parts):
+                for sample, values in evaluate(lm, part, range(len(part.eval_docs))[:limit], length, num_fewshot, seed):
+                    number, prompt = int(sample["doc_id"]), sample["prompt_hash"]
+                    if prompts.setdefault((name, length, number), prompt) != prompt:
+                        raise RuntimeError(
+                            f"task {name} made other prompts the second time: its results are not paired"
+                        )
+                    for metric, value in values.items():
+                        found.setdefault((task, name, length, number, metric), {})[setting] = value
     finally:
         lm.model.train(was_training)
-    return records
-
-
-def _paired_records(
-    lm: InPlaceTTTLM,
-    task: str,
-    length: int | None,
-    parts: Sequence[Any],
-    updates: Sequence[str],
-    limit: int | None,
-    num_fewshot: int | None,
-    seed: int,
-) -> list[Record]:
-    """The samples of one task in every setting. RuntimeError when the prompts were other ones the second time."""
-    found: dict[tuple[str, int, str], dict[str, tuple[float, float]]] = {}
-    prompts: dict[tuple[str, int], str] = {}
-    for setting, part in product(updates, parts):
-        lm.updates, name = setting == "on", part.task_name
-        for sample, values in evaluate(lm, part, range(len(part.eval_docs))[:limit], length, num_fewshot, seed):
-            at = name, int(sample["doc_id"])
-            if prompts.setdefault(at, sample["prompt_hash"]) != sample["prompt_hash"]:
-                raise RuntimeError(f"task {name} made other prompts the second time: its results are not paired")
-            for metric, value in values.items():
-                found.setdefault((*at, metric), {})[setting] = value
-    records = []
-    for (name, number, metric), by in found.items():
-        on, off = (by[setting][0] if setting in by else None for setting in ("on", "off"))
-        records.append(Record(task, name, length, number, metric, on, off, next(iter(by.values()))[1]))
-    return records
+    nothing = None, 1.0
+    return [
+        Record(*key, by.get("on", nothing)[0], by.get("off", nothing)[0], next(iter(by.values()))[1])
+        for key, by in found.items()
+    ]
 
 
 def paired(records: Sequence[Record]) -> dict[tuple[str, int | None, str], Paired]:

@@ -13,6 +13,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import UserError
+from ..hf.attach import UNTRAINED, is_trained
 from ..hf.load import load
 from ..shipped import DEFAULT_MODEL
 from .app import make_app
@@ -107,6 +108,8 @@ def serve(
             state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="inplace-ttt-")))
             log("Sessions are kept until the server stops; --state-dir DIR keeps them for longer.")
         model, tokenizer = load_model(name, device, objective, **(settings or {}))
+        if not is_trained(model):
+            log(f"warning: {UNTRAINED}")
         served = served_name or Path(name or DEFAULT_MODEL).name
         service = make_service(model, tokenizer, served, state, limits, adapters, state_form=state_form, **options)
         _run(make_app(service, keys), host, port, limits, served, keys is not None, log)
