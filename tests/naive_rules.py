@@ -75,7 +75,7 @@ def naive_adaptive(options, state, W0, z, v):
     if r == 0:
         size, usual = torch.minimum(options["decrease"] / unit, torch.tensor(0.01, dtype=z.dtype)), dW.norm()
     else:
-        size = r * torch.exp(0.2 * torch.clip((g / (r * unit) - 0.0075) / options["width"], -2, 1))
+        size = r * torch.exp(0.1 * torch.clip((g / (r * unit) - 0.0075) / options["width"], -2, 1))
         usual = 0.8 * state["norm"] + 0.2 * dW.norm()
     m = 0.75 * state["gain"] + 0.25 * g
     keep = (1 - options["decay"]) / (1 + torch.relu(-m - options["tolerance"]) / options["slope"])

@@ -84,7 +84,7 @@ class Adaptive(Rule):
     decrease: float = 0.1
     aim: float = 0.0075
     width: float = 0.1
-    rate: float = 0.2
+    rate: float = 0.1
     tolerance: float = 0.002
     slope: float = 0.02
     linear = True
