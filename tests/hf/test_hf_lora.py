@@ -252,3 +252,15 @@ def test_training_under_dora():
             below = loss()
             parameter.add_(step)
         assert_close((above - below) / 2, (parameter.grad * step).sum(), atol=0, rtol=1e-2)
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+def test_dora_compiles(read_before):
+    """Whether the adapter was noticed before the model is compiled or inside."""
+    torch._dynamo.reset()
+    model = wrapped(adapted("llama"), "dora")
+    if read_before:
+        logits(model, IDS)
+    got = logits(torch.compile(model, backend="eager"), IDS)
+    assert_close(got, logits(model, IDS), atol=1e-9, rtol=0)
+    torch._dynamo.reset()

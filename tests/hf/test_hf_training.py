@@ -285,6 +285,15 @@ def test_a_packed_or_padded_step_compiles(kind, dynamo):
     assert counter.frame_count <= 3
 
 
+@pytest.mark.parametrize("where", ["mlp", "self_attn"])
+def test_a_graph_that_breaks_inside_a_layer(where, dynamo):
+    model = adapted("llama", torch.float32)
+    want = logits(model, IDS)
+    getattr(model.model.layers[1], where).register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    with torch.no_grad():
+        assert_close(torch.compile(model, backend="eager")(IDS, use_cache=False).logits, want, atol=1e-5, rtol=1e-5)
+
+
 def test_hooks_are_found_by_their_signature():
     """The base model's forward names the arguments that the hooks read."""
     names = inspect.signature(plain("llama").base_model.forward).parameters

@@ -307,11 +307,12 @@ class Forward:
 
     @property
     def __signature__(self) -> inspect.Signature:  # by which transformers tells what a model understands
-        return inspect.signature(self._forward)
+        return inspect.signature(type(self.module).forward.__get__(self.module) if self.own is None else self.own)
 
-    @property
-    def _forward(self) -> Callable[..., Any]:
-        return type(self.module).forward.__get__(self.module) if self.own is None else self.own
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        # Not as a bound method: compiled code that breaks off inside looks it up again, and would find this object.
+        kind: Any = type(self.module)
+        return kind.forward(self.module, *args, **kwargs) if self.own is None else self.own(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
