@@ -22,9 +22,16 @@ QUESTION = "What is the code of the Mill?"
 ASKED = f" {QUESTION}\nAnswer: 7314\n\nText: and more"
 
 
-def reader(**settings):
+def reader(rule="sum", **settings):
     model = tiny(sliding_window=None, max_position_embeddings=512, num_hidden_layers=2)
-    values = {"objective": "loss", "layers": ":", "chunk_size": 16, "update_size": 0.03, **settings}
+    values = {
+        "objective": "loss",
+        "layers": ":",
+        "chunk_size": 16,
+        "update_size": 0.03 if rule == "sum" else None,
+        "rule": rule,
+        **settings,
+    }
     return ittt.attach(model.double(), ittt.InPlaceTTTConfig(**values))
 
 
@@ -120,6 +127,7 @@ def test_refusals(tokenizer):
     for call, why in (
         (lambda: Session(reader()).study(TEXT), "no tokenizer"),
         (lambda: Session(reader(objective="learned", update_size=None), tokenizer).study(TEXT), 'objective="loss"'),
+        (lambda: Session(reader(rule="delta"), tokenizer).study(TEXT), "rule 'delta' is not outer, which study needs"),
         (lambda: Session(reader(), tokenizer, state=8).study(TEXT), "not rank 8"),
         (lambda: session.study(TEXT, minutes=0), "minutes 0: a number above 0"),
         (lambda: session.study([1, 2, 3]), "not token ids"),

@@ -288,9 +288,12 @@ class FastWeights:
         return start
 
     def add(self, rule: Rule, z_BNF: Tensor, v_BND: Tensor, slow: Tensor | None) -> None:
-        """Take in an update that comes from no tokens of the rows, of any length, and count it like a chunk."""
+        """Take in an update that comes from no tokens of the rows, of any length, and count it like a chunk.
+
+        For outer rules.
+        """
         with torch.autocast(z_BNF.device.type, enabled=False):
-            v = rule.values(z_BNF, v_BND.to(z_BNF.dtype), slow) if rule.outer else v_BND
+            v = rule.values(z_BNF, v_BND.to(z_BNF.dtype), slow)
         self._update(list(range(self.rows)), rule, z_BNF, v.to(z_BNF.dtype), None, slow)
         self.seen = tuple(n + self.chunk_size for n in self.seen)
 

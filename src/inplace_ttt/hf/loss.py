@@ -659,9 +659,10 @@ def learn_from(
     depend on padding; return that loss. ``config``: whose rule writes; None: the one the model reads with now.
     States are dense and belong to no cache.
     """
-    settings = runtime.settings if config is None else Settings(config)
+    settings, (rows, tokens) = runtime.settings if config is None else Settings(config), ids_RMn.shape
+    settings.rule.need("outer", "an update from several short texts")  # in which padding counts for nothing
     with torch.inference_mode(False), torch.no_grad():
-        call = LossCall(settings.rule, states, *ids_RMn.shape, True)
+        call = LossCall(settings.rule, states, rows, tokens, True)
         output = _Learner(runtime.loss_forward, None, {}).call(call, {"input_ids": ids_RMn}, None, None, 0)
         with torch.enable_grad():
             found = loss(output.logits)
@@ -669,7 +670,6 @@ def learn_from(
         for (i, z), grad in zip(call.inputs.items(), grads, strict=True):
             site, state = next(x for x in runtime.sites if x.index == i), states[i]
             v = torch.zeros_like(call.outputs[i]) if grad is None else -grad
-            z = z * (v != 0).any(-1, keepdim=True)  # tokens that the loss does not depend on are no part of the update
             z, v = (x.reshape(state.rows, -1, x.shape[-1]) for x in (z, v))
             state.add(settings.rule, z, v, site.slow_weight(site.projection()))
     return found.detach()

@@ -186,6 +186,7 @@ def study(session: Session, source: Any, minutes: float, progress: Any = None) -
         raise UserError('study needs objective="loss": attach the model with InPlaceTTTConfig(objective="loss")')
     if tokenizer is None or session._encoder is None:
         raise UserError("this session has no tokenizer, so it cannot study a text: make it with one")
+    reader.settings.rule.need("outer", "study")
     if isinstance(reader.form, int):
         raise UserError(f'study needs dense fast weights, not rank {reader.form}: make the session with state="dense"')
     if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes < float("inf"):
