@@ -28,6 +28,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..core import FastWeights, Rule, document_ids
 from ..core.algebra import state_dtype
 from ..errors import UserError
+from .block_attention import register_pieces
 from .cache import FastCacheLayer, cache_name, fast_layers
 from .masks import real_tokens
 from .settings import Settings
@@ -36,6 +37,7 @@ from .sites import LayerSite
 if TYPE_CHECKING:
     from .context import Runtime
 
+register_pieces()
 IGNORED = -100
 _AT_ONCE = 1 << 25  # logits turned to float32 at a time
 Sliding = dict[int, tuple[Tensor, Tensor]]
