@@ -5,8 +5,7 @@
 Models of Qwen3's shapes with random weights, bfloat16, C 1,024. Speed: one row of ``--tokens`` tokens; plain prefill
 once with the logits of its last token alone and once with those of every chunk, as scoring needs them. Memory: peak
 above plain prefill, for two chunks behind ``--behind`` tokens whose keys and values are random numbers. ``--attention
-lower_right`` reads through PyTorch's causal attention aligned at the end, without a mask and without copies of shared
-heads; "sdpa" is transformers' own.
+inplace_ttt_pieces`` reads pieces without a mask and without copies of shared heads; "sdpa" is transformers' own.
 """
 
 import argparse
@@ -16,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 import inplace_ttt as ittt
 from inplace_ttt.bench.prefill import SHAPES, build
 from inplace_ttt.bench.timing import interleaved
 from inplace_ttt.hf.attach import runtime_of
+from inplace_ttt.hf.block_attention import PIECES
 from inplace_ttt.hf.cache import cache_name
 from inplace_ttt.records import about, write_json
 
@@ -33,24 +31,11 @@ SETTINGS = {"tiny": ("0::3", "0::2"), "0.6b": ("0::3", "0::5"), "4b": ("0::3", "
 GIB = 2**30
 
 
-def lower_right(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, **rest: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """transformers' attention function: query [B, H, n, d], key and value [B, G, T, d], the last n of T tokens."""
-    bias: Any = causal_lower_right(query.shape[2], key.shape[2])
-    gqa = query.shape[1] != key.shape[1]
-    out = nn.functional.scaled_dot_product_attention(query, key, value, bias, scale=scaling, enable_gqa=gqa)
-    return out.transpose(1, 2).contiguous(), None
-
-
 def model_of(shape: str, layers: str, C: int, attention: str, device: torch.device, dtype: torch.dtype) -> Any:
     """A model of random weights that learns by the loss."""
     model = build(shape, layers, C, None, device, dtype)
     ittt.detach(model)
     ittt.attach(model, ittt.InPlaceTTTConfig(objective="loss", layers=layers, chunk_size=C))
-    AttentionInterface.register("lower_right", lower_right)
-    AttentionMaskInterface.register("lower_right", lambda *a, **k: None)
     model.set_attn_implementation(attention)
     return model
 
@@ -136,7 +121,7 @@ def speed(model: Any, C: int, tokens: int, rounds: int, device: torch.device) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="0.6b,4b")
-    parser.add_argument("--attention", default="sdpa,lower_right")
+    parser.add_argument("--attention", default=f"sdpa,{PIECES}")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--behind", type=int, default=131_072 - 2048)
     parser.add_argument("--chunk-size", type=int, default=1024)

@@ -136,9 +136,11 @@ def check_words(tokenizer: Any, model: str | Path) -> None:
     vocabulary = tokenizer.get_vocab()
     words = [w for w in sorted(vocabulary) if w[:1] in "▁Ġ" and 4 < len(w) < 12 and w[1:].isascii() and w[1:].isalpha()]
     words = words[:: max(1, len(words) // WORDS)]
-    texts = [(word, vocabulary[word], (word[1:], f" {word[1:]}")) for word in words]
-    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
-    split = [word[1:] for word, number, written in texts if not any(number in encode(text) for text in written)]
+    split = []
+    for word in words:
+        written = (word[1:], f" {word[1:]}")  # some tokenizers put a space before every text
+        if not any(vocabulary[word] in tokenizer(text, add_special_tokens=False).input_ids for text in written):
+            split.append(word[1:])
     if len(split) > len(words) / 20:
         raise UserError(
             f"transformers {transformers.__version__} converts the tokenizer of {model} wrongly: it splits "

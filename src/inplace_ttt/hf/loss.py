@@ -29,6 +29,7 @@ from ..config import InPlaceTTTConfig
 from ..core import FastWeights, Rule, document_ids
 from ..core.algebra import state_dtype
 from ..errors import UserError
+from .block_attention import register_pieces
 from .cache import FastCacheLayer, cache_name, fast_layers, mark_broken
 from .masks import read_mask
 from .settings import Settings
@@ -37,6 +38,7 @@ from .sites import LayerSite
 if TYPE_CHECKING:
     from .context import Runtime
 
+register_pieces()
 IGNORED = -100
 _AT_ONCE = 1 << 25  # logits turned to float32 at a time
 Sliding = dict[int, tuple[Tensor, Tensor]]
