@@ -3,7 +3,7 @@
 Losses are in nats. A token is scored by the logits of the tokens before it, so before any update that saw it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from ..core.algebra import cross_entropies
 from ..errors import UserError
@@ -25,12 +25,21 @@ from .paired import Mean, bootstrap_mean
 
 
 @torch.no_grad()
-def token_losses(model: nn.Module, input_ids: Tensor, piece: int | None = None, *, last: int | None = None) -> Tensor:
+def token_losses(
+    model: nn.Module,
+    input_ids: Tensor,
+    piece: int | None = None,
+    *,
+    last: int | None = None,
+    cache: Cache | None = None,
+    advance: Callable[[int], Any] | None = None,
+) -> Tensor:
     """-log p of every token but the first: ids [B, T] -> float32 [B, T - 1] on the same device.
 
     With ``piece`` the rows are read through a cache, that many tokens at a time: only one piece's logits exist at once
     and attention needs no [T, T] mask. All rows must be one document without padding. ``last``: only those of the last
-    ``last`` tokens, [B, last]; for pieces before them no logits are computed. Raises ValueError when T < 2.
+    ``last`` tokens, [B, last]; for pieces before them no logits are computed. ``cache``: an empty one to read through;
+    ``advance`` is told the tokens of each piece. Raises ValueError when T < 2.
     """
     T = input_ids.shape[1]
     if T < 2:
@@ -39,13 +48,15 @@ def token_losses(model: nn.Module, input_ids: Tensor, piece: int | None = None, 
     if piece is None:
         logits = model(input_ids=input_ids, use_cache=False).logits
         return cross_entropies(logits[:, first:-1], input_ids[:, first + 1 :])
-    losses, cache = [], None
+    losses = []
     for start in range(0, T - 1, piece):
         end = min(start + piece, T - 1)
         keep: dict[str, Any] = {"logits_to_keep": 1} if end <= first else {}
         part = input_ids[:, start:end]
         out = model(input_ids=part, use_cache=True, **{cache_name(model): cache}, **keep)
         cache = cache_of(out)
+        if advance is not None:
+            advance(end - start)
         if end > first:
             at = max(first - start, 0)
             losses.append(cross_entropies(out.logits[:, at:], input_ids[:, start + at + 1 : end + 1]))
