@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 import inplace_ttt as ittt
@@ -294,10 +294,8 @@ def arguments_of(doc: str | None) -> argparse.ArgumentParser:
 
 def plain(arguments: argparse.Namespace, objective: str = "loss") -> tuple[Any, Any]:
     """The model in float32 on the CPU, attached, and its tokenizer."""
-    model, tokenizer = load(arguments.model, "cpu", objective=objective, window=arguments.window)
-    if arguments.tokenizer is not None:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-    return model, tokenizer
+    where = {"window": arguments.window, "tokenizer": arguments.tokenizer}
+    return load(arguments.model, "cpu", objective=objective, **where)
 
 
 def jobs_of(arguments: argparse.Namespace, begin: float) -> Iterator[dict[str, Any]]:

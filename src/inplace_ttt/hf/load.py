@@ -29,12 +29,14 @@ def load(
     *,
     objective: str | None = None,
     window: int | None = None,
+    tokenizer: str | Path | None = None,
     **settings: Any,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a model with fast weights, as ``load_model`` does, and its fast tokenizer.
 
     ``objective``: for a plain model, which then gets fast weights with it ("loss" needs no training) and these
     ``settings``. ``window``: a plain Llama reads through a sliding window of so many tokens.
+    ``tokenizer``: a directory or hub id to take it from instead.
 
     UserError when either cannot be loaded, a plain model is not given an objective or a model with fast weights is
     given another one than its own, or the tokenizer does not tell which characters a token spans.
@@ -52,14 +54,16 @@ def load(
             raise UserError(f"{model} {PLAIN}")
         else:
             install(loaded, config)
-    if is_gguf:
-        tokenizer: Any = AutoTokenizer.from_pretrained(Path(model).parent, gguf_file=Path(model).name)
-        check_words(tokenizer, model)
+    if tokenizer is not None:
+        words: Any = AutoTokenizer.from_pretrained(tokenizer)
+    elif is_gguf:
+        words = AutoTokenizer.from_pretrained(Path(model).parent, gguf_file=Path(model).name)
+        check_words(words, model)
     else:
-        tokenizer = load_tokenizer(model, loaded)
-    if not getattr(tokenizer, "is_fast", False):
+        words = load_tokenizer(model, loaded)
+    if not getattr(words, "is_fast", False):
         raise UserError(f"the tokenizer of {model} is not a fast one: it cannot tell which characters a token spans")
-    return loaded, tokenizer
+    return loaded, words
 
 
 def load_model(model: str | Path, device: str | None = None, dtype: str | torch.dtype | None = None) -> PreTrainedModel:
