@@ -17,7 +17,7 @@ RULE_CASES = {
     "delta": ("delta", {"decay": DECAY}),
     "momentum": ("momentum", {"decay": DECAY, "beta": 0.7}),
     "muon": ("muon", {"decay": DECAY}),
-    "adaptive": ("adaptive", {"decay": DECAY, "decrease": 0.01, "tolerance": 0.0, "slope": 0.5, "width": 2.0}),
+    "adaptive": ("adaptive", {"decay": DECAY, "decrease": 0.01, "largest": 0.02, "tolerance": 0.0, "slope": 0.5, "width": 2.0}),
 }
 TARGET_CASES = {
     f"{name} {extra or 'plain'}": (name, {} if not extra else {extra: 0.3 if extra == "ridge" else True})
@@ -73,10 +73,11 @@ def naive_adaptive(options, state, W0, z, v):
     g = sum(v[t] @ (LR * S @ z[t]) for t in range(C)) / C
     unit = LR * W0.norm() * dW.norm() / C
     if r == 0:
-        size, usual = torch.minimum(options["decrease"] / unit, torch.tensor(0.01, dtype=z.dtype)), dW.norm()
+        size, usual = options["decrease"] / unit, dW.norm()
     else:
         size = r * torch.exp(0.1 * torch.clip((g / (r * unit) - 0.0075) / options["width"], -2, 1))
         usual = 0.8 * state["norm"] + 0.2 * dW.norm()
+    size = torch.minimum(size, torch.tensor(options["largest"], dtype=z.dtype))
     m = 0.75 * state["gain"] + 0.25 * g
     keep = (1 - options["decay"]) / (1 + torch.relu(-m - options["tolerance"]) / options["slope"])
     S = keep * S + size * W0.norm() * dW / torch.maximum(dW.norm(), usual)

@@ -75,13 +75,15 @@ class Adaptive(Rule):
     gained on the chunk. Before a chunk is written (hypergradient descent, Almeida et al. 1998, Baydin et al. 2018),
 
     * ``log r' = log r + rate * clip((g / d - aim) / width, -2, 1)``, d = ``lr r |W0| |dW| / C``: what a write of this
-      size promises to first order. The first chunk of a document takes the r for which d = ``decrease``, at most 0.01;
+      size promises to first order. The first chunk of a document takes the r for which d = ``decrease``. At most
+      ``largest``: where a text repeats itself, its gradient and d vanish and r would grow for ever;
     * ``S' = (1 - decay) S / (1 + max(0, -m - tolerance) / slope) + r |W0| dW / max(|dW|, n)``, m the running mean of g
       over some 4 chunks and n that of |dW| over 5: what hurts shrinks, and a chunk that asks for little writes little.
     """
 
     decay: float = 0.0
     decrease: float = 0.1
+    largest: float = 0.005
     aim: float = 0.0075
     width: float = 0.1
     rate: float = 0.1
@@ -101,8 +103,8 @@ class Adaptive(Rule):
         promise = self.lr * slow * norm / count
         tiny = torch.finfo(S.dtype).tiny
         step = ((gain / (old * promise).clamp(min=tiny) - self.aim) / self.width).clamp(-2, 1)
-        first = (self.decrease / promise.clamp(min=tiny)).clamp(max=0.01)
-        size = torch.where(old > 0, old * (self.rate * step).exp(), first)
+        first = self.decrease / promise.clamp(min=tiny)
+        size = torch.where(old > 0, old * (self.rate * step).exp(), first).clamp(max=self.largest)
         mean = torch.lerp(state["gain"], gain, 0.25)
         usual = torch.where(old > 0, torch.lerp(state["norm"], norm, 0.2), norm)
         keep = (1 - self.decay) / (1 + (-mean - self.tolerance).clamp(min=0) / self.slope)
