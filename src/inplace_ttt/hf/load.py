@@ -24,12 +24,17 @@ WORDS = 200
 
 
 def load(
-    model: str | Path, device: str | None = None, *, objective: str | None = None, window: int | None = None
+    model: str | Path,
+    device: str | None = None,
+    *,
+    objective: str | None = None,
+    window: int | None = None,
+    tokenizer: str | Path | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a model with fast weights, as ``load_model`` does, and its fast tokenizer.
 
     ``objective``: for a plain model, which then gets fast weights with it ("loss" needs no training). ``window``: a
-    plain Llama reads through a sliding window of so many tokens.
+    plain Llama reads through a sliding window of so many tokens. ``tokenizer``: where it is, if not with the model.
 
     UserError when either cannot be loaded or the tokenizer does not tell which characters a token spans.
     """
@@ -40,14 +45,16 @@ def load(
         loaded = _plain(model, device, window)
         if not is_attached(loaded):
             attach(loaded, InPlaceTTTConfig(objective=objective or "learned"))
-    if Path(model).suffix == ".gguf":
-        tokenizer: Any = AutoTokenizer.from_pretrained(Path(model).parent, gguf_file=Path(model).name)
-        check_words(tokenizer, model)
+    if tokenizer is not None:
+        words: Any = AutoTokenizer.from_pretrained(tokenizer)
+    elif Path(model).suffix == ".gguf":
+        words = AutoTokenizer.from_pretrained(Path(model).parent, gguf_file=Path(model).name)
+        check_words(words, model)
     else:
-        tokenizer = load_tokenizer(model, loaded)
-    if not getattr(tokenizer, "is_fast", False):
+        words = load_tokenizer(model, loaded)
+    if not getattr(words, "is_fast", False):
         raise UserError(f"the tokenizer of {model} is not a fast one: it cannot tell which characters a token spans")
-    return loaded, tokenizer
+    return loaded, words
 
 
 def load_model(model: str | Path, device: str | None = None, dtype: str | torch.dtype | None = None) -> PreTrainedModel:
@@ -125,8 +132,8 @@ def check_words(tokenizer: Any, model: str | Path) -> None:
     if len(split) > len(words) / 20:
         raise UserError(
             f"transformers {transformers.__version__} converts the tokenizer of {model} wrongly: it splits "
-            f"{split[0]!r}, a word of its vocabulary. Update transformers, or load the model from a directory that has "
-            "its own tokenizer"
+            f"{split[0]!r}, a word of its vocabulary. Update transformers, or name a directory with the model's own "
+            "tokenizer: inplace_ttt.hf.load.load(..., tokenizer=DIR)"
         )
 
 
