@@ -10,6 +10,7 @@ A job's ``method`` says which weights: "lora" (r 16 on every projection of every
 evaluation), "norms", "last" (the last layer's down projection), "head" (the output matrix alone); ``optimizer`` how:
 "adam", "sgd", or "sized" (each matrix moves by ``lr`` times its norm along the gradient). ``method: loss`` is this
 library's objective with the job's other settings. Records hold the gain and the own gain as there.
+The paper's objective needs a model that was trained with it, so it is not among them.
 """
 
 import time

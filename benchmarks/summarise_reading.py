@@ -88,12 +88,15 @@ def tables(found: list[dict[str, Any]]) -> dict[str, str]:
             [[*stream, *reads(r)[1:2], *reads(r)[3:], *values] for r in rows for stream, values in stretches(r)],
         )
     if rows := by.get("foreign"):
-        names = list(rows[0]["domains"])
+        names = list(dict.fromkeys(name for r in rows for name in r["domains"]))
+        worst = [{name: f"{d['worst_stretch']:+.3f}" for name, d in r["domains"].items()} for r in rows]
         made["foreign"] = markdown(
             ["model", "setting", "attention", *names],
-            [[r["model"], r["name"], reads(r)[0], *(f"{r['domains'][n]['worst_stretch']:+.3f}" for n in names)]
-             for r in rows if set(names) <= set(r["domains"])],
-        )  # fmt: skip
+            [
+                [r["model"], r["name"], reads(r)[0], *(x.get(n, "") for n in names)]
+                for r, x in zip(rows, worst, strict=True)
+            ],
+        )
     if other := [r for r in by.get("gain", []) if any("other_domains" in d for d in r["domains"].values())]:
         cells = [
             [*reads(r)[:1], *reads(r)[3:], domain, name, f"{x['before']:.3f}", f"{x['after']:.3f}",

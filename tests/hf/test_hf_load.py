@@ -7,7 +7,8 @@ from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from inplace_ttt.errors import UserError
-from inplace_ttt.hf.load import check_words
+from inplace_ttt.hf.load import check_words, load
+from inplace_ttt.shipped import SHIPPED
 
 WORDS = ["".join(x) for x in itertools.product("abcd", repeat=5)][::17]
 
@@ -31,6 +32,14 @@ def test_words_that_are_split_are_noticed(mark):
     check_words(tokenizer_of(mark), "right.gguf")
     with pytest.raises(UserError, match=r"converts the tokenizer of wrong.gguf wrongly: it splits '[abcd]{5}'"):
         check_words(tokenizer_of(mark, spoiled=True), "wrong.gguf")
+
+
+def test_tokenizer_from_elsewhere(tmp_path):
+    tokenizer_of("\u2581").save_pretrained(tmp_path)
+    _, own = load(SHIPPED, "cpu")
+    _, other = load(SHIPPED, "cpu", tokenizer=tmp_path)
+    assert len(other) != len(own)
+    assert other(" abcd").input_ids == tokenizer_of("\u2581")(" abcd").input_ids
 
 
 def test_prefix_of_a_sentence_counts_as_a_space():
