@@ -15,9 +15,9 @@ from ..config import InPlaceTTTConfig
 from ..core import Call, ChunkTable, Rule, Target, make_target
 from ..core.scan import path_for
 from ..errors import UserError
-from .context import Runtime
-from .families import Place, attention_of, check_layers, decoder_layers, family_of, place, text_model
-from .linear import FastWeight, InitWeights, check_replaceable, make_fast, make_slow, output_size
+from .context import Forward, Runtime
+from .families import attention_of, check_layers, decoder_layers, family_of, place, text_model
+from .linear import FastWeight, InitWeights, check_replaceable, innermost, make_fast, make_slow, output_size
 from .loss import LossForward
 from .nested import NestedText, OnePass
 from .saving import after_attach, before_detach
@@ -125,7 +125,7 @@ def install(model: Model, config: InPlaceTTTConfig) -> Model:
     places = [place(layers, i, family) for i in config.layer_indices(len(layers))]
     check_layers(layers, places)
     runtime = Runtime(root, config)
-    holders = [_holder(p) for p in places]
+    holders = [innermost(p.mlp, p.name) for p in places]
     widths = [output_size(getattr(*h)) for h in holders]
     settings = {**config.settings, "init_std": _std(root, config)}
     for holder in holders:
@@ -136,7 +136,7 @@ def install(model: Model, config: InPlaceTTTConfig) -> Model:
         _target(config, width, settings, getattr(*holder), root) for width, holder in zip(widths, holders, strict=True)
     ]
     sites = [
-        LayerSite(runtime, p.index, p.mlp, target, width)
+        LayerSite(runtime, p.index, p.mlp, p.name, target, width)
         for p, target, width in zip(places, targets, widths, strict=True)
     ]
     fasts = [make_fast(getattr(*h), site) for h, site in zip(holders, sites, strict=True)]
@@ -165,6 +165,8 @@ def install(model: Model, config: InPlaceTTTConfig) -> Model:
         root.base_model.register_forward_hook(runtime.after_model, always_call=True),
         root.get_input_embeddings().register_forward_hook(runtime.after_embedding),
     ]
+    runtime.handles.append(Forward(runtime, root.base_model))
+    root.base_model.__dict__["forward"] = runtime.handles[-1]
     if any(target.source == "loss" for target in targets):
         runtime.loss_forward = LossForward(runtime, root.forward)
     root.__dict__[RUNTIME] = runtime
@@ -181,7 +183,7 @@ def detach(model: Model) -> Model:
     """Takes the fast weights out of ``model`` in place and returns it: the plain model with its present parameters."""
     root, runtime = unwrap(model), runtime_of(model)
     before_detach(root)
-    for handle in runtime.handles:
+    for handle in (*runtime.handles, *(site.wrapper_hook for site in runtime.sites if site.wrapper_hook)):
         handle.remove()
     for site in runtime.sites:
         for name in site.names:
@@ -200,14 +202,6 @@ def detach(model: Model) -> Model:
         root.__dict__["forward"] = runtime.loss_forward.forward  # somebody else's, from before attach
     del root.config.inplace_ttt
     return model
-
-
-def _holder(where: Place) -> tuple[nn.Module, str]:
-    """Module and attribute that hold the projection itself (a LoRA layer holds it as its base layer)."""
-    module, name = where.mlp, where.name
-    while isinstance(getattr(getattr(module, name), "base_layer", None), nn.Module):
-        module, name = getattr(module, name), "base_layer"
-    return module, name
 
 
 def _std(root: PreTrainedModel, config: InPlaceTTTConfig) -> float:
