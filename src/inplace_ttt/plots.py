@@ -1,6 +1,7 @@
 """Loss against position, with updates on and off: as a picture, and in the terminal."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.text import Text
@@ -28,16 +29,13 @@ def save_picture(
     path: Path, on: np.ndarray, off: np.ndarray, chunk_size: int, title: str, subtitle: str, width: int | None = None
 ) -> None:
     """Writes the losses [N] of tokens 1 to N, smoothed over ``width`` tokens, and below them their difference."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     width = width or smoothing(len(on), chunk_size)
     on, off = (smooth(values, chunk_size, width) for values in (on, off))
     gap, x = off - on, np.arange(1, len(on) + 1)
-    figure = Figure(figsize=(6.0, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2.6, 1))
+    figure, axes = styled(6.0, 4.2, 2, sharex=True, height_ratios=(2.6, 1))
+    upper, lower = axes.flat
     upper.plot(x, off, color=OFF, lw=1.6, label="updates off")
     upper.plot(x, on, color=ON, lw=1.6, label="updates on")
     upper.set_ylabel("loss (nats per token)")
@@ -51,15 +49,33 @@ def save_picture(
     lower.set_xlabel("position in the file (tokens)")
     lower.yaxis.set_major_locator(MaxNLocator(4))
     lower.xaxis.set_major_formatter(EngFormatter(sep=""))
-    for axes in (upper, lower):
-        axes.axvline(chunk_size, color="black", lw=0.8, ls=(0, (2, 2)))
-        axes.grid(axis="y", color="0.9", lw=0.7)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+    for axis in (upper, lower):
+        axis.axvline(chunk_size, color="black", lw=0.8, ls=(0, (2, 2)))
     upper.annotate("first update", (chunk_size, upper.get_ylim()[0]), (4, 4), textcoords="offset points", fontsize=8)
     lower.set_xlim(0, len(on))
     upper.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=18)
     upper.text(0, 1.03, subtitle, transform=upper.transAxes, fontsize=8.5, color="0.35")
+    save(figure, path)
+
+
+def styled(width: float, height: float, rows: int = 1, columns: int = 1, **how: Any) -> tuple[Any, Any]:
+    """A figure and its axes [rows, columns] in the style of all pictures; ``how``: further keywords of ``subplots``."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **how)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="0.9", lw=0.7)
+        axis.set_axisbelow(True)
+        axis.tick_params(labelsize=8)
+    return figure, axes
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure, and directories as needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=200)
 

@@ -139,10 +139,12 @@ def test_commands_on_a_plain_model(cli, folder, tmp_path, command):
 def test_plain_models_learn_by_the_loss(cli, folder, plain, tmp_path):
     """Every command attaches the loss to a plain model; its figures are the library's."""
     by_loss = ("--model", plain, "--objective", "loss")
-    evaluated = cli("eval", *by_loss, "--data", folder.text, "--length", 1024, "--out", tmp_path / "out")
+    arguments = ("--data", folder.text, "--length", 1024, "--sweep", "update_size=0.001,auto")
+    evaluated = cli("eval", *by_loss, *arguments, "--out", tmp_path / "out")
     assert evaluated.exit_code == 0, evaluated.output
     tables = json.loads((tmp_path / "out" / "summary.json").read_text())["tables"]
     found = {row["variant"]: row["value"] for row in tables["nll by document"]}
+    assert len({found[label] for label in ("on", "off", "update_size=0.001", "update_size=auto")}) >= 3
     assert found["on"] != found["off"]
     figures = json.loads(cli("inspect", *by_loss, "--json").stdout)
     assert figures["settings"]["objective"] == "loss"

@@ -3,7 +3,7 @@
 Shapes: T tokens, C a chunk, M chunks, D output width, F width of z.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,6 +67,19 @@ def formula() -> Iterator[None]:
         yield
     finally:
         PATHS.remove(path)
+
+
+def three_ways(model: nn.Module, run: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
+    """``run`` without fast weights, as it is, and with the materialised formula."""
+
+    def inside(context: Callable[[], Any]) -> Callable[[], Any]:
+        def there() -> Any:
+            with context():
+                return run()
+
+        return there
+
+    return {"no TTT": inside(lambda: updates_off(model)), "ours": run, "materialised": inside(formula)}
 
 
 def weighty_lr(model: nn.Module, ids_1T: Tensor) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..plots import OFF, ON
+from ..plots import OFF, ON, save, styled
 
 WAYS = {
     "no TTT": ("without TTT", OFF),
@@ -21,16 +21,11 @@ def prefill(records: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     Records of the same window are joined (of a length that is in several, the last one counts).
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     groups: dict[int | None, dict[int, Any]] = {}
     for record in records:
         groups.setdefault(record["window"], {}).update({row["tokens"]: row for row in record["results"]})
     memory = all(row["peak_bytes"]["ours"] is not None for rows in groups.values() for row in rows.values())
-    figure = Figure(figsize=(7.0, 2.5 * len(groups)), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(len(groups), 2 if memory else 1, squeeze=False)
+    figure, panels = styled(7.0, 2.5 * len(groups), len(groups), 2 if memory else 1)
     for line, (window, rows) in zip(panels, groups.items(), strict=True):
         lengths = sorted(rows)
         name = "full attention" if window is None else f"window {window:,}"
@@ -43,8 +38,7 @@ def prefill(records: Sequence[Mapping[str, Any]], path: Path) -> None:
             _bars(line[1], lengths, peaks, f"peak memory, {name}", "GiB", more)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=200)
+    save(figure, path)
 
 
 def _bars(
@@ -66,7 +60,3 @@ def _bars(
     axes.set_xlabel("prompt (tokens)", fontsize=8)
     axes.set_ylabel(unit, fontsize=8)
     axes.margins(y=0.15)
-    axes.tick_params(labelsize=8)
-    axes.grid(axis="y", color="0.9", lw=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)

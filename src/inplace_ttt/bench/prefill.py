@@ -2,15 +2,16 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from ..config import InPlaceTTTConfig
-from ..hf.attach import install, runtime_of, updates_off
+from ..hf.attach import install, runtime_of
 from ..train.attention import choose_attention
-from .materialised import checked, extra_products, formula
+from .materialised import checked, extra_products, three_ways
 from .timing import interleaved, peak_bytes
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -71,19 +72,8 @@ def measure(
     for T in lengths:
         ids = torch.randint(0, SHAPES[shape]["vocab_size"], (1, T), device=device)
 
-        def on(ids: torch.Tensor = ids) -> Any:
-            return model(ids, use_cache=True, logits_to_keep=1)
-
-        def off(ids: torch.Tensor = ids) -> Any:
-            with updates_off(model):
-                return model(ids, use_cache=True, logits_to_keep=1)
-
-        def theirs(ids: torch.Tensor = ids) -> Any:
-            with formula():
-                return model(ids, use_cache=True, logits_to_keep=1)
-
         with torch.no_grad():
-            runs: dict[str, Callable[[], Any]] = {"no TTT": off, "ours": on, "materialised": theirs}
+            runs = three_ways(model, partial(model, ids, use_cache=True, logits_to_keep=1))
             often = rounds * max(max(lengths) // 4 // T, 1)  # short prompts need more rounds, and cost less
             times = interleaved(runs, device, rounds=often, warmup=1)
             peaks = {name: peak_bytes(run, device) for name, run in runs.items()}

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from ..hf.attach import runtime_of, updates_off
-from .materialised import checked, extra_products, formula
+from ..hf.attach import runtime_of
+from .materialised import checked, extra_products, three_ways
 from .prefill import SHAPES, build
 from .timing import interleaved, peak_bytes
 
@@ -48,15 +48,7 @@ def measure(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        def off(step: Callable[[], None] = step) -> None:
-            with updates_off(model):
-                step()
-
-        def theirs(step: Callable[[], None] = step) -> None:
-            with formula():
-                step()
-
-        runs: dict[str, Callable[[], Any]] = {"no TTT": off, "ours": step, "materialised": theirs}
+        runs = three_ways(model, step)
         times = interleaved(runs, device, rounds=rounds, warmup=1)
         peaks = {name: peak_bytes(run, device) for name, run in runs.items()}
         pace = {name: T / seconds for name, seconds in times.items()}

@@ -240,7 +240,8 @@ def _reading(model: Any, settings: dict[str, Any]) -> Any:
 def _settings(text: str) -> list[tuple[str, dict[str, Any]]]:
     """``lr=0.05,0.1`` -> [("lr=0.05", {"lr": 0.05}), ...]; several names joined by spaces change together."""
     name, _, values = text.partition("=")
-    kinds = {"lr": float, "decay": float, "clip": float, "update_size": float, "chunk_size": int}
+    kinds: dict[str, Callable[[str], Any]] = {"lr": float, "decay": float, "clip": float, "chunk_size": int}
+    kinds["update_size"] = lambda size: size if size == "auto" else float(size)
     if name not in kinds or not values:
         raise UserError(f"--sweep {text}: write one of {', '.join(kinds)} as NAME=VALUE,VALUE")
     try:

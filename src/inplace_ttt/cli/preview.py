@@ -97,7 +97,7 @@ def _fresh(config: InPlaceTTTConfig) -> Target:
 def _is_trained(model: str, empty: Any) -> bool:
     """Tell whether the targets' parameters in a directory write anything; True where it has none to look at."""
     for file in Path(model).expanduser().glob("*.safetensors"):
-        with suppress(SafetensorError), safe_open(file, "pt") as tensors:
+        with suppress(SafetensorError, RuntimeError), safe_open(file, "pt") as tensors:
             added = {name: tensors.get_tensor(name) for name in tensors.keys() if is_added(name)}  # noqa: SIM118
             empty.load_state_dict(added, strict=False, assign=True)
     return is_trained(empty)

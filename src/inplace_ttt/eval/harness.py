@@ -280,11 +280,11 @@ def run(
                         found.setdefault((task, name, length, number, metric), {})[setting] = value
     finally:
         lm.model.train(was_training)
-    nothing = None, 1.0
-    return [
-        Record(*key, by.get("on", nothing)[0], by.get("off", nothing)[0], next(iter(by.values()))[1])
-        for key, by in found.items()
-    ]
+    records = []
+    for (task, part, length, number, metric), by in found.items():
+        on, off = (by.get(setting, (None, 1.0))[0] for setting in ("on", "off"))
+        records.append(Record(task, part, length, number, metric, on, off, next(iter(by.values()))[1]))
+    return records
 
 
 def paired(records: Sequence[Record]) -> dict[tuple[str, int | None, str], Paired]:

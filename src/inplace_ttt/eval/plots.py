@@ -1,14 +1,12 @@
 """The pictures of an evaluation, drawn from rows of tables: figures of one style, legible at a column's width."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from ..plots import styled
 from .paired import Mean
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]
 Curves = Mapping[str, tuple[Sequence[Any], Mapping[str, Sequence[Mean]]]]
@@ -43,9 +41,9 @@ def panels(
     width: float = 3.4,
     palette: Mapping[str, str] | None = None,
     top: float | None = None,
-) -> "Figure":
+) -> Any:
     """Panels side by side, lines with bands or ``bars`` with whiskers; ``top``: the y axis goes from 0 to there."""
-    figure, axes = _figure(width * max(len(found), 1.5), 3.0, len(found))
+    figure, (axes,) = styled(width * max(len(found), 1.5), 3.0, 1, len(found), sharey=True)
     for axis, (title, (places, lines)) in zip(axes, found.items(), strict=True):
         x = [_short(place) for place in places]
         colours = palette or _colours(list(lines))
@@ -73,14 +71,14 @@ def panels(
     return figure
 
 
-def heat_maps(title: str, rows: Rows) -> "Figure":
+def heat_maps(title: str, rows: Rows) -> Any:
     """Share of right answers by depth and length, a panel a variant."""
     lengths, depths = (sorted({row[key] for row in rows}) for key in ("length", "depth"))
     shares: dict[str, np.ndarray] = {}
     for row in rows:
         share = shares.setdefault(row["variant"], np.full((len(depths), len(lengths)), np.nan))
         share[depths.index(row["depth"]), lengths.index(row["length"])] = row["value"]
-    figure, axes = _figure(2.9 * max(len(shares), 1.6) + 0.6, 3.0, len(shares))
+    figure, (axes,) = styled(2.9 * max(len(shares), 1.6) + 0.6, 3.0, 1, len(shares), sharey=True)
     for axis, (label, share) in zip(axes, shares.items(), strict=True):
         picture = axis.imshow(share, vmin=0, vmax=1, cmap="Blues", aspect="auto")
         axis.grid(False)
@@ -99,10 +97,9 @@ def heat_maps(title: str, rows: Rows) -> "Figure":
     return figure
 
 
-def differences(title: str, rows: Rows, names: Sequence[str], unit: str, better: str = "") -> "Figure":
+def differences(title: str, rows: Rows, names: Sequence[str], unit: str, better: str = "") -> Any:
     """Difference to updates off with its interval, a line a row, labelled by ``names``. ``better``: a side."""
-    figure, axes = _figure(6.2, 0.9 + 0.32 * len(rows))
-    axis = axes[0]
+    figure, ((axis,),) = styled(6.2, 0.9 + 0.32 * len(rows))
     y = np.arange(len(rows))[::-1]
     for at, mean in zip(y, (mean_of(row, "difference") for row in rows), strict=True):
         colour = FIXED["on"] if mean.high < 0 else FIXED["baseline"] if mean.low > 0 else "0.5"
@@ -115,21 +112,6 @@ def differences(title: str, rows: Rows, names: Sequence[str], unit: str, better:
     axis.set_xlabel(f"difference to updates off ({unit}){better and f', {better} is better'}", fontsize=8.5)
     axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
     return figure
-
-
-def _figure(width: float, height: float, columns: int = 1) -> tuple["Figure", Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, squeeze=False, sharey=True)[0]
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="0.9", lw=0.7)
-        axis.set_axisbelow(True)
-        axis.tick_params(labelsize=8)
-    return figure, axes
 
 
 def _colours(labels: Sequence[str]) -> dict[str, str]:

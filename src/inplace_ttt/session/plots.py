@@ -8,7 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from ..core.diagnostics import LayerDiagnostics
-from ..plots import OFF, ON
+from ..plots import OFF, ON, save, styled
 from .diagnostics import Timeline
 
 PANELS = (
@@ -24,17 +24,13 @@ NAMED = 8
 
 def save_diagnostics(path: Path, timeline: Timeline, title: str) -> None:
     """Writes the picture: one panel per diagnostic, one line per layer, and below them the losses and the gain."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     layers, x = timeline.layers, timeline.tokens
     colours = LinearSegmentedColormap.from_list("depth", [SHALLOW, DEEP])(np.linspace(0, 1, max(len(layers), 2)))
     largest = {d.largest_rank for s in timeline.samples for d in s.layers}
-    figure = Figure(figsize=(6.0, 6.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(3, 2, sharex=True)
+    figure, panels = styled(6.0, 6.2, 3, 2, sharex=True)
     mark = "o" if len(x) == 1 else None
     for axes, (name, heading, unit) in zip(panels[:2].flat, PANELS, strict=True):
         for layer, colour in zip(layers, colours, strict=False):
@@ -53,10 +49,6 @@ def save_diagnostics(path: Path, timeline: Timeline, title: str) -> None:
     _gain(gain, x, timeline.gain)
     _headings(gain, "gain", "off - on, nats per token")
     for axes in panels.flat:
-        axes.tick_params(labelsize=8)
-        axes.grid(axis="y", color="0.9", lw=0.7)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -75,8 +67,7 @@ def save_diagnostics(path: Path, timeline: Timeline, title: str) -> None:
         fontsize=8,
         title_fontsize=8,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=200)
+    save(figure, path)
 
 
 def _headings(axes: Any, heading: str, unit: str) -> None:
