@@ -37,7 +37,7 @@ from inplace_ttt.hf.attach import runtime_of
 from inplace_ttt.hf.cache import cache_name, install
 from inplace_ttt.hf.load import load
 from inplace_ttt.records import about, write_json
-from inplace_ttt.session.study import Example, Examples, Pair, batches, in_sentences, learn, pairs_of, sentences
+from inplace_ttt.session.study import STARTS, Example, Examples, Pair, batches, in_sentences, learn, pairs_of, sentences
 from inplace_ttt.session.template import Template
 from inplace_ttt.session.writing import end_tokens
 
@@ -162,7 +162,8 @@ class Way:
 
     how: "none", "read" (passes of the library, the context kept), "chunks" (128 tokens alone, on a grid that is shifted
     from pass to pass), "paragraphs", "sentences" (alone, in random order), "questions" (question and answer, written by
-    the model with the sentence before it), "both" (sentences and questions). ``replies``: answers in a sentence instead
+    the model with the sentence before it), "both" (sentences and questions), "names" (sentences as answers to what is
+    known about a name in them), "all" (sentences, names and questions). ``replies``: answers in a sentence instead
     of the fewest words; ``soft``: the model's own predictions with the sentence before it instead of what it wrote.
     ``tokens``: of one update; ``fade``: its size goes down to 0.
     """
@@ -181,11 +182,13 @@ class Way:
 
 WAYS = [
     Way("none", "none"),
+    Way("all", "all"),
     Way("both", "both"),
     Way("both-soft", "both", replies=True, soft=True),
     Way("sentences", "sentences"),
     Way("questions", "questions"),
     Way("read-8", "read"),
+    Way("names", "names"),
     Way("both-replies", "both", replies=True),
     Way("questions-soft", "questions", replies=True, soft=True),
     Way("read-1", "read", passes=1),
@@ -193,17 +196,17 @@ WAYS = [
     Way("read-8-shifted", "shifted"),
     Way("chunks", "chunks"),
     Way("paragraphs", "paragraphs"),
-    Way("both-r0.001", "both", size=1e-3),
-    Way("both-r0.004", "both", size=4e-3),
-    Way("both-all", "both", layers=":", size=7e-4),
-    Way("both-middle", "both", layers="10:20"),
-    Way("both-64", "both", tokens=64, size=1e-3),
-    Way("both-2", "both", passes=2),
-    Way("both-16", "both", passes=16),
+    Way("all-r0.001", "all", size=1e-3),
+    Way("all-r0.004", "all", size=4e-3),
+    Way("all-layers", "all", layers=":", size=7e-4),
+    Way("all-middle", "all", layers="10:20"),
+    Way("all-64", "all", tokens=64, size=1e-3),
+    Way("all-2", "all", passes=2),
+    Way("all-16", "all", passes=16),
     Way("both-soft-r0.004", "both", size=4e-3, replies=True, soft=True),
-    Way("both-even", "both", size=1e-3, fade=False),
+    Way("all-even", "all", size=1e-3, fade=False),
     Way("sentences-64", "sentences", tokens=64, size=1e-3),
-    Way("both-all-16", "both", layers=":", size=7e-4, passes=16),
+    Way("all-layers-16", "all", layers=":", size=7e-4, passes=16),
 ]
 
 
@@ -226,13 +229,10 @@ class Bench:
         """
         if self.written is None:
             start = time.perf_counter()
-            torch.manual_seed(0)
             all_texts = [list(dict.fromkeys(sentences(text))) for text in self.data.texts]
             flat = [text for texts in all_texts for text in texts]
-            found = pairs_of(self.model, self.examples, flat, batch=512)
-            for _ in range(self.tries - 1):
-                found += pairs_of(self.model, self.examples, flat, 0.8, 512)
-            found = list(dict.fromkeys(found))
+            tries = [pairs_of(self.model, self.examples, flat, start, 512) for start in STARTS[: self.tries]]
+            found = list(dict.fromkeys(pair for own in tries for pair in own))
             owner = {text: d for d, texts in enumerate(all_texts) for text in texts}
             self.written = {}
             for name, pairs in (("short", found), ("reply", in_sentences(self.model, self.examples, found, 512))):
@@ -269,9 +269,11 @@ class Bench:
                 parts = [" ".join(text.split("\n\n")[i : i + 1]) for i in range(len(text.split("\n\n")))]
                 wide = Examples(self.tokenizer, make.template, make.prefix, 256)
                 found[d] += [x for part in parts if part.strip() for x in wide.statement(part)]
-            if way.how in ("sentences", "both"):
+            if way.how in ("names", "all"):
+                found[d] += make.by_name(list(dict.fromkeys(sentences(text))))
+            if way.how in ("sentences", "both", "all"):
                 found[d] += [x for part in sentences(text) for x in make.statement(part)]
-            if way.how in ("questions", "both"):
+            if way.how in ("questions", "both", "all"):
                 found[d] += [make.answered(pair, way.soft) for pair in self.pairs(way.replies)[d]]
         return found
 
@@ -438,7 +440,7 @@ class Bench:
             InPlaceTTTConfig(objective="loss", layers=way.layers, chunk_size=way.chunk, update_size=way.size),
         )
         try:
-            if way.how in ("questions", "both"):
+            if way.how in ("questions", "both", "all"):
                 self.pairs(way.replies)
             start = time.perf_counter()
             with torch.inference_mode(False), torch.no_grad():
@@ -495,7 +497,7 @@ def main() -> None:
     parser.add_argument("--facts", type=int, default=10, help="in each document")
     parser.add_argument("--tokens", type=int, default=4096, help="of each document")
     parser.add_argument("--passes", type=float, default=1.0, help="factor of every way's passes")
-    parser.add_argument("--tries", type=int, default=4, help="to write a question, for each sentence")
+    parser.add_argument("--tries", type=int, default=6, help="to write a question, for each sentence")
     parser.add_argument("--share", default="0/1")
     parser.add_argument("--seconds", type=float, default=1e9, help="no new way after so many")
     arguments = parser.parse_args()

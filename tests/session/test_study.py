@@ -13,7 +13,7 @@ from inplace_ttt import Session, UserError
 from inplace_ttt.core import FastWeights
 from inplace_ttt.hf.attach import runtime_of
 from inplace_ttt.hf.loss import learn_from
-from inplace_ttt.session.study import Example, Pair, batches, is_about, learn, sentences
+from inplace_ttt.session.study import Example, Pair, batches, is_about, learn, names, sentences
 
 module = import_module("inplace_ttt.session.study")
 TEXT = "The code of the Mill is 7314. It was read by Tobias Renner, twice!\n\nThen the file was written. Why?"
@@ -40,12 +40,17 @@ def tokenizer():
     return chat_tokenizer(TEXT * 20)
 
 
+def says(wrote):
+    """A model that writes this wherever it may ask as it likes."""
+    return lambda model, tok, prompts, *a: [wrote if tok.decode(ids).endswith("Question:") else "" for ids in prompts]
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """A tenth of a second passes each time somebody looks; the model asks one question."""
     ticks = itertools.count()
     monkeypatch.setattr(module.time, "monotonic", lambda: next(ticks) / 10)
-    monkeypatch.setattr(module, "write_many", lambda model, tok, prompts, *a: [ASKED] * len(prompts))
+    monkeypatch.setattr(module, "write_many", says(ASKED))
 
 
 def alone(session, text):
@@ -115,7 +120,7 @@ def test_the_answer_to_a_question_is_learned(tokenizer, clock, monkeypatch, chat
     ids, losses = [*asked.prompt, *asked.answer], []
     assert tok.decode(ids).endswith("<|im_start|>assistant\n7314<|im_end|>" if chat else f"{QUESTION}\nAnswer: 7314\n")
     for wrote in (ASKED, ""):
-        monkeypatch.setattr(module, "write_many", lambda model, tok, prompts, *a, wrote=wrote: [wrote] * len(prompts))
+        monkeypatch.setattr(module, "write_many", says(wrote))
         session = Session(reader(), tok)
         assert session.study(TEXT, minutes=1).questions == bool(wrote)
         found = [x for _, found in session._feed(ids, True, False) for x in found][-len(asked.answer) :]
@@ -151,6 +156,15 @@ def test_questions_that_are_about_their_sentence():
     assert not is_about(Pair(text, "What is the answer to this question?", "Tobias Renner"))
     assert not is_about(Pair(text, "Who is the captain of the Grey Heron?", "The captain of the Grey Heron"))
     assert not is_about(Pair(text, "Who is it?", "Somebody else"))
+
+
+def test_names_and_what_is_told_of_them(tokenizer):
+    assert names("The Mill of Tobias Renner and of Anne") == ["The Mill of Tobias Renner", "Anne"]
+    assert names("Anne went with Captain Ross to Dover.") == ["Captain Ross", "Dover"]
+    told = ["She saw Anne at noon.", *(f"The house of Rose was number {n}." for n in range(4))]
+    found = module.Examples(tokenizer, module.Template(tokenizer)).by_name(told)  # four sentences have Rose
+    assert [tokenizer.decode(x.answer) for x in found] == ["She saw Anne at noon.<|im_end|>"]
+    assert "What do you know about Anne?" in tokenizer.decode(found[0].prompt)
 
 
 def test_batches_hold_every_example_once():

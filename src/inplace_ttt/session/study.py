@@ -8,6 +8,7 @@ the model asks and answers itself while the sentence is before it. Several such 
 import random
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,27 +34,40 @@ Text: The bridge at Helm was built in 1873.
 Question: When was the bridge at Helm built?
 Answer: 1873
 
-Text: Old Mrs. Pratt kept three cats in the attic, which her brother did not like.
-Question: What did Mrs. Pratt keep in the attic?
-Answer: Three cats
-
 Text: He was told that the owner of the Red Lion is Peter Hobbs.
 Question: Who is the owner of the Red Lion?
 Answer: Peter Hobbs
 
+Text: Old Mrs. Pratt kept three cats in the attic, which her brother did not like.
+Question: What did Mrs. Pratt keep in the attic?
+Answer: Three cats
+
+Text: The letter to Mrs. Wells was sent from Oslo.
+Question: Where was the letter to Mrs. Wells sent from?
+Answer: Oslo
+
+Text: Nobody remembered that the old name of the river Arn is Silverwater.
+Question: What is the old name of the river Arn?
+Answer: Silverwater
+
 Text: {text}
 Question:"""
 """How a model is made to ask and to answer, whether it was tuned for chats or not."""
+STARTS = ("", " What", " Where", " When", " Who", " How")
+"""How a question may begin: tries for each sentence."""
+ABOUT = "What do you know about {name}?"
 ANSWER = "{text}\n\n{question}"
 _END = re.compile(r"(?<=[.!?])[\"'\u2019\u201d)\]]*\s+|\n\s*\n\s*")
 
 
-TOKENS = 256
-"""Of one update."""
+TOKENS, LEAST = 256, 64
+"""Of one update; of a short text's, an eighth of it all but at least so many."""
 PASSES = 16
 """Over all examples, at most."""
-WRITING, TRIES = 0.35, 4
-"""Share of the time in which questions are written; tries for each sentence."""
+WRITING = 0.35
+"""Share of the time in which questions are written."""
+COMMON = 3
+"""Sentences that say something about a name; one that more of them have tells nothing apart."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,14 @@ def sentences(text: str, shortest: int = 3) -> list[str]:
 
 
 _WORD = re.compile(r"[^\W_]+")
+_NAME = re.compile(r"[A-Z][\w'\u2019-]+(?:\s+(?:of\s+)?[A-Z][\w'\u2019-]+)*")
 _STOP = {"what", "when", "where", "which", "does", "who", "why", "how", "did", "was", "were", "the", "and"}
+
+
+def names(sentence: str) -> list[str]:
+    """Return what looks like a name: words with capitals, but for a single first word."""
+    found = [match.group() for match in _NAME.finditer(sentence)]
+    return list(dict.fromkeys(name for name in found if " " in name or not sentence.startswith(name)))
 
 
 def is_about(pair: Pair) -> bool:
@@ -122,6 +143,12 @@ class Examples:
             return (*self.prefix, *self.ids(f"Question: {words}\nAnswer:"))
         return tuple(self.template.opening((), words))
 
+    def by_name(self, told: Sequence[str]) -> list[Example]:
+        """Return the sentences as answers to what is known about the names in them that few of them have."""
+        count = Counter(name for text in told for name in names(text))
+        own = [(text, name) for text in told for name in names(text) if count[name] <= COMMON]
+        return [self.answered(Pair(text, ABOUT.format(name=name), text)) for text, name in own]
+
     def answered(self, pair: Pair, soft: bool = False) -> Example:
         """Return a question with its answer; ``soft``: with what the model predicts while the text is before it."""
         source = self.chat(ANSWER.format(text=pair.text, question=pair.question)) if soft else None
@@ -136,13 +163,11 @@ def write_many(
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     tokens: int,
-    temperature: float = 0.0,
     batch: int = 256,
 ) -> list[str]:
     """Return the model's own continuations of prompts, without fast weights, up to an end or ``tokens``."""
     device, ends = model.get_input_embeddings().weight.device, sorted(end_tokens(model, tokenizer))
-    how: dict[str, Any] = {"do_sample": temperature > 0, "pad_token_id": ends[0], "eos_token_id": ends}
-    how |= {"temperature": temperature, "top_k": 0, "top_p": 0.95} if temperature else {}
+    how = {"do_sample": False, "max_new_tokens": tokens, "pad_token_id": ends[0], "eos_token_id": ends}
     order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [""] * len(prompts)
     for at in range(0, len(order), batch):
         some = order[at : at + batch]
@@ -152,20 +177,21 @@ def write_many(
             place = slice(longest - len(prompts[i]), None)
             ids[row, place], mask[row, place] = torch.tensor(prompts[i]), 1
         with updates_off(model):
-            out = model.generate(ids.to(device), attention_mask=mask.to(device), max_new_tokens=tokens, **how)
+            out = model.generate(ids.to(device), attention_mask=mask.to(device), **how)
         for i, text in zip(some, tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True), strict=True):
             found[i] = text
     return found
 
 
-def pairs_of(
-    model: Any, examples: Examples, told: Sequence[str], temperature: float = 0.0, batch: int = 256
-) -> list[Pair]:
-    """Return questions about some of the texts, with answers, as the model writes them with the text before it."""
-    prompts = [(*examples.prefix, *examples.ids(SHOWN.format(text=text))) for text in told]
+def pairs_of(model: Any, examples: Examples, told: Sequence[str], start: str = "", batch: int = 256) -> list[Pair]:
+    """Return questions about some of the texts, with answers, as the model writes them with the text before it.
+
+    ``start``: how they begin.
+    """
+    prompts = [(*examples.prefix, *examples.ids(SHOWN.format(text=text) + start)) for text in told]
     found = []
-    for text, wrote in zip(told, write_many(model, examples.tokenizer, prompts, 48, temperature, batch), strict=True):
-        question, _, rest = wrote.strip().partition("\nAnswer:")
+    for text, wrote in zip(told, write_many(model, examples.tokenizer, prompts, 48, batch), strict=True):
+        question, _, rest = (start + wrote).strip().partition("\nAnswer:")
         pair = Pair(text, question.strip(), rest.strip().split("\n")[0].strip())
         if "\n" not in pair.question and is_about(pair):
             found.append(pair)
@@ -175,7 +201,7 @@ def pairs_of(
 def in_sentences(model: Any, examples: Examples, pairs: Sequence[Pair], batch: int = 256) -> list[Pair]:
     """Return the pairs with the answers that the model gives in a chat with the text before it."""
     prompts = [examples.chat(ANSWER.format(text=x.text, question=x.question)) for x in pairs]
-    replies = write_many(model, examples.tokenizer, prompts, 40, batch=batch)
+    replies = write_many(model, examples.tokenizer, prompts, 40, batch)
     return [Pair(x.text, x.question, reply.strip()) for x, reply in zip(pairs, replies, strict=True)]
 
 
@@ -211,14 +237,15 @@ def study(session: Session, source: Any, minutes: float, progress: Any = None) -
     passed: Callable[[], float] = lambda: (time.monotonic() - began) / seconds  # noqa: E731
     try:
         with evaluating(reader.model):
-            for some, temperature in _portions(told, passed):
-                pairs += pairs_of(reader.model, examples, some, temperature)
+            for some, start in _portions(told, passed):
+                pairs += pairs_of(reader.model, examples, some, start)
                 tell(min(passed(), 1.0), None)
             pairs = list(dict.fromkeys(pairs))
-            known = [x for text in told for x in examples.statement(text)] + [examples.answered(p) for p in pairs]
+            known = [x for text in told for x in examples.statement(text)] + examples.by_name(told)
+            known += [examples.answered(pair) for pair in pairs]
             first, shuffle, total = passed(), random.Random(0), PASSES * sum(map(len, known))
-            done = 0
-            for batch in (batch for _ in range(PASSES) for batch in batches(known, TOKENS, shuffle)):
+            done, size_of_update = 0, min(TOKENS, max(LEAST, sum(map(len, known)) // 8))
+            for batch in (batch for _ in range(PASSES) for batch in batches(known, size_of_update, shuffle)):
                 share = max((passed() - first) / max(1 - first, 1e-9), done / total)
                 if share >= 1 and losses:
                     break
@@ -233,16 +260,16 @@ def study(session: Session, source: Any, minutes: float, progress: Any = None) -
     return Studied(len(told), len(pairs), tuple(losses))
 
 
-def _portions(told: Sequence[str], passed: Callable[[], float]) -> Iterator[tuple[list[str], float]]:
-    """Yield sentences to ask about, with a temperature, while there is time; those with names and numbers first."""
+def _portions(told: Sequence[str], passed: Callable[[], float]) -> Iterator[tuple[list[str], str]]:
+    """Yield sentences to ask about, and how to begin, while there is time; those with names and numbers first."""
     order = sorted(told, key=lambda text: not re.search(r"\d|\w.*\b[A-Z]", text))
-    for n in range(TRIES):
+    for start in STARTS:
         at, size = 0, 8
         while at < len(order):
             before = passed()
             if before >= WRITING:
                 return
-            yield order[at : at + size], 0.8 if n else 0.0
+            yield order[at : at + size], start
             at += size
             size = min(2 * size, 256) if passed() - before < WRITING / 8 else size
 
