@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..config import InPlaceTTTConfig
 from ..core import ChunkTable, FastWeights, document_ids
@@ -236,7 +237,8 @@ class Runtime:
     def _cache(self, module: nn.Module, given: dict[str, Any]) -> Cache | None:
         """The call's cache: the given one, or a new one where transformers would make one for later use."""
         cache, use_cache = given.get("past_key_values"), given.get("use_cache")
-        if module.training and any(getattr(m, "gradient_checkpointing", False) for m in module.modules()):
+        drops = torch.is_grad_enabled() or _DROPS_WITHOUT_GRADIENTS
+        if module.training and drops and any(getattr(m, "gradient_checkpointing", False) for m in module.modules()):
             return None  # transformers drops the cache in this case
         if cache is not None:
             if not isinstance(cache, Cache):
@@ -371,6 +373,8 @@ def rows_are_cut() -> str | None:
 
 
 _ATTENTION = nn.functional.scaled_dot_product_attention
+_DROPS_WITHOUT_GRADIENTS = "is_grad_enabled" not in inspect.getsource(GradientCheckpointingLayer)
+"""Whether this transformers (5.17, say) drops the cache under activation checkpointing without gradients, too."""
 
 
 def fast_weights(cache: Cache) -> dict[int, FastWeights]:
