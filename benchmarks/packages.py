@@ -21,10 +21,11 @@ from pathlib import Path, PurePosixPath
 from licences import permitted_licence
 
 from inplace_ttt.errors import SourceError
-from inplace_ttt.train.sources import SPLITS, Document, is_source, read_source_file
+from inplace_ttt.train.sources import SPLITS, Document
 
-MAX_BYTES = 1 << 20  # of a directory that stays one document
+MAX_BYTES = 1 << 20  # of a file, and of a directory that stays one document
 MIN_DOCUMENT_BYTES = 64 << 10
+MAX_LINE = 1000
 
 # Distributions of one project share code and go to one split.
 PROJECT = {
@@ -51,6 +52,14 @@ STANDARD_LIBRARY_FORKS = {
     "zipp",
 }
 OWN_NAME = "inplace-ttt"
+
+
+_LEFT_OUT_FOLDER = re.compile(
+    r"_?tests?|_?testing|_?test_\w+|_?vendor(ed)?|_vendoring|_?extern(als?)?|_?third_?party|_distutils|__pycache__",
+    re.IGNORECASE,
+)
+_LEFT_OUT_FILE = re.compile(r"(test_.*|.*_tests?|conftest|.*_pb2(_grpc)?)\.py")
+_GENERATED = re.compile(r"auto-?\s?generated|automatically generated|@generated|do not (edit|modify)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -182,17 +191,36 @@ def _wanted(file: str) -> bool:
         and len(parts) > 1  # a lone module is no package directory
         and ".." not in parts
         and not PurePosixPath(file).is_absolute()
-        and is_source(parts)
+        and _is_source(parts)
     )
+
+
+def _is_source(parts: Sequence[str]) -> bool:
+    """Whether a file, by the parts of its path, is neither a test, nor vendored, nor generated."""
+    return not _LEFT_OUT_FILE.fullmatch(parts[-1]) and not any(map(_LEFT_OUT_FOLDER.fullmatch, parts[:-1]))
 
 
 def _read(files: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, str]]:
     """(name, text) of the files that may take part, in the order given."""
     with ThreadPoolExecutor(8) as pool:
-        texts = pool.map(read_source_file, [path for _, path in files], chunksize=64)
+        texts = pool.map(_read_text, [path for _, path in files], chunksize=64)
         for (name, _), text in zip(files, texts, strict=True):
             if text is not None:
                 yield name, text
+
+
+def _read_text(path: Path) -> str | None:
+    """The text of a file; None for one that is left out."""
+    try:
+        data = path.read_bytes()
+        if not data.strip() or len(data) > MAX_BYTES:
+            return None
+        text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except (OSError, UnicodeDecodeError):
+        return None
+    if _GENERATED.search(text[:1500]) or re.search(rf"[^\n]{{{MAX_LINE + 1}}}", text):
+        return None
+    return text if text.endswith("\n") else text + "\n"
 
 
 def _telling_lines(text: str) -> set[str]:

@@ -42,7 +42,7 @@ def choose_attention(wanted: str, device: torch.device, compiled: bool = False) 
 
 
 def varlen_works(device: torch.device) -> bool:
-    """Whether ``varlen`` agrees with the dense mask here, on a small packed row, forward and backward."""
+    """Tell whether ``varlen`` agrees with the dense mask here, on a small packed row, forward and backward."""
     positions = torch.cat([torch.arange(50), torch.arange(46)]).to(device).expand(2, -1)
     generator = torch.Generator(device)
 

@@ -26,7 +26,7 @@ IGNORED = -100  # label of a token that nothing predicts
 
 @dataclass(frozen=True)
 class Layout:
-    """How documents become rows: rows of ``length`` tokens, filled up with ``pad_id``, in an order drawn from ``seed``.
+    """Settings of packed rows: ``length`` tokens, filled up with ``pad_id``, in an order drawn from ``seed``.
 
     Documents begin at multiples of ``align`` in a row; long ones are cut at multiples of ``cut`` of their tokens. Rows
     are dealt in groups of ``group``, the batch size.

@@ -27,15 +27,7 @@ from inplace_ttt.text_files import read_json_lines, read_text
 SPLITS = ("train", "validation", "test")
 HELD_OUT_PERCENT = 10
 """Of the standard library's modules, for validation and for test each."""
-SMALLEST_FILE, LARGEST_FILE, LONGEST_LINE = 2 << 10, 1 << 20, 1000
-"""Bytes and characters of source files that become documents."""
-
-_LEFT_OUT_FOLDER = re.compile(
-    r"_?tests?|_?testing|_?test_\w+|_?vendor(ed)?|_vendoring|_?extern(als?)?|_?third_?party|_distutils|__pycache__|"
-    r"(site|dist)-packages",
-    re.IGNORECASE,
-)
-_LEFT_OUT_FILE = re.compile(r"(test_.*|.*_tests?|conftest|.*_pb2(_grpc)?)\.py")
+_LEFT_OUT = re.compile(r"(^|/)(tests?|(site|dist)-packages)/|/test_[^/]*$")
 _GENERATED = re.compile(r"auto-?\s?generated|automatically generated|@generated|do not (edit|modify)", re.IGNORECASE)
 
 
@@ -50,7 +42,7 @@ class Document:
 
 
 class DomainDocuments:
-    """The documents of some sources that hold text, in their order, read anew at every pass, one in memory at a time.
+    """Documents of some sources that hold text, in their order, read anew at every pass, one in memory at a time.
 
     With ``max_bytes``: those whose identifiers hash lowest, up to that many bytes (the last one is cut), which takes
     one more pass. Raises UserError where there is no text.
@@ -153,20 +145,24 @@ def _dataset(spec: str) -> HubDataset:
     return hub_dataset(spec, split="train")
 
 
-# -- Python source -----------------------------------------------------------------------------------------------------
-
-
 def library(split: str) -> Iterator[Document]:
-    """Yield a split of the standard library, sorted by path. Raises SourceError where Python has no source files."""
+    """Yield a split of the standard library, sorted by path. Raises SourceError where Python has no source files.
+
+    Without tests, generated files, files below 2 KiB, above 1 MiB or with very long lines.
+    """
     folder, found = Path(sysconfig.get_path("stdlib")), False
     for path in sorted(folder.rglob("*.py")):
-        parts = path.relative_to(folder).parts
-        if not is_source(parts) or split_of(parts[0]) != split:
+        name = path.relative_to(folder).as_posix()
+        if split_of(name.split("/")[0]) != split or _LEFT_OUT.search(name):
             continue
-        text = read_source_file(path)
-        if text is not None and len(text.encode()) >= SMALLEST_FILE:
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError):
+            continue
+        is_long = re.search(r"[^\n]{1001}", text) is not None
+        if 2 << 10 <= len(text.encode()) <= 1 << 20 and not is_long and not _GENERATED.search(text[:1500]):
             found = True
-            yield Document("/".join(parts), text, f"Python {platform.python_version()}", "PSF-2.0")
+            yield Document(name, text, f"Python {platform.python_version()}", "PSF-2.0")
     if not found:
         raise SourceError(f"library:{split}: this Python's standard library has no source files in {folder}")
 
@@ -177,22 +173,3 @@ def split_of(module: str) -> str:
     if percent < HELD_OUT_PERCENT:
         return "test"
     return "validation" if percent < 2 * HELD_OUT_PERCENT else "train"
-
-
-def is_source(parts: Sequence[str]) -> bool:
-    """Whether a file, by the parts of its path, is neither a test, nor vendored, nor generated."""
-    return not _LEFT_OUT_FILE.fullmatch(parts[-1]) and not any(map(_LEFT_OUT_FOLDER.fullmatch, parts[:-1]))
-
-
-def read_source_file(path: Path) -> str | None:
-    """Return a file's text; None for one that is left out: empty, too large, not UTF-8, generated, with long lines."""
-    try:
-        data = path.read_bytes()
-        if not data.strip() or len(data) > LARGEST_FILE:
-            return None
-        text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except (OSError, UnicodeDecodeError):
-        return None
-    if _GENERATED.search(text[:1500]) or re.search(rf"[^\n]{{{LONGEST_LINE + 1}}}", text):
-        return None
-    return text if text.endswith("\n") else text + "\n"

@@ -90,7 +90,7 @@ class OptimizerSpec:
 
 @dataclass(frozen=True)
 class EvaluationSpec:
-    """How losses are measured: during training on ``rows`` validation rows a domain, at the end on test windows.
+    """Measurement of losses: during training on ``rows`` validation rows a domain, at the end on test windows.
 
     ``length``: tokens of a test window (left out: the sequence length); ``windows``: the most of one document;
     ``piece``: tokens read at a time; ``edges``: positions between the buckets; ``batch_size``: windows side by side.

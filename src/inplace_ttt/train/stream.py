@@ -116,7 +116,7 @@ class _Domain:
         self._ids: Iterator[np.ndarray] = iter(())
 
     def go_to(self, documents: int, tokens: int) -> None:
-        """Go on after so many documents, which held so many tokens."""
+        """Continue after so many documents, which held so many tokens."""
         self.documents, self.tokens = documents, tokens
         texts = (document.text for document in islice(self._endless(), documents, None))
         self._ids = encode_documents(self._tokenizer, texts, cut=False, characters=_BATCH_CHARACTERS)

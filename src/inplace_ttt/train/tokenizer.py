@@ -148,7 +148,7 @@ def _batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
 
 
 def _cutting_is_exact(backend: Tokenizer, texts: Sequence[str]) -> bool:
-    """Whether the first long text (or the first one) gives the same tokens in pieces as whole."""
+    """Tell whether the first long text (or the first one) gives the same tokens in pieces as whole."""
     text = next((text for text in texts if len(text) > 2 * _PIECE_CHARACTERS), texts[0])[: 4 * _PIECE_CHARACTERS]
     parts = cut_text(text, _PIECE_CHARACTERS // 8)
     pieces = [id for part in parts for id in backend.encode(part, add_special_tokens=False).ids]
