@@ -1,6 +1,7 @@
 """Training at scale, at tiny size: every shipped recipe, adapters, accumulation, packed documents."""
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,16 @@ def test_a_run_that_goes_on_keeps_the_inner_lr_that_it_chose(
     train(make_recipe(values), resume=True)
     again = inplace_ttt.fast_settings(inplace_ttt.from_pretrained(Path(values["output"]) / "model"))["lr"]
     assert again == chosen
+
+
+def test_a_run_stopped_while_its_inner_lr_warms_up_resumes_with_the_same_losses(values: dict[str, Any]) -> None:
+    """A checkpoint's configuration holds the lr of that step, not the one that was chosen."""
+    values |= {"ttt": {k: v for k, v in TTT.items() if k != "lr"}, "ttt_relative_update": 3e-3}
+    values |= {"save_every": 4, "ttt_lr_warmup_steps": 7}
+    whole, output = curve(train(make_recipe(values))), Path(values["output"])
+    shutil.rmtree(output / "checkpoints" / "checkpoint-8")
+    (output / "run.json").unlink()
+    assert curve(train(make_recipe(values), resume=True)) == whole
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from inplace_ttt.errors import UserError
@@ -28,7 +27,7 @@ from inplace_ttt.train.packing import Layout, PackedRows, TokenStore, first_rows
 from inplace_ttt.train.plan import flops_per_token, peak_flops
 from inplace_ttt.train.prepare import Prepared, documents_of, prepare
 from inplace_ttt.train.report import evaluate, headline, loss_curve, plot_losses, run_record
-from inplace_ttt.train.sizes import FastWeightMonitor, fitting_lr
+from inplace_ttt.train.sizes import FastWeightMonitor, fitting_lr, two_digits
 from inplace_ttt.train.specs import Recipe
 from inplace_ttt.train.stream import StreamedRows
 from inplace_ttt.train.trainer import (
@@ -234,7 +233,11 @@ def build_trainer(
     else:
         model = rank.shard(model, torch.bfloat16 if recipe.precision == "bf16" else None)
     if recipe.ttt_relative_update is not None:  # where the model is trained: a CPU would take hours for a large one
-        configure(model, lr=_chosen_lr(recipe.ttt_relative_update, model, rows, last))
+        if last is not None and Path(last, "config.json").is_file():
+            lr = _kept_lr(Path(last), recipe.ttt_lr_warmup_steps)
+        else:
+            lr = fitting_lr(model, {n: value[None] for n, value in rows[0].items()}, recipe.ttt_relative_update)
+        configure(model, lr=lr)
     if rank is not None:
         rank.cut_rows(model)
     attached = is_attached(model)
@@ -272,13 +275,11 @@ def _rows(recipe: Recipe, prepared: Prepared) -> PackedRows | StreamedRows:
     return streamed
 
 
-def _chosen_lr(
-    relative_update: float, model: PreTrainedModel, rows: PackedRows | StreamedRows, checkpoint: str | None
-) -> float:
-    """Choose the inner learning rate by measurement on the first row; a resumed run keeps the one that it has."""
-    if checkpoint is not None and (found := Path(checkpoint) / "config.json").is_file():
-        return float(json.loads(found.read_text(encoding="utf-8"))["inplace_ttt"]["lr"])
-    return fitting_lr(model, {name: value[None] for name, value in rows[0].items()}, relative_update)
+def _kept_lr(checkpoint: Path, warmup_steps: int) -> float:
+    """Return the inner learning rate that a checkpoint's run chose; its configuration holds the one of its step."""
+    now = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["inplace_ttt"]["lr"]
+    share = min(1.0, int(checkpoint.name.rpartition("-")[2]) / warmup_steps) if warmup_steps else 1.0
+    return two_digits(now / share)
 
 
 def out_of_memory(recipe: Recipe) -> str:

@@ -142,14 +142,16 @@ def update_sizes(model: nn.Module, row: Mapping[str, Tensor], *, probe: bool = F
 
 
 def fitting_lr(model: nn.Module, row: Mapping[str, Tensor], relative_update: float) -> float:
-    """Return eta for which the probe's update is ``relative_update`` of W0: the geometric mean over layers.
-
-    Two digits are kept, so that rounding on another machine does not change it.
-    """
+    """Return eta, of two digits, for which the probe's update is ``relative_update`` of W0 (geometric mean)."""
     sizes = [size for size in update_sizes(model, row, probe=True).values() if size > 0]
     if not sizes:
         raise UserError("ttt_relative_update: the probe's updates are zero: set ttt.lr instead")
-    return float(f"{relative_update / math.exp(statistics.fmean(map(math.log, sizes))):.1e}")
+    return two_digits(relative_update / math.exp(statistics.fmean(map(math.log, sizes))))
+
+
+def two_digits(lr: float) -> float:
+    """Round an inner learning rate, so that another machine's last bits do not change it."""
+    return float(f"{lr:.1e}")
 
 
 # -- the log -----------------------------------------------------------------------------------------------------------
