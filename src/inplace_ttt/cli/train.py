@@ -14,7 +14,7 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings that replace the recipe's: key.sub=value.", show_default=False)
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the output.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint of the output.")] = False,
     prepare_only: Annotated[
         bool, typer.Option("--prepare-only", help="Make the tokenizer and the tokens, then stop.")
     ] = False,

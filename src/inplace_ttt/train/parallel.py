@@ -55,7 +55,7 @@ class Rank:
         self.context: ContextParallel | None = None
 
     @property
-    def readers(self) -> int:
+    def reading_groups(self) -> int:
         """Groups of processes that read different rows."""
         return 1 if self.meshes is None else self.meshes.readers
 
@@ -156,7 +156,7 @@ class ParallelTrainer(PackedTrainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Give this process its rows of every batch, in the order of one process."""
         rows: Any = self.train_dataset
-        own = self.rows_per_batch // self.rank.readers
+        own = self.rows_per_batch // self.rank.reading_groups
         first = 0 if self.rank.meshes is None else self.rank.meshes.reader * own
         batches = range(0, len(rows) // self.rows_per_batch * self.rows_per_batch, self.rows_per_batch)
         workers = self.args.dataloader_num_workers

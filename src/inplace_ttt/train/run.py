@@ -212,7 +212,7 @@ def build_trainer(
 
         kind = partial(ParallelTrainer, rank=rank, rows_per_batch=recipe.batch_size)
         if not rank.is_alone:  # sharding has a mixed precision of its own
-            own = recipe.batch_size // rank.readers
+            own = recipe.batch_size // rank.reading_groups
             shared = {"kind": PlacedArguments, "per_device_train_batch_size": own, "bf16": False}
     arguments = training_arguments(recipe, checkpoints, **shared)
     torch.set_float32_matmul_precision("high")
