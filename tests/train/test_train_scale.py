@@ -25,6 +25,7 @@ from transformers import (
 import inplace_ttt
 from inplace_ttt.errors import UserError
 from inplace_ttt.train.model import build_model
+from inplace_ttt.train.parallel import start
 from inplace_ttt.train.prepare import prepare
 from inplace_ttt.train.recipe import load_recipe, make_recipe
 from inplace_ttt.train.run import build_trainer, run
@@ -292,6 +293,23 @@ def test_activation_checkpointing_and_tensorboard(
         assert a == pytest.approx(b, rel=1e-5)
     assert list((tmp_path / "b").rglob("events.out.tfevents*"))
     assert not list(Path(values["output"]).rglob("events.out.tfevents*")), "off by default"
+
+
+@pytest.mark.parametrize("parallel", [None, {}])
+def test_activation_checkpointing_computes_layers_again(
+    values: dict[str, Any], tmp_path: Path, parallel: dict[str, int] | None
+) -> None:
+    counts = []
+    for again in (False, True):
+        recipe = make_recipe(values | {"steps": 3, "activation_checkpointing": again, "parallel": parallel})
+        rank = None if recipe.parallel is None else start(recipe.parallel)
+        trainer, _ = build_trainer(recipe, prepare(recipe), tmp_path / str(again), rank)
+        seen: list[Any] = []
+        model: Any = trainer.model
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *given, seen=seen: seen.append(given))
+        trainer.train()
+        counts.append(len(seen))
+    assert counts == [3, 6]
 
 
 def test_trl_trains_packed_rows_whose_documents_are_apart(tmp_path: Path, values: dict[str, Any], corpus: Path) -> None:
