@@ -1,42 +1,53 @@
-"""The code of a recipe's split as JSON lines, for ``inplace-ttt eval --data``, and a list of what it was made from.
+"""The Python source of the installed distributions as JSON lines, one file a split, for the books-and-code recipes.
 
-    python benchmarks/code_documents.py recipes/books-and-code-ttt.yaml test out/code_test.jsonl
+    python benchmarks/code_documents.py out/code
 
-Only distributions that this environment has are in it: ``out/code_test.packages.json`` names them. The first document
-of every distribution comes first, then the second of each, so that the first few are of different ones.
+writes ``train.jsonl``, ``validation.jsonl``, ``test.jsonl`` and ``packages.json``, the list of what they are made of.
+The recipes read them from ``$INPLACE_TTT_CODE``, here ``out/code``; ``inplace-ttt eval --data`` reads ``test.jsonl``.
+Held-out distributions that are not installed are skipped, all others are trained on. In ``test.jsonl`` the first
+document of every distribution comes first, then the second of each, so that the first few are of different ones.
 """
 
 import json
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
+from packages import SplitRule, collect
 
 from inplace_ttt.records import write_json
-from inplace_ttt.train.packages import SplitRule, collect
+from inplace_ttt.train.sources import Document
+
+SPLITS_OF_THE_RECIPES = SplitRule(
+    validation=("flax", "torchmetrics", "aiohttp", "h5py", "tabulate", "pluggy"),
+    test=("networkx", "statsmodels", "seaborn", "xarray", "optax", "rich", "werkzeug", "sentence-transformers"),
+)
 
 
-def main(recipe: str, split: str, out: str) -> None:
-    named = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))["data"]["packages"]
-    corpus = collect(SplitRule(validation=tuple(named["validation"]), test=tuple(named["test"])))
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
+def spread(documents: Sequence[Document]) -> list[Document]:
+    """Put the first document of every source first, then the second of each."""
     seen: Counter[str] = Counter()
     places = []
-    for document in corpus.of(split):
+    for document in documents:
         seen[document.source] += 1
         places.append(seen[document.source])
-    ordered = [document for _, document in sorted(zip(places, corpus.of(split), strict=True), key=lambda pair: pair[0])]
-    with open(path, "w", encoding="utf-8") as file:
-        for document in ordered:
-            file.write(json.dumps({"id": document.id, "domain": "code", "text": document.text}) + "\n")
-    made_from = [entry for entry in corpus.manifest_dicts() if entry["split"] == split]
-    write_json(path.with_suffix(".packages.json"), made_from)
-    print(f"{out}: {len(corpus.of(split))} documents of {', '.join(str(entry['distribution']) for entry in made_from)}")
+    return [document for _, document in sorted(zip(places, documents, strict=True), key=lambda pair: pair[0])]
+
+
+def main(out: Path) -> None:
+    corpus = collect(SPLITS_OF_THE_RECIPES)
+    write_json(out / "packages.json", corpus.manifest_dicts())
+    for split in corpus.documents:
+        documents = corpus.of(split)
+        with open(out / f"{split}.jsonl", "w", encoding="utf-8") as file:
+            for d in spread(documents) if split == "test" else documents:
+                record = {"id": d.id, "domain": "code", "source": d.source, "license": d.licence, "text": d.text}
+                file.write(json.dumps(record) + "\n")
+        print(f"{out}/{split}.jsonl: {len(documents)} documents")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4:
+    if len(sys.argv) != 2:
         sys.exit(__doc__)
-    main(*sys.argv[1:])
+    main(Path(sys.argv[1]))

@@ -21,8 +21,7 @@ from inplace_ttt.records import write_json
 from inplace_ttt.train.model import load_saved
 from inplace_ttt.train.prepare import prepare
 from inplace_ttt.train.recipe import load_recipe
-from inplace_ttt.train.report import run_record
-from inplace_ttt.train.run import texts
+from inplace_ttt.train.report import run_record, texts
 
 
 def parse(settings: str) -> dict[str, Any]:
@@ -45,7 +44,7 @@ def main() -> None:
     prepared = prepare(recipe, console.print)
     documents = {domain: texts(store) for domain, store in prepared.stores(arguments.split).items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_saved(arguments.model, attached=True).to(device)  # type: ignore[arg-type]
+    model = load_saved(arguments.model).to(device)  # type: ignore[arg-type]
     saved = ittt.fast_settings(model)
     rows = []
     for settings in [{}, *map(parse, arguments.settings)]:

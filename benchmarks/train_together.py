@@ -23,7 +23,7 @@ from inplace_ttt.records import about, write_json
 from inplace_ttt.train.model import load_saved
 from inplace_ttt.train.prepare import prepare
 from inplace_ttt.train.recipe import load_recipe
-from inplace_ttt.train.run import texts
+from inplace_ttt.train.report import texts
 from inplace_ttt.train.specs import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +48,7 @@ def evaluate_ends(recipe: Recipe, out: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = {}
     for name, directory in ENDS.items():
-        model = load_saved(directory, name == "joint").to(device)  # type: ignore[arg-type]
+        model = load_saved(directory).to(device)  # type: ignore[arg-type]
         if name == "joint":
             configure(model, chunk_size=256, decay=0.0)  # as trained; it is shipped to read in smaller chunks
         results = evaluate_documents(

@@ -17,7 +17,10 @@ RULE_CASES = {
     "delta": ("delta", {"decay": DECAY}),
     "momentum": ("momentum", {"decay": DECAY, "beta": 0.7}),
     "muon": ("muon", {"decay": DECAY}),
-    "adaptive": ("adaptive", {"decay": DECAY, "decrease": 0.01, "largest": 0.02, "tolerance": 0.0, "slope": 0.5, "width": 2.0}),
+    "adaptive": (
+        "adaptive",
+        {"decay": DECAY, "decrease": 0.01, "largest": 0.02, "tolerance": 0.0, "slope": 0.5, "width": 2.0},
+    ),
 }
 TARGET_CASES = {
     f"{name} {extra or 'plain'}": (name, {} if not extra else {extra: 0.3 if extra == "ridge" else True})

@@ -11,8 +11,8 @@ from inplace_ttt import is_attached
 from inplace_ttt.errors import UserError
 from inplace_ttt.hf.attach import fast_settings
 from inplace_ttt.hf.sharding import whole
-from inplace_ttt.train.model import build_model
-from inplace_ttt.train.parallel import Place
+from inplace_ttt.train.model import build_model, recompute_activations
+from inplace_ttt.train.parallel import Rank
 from inplace_ttt.train.recipe import make_recipe
 
 VOCAB = 97
@@ -37,22 +37,24 @@ def builds(recipes: dict[str, dict[str, Any]], device: str = "cpu") -> dict[str,
 def _build(values: dict[str, Any], device: str) -> Any:
     recipe, tokenizer = make_recipe(values), Words()
     assert recipe.parallel is not None
-    place = Place(recipe.parallel, device)
+    rank = Rank(recipe.parallel, device)
     try:
         torch.manual_seed(123)
-        model: Any = place.build(lambda: build_model(recipe, tokenizer, "sdpa"))  # type: ignore[arg-type]
+        model: Any = rank.build(lambda: build_model(recipe, tokenizer, "sdpa"))  # type: ignore[arg-type]
         random = torch.rand(3)
         held = sum(p.nbytes for p in model.parameters() if not p.is_meta)
         expected: Any = build_model(recipe, tokenizer, "sdpa")  # type: ignore[arg-type]
     except UserError as error:
         return str(error)
     same = {"random state": torch.equal(random, torch.rand(3))}
-    place.shard(model, None, checkpointing=True)
+    recompute_activations(model)
+    rank.shard(model, None)
     sharded = [isinstance(p, DTensor) and not p.to_local().is_meta for p in model.parameters()]
     same["sharded"] = all(sharded)
     for what in (nn.Module.named_parameters, nn.Module.named_buffers):
         same[what.__name__] = _equal(dict(what(model)), dict(what(expected)))
-    place.shard(expected, None, checkpointing=True)
+    recompute_activations(expected)
+    rank.shard(expected, None)
     same |= {name: value == _traits(expected)[name] for name, value in _traits(model).items()}
     same["step"] = _equal(_step(model, device), _step(expected, device))
     return {"held": held, "different": [name for name, equal in same.items() if not equal]}

@@ -14,8 +14,8 @@ from inplace_ttt.errors import UserError
 from inplace_ttt.hf.sharding import is_sharded
 from inplace_ttt.train import loss as loss_module
 from inplace_ttt.train import run as run_module
-from inplace_ttt.train.inner_lr import fitting_lr
 from inplace_ttt.train.recipe import make_recipe
+from inplace_ttt.train.sizes import fitting_lr
 
 
 def runs(several: list[tuple[dict[str, Any], bool, int]]) -> list[Any]:

@@ -13,10 +13,9 @@ from typer.testing import CliRunner
 
 from inplace_ttt.cli import app
 from inplace_ttt.errors import SourceError
-from inplace_ttt.train.library import library, split_of
 from inplace_ttt.train.recipe import find_recipe, load_recipe, make_recipe
 from inplace_ttt.train.schema import RecipeError
-from inplace_ttt.train.sources import SPLITS, check_source, read_source
+from inplace_ttt.train.sources import SPLITS, check_source, library, read_source, split_of
 
 SHIPPED = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 

@@ -13,12 +13,11 @@ from transformers import MistralConfig, MistralForCausalLM
 import inplace_ttt
 from inplace_ttt.core.state import FastWeights
 from inplace_ttt.hf.context import fast_weights
-from inplace_ttt.train.flops import known_peak
-from inplace_ttt.train.monitor import TOO_LARGE, TOO_SMALL
+from inplace_ttt.train.plan import known_peak
 from inplace_ttt.train.recipe import make_recipe
 from inplace_ttt.train.run import run
 from inplace_ttt.train.schema import RecipeError
-from inplace_ttt.train.sizes import measuring
+from inplace_ttt.train.sizes import TOO_LARGE, TOO_SMALL, measuring
 from inplace_ttt.train.trainer import log_line
 
 C = 16

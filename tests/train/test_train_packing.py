@@ -12,6 +12,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from inplace_ttt.errors import UserError
 from inplace_ttt.train.packing import (
     IGNORED,
+    Layout,
     PackedRows,
     TokenStore,
     first_rows,
@@ -38,8 +39,8 @@ lengths_ = st.lists(st.integers(1, 100), max_size=20).map(lambda lengths: [*leng
 @settings(max_examples=150, deadline=None)
 def test_an_epoch_reads_every_token_once(lengths: list[int], seed: int, epoch: int) -> None:
     store = store_of(lengths)
-    rows, padding = plan_rows(store.offsets, T, seed, epoch)
-    tensors = [row_tensors(store, row, T, PAD) for row in rows]
+    rows, padding = plan_rows(store.offsets, Layout(T, seed), epoch)
+    tensors = [row_tensors(store, row, Layout(T, pad_id=PAD)) for row in rows]
     seen = torch.cat([row["input_ids"] for row in tensors])
     assert int((seen == PAD).sum()) == padding
     seen = seen[seen != PAD].tolist()
@@ -52,8 +53,8 @@ def test_an_epoch_reads_every_token_once(lengths: list[int], seed: int, epoch: i
 @settings(max_examples=150, deadline=None)
 def test_nothing_crosses_a_boundary(lengths: list[int], seed: int) -> None:
     store = store_of(lengths)
-    for row in plan_rows(store.offsets, T, seed, 0)[0]:
-        tensors = row_tensors(store, row, T, PAD)
+    for row in plan_rows(store.offsets, Layout(T, seed))[0]:
+        tensors = row_tensors(store, row, Layout(T, pad_id=PAD))
         ids, positions, labels = (tensors[name] for name in ("input_ids", "position_ids", "labels"))
         starts = torch.cat([torch.tensor([True]), positions.diff() != 1])
         assert (positions[starts] == 0).all()
@@ -75,7 +76,7 @@ def test_long_documents_are_cut_at_chunk_boundaries(
     """Every piece starts a chunk of its document, and only a document's last piece ends inside one."""
     length, chunk = sizes
     store = store_of(lengths)
-    rows, padding = plan_rows(store.offsets, length, seed, 0, align=align, cut=chunk)
+    rows, padding = plan_rows(store.offsets, Layout(length, seed, align=align, cut=chunk))
     ends = store.offsets[1:]
     for piece in (piece for row in rows for piece in row):
         document = int(np.searchsorted(ends, piece.start, side="right"))
@@ -86,34 +87,34 @@ def test_long_documents_are_cut_at_chunk_boundaries(
     taken = sum(piece.length for row in rows for piece in row)
     assert taken + padding == len(rows) * length
     assert taken >= sum(lengths) - len(lengths), "a single last token predicts nothing"
-    starts = [int(row["input_ids"][0]) - 1 for row in first_rows(store, length, 50, PAD, cut=chunk)]
+    starts = [int(row["input_ids"][0]) - 1 for row in first_rows(store, 50, Layout(length, pad_id=PAD, cut=chunk))]
     assert all((at - int(store.offsets[np.searchsorted(ends, at, side="right")])) % chunk == 0 for at in starts)
 
 
 def test_cuts_change_from_epoch_to_epoch_and_stay_on_the_grid() -> None:
     offsets = store_of([110]).offsets  # six rows and 14 tokens: the first cut is at 0, 4, 8 or 12
-    plans = [plan_rows(offsets, T, 0, epoch, cut=4)[0] for epoch in range(20)]
+    plans = [plan_rows(offsets, Layout(T, cut=4), epoch)[0] for epoch in range(20)]
     starts = [{piece.start for row in plan for piece in row} for plan in plans]
     assert {min(found - {0}) for found in starts} == {4, 8, 12, 16}
 
 
 def test_a_document_that_fits_a_row_is_not_cut() -> None:
     """Even where a row is no multiple of a chunk."""
-    rows, _ = plan_rows(store_of([18, 17, 16]).offsets, 18, 0, 0, cut=4)
+    rows, _ = plan_rows(store_of([18, 17, 16]).offsets, Layout(18, cut=4))
     assert sorted(piece.length for row in rows for piece in row) == [16, 17, 18]
 
 
 def test_most_rows_are_whole_and_little_is_padded() -> None:
     lengths = np.random.default_rng(0).integers(1000, 40_000, 200).tolist()
-    rows, padding = plan_rows(np.cumsum([0, *lengths]), 4096, 0, 0)
+    rows, padding = plan_rows(np.cumsum([0, *lengths]), Layout(4096))
     assert sum(len(row) == 1 for row in rows) >= sum(length // 4096 for length in lengths)
     assert padding / (len(rows) * 4096) < 0.01
 
 
 def test_order_depends_on_seed_and_epoch_only() -> None:
     offsets = store_of([50, 70, 33, 90]).offsets
-    plans = {(seed, epoch): plan_rows(offsets, T, seed, epoch)[0] for seed in (0, 1) for epoch in (0, 1)}
-    assert plans[0, 0] == plan_rows(offsets, T, 0, 0)[0]
+    plans = {(seed, epoch): plan_rows(offsets, Layout(T, seed), epoch)[0] for seed in (0, 1) for epoch in (0, 1)}
+    assert plans[0, 0] == plan_rows(offsets, Layout(T))[0]
     assert len({str(plan) for plan in plans.values()}) == 4
     cuts = [{piece.start for row in plan for piece in row} for plan in plans.values()]
     assert cuts[0] != cuts[1], "other cut points in another epoch"
@@ -121,7 +122,7 @@ def test_order_depends_on_seed_and_epoch_only() -> None:
 
 def test_batches_hold_whole_rows_or_packed_ones() -> None:
     lengths = np.random.default_rng(1).integers(5, 200, 60).tolist()
-    rows, _ = plan_rows(np.cumsum([0, *lengths]), T, 0, 0, group=4)
+    rows, _ = plan_rows(np.cumsum([0, *lengths]), Layout(T, group=4))
     kinds = [len(row) == 1 and row[0].length == T for row in rows]
     batches = [kinds[i : i + 4] for i in range(0, len(kinds), 4)]
     mixed = [i for i, batch in enumerate(batches) if len(set(batch)) == 2]
@@ -132,7 +133,7 @@ def test_batches_hold_whole_rows_or_packed_ones() -> None:
 
 def test_items_do_not_depend_on_how_many_are_asked_for() -> None:
     store = store_of([50, 70, 33])
-    short, long = (PackedRows(store, T, rows, seed=3, pad_id=PAD, group=2) for rows in (8, 50))
+    short, long = (PackedRows(store, rows, Layout(T, 3, PAD, group=2)) for rows in (8, 50))
     assert len(short) == 8
     assert len(long) == 50
     assert long.epochs > short.epochs
@@ -142,22 +143,22 @@ def test_items_do_not_depend_on_how_many_are_asked_for() -> None:
 
 
 def test_documents_shorter_than_a_row_are_packed_together() -> None:
-    rows, padding = plan_rows(store_of([10, 6, 9, 7]).offsets, T, 0, 0)
+    rows, padding = plan_rows(store_of([10, 6, 9, 7]).offsets, Layout(T))
     assert padding == 0
     assert sorted(len(row) for row in rows) == [2, 2]
 
 
 def test_nothing_to_train_on() -> None:
     with pytest.raises(ValueError, match="no text"):
-        PackedRows(store_of([1]), T, 4, seed=0, pad_id=PAD)
+        PackedRows(store_of([1]), 4, Layout(T))
 
 
 def test_validation_rows_begin_with_each_document() -> None:
     store = store_of([40, 10, 33])
-    rows = first_rows(store, T, 10, PAD)
+    rows = first_rows(store, 10, Layout(T))
     assert [int(row["input_ids"][0]) for row in rows] == [1, 41, 51, 17, 67]
     assert int((rows[1]["labels"] != IGNORED).sum()) == 9
-    assert len(first_rows(store, T, 2, PAD)) == 2
+    assert len(first_rows(store, 2, Layout(T))) == 2
 
 
 def test_stores_are_joined_where_they_are(tmp_path: Path) -> None:

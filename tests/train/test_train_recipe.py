@@ -64,7 +64,9 @@ def test_values_and_defaults(values: dict[str, Any]) -> None:
         ("data.train.text=[]", "data.train.text: no sources"),
         ("data.train.text=jsonl:/nowhere/*.jsonl", "data.train.text: .*no such file"),
         ("data.train.text=/nowhere", "data.train.text: .*is no document source"),
-        ("data.train.text=packages:test", "belongs to another split, write packages:train"),
+        ("data.train.text=library:test", "belongs to another split, write library:train"),
+        ("data.train.text=packages:train", "data.train.text: packages:train: .*benchmarks/code_documents.py"),
+        ("data.packages={test: [rich]}", "data.packages: .*benchmarks/code_documents.py writes their files"),
         ("data.train.text={sources: [], bytes: 3}", "data.train.text.bytes: no such setting"),
         ("data={train: {'a/b': 'text:x'}}", "data.train.a/b: a domain's name"),
         ("evaluation.edges=[64, 32]", "evaluation.edges: must rise"),
@@ -181,8 +183,11 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_recipes_are_valid(path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_recipes_are_valid(path: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INPLACE_TTT_DATA", str(shared / "data"))
+    monkeypatch.setenv("INPLACE_TTT_CODE", str(tmp_path))
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.jsonl").touch()
     monkeypatch.chdir(RECIPES.parent)
     overrides = ["model.base=owner/stage-1"] if path.stem.endswith("-128k") else []  # stage 1's model is not there
     assert load_recipe(path, overrides).name == path.stem

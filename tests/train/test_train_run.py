@@ -54,7 +54,6 @@ def test_plain_run_leaves_model_record_and_picture(values: dict[str, Any]) -> No
     assert record["data"]["train"]["text"]["documents"] == 6
     assert record["peak_memory_bytes"] > 1e7
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((output / "packages.json").read_text()) == []
     assert not (output / "checkpoints").exists() or not list((output / "checkpoints").iterdir())
 
     model = AutoModelForCausalLM.from_pretrained(output / "model")
@@ -153,11 +152,11 @@ def test_base_model_goes_on_training(values: dict[str, Any], tmp_path: Path) -> 
 
 
 def test_decay_spares_vectors_and_embeddings(values: dict[str, Any]) -> None:
-    from inplace_ttt.train.run import _trainer
+    from inplace_ttt.train.run import build_trainer
 
     values |= {"ttt": TTT, "optimizer": {"lr": 1e-3, "decay_embeddings": False, "weight_decay": 0.3}}
     recipe = make_recipe(values)
-    trainer, _ = _trainer(recipe, prepare(recipe), Path(values["output"]))
+    trainer, _ = build_trainer(recipe, prepare(recipe), Path(values["output"]))
     trainer.create_optimizer()
     assert trainer.optimizer is not None
     assert trainer.model is not None
@@ -203,10 +202,10 @@ def test_a_run_says_how_many_tokens_see_an_update(values: dict[str, Any]) -> Non
 
 def test_rows_are_read_in_the_planned_order(values: dict[str, Any]) -> None:
     """Not shuffled once more: batches stay of one kind, and a longer run begins like a shorter one."""
-    from inplace_ttt.train.run import _trainer
+    from inplace_ttt.train.run import build_trainer
 
     recipe = make_recipe(values)
-    trainer, rows = _trainer(recipe, prepare(recipe), Path(values["output"]))
+    trainer, rows = build_trainer(recipe, prepare(recipe), Path(values["output"]))
     batches = [batch["input_ids"] for batch in trainer.get_train_dataloader()]
     assert torch.equal(torch.cat(batches), torch.stack([rows[i]["input_ids"] for i in range(len(rows))]))
     assert len(rows) == recipe.steps * recipe.batch_size
@@ -216,12 +215,12 @@ def test_rows_are_read_in_the_planned_order(values: dict[str, Any]) -> None:
 def test_long_documents_are_cut_at_the_recipe_s_chunks(
     values: dict[str, Any], changes: dict[str, Any], cut: int
 ) -> None:
-    from inplace_ttt.train.run import _trainer
+    from inplace_ttt.train.run import build_trainer
 
     recipe = make_recipe(values | {"ttt": TTT, "steps": 40} | changes)
     prepared = prepare(recipe)
     (store,) = prepared.stores("train").values()
-    _, rows = _trainer(recipe, prepared, Path(values["output"]))
+    _, rows = build_trainer(recipe, prepared, Path(values["output"]))
     starts = [piece.start for row in rows.plan for piece in row]
     inside = [start - max(store.offsets[store.offsets <= start].tolist()) for start in starts]
     assert math.gcd(*inside) == cut

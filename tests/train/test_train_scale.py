@@ -1,6 +1,7 @@
 """Training at scale, at tiny size: every shipped recipe, adapters, accumulation, packed documents."""
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from transformers import (
 
 import inplace_ttt
 from inplace_ttt.errors import UserError
-from inplace_ttt.train.inner_lr import fitting_lr, update_sizes
 from inplace_ttt.train.model import build_model
+from inplace_ttt.train.parallel import start
 from inplace_ttt.train.prepare import prepare
 from inplace_ttt.train.recipe import load_recipe, make_recipe
-from inplace_ttt.train.run import _trainer, run
+from inplace_ttt.train.run import build_trainer, run
+from inplace_ttt.train.sizes import fitting_lr, update_sizes
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TTT = {"layers": "0::1", "chunk_size": 16, "lr": 1.0}
@@ -66,7 +68,8 @@ def test_shipped_recipe_trains(
     path: Path, values: dict[str, Any], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Model size, text, length and number of steps are replaced; every other setting is the recipe's."""
-    monkeypatch.setenv("INPLACE_TTT_DATA", str(corpus))
+    for name in ("INPLACE_TTT_DATA", "INPLACE_TTT_CODE"):
+        monkeypatch.setenv(name, str(corpus))
     cache = f"data.cache={values['data']['cache']}"
     text = [f"data.{s}={{text: 'jsonl:{corpus}/{n}.jsonl'}}" for s, n in (("train", "train"), ("validation", "held"))]
     raw = yaml.safe_load(path.read_text())
@@ -130,7 +133,7 @@ def test_adapter_only_leaves_the_base_alone(values: dict[str, Any], tmp_path: Pa
     base = tiny_base("mistral", tmp_path / "base", prepare(make_recipe(values)).tokenizer)
     values |= {"model": {"base": str(base)}, "tokenizer": {}, "ttt": TTT | {"layers": [0]}, "trainable": trainable}
     recipe = make_recipe(values)
-    trainer, _ = _trainer(recipe, prepare(recipe), tmp_path / "c")
+    trainer, _ = build_trainer(recipe, prepare(recipe), tmp_path / "c")
     model: Any = trainer.model
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer.train()
@@ -181,7 +184,7 @@ def test_accumulated_steps_equal_one_large_batch(values: dict[str, Any], tmp_pat
     for batch, accumulated in ((4, 1), (1, 4)):
         changes = {"batch_size": batch, "gradient_accumulation": accumulated, "steps": 3, "ttt": TTT}
         recipe = make_recipe(values | changes | {"sequence_length": 1000})
-        trainer, rows = _trainer(recipe, prepare(recipe), tmp_path / str(batch))
+        trainer, rows = build_trainer(recipe, prepare(recipe), tmp_path / str(batch))
         rows.plan = order = order or rows.plan
         trainer.train()
         losses.append([(e["loss"], e["grad_norm"]) for e in trainer.state.log_history if "loss" in e])
@@ -250,8 +253,18 @@ def test_a_run_that_goes_on_keeps_the_inner_lr_that_it_chose(
     assert again == chosen
 
 
+def test_a_run_stopped_while_its_inner_lr_warms_up_resumes_with_the_same_losses(values: dict[str, Any]) -> None:
+    """A checkpoint's configuration holds the lr of that step, not the one that was chosen."""
+    values |= {"ttt": {k: v for k, v in TTT.items() if k != "lr"}, "ttt_relative_update": 3e-3}
+    values |= {"save_every": 4, "ttt_lr_warmup_steps": 7}
+    whole, output = curve(train(make_recipe(values))), Path(values["output"])
+    shutil.rmtree(output / "checkpoints" / "checkpoint-8")
+    (output / "run.json").unlink()
+    assert curve(train(make_recipe(values), resume=True)) == whole
+
+
 @pytest.mark.parametrize(
-    "where", ["train.trainer.PackedTrainer.training_step", "train.run._trainer", "train.run._evaluate"]
+    "where", ["train.trainer.PackedTrainer.training_step", "train.run.build_trainer", "train.run.evaluate"]
 )
 def test_out_of_memory_is_said_plainly(values: dict[str, Any], where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """While training; and before, where the model is put on the device; and after."""
@@ -280,6 +293,23 @@ def test_activation_checkpointing_and_tensorboard(
         assert a == pytest.approx(b, rel=1e-5)
     assert list((tmp_path / "b").rglob("events.out.tfevents*"))
     assert not list(Path(values["output"]).rglob("events.out.tfevents*")), "off by default"
+
+
+@pytest.mark.parametrize("parallel", [None, {}])
+def test_activation_checkpointing_computes_layers_again(
+    values: dict[str, Any], tmp_path: Path, parallel: dict[str, int] | None
+) -> None:
+    counts = []
+    for again in (False, True):
+        recipe = make_recipe(values | {"steps": 3, "activation_checkpointing": again, "parallel": parallel})
+        rank = None if recipe.parallel is None else start(recipe.parallel)
+        trainer, _ = build_trainer(recipe, prepare(recipe), tmp_path / str(again), rank)
+        seen: list[Any] = []
+        model: Any = trainer.model
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *given, seen=seen: seen.append(given))
+        trainer.train()
+        counts.append(len(seen))
+    assert counts == [3, 6]
 
 
 def test_trl_trains_packed_rows_whose_documents_are_apart(tmp_path: Path, values: dict[str, Any], corpus: Path) -> None:

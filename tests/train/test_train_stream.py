@@ -15,12 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from inplace_ttt.errors import UserError
 from inplace_ttt.train import stream
-from inplace_ttt.train.packing import IGNORED
+from inplace_ttt.train.packing import IGNORED, Layout
 from inplace_ttt.train.prepare import Prepared, prepare
 from inplace_ttt.train.recipe import make_recipe
 from inplace_ttt.train.run import run
 from inplace_ttt.train.sources import Document
-from inplace_ttt.train.stream import Layout, StreamedRows
+from inplace_ttt.train.stream import StreamedRows
 
 T, C = 64, 16
 

@@ -9,14 +9,13 @@ import pytest
 
 from inplace_ttt.errors import UserError
 from inplace_ttt.train import tokenizer as tokenizer_module
-from inplace_ttt.train.domain import DomainDocuments, hash_of
 from inplace_ttt.train.prepare import prepare
 from inplace_ttt.train.recipe import make_recipe
-from inplace_ttt.train.specs import DomainSpec
+from inplace_ttt.train.sources import DomainDocuments, hash_of
 
 
 def domain(*sources: str, max_bytes: int | None = None) -> DomainDocuments:
-    return DomainDocuments(DomainSpec(sources, max_bytes), lambda split: [])
+    return DomainDocuments(sources, max_bytes)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """``inplace-ttt train`` and ``inplace-ttt tokenizer``."""
 
 import os
-from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +14,7 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings that replace the recipe's: key.sub=value.", show_default=False)
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the output.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint of the output.")] = False,
     prepare_only: Annotated[
         bool, typer.Option("--prepare-only", help="Make the tokenizer and the tokens, then stop.")
     ] = False,
@@ -53,9 +52,7 @@ def train(
 def tokenizer(
     sources: Annotated[
         list[str],
-        typer.Argument(
-            help="Text: jsonl:PATH (also .xz, .gz), text:PATH, hf:DATASET?text=COLUMN, packages:train, library:train."
-        ),
+        typer.Argument(help="Text: jsonl:PATH (also .xz, .gz), text:PATH, hf:DATASET?text=COLUMN, library:train."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write.")],
     vocab_size: Annotated[int, typer.Option(help="Number of tokens.")] = 8192,
@@ -64,17 +61,13 @@ def tokenizer(
     """Train a byte-level BPE tokenizer that AutoTokenizer loads."""
     from rich.console import Console
 
-    from inplace_ttt.train.domain import DomainDocuments
-    from inplace_ttt.train.packages import SplitRule, collect
-    from inplace_ttt.train.sources import check_source
-    from inplace_ttt.train.specs import DomainSpec
+    from inplace_ttt.train.sources import DomainDocuments, check_source
     from inplace_ttt.train.tokenizer import train_tokenizer
 
     for source in sources:
         check_source(source)
     console = Console()
-    packages = cache(lambda split: collect(SplitRule()).of(split))
-    domains = [DomainDocuments(DomainSpec((source,)), packages) for source in sources]
+    domains = [DomainDocuments([source]) for source in sources]
     with console.status("training the tokenizer"):
         trained = train_tokenizer(domains, vocab_size, max_bytes)
     trained.save_pretrained(out)

@@ -23,7 +23,7 @@ FLEX = "inplace_ttt_flex"
 
 
 def register() -> None:
-    """Makes ``VARLEN`` and ``FLEX`` known to transformers as attention implementations."""
+    """Make ``VARLEN`` and ``FLEX`` known to transformers as attention implementations."""
     AttentionInterface.register(VARLEN, varlen_attention)
     AttentionMaskInterface.register(VARLEN, varlen_mask)
     AttentionInterface.register(FLEX, flex_attention)
@@ -31,7 +31,7 @@ def register() -> None:
 
 
 def choose_attention(wanted: str, device: torch.device, compiled: bool = False) -> str:
-    """transformers' name for a recipe's ``attn_implementation``; ``auto`` takes the fastest that works here."""
+    """Return transformers' name for a recipe's ``attn_implementation``; ``auto``: the fastest that works here."""
     register()
     if wanted == "auto":
         if device.type != "cuda":
@@ -42,7 +42,7 @@ def choose_attention(wanted: str, device: torch.device, compiled: bool = False) 
 
 
 def varlen_works(device: torch.device) -> bool:
-    """Whether ``varlen`` agrees with the dense mask here, on a small packed row, forward and backward."""
+    """Tell whether ``varlen`` agrees with the dense mask here, on a small packed row, forward and backward."""
     positions = torch.cat([torch.arange(50), torch.arange(46)]).to(device).expand(2, -1)
     generator = torch.Generator(device)
 
@@ -69,7 +69,7 @@ def varlen_works(device: torch.device) -> bool:
 def varlen_mask(
     batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: Any = 0, **rest: Any
 ) -> Tensor | None:
-    """None where `varlen_attention` needs no mask: whole rows, no padding mask, nothing cached, half precision."""
+    """Return None where `varlen_attention` needs no mask: whole rows, no padding, no cache, half precision."""
     device, dtype = torch.device(rest.get("device", "cpu")), rest.get("dtype", torch.float32)
     whole = isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length
     if whole and rest.get("attention_mask") is None and _half(device, dtype):
@@ -90,7 +90,7 @@ def varlen_attention(
     position_ids: Tensor | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """query [B, H, T, d], key and value [B, H or fewer, T, d] -> [B, T, H, d]; documents from ``position_ids`` [B, T].
+    """Map query [B, H, T, d], key and value [B, H or fewer, T, d] to [B, T, H, d]; documents: ``position_ids`` [B, T].
 
     By transformers' sdpa where a mask is given, the numbers are float32, or no row is divided and there is no window.
     Raises NotImplementedError for what flash attention lacks (dropout, capped logits, attention sinks).
@@ -119,7 +119,7 @@ def varlen_attention(
 def flex_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **rest: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' flex_attention on the dtype that autocast asks for."""
+    """Call transformers' flex_attention in the dtype that autocast asks for."""
     dtype = _half(query.device, value.dtype)
     if dtype is not None:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -127,7 +127,7 @@ def flex_attention(
 
 
 def document_bounds(position_ids: Tensor | None, rows: int, tokens: int, device: torch.device) -> Tensor:
-    """Where documents begin in the flattened rows, and their end: int32 [documents + 1].
+    """Return where documents begin in the flattened rows, and their end: int32 [documents + 1].
 
     All layers of a forward get the same ``position_ids`` tensor: the last answer is kept, so that the device is asked
     once a forward.
@@ -162,14 +162,14 @@ def _varlen(*tensors: Any, **settings: Any) -> Tensor:
 
 
 def _half(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
-    """The half-precision type that attention runs in, None for float32."""
+    """Return the half-precision type that attention runs in, None for float32."""
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
 
 def _dense_mask(positions: Tensor, window: int) -> Tensor:
-    """bool [B, 1, T, T]: same document, not later, at most ``window - 1`` back."""
+    """Make bool [B, 1, T, T]: same document, not later, at most ``window - 1`` back."""
     document = (positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1).cumsum(-1)
     t = torch.arange(positions.shape[1], device=positions.device)
     back = t[:, None] - t[None, :]

@@ -28,7 +28,7 @@ NUMBERS_AT_ONCE, LEAST_TOKENS = 2**28, 256
 
 
 def tokens_at_once(vocabulary: int) -> int:
-    """Tokens of a piece: as many as keep its logits at ``NUMBERS_AT_ONCE``, at least ``LEAST_TOKENS``."""
+    """Return the tokens of a piece: as many as keep its logits at ``NUMBERS_AT_ONCE``, at least ``LEAST_TOKENS``."""
     return max(LEAST_TOKENS, NUMBERS_AT_ONCE // vocabulary)
 
 
@@ -45,7 +45,7 @@ def loss_in_pieces(model: PreTrainedModel, say: Callable[[str], None] = lambda l
         return
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     before = model.__dict__.get("_loss_function")
-    head.forward = _unchanged
+    head.forward = nn.Identity().forward
     model.loss_function = partial(loss_of_hidden, head=head)
     try:
         yield
@@ -68,7 +68,7 @@ def loss_of_hidden(
     head: nn.Linear,
     **_: Any,
 ) -> Tensor:
-    """transformers' ``ForCausalLMLoss`` of ``head(logits)``: ``logits`` are hidden states [B, T, D], labels [B, T].
+    """Compute transformers' ``ForCausalLMLoss`` of ``head(logits)``: ``logits`` are hidden states [B, T, D].
 
     The products are in the dtype that the head itself would compute in, the loss and the sum over pieces in float32.
     """
@@ -98,13 +98,13 @@ def loss_of_hidden(
 def _piece(
     hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, ignored: int
 ) -> Tensor:
-    """Hidden states [n, D], labels [n], weight [V, D], bias [V] -> the sum of the labels' losses."""
+    """Sum the labels' losses: hidden states [n, D], labels [n], weight [V, D], bias [V]."""
     logits = linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     return cross_entropy(logits.float(), labels, ignore_index=ignored, reduction="sum")
 
 
 def _aliases(weight: Tensor) -> Iterator[Tensor]:
-    """The weight for one piece after another; gradients of a half-precision one are summed in float32.
+    """Yield the weight for one piece after another; gradients of a half-precision one are summed in float32.
 
     Summed in bf16 over 74 pieces (128k tokens of Qwen3) it is six times as far from the truth as one product's, see
     docs/log.md. A float32 copy of the weight would do, at 8 bytes more a number.
@@ -128,15 +128,12 @@ def _aliases(weight: Tensor) -> Iterator[Tensor]:
         yield alias
 
 
-# -- which models ------------------------------------------------------------------------------------------------------
-
-
 def why_whole(model: PreTrainedModel) -> str | None:
-    """Why the loss of this model needs whole logits; None when it does not.
+    """Say why the loss of this model needs whole logits; None when it does not.
 
     The model's own forward is run between base model and loss, with stand-ins for both and for the head: what the head
-    gave must be what the loss gets, as it is. Nothing of the model is run or changed, so it may be anywhere: on "meta",
-    sharded, compiled.
+    gave must be what the loss gets, unchanged. Nothing of the model is run or changed, so it may be anywhere: on
+    "meta", sharded, compiled.
     """
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     name = type(model).__name__
@@ -147,60 +144,35 @@ def why_whole(model: PreTrainedModel) -> str | None:
     if model.loss_function is not ForCausalLMLoss:
         return f"{name} has a loss of its own"
     names = {module: child for child, module in model.named_children()}
-    base = model.base_model_prefix
-    if head not in names or base not in names.values():
+    if head not in names or model.base_model_prefix not in names.values():
         return f"{name} keeps its head or its base model elsewhere"
+    device, given = head.weight.device, list[tuple[Tensor, int]]()
 
-    given: list[tuple[Tensor, int]] = []
+    def base(*_: Any, **__: Any) -> BaseModelOutputWithPast:
+        hidden = torch.zeros(1, 2, head.in_features, dtype=torch.bfloat16, device=device)  # so a cast is seen as well
+        return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    def hand_on(hidden: Tensor) -> Tensor:
+        given.append((hidden, hidden._version))  # the version: what changes it in place counts
+        return hidden
+
+    def loss(logits: Tensor, *_: Any, **__: Any) -> Tensor:
+        if len(given) == 1 and logits is given[0][0] and logits._version == given[0][1]:
+            raise _LogitsUnchanged  # nothing of the forward after that matters
+        return logits.sum()
+
     stand_in: Any = object.__new__(type(model))
-    stand_in.__dict__ = {
-        **model.__dict__,
-        "_modules": {**model._modules, base: _Base(head), names[head]: _Head(given)},
-        "_loss_function": partial(_end, given),
-    }
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=head.weight.device)
+    modules = {**model._modules, model.base_model_prefix: base, names[head]: hand_on}
+    stand_in.__dict__ = {**model.__dict__, "_modules": modules, "_loss_function": loss}
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
     try:
         type(model).forward(stand_in, input_ids=ids, labels=ids, use_cache=False)
-    except _AsItIs:
+    except _LogitsUnchanged:
         return None
     except Exception:  # whatever it is, whole logits are right
         return f"the forward of {name} cannot be followed from its head to its loss"
     return f"{name} changes its logits before the loss"
 
 
-class _AsItIs(Exception):  # noqa: N818
-    """The loss got what the head gave: nothing after that concerns it."""
-
-
-class _Base(nn.Module):
-    """Stands for a base model: hidden states of two tokens, in bf16 so that a cast to float32 is seen as well."""
-
-    def __init__(self, head: nn.Linear) -> None:
-        super().__init__()
-        self.width, self.device = head.in_features, head.weight.device
-
-    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
-        hidden = torch.zeros(1, 2, self.width, dtype=torch.bfloat16, device=self.device)
-        return BaseModelOutputWithPast(last_hidden_state=hidden)
-
-
-class _Head(nn.Module):
-    """Stands for a head: hands on what it is given, and notes it with its version (what changes it in place counts)."""
-
-    def __init__(self, given: list[tuple[Tensor, int]]) -> None:
-        super().__init__()
-        self.given = given
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        self.given.append((hidden, hidden._version))
-        return hidden
-
-
-def _end(given: list[tuple[Tensor, int]], logits: Tensor, *_: Any, **__: Any) -> Tensor:
-    if len(given) == 1 and logits is given[0][0] and logits._version == given[0][1]:
-        raise _AsItIs
-    return logits.sum()
-
-
-def _unchanged(hidden: Tensor) -> Tensor:
-    return hidden
+class _LogitsUnchanged(Exception):  # noqa: N818
+    """The loss got the tensor that the head gave."""

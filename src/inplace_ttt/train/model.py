@@ -14,54 +14,59 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from inplace_ttt.config import InPlaceTTTConfig
 from inplace_ttt.errors import UserError, in_one_line
-from inplace_ttt.hf.attach import configure, install, is_attached
-from inplace_ttt.hf.checkpoint import from_pretrained, has_fast_weights, save_pretrained
+from inplace_ttt.hf.attach import READING, configure, install, is_attached, runtime_of
+from inplace_ttt.hf.checkpoint import from_pretrained, has_fast_weights, is_added, save_pretrained
 from inplace_ttt.hf.names import base_of
 from inplace_ttt.train.specs import Recipe
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, attention: str) -> PreTrainedModel:
-    """The recipe's model with float32 weights, fast weights attached when the recipe has ``ttt``.
+    """Build the recipe's model with float32 weights, fast weights attached when the recipe has ``ttt``.
 
     ``attention`` is transformers' name of an attention implementation. The slow weights of two recipes that differ in
     ``ttt`` alone start out equal. Raises UserError for a base model that cannot be loaded or settings it refuses.
     """
     torch.manual_seed(recipe.seed)
-    if recipe.model.base is not None:
-        model = _load_base(recipe, attention)
-        embeddings: Any = model.get_input_embeddings()
-        known = embeddings.weight.shape[0]
-        if len(tokenizer) > known:
-            raise UserError(
-                f"the tokenizer has {len(tokenizer)} tokens, {recipe.model.base} only {known}: "
-                "use the base model's own tokenizer"
-            )
+    base, config = recipe.model.base, recipe.ttt_config()
+    if base is None:
+        positions = max(recipe.sequence_length, recipe.evaluation_length)
+        model = _from_scratch(
+            {"max_position_embeddings": positions} | (recipe.model.config or {}), tokenizer, attention
+        )
     else:
-        model = _from_scratch(recipe, tokenizer, attention)
+        tensor = 1 if recipe.parallel is None else recipe.parallel.tensor
+        keywords = {"dtype": torch.float32, "attn_implementation": attention, **recipe.model.settings}
+        model = _load_base(base, keywords, tensor)
+        embeddings: Any = model.get_input_embeddings()
+        if len(tokenizer) > (known := embeddings.weight.shape[0]):
+            raise UserError(
+                f"the tokenizer has {len(tokenizer)} tokens, {base} only {known}: use the base model's own tokenizer"
+            )
     model.config.use_cache = True
-    config = recipe.ttt_config()
-    if config is not None and not is_attached(model):
-        install(model, config)
-    elif config is not None:
+    if config is None and is_attached(model):
+        raise UserError(f"model.base: {base} has fast weights: repeat its settings under ttt")
+    if config is not None and is_attached(model):
         _continue_with(model, config, recipe.ttt or {})
-    elif is_attached(model):
-        raise UserError(f"model.base: {recipe.model.base} has fast weights: repeat its settings under ttt")
-    _freeze(model, recipe.trainable)
+        config = None
+    prepare_trainable(model, config, recipe.trainable)
     return model
 
 
-def prepare_trainable(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Fast weights on a model that has none yet, and what the recipe freezes."""
-    config = recipe.ttt_config()
+def prepare_trainable(model: PreTrainedModel, config: InPlaceTTTConfig | None, trainable: str) -> None:
+    """Attach fast weights to a model that has none yet (None: leave it), and freeze what is not ``trainable``."""
     if config is not None:
         install(model, config)
-    _freeze(model, recipe.trainable)
+    if trainable == "all":
+        return
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_added(name))
+    if trainable == "adapter_and_projections":
+        for site in runtime_of(model).sites:
+            site.projection().requires_grad_(True)
 
 
 def _continue_with(model: PreTrainedModel, config: InPlaceTTTConfig, given: Mapping[str, Any]) -> None:
-    """Goes on with a base's own fast weights; only how it reads may differ, where the recipe says so."""
-    from inplace_ttt.hf.attach import READING, runtime_of
-
+    """Keep a base's own fast weights; only how it reads may differ, where the recipe says so."""
     have, count = runtime_of(model).config, model.config.get_text_config().num_hidden_layers
     for field in dataclasses.fields(config):
         if field.name in READING or field.name == "init_std":
@@ -74,37 +79,23 @@ def _continue_with(model: PreTrainedModel, config: InPlaceTTTConfig, given: Mapp
     configure(model, **{name: getattr(config, name) for name in READING if name in given})
 
 
-def _freeze(model: PreTrainedModel, trainable: str) -> None:
-    if trainable == "all":
-        return
-    from inplace_ttt.hf.attach import runtime_of
-    from inplace_ttt.hf.checkpoint import is_added
-
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_added(name))
-    if trainable == "adapter_and_projections":
-        for site in runtime_of(model).sites:
-            site.projection().requires_grad_(True)
-
-
-def _load_base(recipe: Recipe, attention: str) -> PreTrainedModel:
-    base = recipe.model.base
-    assert base is not None
-    keywords = {"dtype": torch.float32, "attn_implementation": attention, **recipe.model.settings}
-    attached = has_fast_weights(Path(base))
-    tensor = 1 if recipe.parallel is None else recipe.parallel.tensor
-    if tensor > 1:
-        if attached:
-            raise UserError(f"parallel.tensor: {base} has fast weights, which cannot be split while it is loaded")
-        _check_heads(base, tensor)
-        from transformers.distributed.configuration_utils import DistributedConfig
-
-        keywords["distributed_config"] = DistributedConfig(tp_size=tensor, tp_plan="auto")
+def _load_base(base: str, keywords: dict[str, Any], tensor: int) -> PreTrainedModel:
+    """Load a base, plain or with fast weights; ``tensor``: processes that its matrices are split over."""
+    loader: Any = from_pretrained if has_fast_weights(Path(base)) else AutoModelForCausalLM.from_pretrained
     try:
-        if attached:
-            model: Any = from_pretrained(base, **keywords)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(base, **keywords)
+        if tensor > 1:
+            if loader is from_pretrained:
+                raise UserError(f"parallel.tensor: {base} has fast weights, which cannot be split while it is loaded")
+            from transformers.distributed.configuration_utils import DistributedConfig
+
+            config = AutoConfig.from_pretrained(base).get_text_config()
+            for name in ("num_attention_heads", "num_key_value_heads"):
+                heads = getattr(config, name, None)
+                if isinstance(heads, int) and heads % tensor:
+                    reason = f"does not divide {name} of {base} ({heads})"
+                    raise UserError(f"parallel.tensor: {tensor} {reason}: take one that does")
+            keywords = keywords | {"distributed_config": DistributedConfig(tp_size=tensor, tp_plan="auto")}
+        model = loader(base, **keywords)
     except UserError:
         raise
     except (OSError, ValueError, TypeError, StrictDataclassError, SafetensorError) as error:
@@ -115,29 +106,11 @@ def _load_base(recipe: Recipe, attention: str) -> PreTrainedModel:
     return model
 
 
-def _check_heads(base: str, tensor: int) -> None:
+def _from_scratch(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase, attention: str) -> PreTrainedModel:
+    model_type, ids = values.pop("model_type"), ("bos_token_id", "eos_token_id")
     try:
-        config = AutoConfig.from_pretrained(base).get_text_config()
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.base: cannot load {base}: {in_one_line(error)}") from None
-    for name in ("num_attention_heads", "num_key_value_heads"):
-        heads = getattr(config, name, None)
-        if isinstance(heads, int) and heads % tensor:
-            raise UserError(f"parallel.tensor: {tensor} does not divide {name} of {base} ({heads}): take one that does")
-
-
-def _from_scratch(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, attention: str) -> PreTrainedModel:
-    values: dict[str, Any] = dict(recipe.model.config or {})
-    model_type = values.pop("model_type")
-    values.setdefault("max_position_embeddings", max(recipe.sequence_length, recipe.evaluation_length))
-    try:
-        config = AutoConfig.for_model(
-            model_type,
-            **values,
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+        special = {name: getattr(tokenizer, name) for name in ids}
+        config = AutoConfig.for_model(model_type, **values, vocab_size=len(tokenizer), **special)
         make: Any = AutoModelForCausalLM.from_config
         model = make(config, attn_implementation=attention, dtype=torch.float32)
     except (ValueError, TypeError, ImportError) as error:
@@ -146,45 +119,40 @@ def _from_scratch(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, attention:
     return model
 
 
-def save_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    directory: Path,
-    dtype: torch.dtype | None,
-    recipe: Recipe,
-) -> None:
-    """Writes what was trained and the tokenizer, weights as ``dtype`` (None: as they are; converts the model in place).
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Turn on activation checkpointing, under the name that this version of transformers gives it."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    enable = getattr(model, f"{name}_checkpointing_enable")
+    enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
 
-    Of a frozen base that is the adapter, which names the base; else the whole model.
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, trainable: str, base: str | None
+) -> None:
+    """Write a trained model as bfloat16, converting it in place, and the tokenizer.
+
+    Of a frozen ``base`` that is the adapter, which names the base; else the whole model.
     """
-    if dtype is not None:
-        nn.Module.to(model, dtype)
-    if is_attached(model):
-        frozen = recipe.trainable != "all" and bool(base_of(model).name)
-        save_pretrained(model, directory, tokenizer, adapter_only=frozen, projections=frozen and _has_own(recipe))
-    else:
+    nn.Module.to(model, torch.bfloat16)
+    if not is_attached(model):
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-
-
-def _has_own(recipe: Recipe) -> bool:
-    """Whether the adapting projections are not the base's: trained now, or by an adapter that the run began with."""
-    settings = Path(str(recipe.model.base)) / "inplace_ttt.json"
+        return
+    is_adapter = trainable != "all" and bool(base_of(model).name)
+    # Whether the adapting projections differ from the base's: trained now, or by an adapter that the run began with.
+    settings = Path(str(base)) / "inplace_ttt.json"
     before = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    return recipe.trainable == "adapter_and_projections" or (
-        before.get("kind") == "adapter" and not before["fingerprint"]
-    )
+    has_own = before.get("kind") == "adapter" and not before["fingerprint"]
+    projections = is_adapter and (has_own or trainable == "adapter_and_projections")
+    save_pretrained(model, directory, tokenizer, adapter_only=is_adapter, projections=projections)
 
 
-def load_saved(directory: Path, attached: bool) -> PreTrainedModel:
-    """What `save_model` wrote, with float32 weights, on the CPU."""
-    if attached:
-        model: Any = from_pretrained(directory)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(directory)
-    return model.float().eval()  # type: ignore[no-any-return]
+def load_saved(directory: Path) -> PreTrainedModel:
+    """Load what `save_model` wrote, with float32 weights, on the CPU."""
+    loader: Any = from_pretrained if has_fast_weights(directory) else AutoModelForCausalLM.from_pretrained
+    return loader(directory).float().eval()  # type: ignore[no-any-return]
 
 
 def count_parameters(model: nn.Module, trainable: bool = False) -> int:
-    """All numbers, or the trainable ones; tied ones once."""
+    """Count all numbers, or the trainable ones; tied ones once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)

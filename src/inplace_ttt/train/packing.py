@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,39 @@ from torch.utils.data import Dataset
 from inplace_ttt.errors import UserError
 
 IGNORED = -100  # label of a token that nothing predicts
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Settings of packed rows: ``length`` tokens, filled up with ``pad_id``, in an order drawn from ``seed``.
+
+    Documents begin at multiples of ``align`` in a row; long ones are cut at multiples of ``cut`` of their tokens. Rows
+    are dealt in groups of ``group``, the batch size.
+    """
+
+    length: int
+    seed: int = 0
+    pad_id: int = 0
+    group: int = 1
+    align: int = 1
+    cut: int = 1
+
+    @property
+    def piece(self) -> int:
+        """Tokens of the pieces that a long document is cut into."""
+        return self.length // self.cut * self.cut
+
+
+class Piece(NamedTuple):
+    """``length`` tokens of the store from ``start`` on: one document of a row."""
+
+    start: int
+    length: int
+
+
+Row = tuple[Piece, ...]
+
+# -- documents ---------------------------------------------------------------------------------------------------------
 
 
 class JoinedTokens:
@@ -39,9 +72,6 @@ class JoinedTokens:
         found: np.ndarray = self.parts[part][where.start - first : where.stop - first]
         return found
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.concatenate([np.asarray(part, dtype) for part in self.parts])
-
 
 @dataclass(frozen=True)
 class TokenStore:
@@ -53,27 +83,23 @@ class TokenStore:
 
     @classmethod
     def build(cls, documents: Iterable[tuple[str, np.ndarray]]) -> "TokenStore":
-        """From (name, ids [n]) pairs."""
-        names, arrays = [], []
-        for name, ids in documents:
-            names.append(name)
-            arrays.append(ids)
-        tokens = np.concatenate(arrays) if arrays else np.zeros(0, np.uint16)
-        return cls(tokens, np.cumsum([0, *map(len, arrays)]), tuple(names))
+        """Build a store from (name, ids [n]) pairs."""
+        pairs = list(documents)
+        tokens = np.concatenate([np.zeros(0, np.uint16), *(ids for _, ids in pairs)])
+        return cls(tokens, np.cumsum([0, *(len(ids) for _, ids in pairs)]), tuple(name for name, _ in pairs))
 
     @classmethod
     def join(cls, stores: Sequence["TokenStore"]) -> "TokenStore":
-        """One store of all documents of several, in order; their tokens stay where they are."""
-        before = np.cumsum([0, *(int(store.offsets[-1]) for store in stores)])
-        offsets = [store.offsets[1:] + start for store, start in zip(stores, before[:-1], strict=True)]
+        """Make one store of all documents of several, in order; their tokens stay where they are."""
+        lengths = np.concatenate([[0], *(store.lengths for store in stores)])
         names = tuple(name for store in stores for name in store.names)
-        return cls(JoinedTokens([store.tokens for store in stores]), np.concatenate([[0], *offsets]), names)
+        return cls(JoinedTokens([store.tokens for store in stores]), np.cumsum(lengths), names)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Ids [n] of a document."""
+        """Return the ids [n] of a document."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     @property
@@ -82,98 +108,74 @@ class TokenStore:
         return np.diff(self.offsets)
 
     def save(self, stem: Path) -> None:
-        """Writes ``stem.tokens.npy`` and ``stem.json``."""
-        np.save(f"{stem}.tokens.npy", np.asanyarray(self.tokens))
-        index = {"offsets": self.offsets.tolist(), "names": list(self.names)}
-        Path(f"{stem}.json").write_text(json.dumps(index), encoding="utf-8")
+        """Write ``stem.tokens`` and ``stem.json``."""
+        with TokenWriter(stem) as writer:
+            for i, name in enumerate(self.names):
+                writer.add(name, self[i])
 
     @classmethod
     def load(cls, stem: Path) -> "TokenStore":
-        """Reads what `save` wrote; the tokens stay on disk until they are used."""
+        """Read what `save` or a `TokenWriter` wrote; the tokens stay on disk until they are used."""
         index = json.loads(Path(f"{stem}.json").read_text(encoding="utf-8"))
-        tokens = np.load(f"{stem}.tokens.npy", mmap_mode="r")
-        return cls(tokens, np.array(index["offsets"], np.int64), tuple(index["names"]))
+        offsets, dtype = np.array(index["offsets"], np.int64), np.dtype(index["dtype"])
+        tokens = np.memmap(f"{stem}.tokens", dtype, "r") if offsets[-1] else np.zeros(0, dtype)
+        return cls(tokens, offsets, tuple(index["names"]))
 
 
 class TokenWriter:
     """Writes a store a document at a time; inside ``with``, `TokenStore.load` reads the result afterwards."""
 
     def __init__(self, stem: Path) -> None:
-        self.stem = stem
-        self.names: list[str] = []
-        self.offsets = [0]
+        self.stem, self.names, self.offsets = stem, list[str](), [0]
         self._dtype = np.dtype(np.uint16)
 
     def __enter__(self) -> "TokenWriter":
-        self._raw = open(f"{self.stem}.raw", "wb")
+        self._file = open(f"{self.stem}.tokens", "wb")
         return self
 
     def add(self, name: str, ids: np.ndarray) -> None:
-        """The next document's ids [n]; all documents have one dtype."""
+        """Write the next document's ids [n]; all documents have one dtype."""
         self._dtype = ids.dtype
-        self._raw.write(ids.tobytes())
+        self._file.write(ids.tobytes())
         self.names.append(name)
         self.offsets.append(self.offsets[-1] + len(ids))
 
-    @property
-    def documents(self) -> int:
-        return len(self.names)
-
-    @property
-    def tokens(self) -> int:
-        return self.offsets[-1]
-
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._raw.close()
-        raw = Path(f"{self.stem}.raw")
+        self._file.close()
         if kind is None:
-            shape = (self.tokens,)
-            tokens = np.memmap(raw, self._dtype, "r", shape=shape) if self.tokens else np.zeros(0, self._dtype)
-            TokenStore(tokens, np.array(self.offsets, np.int64), tuple(self.names)).save(self.stem)
-        raw.unlink()
+            index = {"dtype": str(self._dtype), "offsets": self.offsets, "names": self.names}
+            Path(f"{self.stem}.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class Piece:
-    """``length`` tokens of the store from ``start`` on: one document of a row."""
-
-    start: int
-    length: int
+# -- rows --------------------------------------------------------------------------------------------------------------
 
 
-Row = tuple[Piece, ...]
+def plan_rows(offsets: np.ndarray, layout: Layout, epoch: int = 0) -> tuple[list[Row], int]:
+    """Return the rows of one epoch in training order, and how many of their tokens are padding.
 
-
-def plan_rows(
-    offsets: np.ndarray, sequence_length: int, seed: int, epoch: int, group: int = 1, align: int = 1, cut: int = 1
-) -> tuple[list[Row], int]:
-    """Rows of one epoch in training order, and how many of their tokens are padding.
-
-    Depends on these arguments only. Where ``sequence_length`` is no multiple of ``cut``, a row-long piece ends at the
-    last multiple before it. Rows of one piece and rows of several are shuffled
-    apart and dealt in groups of ``group`` rows: a batch of undivided rows needs no document masks, which is faster.
+    Depends on these arguments only. Where a row's length is not a multiple of ``cut``, a row-long piece ends at the
+    last multiple before it. Rows of one piece and rows of several are shuffled apart and dealt in groups: a batch of
+    undivided rows needs no document masks, which is faster.
     """
-    generator = np.random.default_rng([seed, epoch])
-    whole: list[Row] = []
+    generator = np.random.default_rng([layout.seed, epoch])
+    planned: list[Row] = []
     leftovers: list[Piece] = []
-    full = sequence_length // cut * cut
+    full = layout.piece
     for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         length = end - start
-        rows, rest = divmod(length, full) if length > sequence_length or length == full else (0, length)
-        head = cut * int(generator.integers(0, rest // cut + 1)) if rows else rest
+        rows, rest = divmod(length, full) if length > layout.length or length == full else (0, length)
+        head = layout.cut * int(generator.integers(0, rest // layout.cut + 1)) if rows else rest
         body = start + head
-        whole += [(Piece(body + i * full, full),) for i in range(rows)]
+        planned += [(Piece(body + i * full, full),) for i in range(rows)]
         tail = body + rows * full
-        leftovers += [Piece(at, length) for at, length in ((start, head), (tail, end - tail)) if length > 1]
-    planned = whole + _best_fit(leftovers, sequence_length, align)
-    padding = sum(sequence_length - sum(piece.length for piece in row) for row in planned)
-    undivided = [row for row in planned if row[0].length == sequence_length]
-    divided = [row for row in planned if row[0].length < sequence_length]
-    return _deal(undivided, divided, group, generator), padding
+        leftovers += [piece for piece in (Piece(start, head), Piece(tail, end - tail)) if piece.length > 1]
+    planned += _best_fit(leftovers, layout.length, layout.align)
+    padding = sum(layout.length - sum(piece.length for piece in row) for row in planned)
+    return _deal(planned, layout, generator), padding
 
 
 def _best_fit(pieces: Sequence[Piece], capacity: int, align: int) -> list[Row]:
-    """Longest piece first, each into the row that it fills best; it takes a multiple of ``align`` tokens there."""
+    """Pack the longest piece first, each into the row that it fills best, where it takes a multiple of ``align``."""
     rows: list[list[Piece]] = []
     free: list[tuple[int, int]] = []  # (room, row), sorted
     for piece in sorted(pieces, key=lambda piece: (-piece.length, piece.start)):
@@ -190,110 +192,91 @@ def _best_fit(pieces: Sequence[Piece], capacity: int, align: int) -> list[Row]:
     return [tuple(row) for row in rows]
 
 
-def _deal(undivided: list[Row], divided: list[Row], group: int, generator: np.random.Generator) -> list[Row]:
-    """Shuffles both kinds, forms groups of one kind where the numbers allow, and shuffles the groups."""
-    ordered = [[rows[i] for i in generator.permutation(len(rows))] for rows in (undivided, divided)]
-    full = [rows[: len(rows) // group * group] for rows in ordered]
-    groups = [rows[i : i + group] for rows in full for i in range(0, len(rows), group)]
-    mixed = [row for rows, kept in zip(ordered, full, strict=True) for row in rows[len(kept) :]]
-    dealt = [row for i in generator.permutation(len(groups)) for row in groups[i]]
-    return dealt + mixed  # the odd ones last, so that no earlier batch is shifted
+def _deal(planned: list[Row], layout: Layout, generator: np.random.Generator) -> list[Row]:
+    """Shuffle undivided and divided rows apart, form groups of one kind where the numbers allow, shuffle the groups."""
+    groups: list[list[Row]] = []
+    mixed: list[Row] = []
+    for is_undivided in (True, False):
+        rows = [row for row in planned if (row[0].length == layout.length) == is_undivided]
+        rows = [rows[i] for i in generator.permutation(len(rows))]
+        full = len(rows) // layout.group * layout.group
+        groups += [rows[i : i + layout.group] for i in range(0, full, layout.group)]
+        mixed += rows[full:]
+    return [row for i in generator.permutation(len(groups)) for row in groups[i]] + mixed  # so no batch is shifted
 
 
-def row_tensors(store: TokenStore, row: Row, sequence_length: int, pad_id: int, align: int = 1) -> dict[str, Tensor]:
-    """``input_ids``, ``position_ids``, ``labels`` of a row, int64 [sequence_length] each.
+def row_tensors(store: TokenStore, row: Row, layout: Layout) -> dict[str, Tensor]:
+    """Return ``input_ids``, ``position_ids``, ``labels`` of a row, int64 [length] each.
 
-    Documents begin at multiples of ``align``. Padding is a document of its own, without labels.
+    Padding is a document of its own, without labels.
     """
-    ids = np.full(sequence_length, pad_id, np.int64)
-    positions = np.zeros(sequence_length, np.int64)
-    labels = np.full(sequence_length, IGNORED, np.int64)
+    ids = np.full(layout.length, layout.pad_id, np.int64)
+    positions = np.zeros(layout.length, np.int64)
+    labels = np.full(layout.length, IGNORED, np.int64)
     at = 0
-    for piece in row:
-        end = at + piece.length
-        ids[at:end] = store.tokens[piece.start : piece.start + piece.length]
-        positions[at:end] = np.arange(piece.length)
+    for start, length in row:
+        end = at + length
+        ids[at:end] = store.tokens[start : start + length]
+        positions[at:end] = np.arange(length)
         labels[at + 1 : end] = ids[at + 1 : end]
-        at = -(-end // align) * align
+        at = -(-end // layout.align) * layout.align
         positions[end:at] = np.arange(at - end)
-    positions[at:] = np.arange(sequence_length - at)
-    return {
-        "input_ids": torch.from_numpy(ids),
-        "position_ids": torch.from_numpy(positions),
-        "labels": torch.from_numpy(labels),
-    }
+    positions[at:] = np.arange(layout.length - at)
+    arrays = {"input_ids": ids, "position_ids": positions, "labels": labels}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 class PackedRows(Dataset[dict[str, Tensor]]):
     """``rows`` packed rows, epoch after epoch: item n is the same whatever was asked for before (so runs resume).
 
-    ``pad_id`` fills the rows that are not full. Documents begin at multiples of ``align``, long ones are cut at
-    multiples of their ``cut`` tokens. ``group`` is the batch size,
-    see `plan_rows`; the up to ``group - 1`` rows that an epoch has over are left out, so that every epoch starts a
-    batch.
+    The up to ``group - 1`` rows that an epoch has over are left out, so that every epoch starts a batch.
     """
 
-    def __init__(
-        self,
-        store: TokenStore,
-        sequence_length: int,
-        rows: int,
-        *,
-        seed: int,
-        pad_id: int,
-        group: int = 1,
-        align: int = 1,
-        cut: int = 1,
-    ) -> None:
-        self.store, self.sequence_length, self.pad_id, self.align = store, sequence_length, pad_id, align
+    def __init__(self, store: TokenStore, rows: int, layout: Layout) -> None:
+        self.store, self.layout = store, layout
         self.plan: list[Row] = []
-        self.epochs = 0
-        padding = 0
+        self.epochs = padding = 0
         while len(self.plan) < rows:
-            planned, padded = plan_rows(store.offsets, sequence_length, seed, self.epochs, group, align, cut)
+            planned, padded = plan_rows(store.offsets, layout, self.epochs)
             if not planned:
                 raise UserError("there is no text to train on: every document is empty")
-            self.plan += planned[: len(planned) // group * group] or planned
+            self.plan += planned[: len(planned) // layout.group * layout.group] or planned
             padding += padded
             self.epochs += 1
-        self.padding = padding / (len(self.plan) * sequence_length)  # share of the planned tokens
+        self.padding = padding / (len(self.plan) * layout.length)  # share of the planned tokens
         del self.plan[rows:]
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def describe(self) -> str:
-        """For people."""
-        return (
-            f"{len(self):,} rows of {self.sequence_length:,} tokens, {self.epochs} epochs, {self.padding:.1%} padding"
-        )
+        """Return a line for people."""
+        return f"{len(self):,} rows of {self.layout.length:,} tokens, {self.epochs} epochs, {self.padding:.1%} padding"
 
     def record(self) -> dict[str, float]:
-        """For the run's record."""
+        """Return entries for the run's record."""
         return {"epochs": self.epochs, "padding": self.padding}
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return row_tensors(self.store, self.plan[index], self.sequence_length, self.pad_id, self.align)
+        return row_tensors(self.store, self.plan[index], self.layout)
 
 
-def first_rows(
-    store: TokenStore, sequence_length: int, rows: int, pad_id: int, align: int = 1, cut: int = 1
-) -> list[dict[str, Tensor]]:
-    """Up to ``rows`` rows for validation: the beginning of each document first, then its next piece, and so on.
+def first_rows(store: TokenStore, rows: int, layout: Layout) -> list[dict[str, Tensor]]:
+    """Return up to ``rows`` rows for validation: the beginning of each document first, then its next piece, and so on.
 
     Only the last row of a document that is shorter than a row is padded; the rest of a longer one is left out.
     """
-    chosen: list[dict[str, Tensor]] = []
-    full = sequence_length // cut * cut
+    pieces: list[Piece] = []
+    full = layout.piece
     for turn in range(int(store.lengths.max(initial=0)) // full + 1):
         for start, length in zip(store.offsets[:-1].tolist(), store.lengths.tolist(), strict=True):
             left = length - turn * full
-            if len(chosen) == rows:
-                return chosen
             if left >= full or (turn == 0 and left > 1):
-                piece = Piece(start + turn * full, left if turn == 0 and left <= sequence_length else min(left, full))
-                chosen.append(row_tensors(store, (piece,), sequence_length, pad_id, align))
-    return chosen
+                fits = turn == 0 and left <= layout.length
+                pieces.append(Piece(start + turn * full, left if fits else min(left, full)))
+        if len(pieces) >= rows:
+            break
+    return [row_tensors(store, (piece,), layout) for piece in pieces[:rows]]
 
 
 def updates_seen(plan: Iterable[Row], chunk_size: int, *, is_all: bool) -> str:

@@ -20,119 +20,108 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, TrainingArguments
 
 from inplace_ttt.errors import UserError
+from inplace_ttt.hf.attach import is_attached
+from inplace_ttt.hf.checkpoint import save_base, save_pretrained
 from inplace_ttt.hf.parallel import ContextParallel, enable_context_parallel
-from inplace_ttt.hf.sharding import Meshes, from_first, load_sharded, make_meshes, save_sharded, shard_from_first
-from inplace_ttt.train.packing import IGNORED, PackedRows
+from inplace_ttt.hf.sharding import (
+    Meshes,
+    from_first,
+    is_sharded,
+    load_sharded,
+    make_meshes,
+    save_sharded,
+    shard_from_first,
+    whole_state,
+)
+from inplace_ttt.train.packing import IGNORED
 from inplace_ttt.train.specs import ParallelSpec
-from inplace_ttt.train.stream import StreamedRows
 from inplace_ttt.train.trainer import PackedTrainer
 
 T = TypeVar("T")
 SHARDED, SCHEDULER = "sharded", "scheduler.pt"
 
 
-class Place:
+class Rank:
     """This process among those of a run."""
 
     def __init__(self, spec: ParallelSpec, device: str) -> None:
         self.spec, self.device = spec, device
-        self.alone = spec.processes == 1
-        self.main = self.alone or dist.get_rank() == 0
+        self.is_alone = spec.processes == 1
+        self.is_main = self.is_alone or dist.get_rank() == 0
         """Whether this is the process that writes and prints."""
         self.meshes: Meshes | None = None
-        if not self.alone and spec.tensor == 1:
+        if not self.is_alone and spec.tensor == 1:
             self.meshes = make_meshes(device, data=spec.data, shard=spec.shard, context=spec.context)
         self.context: ContextParallel | None = None
 
     @property
-    def readers(self) -> int:
+    def reading_groups(self) -> int:
+        """Groups of processes that read different rows."""
         return 1 if self.meshes is None else self.meshes.readers
 
-    @property
-    def reader(self) -> int:
-        return 0 if self.meshes is None else self.meshes.reader
-
-    @property
-    def averaged(self) -> int:
-        """Processes that gradients and logged losses are averaged over."""
-        return 1 if self.meshes is None else dist.get_world_size()
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if not self.alone:
-            dist.barrier()
-
-    def first(self, work: Callable[[], T]) -> T:
-        """``work()`` on the first process, then on the others; they raise the UserError that it raised there."""
+    def on_main_first(self, work: Callable[[], T]) -> T:
+        """Call ``work`` on the main process, then on the others; they raise the UserError that it raised there."""
         done: list[T] = []
         refusal: list[str | None] = [None]
-        if self.main:
+        if self.is_main:
             try:
                 done.append(work())
             except UserError as error:
                 refusal[0] = str(error)
-        if not self.alone:
+        if not self.is_alone:
             dist.broadcast_object_list(refusal)
         if refusal[0] is not None:
             raise UserError(refusal[0])
         return done[0] if done else work()
 
     def build(self, work: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-        """``work()``, for ``shard``: on the first process alone where that gives the others their parts of it."""
+        """Call ``work``, for ``shard``: on the main process alone where that gives the others their parts of it."""
         if self.meshes is None:
             return work()
-        return from_first(self.first(lambda: work() if self.main else None))
+        return from_first(self.on_main_first(lambda: work() if self.is_main else None))
 
-    def shard(
-        self, model: PreTrainedModel, precision: torch.dtype | None, checkpointing: bool = False
-    ) -> PreTrainedModel:
-        """Shards a built model, which still reads whole rows. ``checkpointing``: recompute activations."""
-        if checkpointing:
-            enable: Any = model.gradient_checkpointing_enable
-            enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    def shard(self, model: PreTrainedModel, precision: torch.dtype | None) -> PreTrainedModel:
+        """Shard a built model, which still reads whole rows."""
         if self.meshes is not None:
             shard_from_first(model, self.meshes.parameters, precision=precision)
-        elif self.alone:
+        elif self.is_alone:
             model.to(self.device)  # type: ignore[arg-type]
-        model.__dict__["_is_accelerate_prepared"] = not self.alone
+        model.__dict__["_is_accelerate_prepared"] = not self.is_alone
         model.__dict__["_is_distributed_loading_by_transformers"] = False  # checkpoints are written here
         return model
 
     def cut_rows(self, model: PreTrainedModel) -> None:
-        """From now on the model reads slices, where the settings say so."""
+        """Make the model read slices from now on, where the settings say so."""
         if self.meshes is not None and self.meshes.context > 1:
+            is_head_tail, attention = self.spec.slices == "head_tail", self.spec.attention
             self.context = enable_context_parallel(
-                model,
-                self.meshes.slices,
-                head_tail=self.spec.slices == "head_tail",
-                attention=self.spec.attention,
+                model, self.meshes.slices, head_tail=is_head_tail, attention=attention
             )
 
     def end(self) -> None:
-        """Ends the communication: each process goes on by itself."""
-        if not self.alone:
+        """End the communication: each process continues by itself."""
+        if not self.is_alone:
             dist.barrier()
             dist.destroy_process_group()
 
 
-def start(spec: ParallelSpec) -> Place:
-    """Joins the run's other processes. Raises UserError when torchrun started another number of them."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+def start(spec: ParallelSpec) -> Rank:
+    """Join the run's other processes. Raises UserError when torchrun started another number of them."""
+    started, has_cuda = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available()
     if started != spec.processes:
         raise UserError(
             f"the recipe's parallel settings need {spec.processes} processes, {started} were started: "
             f"torchrun --nproc_per_node {spec.processes} -m inplace_ttt train RECIPE"
         )
-    cuda = torch.cuda.is_available()
     if started > 1:
         local = int(os.environ.get("LOCAL_RANK", "0"))
-        if cuda and local >= torch.cuda.device_count():
+        if has_cuda and local >= torch.cuda.device_count():
             raise UserError(f"process {local} of this machine has no GPU: it has {torch.cuda.device_count()}")
-        if cuda:
+        if has_cuda:
             torch.cuda.set_device(local)
         # Others wait while the first process makes the tokens.
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1))
-    return Place(spec, "cuda" if cuda else "cpu")
+        dist.init_process_group("nccl" if has_cuda else "gloo", timeout=timedelta(hours=1))
+    return Rank(spec, "cuda" if has_cuda else "cpu")
 
 
 class PlacedArguments(TrainingArguments):
@@ -146,12 +135,12 @@ class PlacedArguments(TrainingArguments):
 class ParallelTrainer(PackedTrainer):
     """``PackedTrainer`` on several processes: each reads its rows or slices, checkpoints are written by all of them."""
 
-    def __init__(self, *, place: Place, rows_per_batch: int, **arguments: Any) -> None:
-        self.place, self.rows_per_batch = place, rows_per_batch
+    def __init__(self, *, rank: Rank, rows_per_batch: int, **arguments: Any) -> None:
+        self.rank, self.rows_per_batch = rank, rows_per_batch
         super().__init__(**arguments)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Without a parallelism configuration for a split model: accelerate has none on CPUs, and need not know."""
+        """Create it without a parallelism configuration for a split model: accelerate has none on CPUs."""
         model: Any = self.model
         size = getattr(model, "_tp_size", None)
         if size is not None:
@@ -165,15 +154,14 @@ class ParallelTrainer(PackedTrainer):
     # -- rows -----------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """This process's rows of every batch, in the order of one process."""
-        assert isinstance(self.train_dataset, PackedRows | StreamedRows)
-        own = self.rows_per_batch // self.place.readers
-        first = self.place.reader * own
-        batches = len(self.train_dataset) // self.rows_per_batch
-        indices = [b * self.rows_per_batch + first + i for b in range(batches) for i in range(own)]
+        """Give this process its rows of every batch, in the order of one process."""
+        rows: Any = self.train_dataset
+        own = self.rows_per_batch // self.rank.reading_groups
+        first = 0 if self.rank.meshes is None else self.rank.meshes.reader * own
+        batches = range(0, len(rows) // self.rows_per_batch * self.rows_per_batch, self.rows_per_batch)
         workers = self.args.dataloader_num_workers
         return DataLoader(
-            Subset(self.train_dataset, indices),
+            Subset(rows, [batch + first + i for batch in batches for i in range(own)]),
             batch_size=own,
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -181,16 +169,16 @@ class ParallelTrainer(PackedTrainer):
         )
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        """Labels of a whole step over all processes, divided by the processes that gradients are averaged over."""
+        """Count a whole step's labels over all processes, divided by those that gradients are averaged over."""
         count = sum(((b["labels"][:, 1:] != IGNORED).sum() for b in batch_samples), torch.zeros((), dtype=torch.int64))
         count = count.to(device)
-        if self.place.meshes is not None:
-            dist.all_reduce(count)
-            count = count / self.place.meshes.context  # slices of a row counted it once each
-        return count / self.place.averaged
+        if self.rank.meshes is None:
+            return count
+        dist.all_reduce(count)
+        return count / self.rank.meshes.context / dist.get_world_size()  # slices of a row counted it once each
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with nullcontext() if self.place.context is None else self.place.context.step():
+        with nullcontext() if self.rank.context is None else self.rank.context.step():
             return super().training_step(*args, **kwargs)
 
     def compute_loss(
@@ -200,7 +188,7 @@ class ParallelTrainer(PackedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The sum of this process's losses over ``num_items_in_batch``: its mean over the processes is the step's."""
+        """Sum this process's losses over ``num_items_in_batch``: its mean over the processes is the step's."""
         given = self._cut(inputs)
         if num_items_in_batch is not None:
             given["num_items_in_batch"] = num_items_in_batch
@@ -208,13 +196,13 @@ class ParallelTrainer(PackedTrainer):
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def _cut(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return dict(inputs) if self.place.context is None else self.place.context.cut(inputs)
+        return dict(inputs) if self.rank.context is None else self.rank.context.cut(inputs)
 
     def batch_loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Of a validation batch; all processes read the same one."""
-        context = self.place.context
+        """Return the mean loss of a validation batch; all processes read the same one."""
+        context = self.rank.context
         with nullcontext() if context is None else context.step():
-            loss: Tensor = model(**self._cut(batch), use_cache=False).loss
+            loss = super().batch_loss(model, self._cut(batch))
         if context is not None:
             dist.all_reduce(loss, group=context.group)
             loss = loss / context.slices.ranks
@@ -223,7 +211,7 @@ class ParallelTrainer(PackedTrainer):
     # -- optimizer and checkpoints --------------------------------------------------------------------------------
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Parameters of one kind of tensor in each group: fused and foreach steps cannot mix them."""
+        """Put parameters of one kind of tensor in each group: fused and foreach steps cannot mix them."""
         for module in self.model.modules():  # type: ignore[union-attr]
             if isinstance(module, FSDPModule):
                 module.reshard()  # after a forward the outermost one holds whole parameters
@@ -238,48 +226,44 @@ class ParallelTrainer(PackedTrainer):
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A checkpoint on the way: its shape, for ``convert``; ``_save_optimizer_and_scheduler`` writes the tensors."""
-        assert output_dir is not None
-        assert isinstance(self.model, PreTrainedModel)
-        if self.place.main:
-            self.model.config.save_pretrained(output_dir)
-        self.place.wait()
+        """Write a checkpoint's shape, for ``convert``; ``_save_optimizer_and_scheduler`` writes the tensors."""
+        model: Any = self.model
+        if self.rank.is_main:
+            model.config.save_pretrained(output_dir)
+        if not self.rank.is_alone:
+            dist.barrier()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        assert isinstance(self.model, nn.Module)
-        assert self.lr_scheduler is not None
-        save_sharded(Path(output_dir) / SHARDED, self.model, self._bare_optimizer())
-        if self.place.main:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+        model, scheduler = self._model_and_scheduler()
+        save_sharded(Path(output_dir) / SHARDED, model, self._bare_optimizer())
+        if self.rank.is_main:
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """With the optimizer, once that is there."""
+        """Load nothing yet: the model comes with the optimizer, once that is there."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        assert isinstance(self.model, nn.Module)
-        assert self.lr_scheduler is not None
-        load_sharded(Path(checkpoint) / SHARDED, self.model, self._bare_optimizer())
+        model, scheduler = self._model_and_scheduler()
+        load_sharded(Path(checkpoint) / SHARDED, model, self._bare_optimizer())
         state = torch.load(Path(checkpoint) / SCHEDULER, weights_only=True)
         groups = len(self._bare_optimizer().param_groups)  # all with one lr; another layout may have had fewer
-        state = {k: v[:1] * groups if isinstance(v, list) else v for k, v in state.items()}
-        self.lr_scheduler.load_state_dict(state)
+        scheduler.load_state_dict({k: v[:1] * groups if isinstance(v, list) else v for k, v in state.items()})
+
+    def _model_and_scheduler(self) -> tuple[Any, Any]:
+        return self.model, self.lr_scheduler
 
     def _bare_optimizer(self) -> Any:
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
 
 def save_whole(model: PreTrainedModel, directory: Path) -> None:
-    """The whole model in the format of one process, in the parameters' dtype; all processes call it, one writes."""
-    from inplace_ttt.hf.attach import is_attached
-    from inplace_ttt.hf.checkpoint import save_base, save_pretrained
-    from inplace_ttt.hf.sharding import is_sharded, whole_state
-
+    """Write the whole model as one process would, in the parameters' dtype; all processes call it, one writes."""
     if is_attached(model):
         save_pretrained(model, directory)
         return
-    sharded = is_sharded(model)
-    state = whole_state(model) if sharded else dict(model.state_dict())
-    if not sharded or dist.get_rank() == 0:
-        save_base(model, directory, state, sharded, {})
+    has_parts = is_sharded(model)
+    state = whole_state(model) if has_parts else dict(model.state_dict())
+    if not has_parts or dist.get_rank() == 0:
+        save_base(model, directory, state, has_parts, {})

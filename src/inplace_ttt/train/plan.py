@@ -1,33 +1,44 @@
-"""What a run will need before it starts: memory on one device, arithmetic and time, from formulas.
+"""The needs of a run before it starts: memory on one device, arithmetic and time, from formulas (docs/training.md).
 
 Symbols: N parameters (n of them trained), B rows, T tokens a row, L layers, D hidden size, F intermediate size, V
 vocabulary, H heads of width d, G of them for keys and values. Gradients and optimizer state are AdamW's in float32.
 Several processes: what they share is divided by them, what FSDP2 gathers for a while is added.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from inplace_ttt.errors import UserError
+from inplace_ttt.errors import UserError, in_one_line
+from inplace_ttt.hf.attach import inspect, is_attached
 from inplace_ttt.hf.auto import base_config
-from inplace_ttt.train.duration import LOGIT_BYTES, Work, layer_bytes
-from inplace_ttt.train.flops import attention_per_token, products_per_token
 from inplace_ttt.train.loss import tokens_at_once, why_whole
 from inplace_ttt.train.model import count_parameters, prepare_trainable
-from inplace_ttt.train.specs import ParallelSpec, Recipe
+from inplace_ttt.train.specs import ModelSpec, ParallelSpec, Recipe, TokenizerSpec
+from inplace_ttt.train.tokenizer import load_tokenizer
 
+PEAK_TFLOPS: dict[str, tuple[float, float]] = {
+    "B200": (2250, 1125), "H200": (989, 494), "H100 PCIe": (756, 378), "H100 NVL": (835, 417), "H100": (989, 494),
+    "A100": (312, 156), "A800": (312, 156), "H800": (989, 494), "L40S": (362, 183), "L4": (121, 60), "A10G": (70, 35),
+    "RTX 4090": (165, 83), "RTX 3090": (71, 36),
+}  # fmt: skip
+"""By a part of the device's name: dense matrix products in bf16 and in TF32 with float32 sums, from the data sheets."""
+PRODUCTS, ATTENTION, VARLEN, MEMORY = 0.7, 0.53, 0.28, 0.72
+"""Shares of a data sheet's numbers that recorded runs reached: matrix products, PyTorch's attention of whole rows, its
+attention for packed rows, and memory."""
+LOGIT_BYTES = 30
+"""Moved for each entry of the logits: cast to float32, normalised, and back."""
+_QWEN3 = {"model_type": "qwen3", "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
 SHAPES: dict[str, dict[str, Any]] = {
-    "Qwen/Qwen3-4B-Base": {
-        "model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+    "Qwen/Qwen3-4B-Base": _QWEN3 | {
+        "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
         "tie_word_embeddings": True,
     },
-    "Qwen/Qwen3-14B-Base": {
-        "model_type": "qwen3", "hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 40,
-        "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+    "Qwen/Qwen3-14B-Base": _QWEN3 | {
+        "hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 40, "num_attention_heads": 40,
         "tie_word_embeddings": False,
     },
     "meta-llama/Llama-3.1-8B": {
@@ -40,14 +51,18 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on one device, what one process computes and moves for a trained token, tokens that it reads."""
+    """Bytes on one device; FLOPs and moved bytes of a trained token on one process; tokens that a process reads."""
 
     parameters: int
     trained: int
     memory: dict[str, int]
-    work: Work
+    products: float
+    attention: float
+    moved: float
     tokens: int
-    processes: int = 1
+    processes: int
+    is_packed: bool
+    """Whether attention is the one for packed rows."""
 
     @property
     def total(self) -> int:
@@ -56,12 +71,22 @@ class Plan:
 
     @property
     def flops_per_token(self) -> float:
-        """What is computed again included."""
-        return self.work.products + self.work.attention
+        """FLOPs, those of recomputed activations included."""
+        return self.products + self.attention
+
+    def seconds_per_token(self, tflops: float, bandwidth: float) -> float:
+        """Return the time of one process on a device of so many TFLOP/s and TB/s by its data sheet.
+
+        The three parts are added, because eager training overlaps them little. Recorded runs are met within a fifth; a
+        small model that waits for its host takes longer.
+        """
+        peak, rate = tflops * 1e12, MEMORY * bandwidth * 1e12
+        attention = self.attention / (peak * (VARLEN if self.is_packed else ATTENTION))
+        return self.products / (peak * PRODUCTS) + attention + self.moved / rate
 
     def lines(self, tflops: float, bandwidth: float) -> list[str]:
-        """For people; ``tflops`` and ``bandwidth`` (TB/s) of one device by its data sheet."""
-        each = self.work.seconds_per_token(tflops, bandwidth)
+        """Return lines for people; ``tflops`` and ``bandwidth`` (TB/s) of one device by its data sheet."""
+        each = self.seconds_per_token(tflops, bandwidth)
         size, unit = (2**30, "GiB") if self.total >= 2**30 else (2**20, "MiB")
         parts = {**self.memory, "together": self.total}
         return [
@@ -80,163 +105,136 @@ def _count(number: int) -> str:
     return f"{number / 1e9:.3f}B" if number >= 1e9 else f"{number / 1e6:.3f}M"
 
 
-@dataclass(frozen=True)
-class Symbols:
-    """The symbols above of a recipe, for one of its processes, and the settings that the formulas ask for."""
-
-    spec: ParallelSpec
-    N: int
-    n: int
-    B: int
-    T: int
-    own: int
-    """Tokens of a row that this process has."""
-    L: int
-    adapting: int
-    D: int
-    F: int
-    V: int
-    H: int
-    G: int
-    d: int
-    half: int
-    """Bytes of a number in products."""
-    tied: bool
-    head_norms: bool
-    checkpointing: bool
-    logit_tokens: int
-    """Tokens whose logits are there at once."""
-    by_piece: bool
-
-    @property
-    def sharers(self) -> int:
-        """Processes that share weights, gradients and optimizer state."""
-        return self.spec.shard * self.spec.context * self.spec.tensor
-
-    @property
-    def casts(self) -> bool:
-        """Whether autocast runs: FSDP2 has its own mixed precision."""
-        return self.half == 2 and self.spec.processes == 1
-
-    @classmethod
-    def of(cls, recipe: Recipe, model: Any, logit_tokens: int | None) -> "Symbols":
-        config, ttt = model.config.get_text_config(), recipe.ttt_config()
-        spec = recipe.parallel or ParallelSpec()
-        L, D, H, V = config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.vocab_size
-        B, own = recipe.batch_size // (spec.data * spec.shard), recipe.sequence_length // spec.context
-        scored = logit_tokens or B * own
-        if logit_tokens is None and spec.tensor == 1 and why_whole(model) is None:
-            scored = min(scored, tokens_at_once(V))
-        return cls(
-            spec=spec,
-            N=count_parameters(model),
-            n=count_parameters(model, trainable=True),
-            B=B,
-            T=recipe.sequence_length,
-            own=own,
-            L=L,
-            adapting=0 if ttt is None else len(ttt.layer_indices(L)),
-            D=D,
-            F=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * D,
-            V=V,
-            H=H,
-            G=getattr(config, "num_key_value_heads", None) or H,
-            d=getattr(config, "head_dim", None) or D // H,
-            half=2 if recipe.precision == "bf16" else 4,
-            tied=config.tie_word_embeddings,
-            head_norms=any(name.endswith("q_norm") for name, _ in model.named_modules()),
-            checkpointing=recipe.activation_checkpointing,
-            logit_tokens=scored,
-            by_piece=logit_tokens is None and scored < B * own,
-        )
-
-
 def plan(recipe: Recipe, *, logit_tokens: int | None = None) -> Plan:
-    """The plan of a recipe. Builds the model without weights; UserError when its shape cannot be known.
+    """Plan a recipe. Builds the model without weights; UserError when its shape cannot be known.
 
     ``logit_tokens``: how many tokens' logits are there at once; None: as many as `inplace_ttt.train.loss` makes.
     """
     with torch.device("meta"):
         make: Any = AutoModelForCausalLM.from_config
-        model = make(_shape(recipe), dtype=torch.float32)
-    prepare_trainable(model, recipe)
-    s = Symbols.of(recipe, model, logit_tokens)
-    a_step = s.B * s.own * recipe.gradient_accumulation
-    memory = _memory(s, keeps_gradients=recipe.gradient_accumulation > 1, trains_head=recipe.trainable == "all")
-    again = 0 if s.checkpointing or not s.by_piece else 2 * s.V * s.D  # of the pieces' logits
-    work = Work(
-        products=products_per_token(recipe, model, recomputed=True) + again,
-        attention=attention_per_token(recipe, model, recomputed=True),
-        token_bytes=_token_bytes(s),
-        step_bytes=34 * s.n // s.sharers + (3 * s.half * s.N if s.casts else 0),  # norm, AdamW, autocast's copies
-        tokens_per_step=a_step,
-        packed=recipe.attn_implementation in ("auto", "varlen"),
-    )
-    return Plan(s.N, s.n, memory, work, recipe.steps * a_step, s.spec.processes)
+        model = make(_shape(recipe.model, recipe.tokenizer), dtype=torch.float32)
+    config, ttt, spec = model.config.get_text_config(), recipe.ttt_config(), recipe.parallel or ParallelSpec()
+    prepare_trainable(model, ttt, recipe.trainable)
+    N, n = count_parameters(model), count_parameters(model, trainable=True)
+    L, D, H, V = config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.vocab_size
+    F = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * D
+    G, d = getattr(config, "num_key_value_heads", None) or H, getattr(config, "head_dim", None) or D // H
+    B, T = recipe.batch_size // (spec.data * spec.shard), recipe.sequence_length
+    tokens, alone = B * (T // spec.context), spec.processes == 1
+    sharers = spec.shard * spec.context * spec.tensor  # of weights, gradients and optimizer state
+    half = 2 if recipe.precision == "bf16" else 4  # bytes of a number in products
+    casts = half == 2 and alone  # FSDP2 has its own mixed precision, without autocast
+    heads = (H + G) * d
+    head_norms = any(name.endswith("q_norm") for name, _ in model.named_modules())
+    checkpointing, trains_all = recipe.activation_checkpointing, recipe.trainable == "all"
+    scored = logit_tokens or tokens
+    if logit_tokens is None and spec.tensor == 1 and why_whole(model) is None:
+        scored = min(scored, tokens_at_once(V))
+    by_piece = logit_tokens is None and scored < tokens
 
-
-def _memory(s: Symbols, *, keeps_gradients: bool, trains_head: bool) -> dict[str, int]:
-    """Bytes at the peak, the beginning of the backward, by what holds them."""
-    tokens = s.B * s.own
-    kept = 1 if s.checkpointing else s.L  # layers whose activations are there at once
-    adapting_kept = min(kept, s.adapting)
-    # Of one layer and token, kept for the backward: two norms in float32, their outputs (autocast casts them for each
-    # of five projections), queries, keys, values, the attention's output, and the MLP's gate, up, activation, product.
-    heads = (s.H + s.G) * s.d
-    of_layer = 2 * 2 * 4 * s.D + s.half * ((5 if s.casts else 2) * s.D + 2 * heads + 4 * s.F)
-    of_layer += (2 * 4 + s.half) * heads if s.head_norms else 0
-    of_targets = s.D * 8 + s.F * s.half  # and, in the backward, the keys again
-    layers = tokens * (kept * of_layer + adapting_kept * of_targets)
-    logits = s.logit_tokens * s.V * (s.half + 4 + 4)
+    # Memory at the peak, the beginning of the backward. Of one layer and token are kept: two norms in float32, their
+    # outputs (autocast casts them for each of five projections), queries, keys, values, the attention's output, and
+    # the MLP's gate, up, activation, product; of targets, in the backward, the keys again.
+    kept = 1 if checkpointing else L  # layers whose activations are there at once
+    adapting = min(kept, 0 if ttt is None else len(ttt.layer_indices(L)))
+    of_layer = 2 * 2 * 4 * D + half * ((5 if casts else 2) * D + 2 * heads + 4 * F)
+    of_layer += (2 * 4 + half) * heads if head_norms else 0
+    layers = tokens * (kept * of_layer + adapting * (D * 8 + F * half))
+    logits = scored * V * (half + 4 + 4)
     memory = {
-        "weights": 4 * s.N // s.sharers,
-        "optimizer state": 8 * s.n // s.sharers,
-        "weights in bf16 (autocast)": 2 * s.N if s.casts else 0,
+        "weights": 4 * N // sharers,
+        "optimizer state": 8 * n // sharers,
+        "weights in bf16 (autocast)": 2 * N if casts else 0,
         # float32 under autocast
-        "inputs of all layers": tokens * s.L * s.D * (4 if s.spec.processes == 1 else s.half) if s.checkpointing else 0,
+        "inputs of all layers": tokens * L * D * (4 if alone else half) if checkpointing else 0,
         # With checkpointing the logits are gone before the first layer is computed again.
-        "activations": max(layers - logits, 0) if s.checkpointing else layers,
+        "activations": max(layers - logits, 0) if checkpointing else layers,
         "logits and their gradient": logits,
-        "fast weights": 2 * 4 * s.B * s.D * s.F if s.adapting else 0,  # S, and its gradient in the backward
+        "fast weights": 2 * 4 * B * D * F if adapting else 0,  # S, and its gradient in the backward
     }
-    if s.by_piece and trains_head:  # a piece's gradient, and their sum in float32 or its cast
-        memory["the head's gradient, by piece"] = s.V * s.D * (8 if s.half == 2 else 4)
-    if s.spec.processes > 1 and s.spec.tensor == 1:  # the embeddings' and two layers' weights, and their gradients
-        embeddings = s.V * s.D * (1 if s.tied else 2)
-        memory["gathered by FSDP2"] = 2 * s.half * (embeddings + 2 * (s.N - embeddings) // s.L)
-    if s.spec.context > 1:
-        memory["fast weights"] *= (2 if s.spec.slices == "head_tail" else 1) * adapting_kept
-        memory["keys and values of whole rows"] = s.half * s.B * s.T * 2 * s.G * s.d * kept
+    if by_piece and trains_all:  # a piece's gradient, and their sum in float32 or its cast
+        memory["the head's gradient, by piece"] = V * D * (8 if half == 2 else 4)
+    if not alone and spec.tensor == 1:  # the embeddings' and two layers' weights, and their gradients
+        embeddings = V * D * (1 if config.tie_word_embeddings else 2)
+        memory["gathered by FSDP2"] = 2 * half * (embeddings + 2 * (N - embeddings) // L)
+    if spec.context > 1:
+        memory["fast weights"] *= (2 if spec.slices == "head_tail" else 1) * adapting
+        memory["keys and values of whole rows"] = half * B * T * 2 * G * d * kept
     # Gradients take the place of activations on the way back, unless they wait for the next batch of a step.
-    gradients, lasting = 4 * s.n // s.sharers, memory["weights"] + memory["optimizer state"]
-    memory["gradients"] = gradients if keeps_gradients else max(gradients + lasting - sum(memory.values()), 0)
-    return memory
+    gradients, lasting = 4 * n // sharers, memory["weights"] + memory["optimizer state"]
+    is_waiting = recipe.gradient_accumulation > 1
+    memory["gradients"] = gradients if is_waiting else max(gradients + lasting - sum(memory.values()), 0)
+
+    # What element-wise operations of a layer read and write for a token, forward, run one by one: two norms of 8 passes
+    # in float32, two residual sums, rotary embeddings, the MLP's activation and product; norms of the heads, and
+    # autocast's copies for five projections. Then the logits, and by step the norm, AdamW and autocast's copies.
+    layer = 2 * 8 * 8 * D + 24 * D + 40 * heads + 9 * half * F
+    layer += (8 * 8 * heads if head_norms else 0) + (5 * 6 * D if casts else 0)
+    of_token = (4 if checkpointing else 3) * L * layer + LOGIT_BYTES * V * (4 if by_piece else 3) // 3
+    of_step = 34 * n // sharers + (3 * half * N if casts else 0)
+    step = tokens * recipe.gradient_accumulation
+    products, attention = flops_per_token(model, T, is_frozen=not trains_all, recomputed=checkpointing)
+    products += 2 * V * D if by_piece and not checkpointing else 0  # of the pieces' logits, once more
+    is_packed = recipe.attn_implementation in ("auto", "varlen")
+    moved = of_token + of_step / step
+    return Plan(N, n, memory, products, attention, moved, recipe.steps * step, spec.processes, is_packed)
 
 
-def _token_bytes(s: Symbols) -> int:
-    """What element-wise operations move for a token, forward and backward; the loss's last, again by pieces."""
-    layer = layer_bytes(s.D, s.F, s.H * s.d, s.G * s.d, s.half, casts=s.casts, head_norms=s.head_norms)
-    return (4 if s.checkpointing else 3) * s.L * layer + LOGIT_BYTES * s.V * (4 if s.by_piece else 3) // 3
+def _shape(model: ModelSpec, tokenizer: TokenizerSpec) -> Any:
+    """Return the configuration of a model. UserError when it cannot be known."""
+    base = str(model.base)
+    if model.config is not None:
+        trained = tokenizer.train
+        size = trained.vocab_size if trained is not None else len(load_tokenizer(str(tokenizer.path)))
+        values = model.config | {"vocab_size": size}
+    elif base in SHAPES:
+        values = SHAPES[base]
+    else:
+        try:
+            return base_config(base)[0]
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:
+            raise UserError(f"model.base: the shape of {base} is not known: {in_one_line(error)}") from None
+    return AutoConfig.for_model(values["model_type"], **{k: v for k, v in values.items() if k != "model_type"})
 
 
-def _shape(recipe: Recipe) -> Any:
-    if recipe.model.config is not None:
-        values = dict(recipe.model.config)
-        kind, tokenizer = values.pop("model_type"), recipe.tokenizer
-        if tokenizer.train is not None:
-            values["vocab_size"] = tokenizer.train.vocab_size
-        else:
-            from inplace_ttt.train.tokenizer import load_tokenizer
+def flops_per_token(
+    model: PreTrainedModel, length: int, *, is_frozen: bool = False, recomputed: bool = False
+) -> tuple[float, float]:
+    """Return FLOPs of forward and backward: of matrix products, the scan's included, and of attention.
 
-            values["vocab_size"] = len(load_tokenizer(str(tokenizer.path)))
-        return AutoConfig.for_model(kind, **values)
-    base = str(recipe.model.base)
-    if base in SHAPES:
-        values = dict(SHAPES[base])
-        return AutoConfig.for_model(values.pop("model_type"), **values)
-    try:
-        return base_config(base)[0]
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.base: the shape of {base} is not known: {str(error).splitlines()[0]}") from None
+    ``length``: tokens of a row. Of mixtures of experts, all experts count. ``is_frozen``: the base gets no gradients.
+    ``recomputed`` counts what activation checkpointing computes again: it does, and MFU by convention does not.
+    """
+    config = model.config.get_text_config()
+    embeddings: Any = model.get_input_embeddings()
+    products = count_parameters(model) - (0 if config.tie_word_embeddings else embeddings.weight.numel())
+    scan = 2 * sum(math.prod(layer.shape) for layer in inspect(model)) if is_attached(model) else 0
+    # The scan: one more product forward, three more backward.
+    flops = (4 if is_frozen else 6) * products + 4 * scan + (2 * products + scan if recomputed else 0)
+    heads = getattr(config, "num_attention_heads", 0)
+    if not isinstance(heads, int) or heads == 0:
+        return float(flops), 0.0
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    window = getattr(config, "sliding_window", None)
+    seen = length / 2 if not window or window >= length else window
+    # Forward, scores and weighted values: 2 products of 2 H d for each token seen.
+    return float(flops), float((4 if recomputed else 3) * config.num_hidden_layers * 2 * 2 * seen * heads * width)
+
+
+def peak_flops(given: float | None, precision: str) -> float | None:
+    """Return FLOP/s of one device at most: ``given`` TFLOP/s, else a known GPU's; None where neither is there."""
+    if given is not None:
+        return given * 1e12
+    return known_peak(torch.cuda.get_device_name(), precision) if torch.cuda.is_available() else None
+
+
+def known_peak(name: str, precision: str) -> float | None:
+    """Return FLOP/s of a GPU by its name, such as "NVIDIA H100 80GB HBM3"; None for an unknown one."""
+    parts = name.replace("-", " ").split()
+    for known, (bf16, tf32) in PEAK_TFLOPS.items():
+        words = known.split()
+        if any(parts[i : i + len(words)] == words for i in range(len(parts))):
+            return (bf16 if precision == "bf16" else tf32) * 1e12
+    return None

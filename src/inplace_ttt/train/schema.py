@@ -14,6 +14,7 @@ import yaml
 from inplace_ttt.errors import UserError
 
 T = TypeVar("T")
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
 class RecipeError(UserError):
@@ -21,10 +22,13 @@ class RecipeError(UserError):
 
 
 def build(cls: type[T], values: object, where: str = "") -> T:
-    """An instance of the dataclass ``cls`` from a mapping. ``where`` names the place in messages ("data.train").
+    """Build the dataclass ``cls`` from a mapping. ``where`` names the place in messages ("data.train").
 
-    A class attribute ``elsewhere`` says of settings that people look for here what to write instead.
+    A class attribute ``shorthand`` names the field that a bare value is for; ``elsewhere`` says of settings that people
+    look for here what to write instead.
     """
+    if (shorthand := getattr(cls, "shorthand", None)) and isinstance(values, str | list):
+        values = {shorthand: values}
     if not isinstance(values, Mapping):
         raise RecipeError(f"{where or 'the recipe'}: expected settings (key: value), got {_shown(values)}")
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls)) if field.init}
@@ -35,60 +39,54 @@ def build(cls: type[T], values: object, where: str = "") -> T:
             close = difflib.get_close_matches(str(key), fields, 1)
             hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(fields)}"
             raise RecipeError(f"{_join(where, key)}: no such setting, {hint}")
-    hints = typing.get_type_hints(cls)
-    arguments = {key: convert(hints[key], value, _join(where, key)) for key, value in values.items()}
     for name, field in fields.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and name not in arguments:
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING:
             raise RecipeError(f"{_join(where, name)}: missing")
-    return cls(**arguments)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return cls(**{key: convert(hints[key], value, _join(where, key)) for key, value in values.items()})
 
 
 def convert(kind: Any, value: object, where: str) -> Any:
-    """``value`` as the annotated type ``kind``. Raises RecipeError."""
+    """Return ``value`` as the annotated type ``kind``; ``Annotated[int, 1]``: at least 1. Raises RecipeError."""
     origin, inside = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
+    if origin is typing.Annotated:
+        number = convert(inside[0], value, where)
+        if not number >= inside[1]:
+            raise RecipeError(f"{where}: {number} is too small, it must be at least {inside[1]}")
+        return number
     if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in inside:
+        arms = [arm for arm in inside if arm is not types.NoneType]
+        if value is None and len(arms) < len(inside):
             return None
-        return _first_arm([arm for arm in inside if arm is not type(None)], value, where)
+        for arm in arms[:-1]:
+            try:
+                return convert(arm, value, where)
+            except RecipeError:
+                continue
+        return convert(arms[-1], value, where)
     if origin is typing.Literal:
-        if value in inside:
-            return value
-        raise RecipeError(f"{where}: {_shown(value)} is none of {', '.join(map(str, inside))}")
+        if value not in inside:
+            raise RecipeError(f"{where}: {_shown(value)} is none of {', '.join(map(str, inside))}")
+        return value
     if dataclasses.is_dataclass(kind):
-        shorthand = getattr(kind, "from_shorthand", None)
-        return build(typing.cast(type, kind), shorthand(value) if shorthand else value, where)
+        return build(typing.cast(type, kind), value, where)
     if origin is tuple:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
             raise RecipeError(f"{where}: expected a list, got {_shown(value)}")
         return tuple(convert(inside[0], item, f"{where}[{i}]") for i, item in enumerate(items))
-    if origin is dict or kind is dict:
+    if dict in (origin, kind):
         if not isinstance(value, Mapping):
             raise RecipeError(f"{where}: expected settings (key: value), got {_shown(value)}")
         item_kind = inside[1] if inside else Any
         return {str(key): convert(item_kind, item, _join(where, key)) for key, item in value.items()}
-    return _plain(kind, value, where)
-
-
-def _first_arm(arms: list[Any], value: object, where: str) -> Any:
-    for arm in arms[:-1]:
-        try:
-            return convert(arm, value, where)
-        except RecipeError:
-            continue
-    return convert(arms[-1], value, where)
-
-
-def _plain(kind: type, value: object, where: str) -> Any:
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+    if kind is float and type(value) is int:
         return float(value)
-    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+    if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
         return value
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    raise RecipeError(f"{where}: expected {names.get(kind, kind.__name__)}, got {_shown(value)}")
+    raise RecipeError(f"{where}: expected {_WORDS.get(kind, kind.__name__)}, got {_shown(value)}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -101,12 +99,12 @@ _Loader.add_implicit_resolver(
 
 
 def load_yaml(text: str) -> Any:
-    """Plain values of a YAML text. Raises yaml.YAMLError."""
+    """Return the plain values of a YAML text. Raises yaml.YAMLError."""
     return yaml.load(text, Loader=_Loader)
 
 
 def expand_variables(value: Any, where: str = "", optional: str | None = None) -> Any:
-    """Replaces ``${NAME}`` in every text by the environment variable. Raises RecipeError for one that is not set.
+    """Replace ``${NAME}`` in every text by the environment variable. Raises RecipeError for one that is not set.
 
     ``optional``: a setting in which one that is not set stays as it is.
     """
@@ -118,9 +116,7 @@ def expand_variables(value: Any, where: str = "", optional: str | None = None) -
         return value
 
     def replace(match: re.Match[str]) -> str:
-        found = os.environ.get(match[1])
-        if not found and optional is not None and where.split(".")[0] == optional:
-            return match[0]
+        found = os.environ.get(match[1]) or (match[0] if where.split(".")[0] == optional else "")
         if not found:
             raise RecipeError(f"{where}: the environment variable {match[1]} is not set: export {match[1]}=...")
         return found

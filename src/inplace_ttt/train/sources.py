@@ -1,4 +1,4 @@
-"""Document sources: JSON lines, plain text files, Hugging Face datasets, the Python source of installed distributions.
+"""Document sources: JSON lines, plain text files, Hugging Face datasets, the source of Python's standard library.
 
 A source is written ``kind:where``:
 
@@ -6,98 +6,170 @@ A source is written ``kind:where``:
   needed); PATH may be a glob and may end in ``.xz`` or ``.gz``;
 * ``text:PATH`` one UTF-8 file a document; PATH may be a glob (``**`` reaches into folders);
 * ``hf:PLACE?split=train&text=COLUMN`` a dataset of the hub or of a folder, see `inplace_ttt.hub`;
-* ``packages:SPLIT`` the installed distributions that fall into SPLIT (train, validation or test), see
-  `inplace_ttt.train.packages`;
-* ``library:SPLIT`` the source of Python's standard library, see `inplace_ttt.train.library`.
+* ``library:SPLIT`` the running Python's standard library, one document a file: text that every machine has. Files of
+  one top-level module go to one split (train, validation or test), which a hash of its name decides.
 """
 
 import glob
-from collections.abc import Callable, Iterator
+import hashlib
+import platform
+import re
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
-from inplace_ttt.errors import SourceError
+from inplace_ttt.errors import SourceError, UserError
 from inplace_ttt.hub import HubDataset, hub_dataset
 from inplace_ttt.text_files import read_json_lines, read_text
-from inplace_ttt.train.document import SPLITS, Document
-from inplace_ttt.train.library import library
 
-INSTALLED = ("packages", "library")
-"""Kinds of source that name a split of what is installed, not a place."""
+SPLITS = ("train", "validation", "test")
+HELD_OUT_PERCENT = 10
+"""Of the standard library's modules, for validation and for test each."""
+_LEFT_OUT = re.compile(r"(^|/)(tests?|(site|dist)-packages)/|/test_[^/]*$")
+_GENERATED = re.compile(r"auto-?\s?generated|automatically generated|@generated|do not (edit|modify)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text. ``source`` says where it came from, ``licence`` under which terms ("" if unknown)."""
+
+    id: str
+    text: str
+    source: str
+    licence: str = ""
+
+
+class DomainDocuments:
+    """Documents of some sources that hold text, in their order, read anew at every pass, one in memory at a time.
+
+    With ``max_bytes``: those whose identifiers hash lowest, up to that many bytes (the last one is cut), which takes
+    one more pass. Raises UserError where there is no text.
+    """
+
+    def __init__(self, sources: Sequence[str], max_bytes: int | None = None) -> None:
+        self.sources, self.max_bytes = sources, max_bytes
+
+    def __iter__(self) -> Iterator[Document]:
+        is_empty = True
+        for i, document in enumerate(self._all()):
+            is_empty = False
+            if self._bytes_of is None:
+                yield document
+            elif i in self._bytes_of:
+                yield replace(document, text=document.text.encode()[: self._bytes_of[i]].decode(errors="ignore"))
+        if is_empty:
+            raise UserError(f"{', '.join(self.sources)}: no text in there")
+
+    def _all(self) -> Iterator[Document]:
+        return (document for source in self.sources for document in read_source(source) if document.text)
+
+    @cached_property
+    def _bytes_of(self) -> dict[int, int] | None:
+        """Bytes to keep of each document that is taken, by its number; None: take every document."""
+        if self.max_bytes is None:
+            return None
+        found, left = {}, self.max_bytes
+        for _, i, size in sorted((hash_of(d), i, len(d.text.encode())) for i, d in enumerate(self._all())):
+            if left:
+                found[i] = min(size, left)
+                left -= found[i]
+        return found
+
+
+def hash_of(document: Document) -> bytes:
+    """Return a number to order documents by that has nothing to do with where they come from."""
+    return hashlib.sha256(document.id.encode()).digest()
 
 
 def split_source(spec: str) -> tuple[str, str]:
     """``kind:where`` -> (kind, where). Raises SourceError for anything else."""
-    kind, colon, where = spec.partition(":")
-    if not colon or kind not in ("jsonl", "text", "hf", *INSTALLED) or not where:
+    kind, _, where = spec.partition(":")
+    if kind == "packages":
         raise SourceError(
-            f"{spec!r} is no document source: write jsonl:PATH, text:PATH, hf:DATASET, packages:SPLIT or library:SPLIT"
+            f"{spec}: installed packages are no longer read here: write their files with benchmarks/code_documents.py "
+            "and name them as jsonl:PATH"
         )
-    if kind in INSTALLED and where not in SPLITS:
+    if kind not in ("jsonl", "text", "hf", "library") or not where:
+        raise SourceError(f"{spec!r} is no document source: write jsonl:PATH, text:PATH, hf:DATASET or library:SPLIT")
+    if kind == "library" and where not in SPLITS:
         raise SourceError(f"{spec!r}: there is no split {where!r}, only {', '.join(SPLITS)}")
     return kind, where
 
 
 def source_files(spec: str) -> list[Path]:
-    """Local files that a source names, sorted. Raises SourceError when a jsonl: or text: source has none."""
+    """Return the local files that a source names, sorted. Raises SourceError when a jsonl: or text: source has none."""
     kind, where = split_source(spec)
-    if kind in INSTALLED:
+    if kind == "library":
         return []
     if kind == "hf":
         return _dataset(spec).files()
     paths = [Path(where)] if Path(where).is_file() else sorted(map(Path, glob.glob(where, recursive=True)))
-    files = [path for path in paths if path.is_file()]
-    if not files:
+    if not (files := [path for path in paths if path.is_file()]):
         raise SourceError(f"{spec}: no such file (relative paths start at {Path.cwd()})")
     return files
 
 
 def check_source(spec: str) -> None:
-    """Raises SourceError when the source is misspelt or names no file. Reads nothing."""
-    kind, _ = split_source(spec)
-    if kind == "hf":
+    """Raise SourceError when the source is misspelt or names no file. Reads nothing."""
+    if split_source(spec)[0] == "hf":
         _dataset(spec)
-    elif kind not in INSTALLED:
+    else:
         source_files(spec)
 
 
-def read_source(spec: str, packages: Callable[[str], list[Document]] | None = None) -> Iterator[Document]:
-    """Documents of one source, in a fixed order. ``packages`` gives the documents of a split of the distributions."""
+def read_source(spec: str) -> Iterator[Document]:
+    """Yield the documents of one source, in a fixed order."""
     kind, where = split_source(spec)
-    if kind == "packages":
-        if packages is None:
-            raise SourceError(f"{spec}: installed packages are not available here")
-        yield from packages(where)
-        return
     if kind == "library":
         yield from library(where)
-        return
-    if kind == "hf":
-        yield from _rows(_dataset(spec))
-        return
-    for path in source_files(spec):
-        yield from _json_lines(path) if kind == "jsonl" else [_text_file(path)]
+    elif kind == "hf":
+        dataset = _dataset(spec)
+        for number, row in enumerate(dataset.rows(), 1):
+            label = row.get(dataset.id)
+            name = f"{Path(dataset.place).name}:{number}" if label is None else str(label)
+            yield Document(name, row[dataset.text], dataset.place)
+    elif kind == "text":
+        for path in source_files(spec):
+            yield Document(str(path), read_text(path).text, path.name)
+    else:
+        for path in source_files(spec):
+            for number, record in read_json_lines(path):
+                name, source = record.get("id", f"{path.name}:{number}"), record.get("source", path.name)
+                licence = record.get("licence", record.get("license", ""))
+                yield Document(str(name), record["text"], str(source), str(licence))
 
 
 def _dataset(spec: str) -> HubDataset:
     return hub_dataset(spec, split="train")
 
 
-def _rows(dataset: HubDataset) -> Iterator[Document]:
-    for number, row in enumerate(dataset.rows(), 1):
-        label = row.get(dataset.id)
-        name = f"{Path(dataset.place).name}:{number}" if label is None else str(label)
-        yield Document(id=name, text=row[dataset.text], source=dataset.place)
+def library(split: str) -> Iterator[Document]:
+    """Yield a split of the standard library, sorted by path. Raises SourceError where Python has no source files.
+
+    Without tests, generated files, files below 2 KiB, above 1 MiB or with very long lines.
+    """
+    folder, found = Path(sysconfig.get_path("stdlib")), False
+    for path in sorted(folder.rglob("*.py")):
+        name = path.relative_to(folder).as_posix()
+        if split_of(name.split("/")[0]) != split or _LEFT_OUT.search(name):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError):
+            continue
+        is_long = re.search(r"[^\n]{1001}", text) is not None
+        if 2 << 10 <= len(text.encode()) <= 1 << 20 and not is_long and not _GENERATED.search(text[:1500]):
+            found = True
+            yield Document(name, text, f"Python {platform.python_version()}", "PSF-2.0")
+    if not found:
+        raise SourceError(f"library:{split}: this Python's standard library has no source files in {folder}")
 
 
-def _json_lines(path: Path) -> Iterator[Document]:
-    for number, record in read_json_lines(path):
-        yield Document(
-            id=str(record.get("id", f"{path.name}:{number}")),
-            text=record["text"],
-            source=str(record.get("source", path.name)),
-            licence=str(record.get("licence", record.get("license", ""))),
-        )
-
-
-def _text_file(path: Path) -> Document:
-    return Document(id=str(path), text=read_text(path).text, source=path.name)
+def split_of(module: str) -> str:
+    """Return the split of a top-level module, by its file's or folder's name."""
+    percent = int(hashlib.sha256(module.removesuffix(".py").encode()).hexdigest()[:8], 16) / 2**32 * 100
+    if percent < HELD_OUT_PERCENT:
+        return "test"
+    return "validation" if percent < 2 * HELD_OUT_PERCENT else "train"

@@ -1,11 +1,14 @@
 """The settings of a training run by name: a recipe's sections and their defaults."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from inplace_ttt.config import InPlaceTTTConfig
-from inplace_ttt.train.packages import SplitRule
 from inplace_ttt.train.schema import build
+
+Count = Annotated[int, 1]
+CountOrZero = Annotated[int, 0]
+NotNegative = Annotated[float, 0]
 
 
 @dataclass(frozen=True)
@@ -32,29 +35,20 @@ class TrainedTokenizer:
 class TokenizerSpec:
     """Either ``path`` (a directory or hub id) or ``train``. Left out: the base model's tokenizer."""
 
+    shorthand: ClassVar = "path"
+
     path: str | None = None
     train: TrainedTokenizer | None = None
-
-    @staticmethod
-    def from_shorthand(value: object) -> object:
-        """A bare text is the path."""
-        return {"path": value} if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
 class DomainSpec:
-    """Sources (see `inplace_ttt.train.sources`); of all their documents ``max_bytes``, those whose hash is lowest.
+    """Sources (see `inplace_ttt.train.sources`); of all their documents ``max_bytes``, those whose hash is lowest."""
 
-    The manifest of installed distributions lists what was read, not what ``max_bytes`` left of it.
-    """
+    shorthand: ClassVar = "sources"
 
     sources: tuple[str, ...]
-    max_bytes: int | None = None
-
-    @staticmethod
-    def from_shorthand(value: object) -> object:
-        """A bare text or list is the sources."""
-        return {"sources": value} if isinstance(value, str | list) else value
+    max_bytes: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -64,15 +58,18 @@ class DataSpec:
     ``tokenise``: the training split's tokens are made before training and kept, or while training and not kept.
     """
 
+    elsewhere: ClassVar = {
+        "packages": "installed packages are no longer read here: benchmarks/code_documents.py writes their files"
+    }
+
     train: dict[str, DomainSpec]
     validation: dict[str, DomainSpec] = field(default_factory=dict)
     test: dict[str, DomainSpec] = field(default_factory=dict)
-    packages: SplitRule = field(default_factory=SplitRule)
     cache: str = "out/tokens"
     tokenise: Literal["before", "while_training"] = "before"
 
     def split(self, name: str) -> dict[str, DomainSpec]:
-        """Domains of a split by its name."""
+        """Return the domains of a split by its name."""
         return {"train": self.train, "validation": self.validation, "test": self.test}[name]
 
 
@@ -82,29 +79,29 @@ class OptimizerSpec:
 
     lr: float
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = 0
-    min_lr_ratio: float = 0.0
-    weight_decay: float = 0.1
+    warmup_steps: CountOrZero = 0
+    min_lr_ratio: NotNegative = 0.0
+    weight_decay: NotNegative = 0.1
     decay_embeddings: bool = True
     beta1: float = 0.9
     beta2: float = 0.95
-    max_grad_norm: float = 1.0
+    max_grad_norm: NotNegative = 1.0
 
 
 @dataclass(frozen=True)
 class EvaluationSpec:
-    """How losses are measured: during training on ``rows`` validation rows a domain, at the end on test windows.
+    """Measurement of losses: during training on ``rows`` validation rows a domain, at the end on test windows.
 
     ``length``: tokens of a test window (left out: the sequence length); ``windows``: the most of one document;
     ``piece``: tokens read at a time; ``edges``: positions between the buckets; ``batch_size``: windows side by side.
     """
 
-    rows: int = 8
-    length: int | None = None
-    windows: int = 4
-    piece: int = 2048
+    rows: Count = 8
+    length: Annotated[int, 2] | None = None
+    windows: Count = 4
+    piece: Count = 2048
     edges: tuple[int, ...] = ()
-    batch_size: int = 1
+    batch_size: Count = 1
 
 
 @dataclass(frozen=True)
@@ -116,14 +113,12 @@ class ParallelSpec:
     ``slices``, ``attention``: see `inplace_ttt.hf.parallel.enable_context_parallel`.
     """
 
-    elsewhere: ClassVar[dict[str, str]] = {
-        "activation_checkpointing": "write activation_checkpointing in the recipe itself"
-    }
+    elsewhere: ClassVar = {"activation_checkpointing": "write activation_checkpointing in the recipe itself"}
 
-    data: int = 1
-    shard: int = 1
-    context: int = 1
-    tensor: int = 1
+    data: Count = 1
+    shard: Count = 1
+    context: Count = 1
+    tensor: Count = 1
     slices: Literal["head_tail", "contiguous"] = "head_tail"
     attention: Literal["gather", "torch"] = "gather"
 
@@ -138,11 +133,10 @@ class Recipe:
 
     ``align_documents``: documents packed in a row begin at multiples of ``ttt.chunk_size``. ``cut_multiple``: documents
     longer than a row are cut at multiples of so many of their tokens; left out: ``ttt.chunk_size``. ``parallel``:
-    several processes (and checkpoints that any number of them can go on from).
-    ``ttt_relative_update`` chooses the inner learning rate from measured sizes (see `inplace_ttt.train.inner_lr`).
-    ``trainable``: everything, or the base frozen and only the convolution and projection of the targets trained
-    ("adapter"), optionally with the adapting projections. ``report_to``: tensorboard, wandb. ``peak_tflops``: of one
-    device, for the log's MFU; left out: that of known GPUs.
+    several processes (and checkpoints that any number of them can resume). ``ttt_relative_update`` chooses the inner
+    learning rate from measured sizes (see `inplace_ttt.train.sizes`). ``trainable``: everything, or the base frozen and
+    only the convolution and projection of the targets trained ("adapter"), optionally with the adapting projections.
+    ``report_to``: tensorboard, wandb. ``peak_tflops``: of one device, for the log's MFU; left out: that of known GPUs.
     """
 
     name: str
@@ -150,50 +144,41 @@ class Recipe:
     model: ModelSpec
     data: DataSpec
     optimizer: OptimizerSpec
-    sequence_length: int
-    steps: int
+    sequence_length: Annotated[int, 2]
+    steps: Count
     tokenizer: TokenizerSpec = field(default_factory=TokenizerSpec)
     ttt: dict[str, Any] | None = None
-    ttt_lr_warmup_steps: int = 0
+    ttt_lr_warmup_steps: CountOrZero = 0
     ttt_relative_update: float | None = None
     trainable: Literal["all", "adapter", "adapter_and_projections"] = "all"
     activation_checkpointing: bool = False
     report_to: tuple[str, ...] = ()
     peak_tflops: float | None = None
-    batch_size: int = 1
-    gradient_accumulation: int = 1
+    batch_size: Count = 1
+    gradient_accumulation: Count = 1
     precision: Literal["bf16", "fp32"] = "fp32"
     attn_implementation: Literal["auto", "varlen", "flex_attention", "sdpa", "eager"] = "auto"
     compile: bool = False
     align_documents: bool = False
     cut_multiple: int | None = None
     parallel: ParallelSpec | None = None
-    seed: int = 0
-    log_every: int = 10
-    eval_every: int = 0
-    save_every: int = 0
+    seed: CountOrZero = 0
+    log_every: Count = 10
+    eval_every: CountOrZero = 0
+    save_every: CountOrZero = 0
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     raw: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
-
-    @property
-    def alignment(self) -> int:
-        """Documents begin at multiples of this many tokens in a row."""
-        config = self.ttt_config() if self.align_documents else None
-        return 1 if config is None else config.chunk_size
-
-    @property
-    def cut(self) -> int:
-        """Documents longer than a row are cut at multiples of this many of their tokens."""
-        config = self.ttt_config()
-        return self.cut_multiple or (1 if config is None else config.chunk_size)
 
     @property
     def evaluation_length(self) -> int:
         """Tokens of a test window."""
         return self.evaluation.length or self.sequence_length
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that a step of the optimizer reads, padding included."""
+        return self.batch_size * self.gradient_accumulation * self.sequence_length
+
     def ttt_config(self) -> InPlaceTTTConfig | None:
-        """The library's own configuration object, None for the plain model. Raises UserError for bad values."""
-        if self.ttt is None:
-            return None
-        return build(InPlaceTTTConfig, self.ttt, "ttt")
+        """Return the library's own configuration object, None for the plain model. Raises UserError for bad values."""
+        return None if self.ttt is None else build(InPlaceTTTConfig, self.ttt, "ttt")

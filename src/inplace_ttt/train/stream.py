@@ -3,14 +3,14 @@
 Documents are taken from the domain that has given the fewest tokens so far, in the order of its sources; one that ends
 begins again. A *window* is the next ``WINDOW_ROWS`` rows' worth of them, and is cut, packed and shuffled like an epoch
 of its own (`inplace_ttt.train.packing.plan_rows`). So row n depends on sources, tokenizer and settings alone. Where
-each window begins is noted on disk: a run that goes on skips the documents before its window without tokenising them.
+each window begins is noted on disk: a resumed run skips the documents before its window without tokenising them.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -21,24 +21,12 @@ from transformers import PreTrainedTokenizerBase
 
 from inplace_ttt.errors import UserError
 from inplace_ttt.records import write_json
-from inplace_ttt.train.document import Document
-from inplace_ttt.train.packing import Row, TokenStore, plan_rows, row_tensors
+from inplace_ttt.train.packing import Layout, Row, TokenStore, plan_rows, row_tensors
+from inplace_ttt.train.sources import Document
 from inplace_ttt.train.tokenizer import encode_documents
 
 WINDOW_ROWS = 32
 _BATCH_CHARACTERS = 1 << 20  # tokenised at a time, of a domain
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How documents become rows: the settings of `inplace_ttt.train.packing.PackedRows`."""
-
-    sequence_length: int
-    seed: int
-    pad_id: int
-    group: int = 1
-    align: int = 1
-    cut: int = 1
 
 
 class StreamedRows(Dataset[dict[str, Tensor]]):
@@ -75,70 +63,52 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
         return self._plan
 
     def describe(self) -> str:
-        """For people."""
-        return f"{len(self):,} rows of {self.layout.sequence_length:,} tokens, tokenised while training"
+        """Return a line for people."""
+        return f"{len(self):,} rows of {self.layout.length:,} tokens, tokenised while training"
 
     def record(self) -> dict[str, float]:
-        """For the run's record: epochs and padding are not known beforehand."""
+        """Return entries for the run's record: epochs and padding are not known beforehand."""
         return {}
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < self.rows:
             raise IndexError(index)
-        here = self._process == os.getpid()
-        if not here or not self._first <= index < self._first + len(self._plan) + WINDOW_ROWS:
+        is_near = self._first <= index < self._first + len(self._plan) + WINDOW_ROWS
+        if not is_near or self._process != os.getpid():
             self._seek(index)
         while index >= self._first + len(self._plan):
             self._next()
-        layout = self.layout
-        row = self._plan[index - self._first]
-        return row_tensors(self._store, row, layout.sequence_length, layout.pad_id, layout.align)
+        return row_tensors(self._store, self._plan[index - self._first], self.layout)
 
     def _seek(self, index: int) -> None:
-        """To the last known beginning of a window at or before row ``index``."""
+        """Go to the last known beginning of a window at or before row ``index``."""
         self._process = os.getpid()
         if get_worker_info() is not None:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not come along into this process
-        known = [path for path in self._notes.glob("*.json") if int(path.stem) <= index]
-        note = json.loads(max(known, key=lambda path: int(path.stem)).read_text(encoding="utf-8")) if known else {}
+        known = [first for path in self._notes.glob("*.json") if (first := int(path.stem)) <= index]
+        note = json.loads((self._notes / f"{max(known)}.json").read_text(encoding="utf-8")) if known else {}
         self._window, self._first, self._plan = note.get("window", 0) - 1, note.get("first", 0), []
         for name, domain in self._domains.items():
             domain.go_to(*note.get("domains", {}).get(name, (0, 0)))
 
     def _next(self) -> None:
-        layout = self.layout
         self._first += len(self._plan)
         self._window += 1
         documents: list[tuple[str, np.ndarray]] = []
-        missing = max(WINDOW_ROWS, 4 * layout.group) * layout.sequence_length
+        missing = max(WINDOW_ROWS, 4 * self.layout.group) * self.layout.length
         while missing > 0:
             name = min(self._domains, key=lambda name: self._domains[name].tokens)  # the first of equal ones
-            ids = next(self._domains[name])
-            documents.append((name, ids))
-            missing -= len(ids)
+            documents.append((name, next(self._domains[name])))
+            missing -= len(documents[-1][1])
         self._store = TokenStore.build(documents)
-        self._plan, _ = plan_rows(
-            self._store.offsets,
-            layout.sequence_length,
-            layout.seed,
-            self._window,
-            layout.group,
-            layout.align,
-            layout.cut,
-        )
+        self._plan, _ = plan_rows(self._store.offsets, self.layout, self._window)
         if not self._plan:
             raise UserError("there is no text to train on: every document is empty")
-        self._note()
-
-    def _note(self) -> None:
-        """Where the next window begins; whichever process is there first writes it, all would write the same."""
+        # Where the next window begins; whichever process is there first writes it, all would write the same.
         first = self._first + len(self._plan)
-        path = self._notes / f"{first}.json"
-        if path.exists():
-            return
-        domains = {name: (domain.documents, domain.tokens) for name, domain in self._domains.items()}
-        self._notes.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"window": self._window + 1, "first": first, "domains": domains})
+        if not (path := self._notes / f"{first}.json").exists():
+            domains = {name: (domain.documents, domain.tokens) for name, domain in self._domains.items()}
+            write_json(path, {"window": self._window + 1, "first": first, "domains": domains})
 
 
 class _Domain:
@@ -151,7 +121,7 @@ class _Domain:
         self._ids: Iterator[np.ndarray] = iter(())
 
     def go_to(self, documents: int, tokens: int) -> None:
-        """After so many documents, which held so many tokens."""
+        """Continue after so many documents, which held so many tokens."""
         self.documents, self.tokens = documents, tokens
         texts = (document.text for document in islice(self._endless(), documents, None))
         self._ids = encode_documents(self._tokenizer, texts, cut=False, characters=_BATCH_CHARACTERS)

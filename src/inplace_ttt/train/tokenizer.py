@@ -10,8 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from inplace_ttt.errors import UserError, in_one_line
-from inplace_ttt.train.document import Document
-from inplace_ttt.train.domain import hash_of
+from inplace_ttt.train.sources import Document, hash_of
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # every byte and the special token
@@ -27,7 +26,7 @@ _SAMPLE_CHARACTERS = 1 << 18  # of one document, while the tokenizer trains
 def train_tokenizer(
     domains: Sequence[Iterable[Document]], vocab_size: int, max_bytes: int = 32_000_000
 ) -> PreTrainedTokenizerFast:
-    """Trains on about ``max_bytes`` bytes, taken in turn from every domain; iterates twice over each of them.
+    """Train on about ``max_bytes`` bytes, taken in turn from every domain; iterates twice over each of them.
 
     Digits stand alone. The one special token is beginning, end of text and padding. The same documents give the same
     tokenizer on every machine. Raises UserError when the vocabulary is too small or the text too short to fill it.
@@ -51,17 +50,14 @@ def train_tokenizer(
             f"the training text yields only {tokenizer.get_vocab_size()} tokens, not vocab_size {vocab_size}: "
             "give more text or a smaller vocabulary"
         )
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special
     )
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """A tokenizer from a directory or the hub. Raises UserError when there is none or it is not a fast one."""
+    """Load a tokenizer from a directory or the hub. Raises UserError when there is none or it is not a fast one."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError) as error:
@@ -78,7 +74,7 @@ def encode_documents(
     cut: bool | None = None,
     characters: int | None = None,
 ) -> Iterator[np.ndarray]:
-    """Token ids of each text, then the end-of-text token: uint16 [n], uint32 for large vocabularies.
+    """Yield the token ids of each text, then the end-of-text token: uint16 [n], uint32 for large vocabularies.
 
     Special tokens that a text spells out are encoded as ordinary text. Long texts are cut at newlines and encoded on
     all cores, unless the tokenizer gives other tokens for a cut text: then texts are encoded whole.
@@ -102,43 +98,40 @@ def encode_documents(
 
 
 def cut_text(text: str, characters: int = _PIECE_CHARACTERS) -> Iterator[str]:
-    """Pieces of at least ``characters`` characters (the last may be shorter), cut where the tokens do not change."""
+    """Yield pieces of at least ``characters`` characters (the last may be shorter), whose tokens are the text's."""
     start = 0
-    while len(text) - start > characters:
-        match = _CUT.search(text, start + characters)
-        if match is None:
-            break
+    while len(text) - start > characters and (match := _CUT.search(text, start + characters)):
         yield text[start : match.start()]
         start = match.start()
     yield text[start:]
 
 
 def _sample(domains: Sequence[Iterable[Document]], max_bytes: int) -> Iterator[str]:
-    """Documents in the order of their hash, one of each domain in turn, the beginning of each.
+    """Yield documents in the order of their hash, one of each domain in turn, the beginning of each.
 
     Reads every domain twice: for the order and the sizes, then for the texts that are wanted.
     """
-    sizes = [
-        sorted((hash_of(d), i, len(d.text[:_SAMPLE_CHARACTERS].encode())) for i, d in enumerate(documents))
-        for documents in domains
+    known = [
+        (turn, domain, i, size)
+        for domain, documents in enumerate(domains)
+        for turn, (_, i, size) in enumerate(
+            sorted((hash_of(d), i, len(d.text[:_SAMPLE_CHARACTERS].encode())) for i, d in enumerate(documents))
+        )
     ]
-    order, taken = [], 0
-    for turn in range(max(map(len, sizes), default=0)):
-        for domain, known in enumerate(sizes):
-            if turn < len(known) and taken < max_bytes:
-                _, i, size = known[turn]
-                order.append((domain, i))
-                taken += size
-    wanted, texts = set(order), {}
+    wanted: dict[tuple[int, int], str] = {}
+    for _, domain, i, size in sorted(known):
+        if max_bytes > 0:
+            wanted[domain, i] = ""
+            max_bytes -= size
     for domain, documents in enumerate(domains):
         last = max((i for other, i in wanted if other == domain), default=-1)
         for i, document in enumerate(documents):
             if (domain, i) in wanted:
-                texts[domain, i] = document.text[:_SAMPLE_CHARACTERS]
+                wanted[domain, i] = document.text[:_SAMPLE_CHARACTERS]
             if i >= last:
                 break
-    for key in order:
-        yield from cut_text(texts.pop(key))
+    for text in wanted.values():
+        yield from cut_text(text)
 
 
 def _batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
@@ -155,8 +148,8 @@ def _batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
 
 
 def _cutting_is_exact(backend: Tokenizer, texts: Sequence[str]) -> bool:
-    """Whether the first long text (or the first one) gives the same tokens in pieces as whole."""
+    """Tell whether the first long text (or the first one) gives the same tokens in pieces as whole."""
     text = next((text for text in texts if len(text) > 2 * _PIECE_CHARACTERS), texts[0])[: 4 * _PIECE_CHARACTERS]
-    parts = list(cut_text(text, _PIECE_CHARACTERS // 8))
+    parts = cut_text(text, _PIECE_CHARACTERS // 8)
     pieces = [id for part in parts for id in backend.encode(part, add_special_tokens=False).ids]
     return pieces == backend.encode(text, add_special_tokens=False).ids

@@ -3,31 +3,23 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from inplace_ttt.errors import UserError
 from inplace_ttt.hf.attach import is_attached, set_lr, updates_off
 from inplace_ttt.records import peak_memory
 from inplace_ttt.train.loss import loss_in_pieces
-from inplace_ttt.train.monitor import FastWeightMonitor
 from inplace_ttt.train.packing import IGNORED, PackedRows
+from inplace_ttt.train.sizes import FastWeightMonitor
+from inplace_ttt.train.specs import OptimizerSpec, Recipe
 from inplace_ttt.train.stream import StreamedRows
 
 COMPLETE = "complete"
@@ -35,11 +27,61 @@ COMPLETE = "complete"
 Rows = Mapping[str, Sequence[dict[str, Tensor]]]
 
 
+def training_arguments(
+    recipe: Recipe, checkpoints: Path, kind: type[TrainingArguments] = TrainingArguments, **more: Any
+) -> TrainingArguments:
+    """Build the Trainer's arguments from a recipe; it writes to ``checkpoints``. ``more`` replaces some of them."""
+    optimizer, has_cuda = recipe.optimizer, torch.cuda.is_available()
+    values: dict[str, Any] = dict(
+        output_dir=str(checkpoints),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation,
+        learning_rate=optimizer.lr,
+        warmup_steps=optimizer.warmup_steps,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        max_grad_norm=optimizer.max_grad_norm,
+        optim="adamw_torch_fused" if has_cuda else "adamw_torch",
+        bf16=recipe.precision == "bf16",
+        average_tokens_across_devices=False,
+        torch_compile=recipe.compile,
+        logging_steps=recipe.log_every,
+        logging_nan_inf_filter=False,  # it would wait for the device in every step; the log's own check stops the run
+        eval_strategy="steps" if recipe.eval_every else "no",
+        eval_steps=recipe.eval_every or None,
+        save_strategy="steps" if recipe.save_every else "no",
+        save_steps=recipe.save_every or 500,
+        save_total_limit=2,
+        seed=recipe.seed,
+        use_cpu=not has_cuda,
+        dataloader_num_workers=(1 if recipe.data.tokenise == "while_training" else 2) if has_cuda else 0,
+        dataloader_pin_memory=has_cuda,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        disable_tqdm=True,
+        report_to=list(recipe.report_to) or "none",
+        **_schedule(optimizer),
+    )
+    return kind(**values | more)
+
+
+def _schedule(optimizer: OptimizerSpec) -> dict[str, Any]:
+    if optimizer.schedule == "constant":
+        return {"lr_scheduler_type": "constant_with_warmup"}
+    if optimizer.min_lr_ratio:
+        lowest = {"min_lr_rate": optimizer.min_lr_ratio}
+        return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": lowest}
+    return {"lr_scheduler_type": optimizer.schedule}
+
+
 class PackedTrainer(Trainer):
     """``validation`` maps domains to rows; ``tokens_per_step`` is what one optimizer step reads.
 
     ``flops_per_token``, ``peak_flops`` (FLOP/s of all devices together; None: unknown): for the log's MFU. ``monitor``:
-    what the log says of the fast weights. ``say`` gets a line where the loss needs whole logits (`loss_in_pieces`).
+    measures the fast weights for the log. ``say`` gets a line where the loss needs whole logits (`loss_in_pieces`).
     """
 
     def __init__(
@@ -66,12 +108,12 @@ class PackedTrainer(Trainer):
             self.add_callback(monitor)
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
-        """The rows come shuffled already: a resumed run then skips exactly the rows it has read."""
+        """Read the rows in their order, they are shuffled: a resumed run then skips exactly the rows it has read."""
         assert isinstance(self.train_dataset, PackedRows | StreamedRows)
         return SequentialSampler(self.train_dataset)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Matrices, convolutions, and embeddings if asked for; never norms, biases or other vectors."""
+        """Name matrices, convolutions, and embeddings if asked for; never norms, biases or other vectors."""
         embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
         return [
             name
@@ -80,15 +122,15 @@ class PackedTrainer(Trainer):
         ]
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted: it would walk over all modules in every step."""
+        """Count nothing: it would walk over all modules in every step."""
         return 0
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Without a cache: with one, transformers would let packed documents see each other."""
+        """Compute it without a cache: with one, transformers would let packed documents see each other."""
         return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to training's lines: tokens seen, tokens per second (validation not counted), MFU, memory, sizes."""
+        """Add to training's lines tokens seen, tokens per second (validation not counted), MFU, memory, sizes."""
         if "loss" in logs:
             now, step = time.perf_counter(), self.state.global_step
             logs["tokens"] = step * self.tokens_per_step
@@ -97,28 +139,24 @@ class PackedTrainer(Trainer):
                 logs["tokens_per_second"] = (step - self._clock[0]) * self.tokens_per_step / max(elapsed, 1e-9)
                 if self.peak_flops:
                     logs["mfu"] = logs["tokens_per_second"] * self.flops_per_token / self.peak_flops
-            logs["peak_memory_gib"] = peak_memory() / 2**30
+            if memory := peak_memory():
+                logs["peak_memory_gib"] = memory / 2**30
             logs |= {} if self.monitor is None else self.monitor.entries()
             self._clock, self._paused = (step, now), 0.0
             if not math.isfinite(logs["loss"]):
-                raise UserError(
-                    f"the loss is {logs['loss']} at step {step}: lower optimizer.lr or ttt.lr, or set "
-                    "ttt_lr_warmup_steps"
-                )
+                advice = "lower optimizer.lr or ttt.lr, or set ttt_lr_warmup_steps"
+                raise UserError(f"the loss is {logs['loss']} at step {step}: {advice}")
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Starts the clock of the throughput. Losses come from pieces of the tokens, until training ends."""
+        """Start the clock of the throughput. Losses come from pieces of the tokens, until training ends."""
         self._clock = None
         assert isinstance(self.model, PreTrainedModel)
         with loss_in_pieces(self.model, self.say):
             return super().train(*args, **kwargs)
 
     def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Mean validation loss by domain: ``eval_DOMAIN``, and ``eval_DOMAIN_off`` with the updates switched off."""
         started = time.perf_counter()
@@ -129,7 +167,8 @@ class PackedTrainer(Trainer):
         for domain, rows in self.validation.items():
             metrics[f"{metric_key_prefix}_{domain}"] = self._mean_loss(model, rows)
             if is_attached(model):
-                metrics[f"{metric_key_prefix}_{domain}_off"] = self._mean_loss(model, rows, updates=False)
+                with updates_off(model):
+                    metrics[f"{metric_key_prefix}_{domain}_off"] = self._mean_loss(model, rows)
         model.train()
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -137,22 +176,18 @@ class PackedTrainer(Trainer):
         return metrics
 
     @torch.no_grad()
-    def _mean_loss(self, model: nn.Module, rows: Sequence[dict[str, Tensor]], updates: bool = True) -> float:
+    def _mean_loss(self, model: nn.Module, rows: Sequence[dict[str, Tensor]]) -> float:
         """Loss per predicted token over ``rows``, in nats."""
-        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        tokens = 0
-        size = self.args.per_device_eval_batch_size
-        loader: DataLoader[dict[str, Tensor]] = DataLoader(rows, batch_size=size)  # type: ignore[arg-type]
-        with nullcontext() if updates else updates_off(model):
-            for batch in loader:
-                count = int((batch["labels"][:, 1:] != IGNORED).sum())
-                batch = {name: value.to(self.args.device) for name, value in batch.items()}
-                total += self.batch_loss(model, batch).double() * count
-                tokens += count
+        total, tokens = torch.zeros((), dtype=torch.float64, device=self.args.device), 0
+        for batch in DataLoader(rows, batch_size=self.args.per_device_eval_batch_size):  # type: ignore[arg-type]
+            count = int((batch["labels"][:, 1:] != IGNORED).sum())
+            batch = {name: value.to(self.args.device) for name, value in batch.items()}
+            total += self.batch_loss(model, batch).double() * count
+            tokens += count
         return float(total) / max(tokens, 1)
 
     def batch_loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Mean loss of a validation batch."""
+        """Return the mean loss of a validation batch."""
         loss: Tensor = model(**batch, use_cache=False).loss
         return loss
 
@@ -163,22 +198,18 @@ class InnerLrWarmup(TrainerCallback):
     def __init__(self, model: nn.Module, lr: float, steps: int) -> None:
         self.model, self.lr, self.steps = model, lr, steps
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         if state.global_step <= self.steps:
             set_lr(self.model, self.lr * min(1.0, (state.global_step + 1) / self.steps))
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         set_lr(self.model, self.lr)
 
 
 class MarkComplete(TrainerCallback):
     """Marks each checkpoint once all of it is on disk, so that a killed run never resumes from half of one."""
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()  # every rank has written its part
         if args.should_save:
@@ -186,63 +217,44 @@ class MarkComplete(TrainerCallback):
 
 
 class ProgressLines(TrainerCallback):
-    """A progress bar, and a line for every entry of the log."""
+    """A progress bar, and a line for every entry of the log, in place of the Trainer's own printing."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, trainer: Trainer, console: Console) -> None:
         self.console = console
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self.progress = Progress(*columns, console=console, transient=True)
-        self.task: TaskID | None = None
+        self.task = self.progress.add_task("training", start=False)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(self)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.task = self.progress.add_task("training", total=state.max_steps, completed=state.global_step)
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        self.progress.update(self.task, total=state.max_steps, completed=state.global_step)
+        self.progress.start_task(self.task)
         self.progress.start()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         self.progress.stop()
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **_: Any
     ) -> None:
-        if self.task is not None:
-            self.progress.update(self.task, completed=state.global_step)
-        line = log_line(logs or {})
-        if line:
+        self.progress.update(self.task, completed=state.global_step)
+        if line := log_line(logs or {}):
             self.console.print(f"step {state.global_step:>6}  {line}", highlight=False, soft_wrap=True)
 
 
 def log_line(logs: Mapping[str, float]) -> str:
-    """One entry of the log for people; "" for entries that are not about loss."""
+    """Write one entry of the log for people; "" for entries that are not about loss."""
     parts = []
     if "loss" in logs:
+        known = {
+            "grad_norm": "gradient {:.3f}", "learning_rate": "lr {:.2e}", "tokens_per_second": "{:,.0f} tokens/s",
+            "mfu": "MFU {:.1%}", "peak_memory_gib": "{:.1f} GiB",
+        }  # fmt: skip
         parts.append(f"loss {logs['loss']:.4f}")
-        if "grad_norm" in logs:
-            parts.append(f"gradient {logs['grad_norm']:.3f}")
-        parts.append(f"lr {logs.get('learning_rate', 0):.2e}")
-        if "tokens_per_second" in logs:
-            parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
-        if "mfu" in logs:
-            parts.append(f"MFU {logs['mfu']:.1%}")
-        if logs.get("peak_memory_gib"):
-            parts.append(f"{logs['peak_memory_gib']:.1f} GiB")
-        for name, what in (("update_norm", "update"), ("state_norm", "S")):
-            sizes = [value for key, value in logs.items() if key.startswith(f"{name}/")]
-            if sizes:
+        parts += [form.format(logs[name]) for name, form in known.items() if name in logs]
+        for name, what in (("update_norm/", "update"), ("state_norm/", "S")):
+            if sizes := [value for key, value in logs.items() if key.startswith(name)]:
                 parts.append(f"{what}/W0 {max(sizes):.1e}")
     parts += [f"{name.removeprefix('eval_')} {value:.4f}" for name, value in logs.items() if name.startswith("eval_")]
     return "  ".join(parts)
-
-
-def quiet(trainer: Trainer, console: Console) -> None:
-    """Replaces the Trainer's own printing by `ProgressLines`."""
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ProgressLines(console))

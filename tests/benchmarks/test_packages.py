@@ -1,13 +1,21 @@
 """Installed distributions as documents: what takes part, how it is cut and split."""
 
+import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
+from locations import ROOT
 
 from inplace_ttt.errors import SourceError
-from inplace_ttt.train import packages
-from inplace_ttt.train.packages import SplitRule, collect, installed
+from inplace_ttt.train.sources import Document, read_source
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import code_documents
+import packages
+from packages import SplitRule, collect
 
 
 def source(seed: int, size: int) -> str:
@@ -160,7 +168,7 @@ def test_empty_split_is_refused(tmp_path: Path) -> None:
     install(tmp_path, "p", {"p/a.py": source(0, 70 * K)})
     corpus = collect(ALL_TRAIN, [str(tmp_path)])
     assert len(corpus.of("train")) == 1
-    with pytest.raises(SourceError, match="packages:test is empty"):
+    with pytest.raises(SourceError, match="the split test is empty"):
         corpus.of("test")
 
 
@@ -174,7 +182,6 @@ def test_manifest_tells_what_was_used(tmp_path: Path) -> None:
         ("b", "MIT", "test", 1),
     ]
     assert sum(e.bytes for e in corpus.manifest) == sum(len(d.text.encode()) for d in corpus.of("test"))
-    assert installed([str(tmp_path)]) == [("a", "1.0"), ("b", "1.0"), ("gpl", "1.0")]
 
 
 def test_running_environment_has_documents_and_no_standard_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,3 +200,22 @@ def test_order_of_the_record_does_not_matter(tmp_path: Path) -> None:
     install(tmp_path / "a", "p", files)
     install(tmp_path / "b", "p", dict(reversed(files.items())))
     assert list(documents(tmp_path / "a").items()) == list(documents(tmp_path / "b").items())
+
+
+def test_files_hold_the_documents_of_the_recipes_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed, name in enumerate(("pluggy", "flax", "rich", "other")):
+        install(tmp_path / "site", name, {f"{name}/a.py": source(seed, 80 * K)})
+    found = list(packages._distributions([str(tmp_path / "site")]))
+    monkeypatch.setattr(packages, "_distributions", lambda path: found)
+    code_documents.main(tmp_path / "out")
+    corpus = collect(code_documents.SPLITS_OF_THE_RECIPES)
+    for split, names in (("train", ["other"]), ("validation", ["flax", "pluggy"]), ("test", ["rich"])):
+        read = list(read_source(f"jsonl:{tmp_path}/out/{split}.jsonl"))
+        assert read == corpus.of(split)
+        assert [d.id for d in read] == [f"{name}-1.0:{name}" for name in names]
+    assert json.loads((tmp_path / "out" / "packages.json").read_text()) == corpus.manifest_dicts()
+
+
+def test_test_documents_of_different_distributions_come_first() -> None:
+    documents = [Document(f"{name}{i}", "", name) for name in "ab" for i in range(3)]
+    assert [d.id for d in code_documents.spread(documents)] == ["a0", "b0", "a1", "b1", "a2", "b2"]

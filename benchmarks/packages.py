@@ -4,7 +4,7 @@ One document per package directory: its ``.py`` files in path order, each after 
 above 1 MiB is split into its own files and its subdirectories. Documents shorter than 64 KiB are dropped. Left out:
 tests, vendored and generated files, files above 1 MiB or with lines above 1,000 characters, exact duplicates, near
 copies of held-out files, forks of the standard library, and distributions under other licences than
-`inplace_ttt.train.licences` permits. Whole distributions are split into train, validation and test by a hash of their
+`licences` permits. Whole distributions are split into train, validation and test by a hash of their
 name, so that two machines with the same distributions build the same splits.
 """
 
@@ -18,9 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
+from licences import permitted_licence
+
 from inplace_ttt.errors import SourceError
-from inplace_ttt.train.document import SPLITS, Document
-from inplace_ttt.train.licences import permitted_licence
+from inplace_ttt.train.sources import SPLITS, Document
 
 MAX_BYTES = 1 << 20  # of a file, and of a directory that stays one document
 MIN_DOCUMENT_BYTES = 64 << 10
@@ -51,6 +52,7 @@ STANDARD_LIBRARY_FORKS = {
     "zipp",
 }
 OWN_NAME = "inplace-ttt"
+
 
 _LEFT_OUT_FOLDER = re.compile(
     r"_?tests?|_?testing|_?test_\w+|_?vendor(ed)?|_vendoring|_?extern(als?)?|_?third_?party|_distutils|__pycache__",
@@ -106,8 +108,8 @@ class PackageCorpus:
         """Documents of a split. Raises SourceError when it is empty."""
         if not self.documents[split]:
             raise SourceError(
-                f"packages:{split} is empty: no installed distribution of that split has documents of "
-                f"{MIN_DOCUMENT_BYTES >> 10} KiB; name installed ones under packages.{split} in the recipe"
+                f"the split {split} is empty: no installed distribution of it has documents of "
+                f"{MIN_DOCUMENT_BYTES >> 10} KiB; name installed ones"
             )
         return self.documents[split]
 
@@ -131,11 +133,6 @@ class _Distribution:
     version: str
     licence: str
     files: tuple[tuple[str, Path], ...]
-
-
-def installed(path: Sequence[str] | None = None) -> list[tuple[str, str]]:
-    """(normalised name, version) of every distribution, sorted: what decides the corpus."""
-    return sorted({(normalise(d.name), d.version) for d in _distributions(path) if d.name})
 
 
 def collect(rule: SplitRule, path: Sequence[str] | None = None) -> PackageCorpus:
@@ -194,11 +191,11 @@ def _wanted(file: str) -> bool:
         and len(parts) > 1  # a lone module is no package directory
         and ".." not in parts
         and not PurePosixPath(file).is_absolute()
-        and is_source(parts)
+        and _is_source(parts)
     )
 
 
-def is_source(parts: Sequence[str]) -> bool:
+def _is_source(parts: Sequence[str]) -> bool:
     """Whether a file, by the parts of its path, is neither a test, nor vendored, nor generated."""
     return not _LEFT_OUT_FILE.fullmatch(parts[-1]) and not any(map(_LEFT_OUT_FOLDER.fullmatch, parts[:-1]))
 
@@ -206,13 +203,13 @@ def is_source(parts: Sequence[str]) -> bool:
 def _read(files: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, str]]:
     """(name, text) of the files that may take part, in the order given."""
     with ThreadPoolExecutor(8) as pool:
-        texts = pool.map(read_text, [path for _, path in files], chunksize=64)
+        texts = pool.map(_read_text, [path for _, path in files], chunksize=64)
         for (name, _), text in zip(files, texts, strict=True):
             if text is not None:
                 yield name, text
 
 
-def read_text(path: Path) -> str | None:
+def _read_text(path: Path) -> str | None:
     """The text of a file; None for one that is left out."""
     try:
         data = path.read_bytes()
