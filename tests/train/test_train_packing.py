@@ -177,7 +177,7 @@ def test_stores_are_joined_where_they_are(tmp_path: Path) -> None:
 def test_the_share_of_tokens_that_see_an_update() -> None:
     """The tokens behind a document's first chunk; the pieces of a cut one begin anew."""
     store = store_of([8, 8, 24, 100])
-    rows = PackedRows(store, 32, 5, seed=0, pad_id=0, cut=8)
+    rows = PackedRows(store, 5, Layout(32, pad_id=0, cut=8))
     lengths = [piece.length for row in rows.plan for piece in row]
     share = sum(n - 8 for n in lengths if n > 8) / sum(lengths)
     assert 0 < share < 1
