@@ -74,17 +74,17 @@ def naive_update(name, options, state, W0, z, v):
 def naive_adaptive(options, state, W0, z, v):
     S, r, dW = state["S"], state["size"], sum(torch.outer(v[t], z[t]) for t in range(C))
     g = sum(v[t] @ (LR * S @ z[t]) for t in range(C)) / C
-    unit = LR * W0.norm() * dW.norm() / C
+    mean = dW.norm() if r == 0 else 0.95 * state["norm"] + 0.05 * dW.norm()
+    n = torch.maximum(mean, dW.norm())
     if r == 0:
-        size, usual = options["decrease"] / unit, dW.norm()
+        size = options["decrease"] / (LR * W0.norm() * n / C)
     else:
-        size = r * torch.exp(0.1 * torch.clip((g / (r * unit) - 0.0075) / options["width"], -2, 1))
-        usual = 0.8 * state["norm"] + 0.2 * dW.norm()
+        d = LR * r * W0.norm() * n / C
+        size = r * torch.exp(0.1 * torch.clip((g / d - 0.0075) / options["width"], -2, 1))
     size = torch.minimum(size, torch.tensor(options["largest"], dtype=z.dtype))
     m = 0.75 * state["gain"] + 0.25 * g
     keep = (1 - options["decay"]) / (1 + torch.relu(-m - options["tolerance"]) / options["slope"])
-    S = keep * S + size * W0.norm() * dW / torch.maximum(dW.norm(), usual)
-    return {"S": S, "size": size, "gain": m, "norm": usual}
+    return {"S": keep * S + size * W0.norm() * dW / n, "size": size, "gain": m, "norm": mean}
 
 
 def naive_target(target, u, z):

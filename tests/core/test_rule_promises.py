@@ -221,12 +221,15 @@ def test_an_adaptive_size_grows_where_the_loss_asks_for_more_and_shrinks_where_i
     assert torch.allclose(agree["S"], written(first, z, v, slope=1e9)["S"])
 
 
-def test_an_adaptive_size_is_bounded_where_a_text_repeats_itself():
-    """Its loss is gone and with it the gradient; what is left of it agrees with S."""
+def test_an_adaptive_size_stays_where_a_text_repeats_itself():
+    """Its loss is gone and with it the gradient; what is left of it agrees with S. There is a bound as well."""
     z, v = torch.randn(1, C, F, dtype=torch.float64), torch.randn(1, C, D, dtype=torch.float64)
-    state = make_rule("adaptive", {}, {"lr": 1.0}).init(1, D, F, z)
-    for n in range(60):
-        state = written(state, z, v * 0.8**n)
+    state = first = written(make_rule("adaptive", {}, {"lr": 1.0}).init(1, D, F, z), z, v)
+    for n in range(1, 40):
+        state = written(state, z, v * 0.5**n)
+    assert float(state["size"]) < 1.5 * float(first["size"])
+    for _ in range(60):
+        state = written(state, z, v)
     assert float(state["size"]) == 0.005
 
 

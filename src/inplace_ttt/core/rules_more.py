@@ -74,11 +74,12 @@ class Adaptive(Rule):
     with respect to S's scale, in nats per token. As the loss is about convex along S, g is also a lower bound of what S
     gained on the chunk. Before a chunk is written (hypergradient descent, Almeida et al. 1998, Baydin et al. 2018),
 
-    * ``log r' = log r + rate * clip((g / d - aim) / width, -2, 1)``, d = ``lr r |W0| |dW| / C``: what a write of this
-      size promises to first order. The first chunk of a document takes the r for which d = ``decrease``. At most
-      ``largest``: where a text repeats itself, its gradient and d vanish and r would grow for ever;
-    * ``S' = (1 - decay) S / (1 + max(0, -m - tolerance) / slope) + r |W0| dW / max(|dW|, n)``, m the running mean of g
-      over some 4 chunks and n that of |dW| over 5: what hurts shrinks, and a chunk that asks for little writes little.
+    * ``log r' = log r + rate * clip((g / d - aim) / width, -2, 1)``, d = ``lr r |W0| n / C``: what a write of this size
+      promises to first order. The first chunk of a document takes the r for which d = ``decrease``; ``largest`` is a
+      bound;
+    * ``S' = (1 - decay) S / (1 + max(0, -m - tolerance) / slope) + r |W0| dW / n``, m the running mean of g over some 4
+      chunks, n the larger of |dW| and its running mean over 20: what hurts shrinks, and a chunk that asks for little
+      (where a text repeats itself, say) writes little and says little about r.
     """
 
     decay: float = 0.0
@@ -100,14 +101,15 @@ class Adaptive(Rule):
         count = (v != 0).any(-1).sum(1).clamp(min=1)
         dW, norm, slow = outer(v, z), norm_of(v, z), slow_norm(W0, "update_size")
         gain = (self.apply(state, z) * v).sum((1, 2), dtype=S.dtype) / count
-        promise = self.lr * slow * norm / count
+        mean_norm = torch.where(old > 0, torch.lerp(state["norm"], norm, 0.05), norm)
+        usual = torch.maximum(norm, mean_norm)
+        promise = self.lr * slow * usual / count
         tiny = torch.finfo(S.dtype).tiny
         step = ((gain / (old * promise).clamp(min=tiny) - self.aim) / self.width).clamp(-2, 1)
         first = self.decrease / promise.clamp(min=tiny)
         size = torch.where(old > 0, old * (self.rate * step).exp(), first).clamp(max=self.largest)
         mean = torch.lerp(state["gain"], gain, 0.25)
-        usual = torch.where(old > 0, torch.lerp(state["norm"], norm, 0.2), norm)
         keep = (1 - self.decay) / (1 + (-mean - self.tolerance).clamp(min=0) / self.slope)
-        factor = size * slow / torch.maximum(norm, usual)
+        factor = size * slow / usual
         S = keep[:, None, None] * S + factor[:, None, None] * dW
-        return {"S": S, "size": size, "gain": mean, "norm": usual}
+        return {"S": S, "size": size, "gain": mean, "norm": mean_norm}
