@@ -257,6 +257,19 @@ def test_generate_with_an_image(model_type):
     assert not torch.equal(got, off)
 
 
+def test_an_image_that_is_seen_both_ways_with_a_static_cache():
+    """Gemma's tokens of an image see each other; the mask that generate prepares for a static cache shows it."""
+    model, ids = adapted("gemma3"), tokens(1, 2 * C + 3) % (IMAGE - 2) + 1
+    ids[:, 2:4] = IMAGE
+    pixels = torch.randn(2, 3, 28, 28, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "pixel_values": pixels, "token_type_ids": (ids == IMAGE).int()}
+    want, got = (
+        model.generate(**inputs, max_new_tokens=2 * C, do_sample=False, cache_implementation=kind)
+        for kind in (None, "static")
+    )
+    assert torch.equal(got, want)
+
+
 def test_the_vision_tower_sees_nothing_of_fast_weights():
     model, seen = adapted("qwen3_5"), []
     model.model.visual.register_forward_pre_hook(
