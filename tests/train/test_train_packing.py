@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.masking_utils import find_packed_sequence_indices
 
-from inplace_ttt.train.packing import IGNORED, Layout, PackedRows, TokenStore, first_rows, plan_rows, row_tensors
+from inplace_ttt.train.packing import (
+    IGNORED,
+    Layout,
+    PackedRows,
+    TokenStore,
+    TokenWriter,
+    first_rows,
+    plan_rows,
+    row_tensors,
+)
 
 PAD = 0
 T = 16
@@ -157,7 +166,9 @@ def test_stores_are_joined_where_they_are(tmp_path: Path) -> None:
     assert [store[i].tolist() for i in range(3)] == [[1, 2, 3], [4, 5, 6, 7, 8], [1, 2, 3, 4]]
     assert all(np.shares_memory(store[i], parts[0 if i < 2 else 2].tokens) for i in range(3))
     assert store.lengths.tolist() == [3, 5, 4]
-    store.save(tmp_path / "train.text")
+    with TokenWriter(tmp_path / "train.text") as writer:
+        for i, name in enumerate(store.names):
+            writer.add(name, store[i])
     loaded = TokenStore.load(tmp_path / "train.text")
     assert loaded.names == ("0", "1", "0")
     assert [loaded[i].tolist() for i in range(3)] == [store[i].tolist() for i in range(3)]
