@@ -1,11 +1,14 @@
 """read: the text reaches the session whole, however many files and pieces it comes in."""
 
 import codecs
+import re
+import signal
 from importlib import import_module
 
 import pytest
 import torch
-from tiny_models import CHUNK, opened
+from tiny_models import CHUNK, opened, tiny
+from transformers import AutoTokenizer
 
 import inplace_ttt as ittt
 from inplace_ttt.shipped import DEFAULT_MODEL
@@ -176,3 +179,57 @@ def test_saved_while_reading(cli, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(module.Saver, "SHARE", 1e9)
     cli("read", folder.text, "--session", path, "--model", folder.model)
     assert opened(path, folder.model).stats().tokens > 100
+
+
+class TestStudy:
+    @pytest.fixture
+    def study(self, cli, folder, tmp_path):
+        def run(*arguments, model="plain", input=None):
+            objective = ("--objective", "loss") if model == "plain" else ()
+            options = ("--session", tmp_path / "s.session", "--model", getattr(folder, model), *objective)
+            return cli("read", *arguments, *options, "--chunk-size", 4, input=input)
+
+        return run
+
+    def test_files_are_studied_after_they_were_read(self, study, folder, tmp_path):
+        (tmp_path / "a").write_text("the file is read. then it is written! where is the block?\n")
+        result = study(tmp_path / "a", "--study", 0.02)
+        assert result.exit_code == 0, result.output
+        read, studied, stats = result.stdout.splitlines()[:3]
+        assert read.startswith("a: ")
+        assert re.match(r"a: studied 3 sentences and \d+ questions in .* s \(\d+ updates\), loss [\d.]+ to ", studied)
+        model = ittt.attach(tiny(), ittt.InPlaceTTTConfig(objective="loss"))
+        plain = ittt.Session(model, tokenizer := AutoTokenizer.from_pretrained(folder.plain), chunk_size=4)
+        plain.read((tmp_path / "a").read_text())
+        session = ittt.Session.load(tmp_path / "s.session", model, tokenizer)
+        updates = int(re.search(r"\((\d+) updates\)", studied).group(1))
+        assert session.stats().tokens == plain.stats().tokens
+        assert session.stats().updates == -(-plain.stats().tokens // 4) + updates
+        assert f"{session.stats().updates} updates a layer" in stats
+
+    def test_ctrl_c_keeps_what_was_learned(self, study, tmp_path, monkeypatch):
+        (tmp_path / "a").write_text("the file is read. then it is written! where is the block?\n" * 20)
+        real = import_module("inplace_ttt.session.study").learn
+
+        def learn(*arguments):
+            signal.raise_signal(signal.SIGINT)
+            return real(*arguments)
+
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        monkeypatch.setattr("inplace_ttt.session.study.learn", learn)
+        try:
+            result = study(tmp_path / "a", "--study", 0.05)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        assert result.exit_code == 130
+        assert result.stderr == f"interrupted while studying a; that is kept in {tmp_path / 's.session'}\n"
+
+    def test_refusals(self, study, folder, tmp_path):
+        for arguments, model, why in (
+            ((folder.text, "--study", 0), "plain", "--study 0: minutes, above 0"),
+            (("-", "--study", 1), "plain", "standard input cannot: give files"),
+            ((folder.text, "--study", 1), "full", "begin one with --objective loss"),
+        ):
+            result = study(*arguments, model=model, input="some text")
+            assert (result.exit_code, result.stdout) == (2, "")
+            assert why in result.stderr

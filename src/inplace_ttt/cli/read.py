@@ -32,9 +32,14 @@ def read(
     state: State = None,
     device: Device = None,
     objective: Objective = None,
+    study: Annotated[float | None, typer.Option(help="Then study each file so many minutes, to be asked.")] = None,
 ) -> None:
     """Let a session learn from files. Ctrl-C stops and keeps what was learned."""
     sources = [Source(path) for path in files]
+    if study is not None and not study > 0:
+        raise UserError(f"--study {study:g}: minutes, above 0")
+    if study is not None and any(source.piped for source in sources):
+        raise UserError("--study reads its text twice, which standard input cannot: give files")
     if not any(source.size is None or source.size for source in sources):
         raise UserError(f"{files[0]} is empty" if len(files) == 1 else "these files are all empty")
     options = {"window": window, "sinks": sinks, "decay": decay, "chunk_size": chunk_size, "state": state}
@@ -43,7 +48,7 @@ def read(
     from ..session.writers import holding
 
     with holding(session):
-        read_all(sources, session, model, device, options, Console(stderr=True), objective)
+        read_all(sources, session, model, device, options, Console(stderr=True), objective, study)
 
 
 def read_all(
@@ -54,17 +59,29 @@ def read_all(
     options: dict[str, Any],
     log: Any,
     objective: str | None = None,
+    study: float | None = None,
 ) -> None:
-    """Opens the session, reads the sources one after the other, and saves it, whatever happens."""
+    """Opens the session, reads the sources one after the other, and saves it, whatever happens.
+
+    ``study``: minutes for which each source is studied after that.
+    """
     with log.status("loading the model"):
         opened = open_session(session, model, device, options, objective=objective)
-    saver, stopped = Saver(opened, session), False
+    if study is not None and not opened._reader.by_loss:
+        raise UserError("--study needs a session that learns by the loss: begin one with --objective loss")
+    saver, stopped, studying = Saver(opened, session), False, False
+    if opened.warning:
+        typer.echo(f"warning: {opened.warning}", err=True)
     with deferred_interrupt() as interrupt:
         try:
             for source in sources:
                 line = read_one(opened, source, interrupt, saver, log)
                 if source.done or len(sources) > 1:
                     typer.echo(line)
+            for source in sources if study is not None else ():
+                if source.done:
+                    studying = True
+                    typer.echo(study_one(opened, source, study or 0.0, interrupt, saver, log))
         except KeyboardInterrupt:
             stopped = True
         except UserError as error:  # a pipe that breaks off in the middle: what came before it counts
@@ -78,7 +95,8 @@ def read_all(
         raise KeyboardInterrupt if stopped else UserError("standard input is empty: nothing was read")
     typer.echo("\n".join(stats_lines(opened)))
     if stopped:
-        typer.echo(f"interrupted after {source.done:,} bytes of {source.name}; that is kept in {session}", err=True)
+        where = f"while studying {source.name}" if studying else f"after {source.done:,} bytes of {source.name}"
+        typer.echo(f"interrupted {where}; that is kept in {session}", err=True)
         raise typer.Exit(INTERRUPTED)
     typer.echo(f"Session: {session}")
 
@@ -167,6 +185,29 @@ def read_one(session: Any, source: Source, interrupt: "Interrupt", saver: "Saver
     tokens, seconds = session.stats().tokens - before, time.monotonic() - began
     mean = f", loss {losses / count:.3f} nats per token" if count else ""
     return f"{source.name}: {tokens:,} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-9):,.0f}/s){mean}"
+
+
+def study_one(session: Any, source: Source, minutes: float, interrupt: "Interrupt", saver: "Saver", log: Any) -> str:
+    """Studies a source with a progress bar; one line about it. KeyboardInterrupt between two updates."""
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.fields[name]}", markup=False), BarColumn(), TextColumn("{task.fields[what]}"))
+    began = time.monotonic()
+    with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as progress:
+        task = progress.add_task("", total=1.0, name=f"studying {source.name}", what="asking")
+
+        def tell(share: float, loss: float | None) -> None:
+            what = "asking" if loss is None else f"loss {loss:.3f}"
+            progress.update(task, completed=share, what=what)
+            with interrupt.waiting():
+                saver.changed = True
+
+        took = session.study("".join(text for _, text in source.texts()), minutes=minutes, progress=tell)
+    return (
+        f"{source.name}: studied {took.sentences:,} sentences and {took.questions:,} questions in "
+        f"{time.monotonic() - began:.1f} s ({took.updates:,} updates), "
+        f"loss {took.losses[0]:.3f} to {took.losses[-1]:.3f} nats per token"
+    )
 
 
 # -- saving and Ctrl-C -------------------------------------------------------------------------------------------------

@@ -278,7 +278,7 @@ class FastWeights:
             return start
         old = {name: x.index_select(0, index) for name, x in start.items()}  # a copy: others may hold them
         if rule.outer and keep_B1 is None:
-            new = {"S": accumulate(None if self.tensors is None else old["S"], z, v, rule.keep)}
+            new = old | {"S": accumulate(None if self.tensors is None else old["S"], z, v, rule.keep)}
         else:
             with torch.autocast(z.device.type, enabled=False):
                 shrunk = old if keep_B1 is None else {k: scaled(x, keep_B1[index, 0]) for k, x in old.items()}
@@ -286,6 +286,26 @@ class FastWeights:
         whole = len(rows) == self.rows
         self.tensors = new if whole else {name: x.index_copy(0, index, new[name]) for name, x in start.items()}
         return start
+
+    def add(self, rule: Rule, z_BNF: Tensor, v_BND: Tensor, slow: Tensor | None) -> None:
+        """Take in an update that comes from no tokens of the rows, of any length, and count it like a chunk.
+
+        For outer rules.
+        """
+        with torch.autocast(z_BNF.device.type, enabled=False):
+            v = rule.values(z_BNF, v_BND.to(z_BNF.dtype), slow)
+        self._update(list(range(self.rows)), rule, z_BNF, v.to(z_BNF.dtype), None, slow)
+        self.seen = tuple(n + self.chunk_size for n in self.seen)
+
+    def adopt(self, other: "FastWeights") -> None:
+        """Take over a dense state of the same rows that began as this one and has learned since, between two chunks.
+
+        Its updates are counted, and cannot be taken back.
+        """
+        if any(n % self.chunk_size for n in self.seen):
+            raise ValueError("tokens are pending: close their chunk first")
+        self.tensors, self.history, self.kept = other.tensors, {}, (0,) * self.rows
+        self.seen = tuple(mine + more for mine, more in zip(self.seen, other.seen, strict=True))
 
     def close_chunk(self) -> None:
         """End every row's pending chunk here: the next token begins one."""

@@ -211,6 +211,12 @@ class FactoredWeights(FastWeights):
             return super().output(rule, z_BTF, width)
         return (rule.lr * apply(z_BTF, self.left, self.right)).to(z_BTF.dtype)
 
+    def adopt(self, other: FastWeights) -> None:
+        if self.form != "auto":
+            raise UserError(f"a state of rank {self.form} cannot take this: use the dense form")
+        super().adopt(other)
+        self.left, self.right, self.count, self.raw = None, None, (0,) * self.rows, (0,) * self.rows
+
     def before(self, b: int, chunks: int = 1) -> State | None:
         if self.left is None or self.right is None:
             return super().before(b, chunks)

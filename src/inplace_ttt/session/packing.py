@@ -85,7 +85,7 @@ def unpack(session: Session, tensors: dict[str, Tensor], header: dict[str, Any],
         size = reader.root.config.get_text_config().vocab_size
         _check(stream.logits.shape == (size,) and stream.logits.is_floating_point(), "logits")
     shapes = {info.index: info.shape for info in inspect(reader.model)}
-    wanted = set(shapes) if stream.tokens else set()
+    wanted = set(shapes) if stream.tokens or header["fast"] else set()
     _check({int(i) for i in header["fast"]} == wanted, "the fast weights are not those of this model's layers")
     for index, values in header["fast"].items():
         fast = unpack_fast(_take(left, f"fast.{index}."), values, reader, shapes[int(index)])

@@ -40,3 +40,17 @@ class Stats:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Studied:
+    """What a study took. ``questions``: the model's own that were learned; ``losses``: of each update, nats a token."""
+
+    sentences: int
+    questions: int
+    losses: tuple[float, ...]
+
+    @property
+    def updates(self) -> int:
+        """Updates of the fast weights."""
+        return len(self.losses)

@@ -1,5 +1,6 @@
 """Session: a stream that a model keeps learning from."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -17,9 +18,12 @@ from .diagnostics import Timeline, harm, measure
 from .probe import Probe
 from .results import Score as Score
 from .results import Stats as Stats
+from .results import Studied as Studied
 from .sampling import Sampler, Sampling, StopText
 from .sources import Readable, texts, token_ids
 from .stream import Reader, Stream, losses_of
+from .study import study
+from .template import Messages, converse
 from .text import StreamEncoder
 from .writing import check_most, tokens, write
 from .writing import end_tokens as end_tokens
@@ -130,6 +134,17 @@ class Session:
             self._flush()
             return self._reader.commit(self._stream)
 
+    def study(self, source: Readable, *, minutes: float = 2.0, progress: Any = None) -> Studied:
+        """Learn what a text says so that it can be asked for by itself (``ask``), which reading does not do.
+
+        Needs objective "loss". Sentences are learned alone, and questions about them that the model asks and answers
+        with the sentence before it (docs/reading.md). Only the fast weights change: the context stays, with what it
+        holds; what is pending is learned first. ``minutes``: at most. ``progress(share, loss)`` is called on the way;
+        what it raises ends the study, and what was learned until then stays learned.
+        """
+        with self._exclusive():
+            return study(self, source, minutes, progress)
+
     def score(self, source: Readable) -> Score:
         """Loss of a text as the continuation of what was read, learning on the way; the session stays as it was.
 
@@ -178,15 +193,52 @@ class Session:
         with closing(tokens(self, prompt, max_new_tokens, Sampler(Sampling(**sampling)))) as found:
             return list(found)
 
-    def ask(self, question: str, **options: Any) -> Any:
-        """Answers from the fast weights alone: the context is dropped first. Options as for ``generate``.
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        learn: Sequence[str] | None = None,
+        max_new_tokens: int = 256,
+        stream: bool = False,
+        stop: str | Sequence[str] = (),
+        **sampling: Any,
+    ) -> Any:
+        """Read a chat's messages by the tokenizer's chat template and answer, as ``generate`` writes.
 
-        The session stays as it was, whatever is asked. What is not yet in the fast weights (the tokens ``pending`` in
-        ``stats``) cannot be remembered.
+        messages: ``{"role": ..., "content": ...}`` each: those that are new, or the whole chat so far (its beginning
+        must then be what was said, the answers as this returned them). What looks like a special token in them is read
+        as text. learn: roles whose messages are learned with objective "loss"; None: all of them. What the model writes
+        is learned only with ``learn="all"`` of the configuration. With objective "loss" what is pending at the end of
+        the turn is learned then. Raises UserError where the tokenizer has no chat template.
+        """
+        check_most(max_new_tokens)
+        pieces = converse(self, messages, learn, max_new_tokens, StopText(stop), Sampler(Sampling(**sampling)))
+        if stream:
+            return pieces
+        with closing(pieces):
+            return "".join(pieces)
+
+    def ask(self, question: str, *, chat: bool = False, **options: Any) -> Any:
+        """Answer from the fast weights alone: the context is dropped first. Options as for ``generate``.
+
+        ``chat``: as a user's message in the tokenizer's chat template. The session stays as it was, whatever is asked.
+        What is not yet in the fast weights (with objective "learned" the tokens ``pending`` in ``stats``) cannot be
+        remembered; where nothing is in them at all, a warning says so.
         """
         copy = self.fork()  # not in a with statement: with stream=True it writes when this call is over
         copy.drop_context()
-        return copy.generate(question, **options)
+        if not copy.stats().updates:
+            size = self._reader.config.chunk_size
+            warnings.warn(
+                f"nothing has been learned so far (0 updates: a chunk is {size:,} tokens), so the model alone answers: "
+                "read more, or use smaller chunks",
+                stacklevel=2,
+            )
+        return (
+            copy.chat([{"role": "user", "content": question}], **options)
+            if chat
+            else copy.generate(question, **options)
+        )
 
     # -- the stream as a thing ------------------------------------------------------------------------------------
 
@@ -365,14 +417,14 @@ class Session:
         losses = [x for _, found in self._feed(ids, scored) for x in found]
         return Score(tuple(ids) if scored else (), tuple(losses))
 
-    def _feed(self, ids: list[int], scored: bool) -> Iterator[tuple[int, list[float]]]:
+    def _feed(self, ids: list[int], scored: bool, learn: bool = True) -> Iterator[tuple[int, list[float]]]:
         """Feeds ids with a probe where one is due; yields each piece's size and (if scored) losses."""
         self._reader.check(ids)
         at = 0
         while at < len(ids):
             end = at + self._probe.before(self._stream, self._timeline, ids, at)
             before = self._stream.logits
-            for n, logits in self._reader.feed(self._stream, ids[at:end], scored):
+            for n, logits in self._reader.feed(self._stream, ids[at:end], scored, learn=learn):
                 found: list[float] = []
                 if scored:
                     found = losses_of(before, logits, ids[at : at + n])

@@ -6,7 +6,7 @@ arrives the same calls happen to the cache, up to where a call ends inside a chu
 
 import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from numbers import Integral
@@ -18,9 +18,10 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from ..config import InPlaceTTTConfig
 from ..core import FastWeights
+from ..core.algebra import cross_entropies
 from ..errors import UserError
 from ..hf.attach import RUNTIME, runtime_of, unwrap, updates_off
-from ..hf.cache import FastCacheLayer, cache_name, install
+from ..hf.cache import FastCacheLayer, cache_name, fast_layers, install
 from ..hf.loss import commit
 from ..hf.relocate import Relocation
 from ..hf.settings import Settings
@@ -52,6 +53,8 @@ class Stream:
     logits: Tensor | None = None
     """[V]: prediction of the next token; None at a stream's beginning."""
     recent: list[int] = field(default_factory=list)
+    messages: tuple[Mapping[str, str], ...] = ()
+    """What was said in a chat that is still in context; a session's file does not have it."""
 
     def copy(self) -> "Stream":
         """An independent copy that shares tensors which are only ever replaced."""
@@ -205,6 +208,7 @@ class Reader:
         stream.position = stream.cached = 0
         stream.started, stream.logits = False, None
         stream.recent.clear()
+        stream.messages = ()
 
     # -- calls ----------------------------------------------------------------------------------------------------
 
@@ -221,8 +225,25 @@ class Reader:
 
     def commit(self, stream: Stream) -> bool:
         """Learn what is pending as a shorter chunk; return whether there was anything."""
-        with _evaluating(self.model), self.runtime.reading(self.config, self.form), whole(stream.cache):
+        with evaluating(self.model), self.runtime.reading(self.config, self.form), whole(stream.cache):
             return commit(self.runtime, stream.cache)
+
+    def detached(self, stream: Stream) -> dict[int, FastWeights]:
+        """Return dense states of their own that begin as the stream's, with no updates counted."""
+        found = {}
+        for site in self.runtime.running_sites():
+            found[site.index] = FastWeights(1, self.config.chunk_size, self.settings.rule)
+            if (fast := stream.fast.get(site.index)) is not None:
+                found[site.index].tensors = fast.as_dense()
+        return found
+
+    def adopt(self, stream: Stream, states: dict[int, FastWeights]) -> None:
+        """Take over states that began as ``detached`` ones; nothing may be pending."""
+        with self.runtime.reading(self.config, self.form):
+            settings = self.runtime.settings
+            slots = fast_layers(stream.cache, dict.fromkeys(states, False), 1, settings)
+        for i, state in states.items():
+            slots[i].fast.adopt(state)
 
     def feed(
         self, stream: Stream, ids: Sequence[int], scored: bool = False, *, learn: bool = True
@@ -267,7 +288,7 @@ class Reader:
             if self.adapts
             else updates_off(self.model)
         )
-        with _evaluating(self.model), torch.no_grad(), how:
+        with evaluating(self.model), torch.no_grad(), how:
             out = self.model(
                 input_ids=ids.to(self.device),
                 position_ids=positions.to(self.device),
@@ -311,7 +332,7 @@ def losses_of(before: Tensor | None, logits_nV: Tensor, ids: Sequence[int]) -> l
     if not len(rows):
         return []
     wanted = torch.tensor(list(ids)[len(ids) - len(rows) :], device=rows.device)
-    found: list[float] = nn.functional.cross_entropy(rows.float(), wanted, reduction="none").tolist()
+    found: list[float] = cross_entropies(rows, wanted).tolist()
     return found
 
 
@@ -320,7 +341,7 @@ def _is_count(value: Any, least: int) -> bool:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, no dropout; afterwards each module is in the mode in which it was."""
     training = [module for module in model.modules() if module.training]
     for module in training:

@@ -1,18 +1,18 @@
 """A tokenizer's chat template, turn by turn, in token ids."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from itertools import takewhile
 from secrets import token_hex
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import UserError
-from .writing import end_tokens
+from .parts import SessionParts as Session
+from .sampling import Sampler, StopText
+from .writing import end_tokens, read_exactly, write
 
-if TYPE_CHECKING:
-    from .session import Session
-
-Messages = Sequence[dict[str, str]]
+Messages = Sequence[Mapping[str, str]]
 
 WORDS, REPLY = f"words{token_hex(8)}", f"reply{token_hex(8)}"
 """Stand where the user's words and the model's go."""
@@ -55,7 +55,7 @@ class Template:
             session._stream.started = True  # the template itself says how a text begins
         return self._after_prefix(session, ids)
 
-    def conversation(self, session: "Session", messages: Messages, begun: bool) -> list[int]:
+    def conversation(self, session: Session, messages: Messages, begun: bool) -> list[int]:
         """Ids, to be read exactly as they are, that let ``session`` answer new messages of any role.
 
         ``begun``: an answer came before them, whose end was not read. UserError where the template refuses them.
@@ -71,15 +71,25 @@ class Template:
             ids += self._ids(rest)
         return ids if begun else self._after_prefix(session, ids)
 
-    def _turns(self, messages: Messages, contents: Sequence[str], begun: bool) -> str:
-        """New messages as text, with these contents, up to where the answer begins."""
+    def _turns(self, messages: Messages, contents: Sequence[str], begun: bool, prompt: bool = True) -> str:
+        """New messages as text, with these contents; ``prompt``: up to where the answer begins."""
         new = [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
         if not begun:
-            return self._render(new, True)
-        return self._after_reply(self._render([SOME[0], {"role": "assistant", "content": REPLY}, *new], True))
+            return self._render(new, prompt)
+        return self._after_reply(self._render([SOME[0], {"role": "assistant", "content": REPLY}, *new], prompt))
+
+    def by_message(self, messages: Messages, begun: bool, ids: list[int]) -> list[list[int]]:
+        """Cut the ids of a ``conversation`` into those of each message, its frame included, and what follows them."""
+        contents = [message["content"] for message in messages]
+        parts, at = [], 0
+        for n in range(1, len(messages) + 1):
+            end = _common(ids, self._ids(self._turns(messages[:n], contents[:n], begun, False)))
+            parts.append(ids[at:end])
+            at = max(at, end)
+        return [*parts, ids[at:]]
 
     @staticmethod
-    def _after_prefix(session: "Session", ids: list[int]) -> list[int]:
+    def _after_prefix(session: Session, ids: list[int]) -> list[int]:
         """The ids without the tokenizer's prefix, unless a text begins here."""
         stats, encoder = session.stats(), session._encoder
         prefix = [] if encoder is None else encoder.prefix
@@ -142,6 +152,45 @@ class Template:
         if self._controls(ids):
             raise UserError("that has a special token of this model in it, which it cannot read as text: rephrase it")
         return ids
+
+
+def converse(
+    session: Session, messages: Messages, learn: Sequence[str] | None, most: int, stops: StopText, sampler: Sampler
+) -> Generator[str, None, None]:
+    """Yield the answer to a chat's messages, in pieces. See ``Session.chat``."""
+    template = Template.of(session)
+    if template is None:
+        raise UserError("this session's tokenizer has no chat template: use generate or ask without chat")
+    said = session._stream.messages
+    given = tuple({"role": message["role"], "content": message["content"]} for message in messages)
+    new = given[len(said) :] if given[: len(said)] == said else given
+    if not new:
+        raise UserError("there is no new message to answer")
+    begun = bool(said) or template.goes_on(session._stream.recent)
+    before, reply = session.snapshot(), []
+    try:
+        ids = template.conversation(session, new, begun)
+        rest = [ids] if learn is None else template.by_message(new, begun, ids)
+        wanted = [True] if learn is None else [*(message["role"] in learn for message in new), False]
+        done = template.closing(SOME) if begun else []  # was read at the end of the turn before
+        skip = _common(ids, done)
+        for part, is_learned in zip(rest, wanted, strict=True):
+            read_exactly(session, part[skip:], is_learned)
+            skip = max(skip - len(part), 0)
+        with closing(write(session, None, most, stops, sampler)) as pieces:
+            for piece in pieces:
+                reply.append(piece)
+                yield piece
+    except GeneratorExit:
+        pass
+    except BaseException:
+        session.restore(before)
+        raise
+    answered = (*said, *new, {"role": "assistant", "content": "".join(reply)})
+    read_exactly(session, template.closing(answered), learn is None or "assistant" in learn)
+    session._stream.messages = answered
+    if session._reader.by_loss:
+        session.commit()
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -51,11 +51,14 @@ def replay(session: Session, ids: list[int]) -> None:
             session._stream.written += n
 
 
-def read_exactly(session: Session, ids: list[int]) -> None:
-    """Read ids as they are, after held characters; no prefix (BOS) is added where a stream begins."""
+def read_exactly(session: Session, ids: list[int], learn: bool = True) -> None:
+    """Read ids as they are, after held characters; no prefix (BOS) is added where a stream begins.
+
+    ``learn``: False for tokens that are read but not learned (objective "loss").
+    """
     with session._exclusive():
         session._flush()
-        for _ in session._feed(ids, False):
+        for _ in session._feed(ids, False, learn):
             pass
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from inplace_ttt.config import InPlaceTTTConfig
 from inplace_ttt.errors import UserError, in_one_line
-from inplace_ttt.hf.attach import READING, attach, configure, is_attached, runtime_of
+from inplace_ttt.hf.attach import READING, configure, install, is_attached, runtime_of
 from inplace_ttt.hf.checkpoint import from_pretrained, has_fast_weights, is_added, save_pretrained
 from inplace_ttt.hf.names import base_of
 from inplace_ttt.train.specs import Recipe
@@ -55,7 +55,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, attention: s
 def prepare_trainable(model: PreTrainedModel, config: InPlaceTTTConfig | None, trainable: str) -> None:
     """Attach fast weights to a model that has none yet (None: leave it), and freeze what is not ``trainable``."""
     if config is not None:
-        attach(model, config)
+        install(model, config)
     if trainable == "all":
         return
     for name, parameter in model.named_parameters():

@@ -23,7 +23,7 @@ from inplace_ttt.hf.names import base_of, keep_base
 from inplace_ttt.records import write_json
 from inplace_ttt.train.attention import choose_attention
 from inplace_ttt.train.model import build_model, count_parameters, load_saved, recompute_activations, save_model
-from inplace_ttt.train.packing import Layout, PackedRows, TokenStore, first_rows
+from inplace_ttt.train.packing import Layout, PackedRows, TokenStore, first_rows, updates_seen
 from inplace_ttt.train.plan import flops_per_token, peak_flops
 from inplace_ttt.train.prepare import Prepared, documents_of, prepare
 from inplace_ttt.train.report import evaluate, headline, loss_curve, plot_losses, run_record
@@ -220,6 +220,8 @@ def build_trainer(
     build = partial(build_model, recipe, prepared.tokenizer, attention)
     model: Any = build() if rank is None else rank.build(build)
     rows = _rows(recipe, prepared)
+    if (config := recipe.ttt_config()) is not None:
+        say(updates_seen(rows.plan, config.chunk_size, is_all=isinstance(rows, PackedRows)))
     validation = {
         domain: first_rows(store, recipe.evaluation.rows, rows.layout)
         for domain, store in prepared.stores("validation").items()

@@ -1,0 +1,306 @@
+"""Study: learn what a text says so that it can be asked for, with no context left.
+
+Reading stores a text: each fact behind all that came before it. To be found by its key alone, a fact must be learned
+from its key alone. So sentences are learned by themselves, each from an empty context, and questions about them that
+the model asks and answers itself while the sentence is before it. Several such examples make one update.
+"""
+
+import random
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div
+
+from ..config import LOSS_DEFAULTS, InPlaceTTTConfig
+from ..core import FastWeights
+from ..errors import UserError
+from ..hf.attach import runtime_of, updates_off
+from ..hf.loss import learn_from
+from .parts import SessionParts as Session
+from .results import Studied
+from .sources import texts, token_ids
+from .stream import evaluating
+from .template import Template
+from .writing import end_tokens
+
+SHOWN = """\
+Text: The bridge at Helm was built in 1873.
+Question: When was the bridge at Helm built?
+Answer: 1873
+
+Text: Old Mrs. Pratt kept three cats in the attic, which her brother did not like.
+Question: What did Mrs. Pratt keep in the attic?
+Answer: Three cats
+
+Text: He was told that the owner of the Red Lion is Peter Hobbs.
+Question: Who is the owner of the Red Lion?
+Answer: Peter Hobbs
+
+Text: {text}
+Question:"""
+"""How a model is made to ask and to answer, whether it was tuned for chats or not."""
+ANSWER = "{text}\n\n{question}"
+_END = re.compile(r"(?<=[.!?])[\"'\u2019\u201d)\]]*\s+|\n\s*\n\s*")
+
+
+TOKENS = 256
+"""Of one update."""
+PASSES = 16
+"""Over all examples, at most."""
+WRITING, TRIES = 0.35, 4
+"""Share of the time in which questions are written; tries for each sentence."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids to be learned, ``answer``, after ``prompt`` and nothing else.
+
+    ``source``: the prompt with the text before it, by which the model itself tells what to predict (soft targets).
+    """
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    source: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A question about a sentence, and its answer."""
+
+    text: str
+    question: str
+    answer: str
+
+
+def sentences(text: str, shortest: int = 3) -> list[str]:
+    """Return the sentences of a text of at least ``shortest`` words."""
+    ends = [match.end() for match in _END.finditer(text)]
+    parts = [text[i:j].strip() for i, j in zip([0, *ends], [*ends, len(text)], strict=True)]
+    return [part for part in parts if len(part.split()) >= shortest]
+
+
+_WORD = re.compile(r"[^\W_]+")
+_STOP = {"what", "when", "where", "which", "does", "who", "why", "how", "did", "was", "were", "the", "and"}
+
+
+def is_about(pair: Pair) -> bool:
+    """Return whether a question names what the sentence is about, and its answer says more of the sentence."""
+    told, asked, said = ([word.lower() for word in _WORD.findall(x)] for x in (pair.text, pair.question, pair.answer))
+    key = [word for word in asked if len(word) > 2 and word not in _STOP]
+    more = [
+        word for word in said if word in told and word not in {*asked, *_STOP} and (len(word) > 2 or word.isdigit())
+    ]
+    return 2 * sum(word in told for word in key) > len(key) and bool(more)
+
+
+class Examples:
+    """Makes examples of texts for one tokenizer and its chat template, if any. ``prefix``: of a text (BOS)."""
+
+    def __init__(self, tokenizer: Any, template: Template | None, prefix: Sequence[int] = (), most: int = 96) -> None:
+        self.tokenizer, self.template, self.prefix, self.most = tokenizer, template, tuple(prefix), most
+
+    def ids(self, text: str) -> tuple[int, ...]:
+        """Return the ids of a text in which nothing is a special token."""
+        return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def statement(self, text: str) -> list[Example]:
+        """Return a text by itself, in parts that are not too long."""
+        ids = self.ids(text)
+        return [Example(self.prefix, ids[i : i + self.most]) for i in range(0, len(ids), self.most)]
+
+    def chat(self, words: str) -> tuple[int, ...]:
+        """Return the ids of a user's words, up to where the answer begins."""
+        if self.template is None:
+            return (*self.prefix, *self.ids(f"Question: {words}\nAnswer:"))
+        return tuple(self.template.opening((), words))
+
+    def answered(self, pair: Pair, soft: bool = False) -> Example:
+        """Return a question with its answer; ``soft``: with what the model predicts while the text is before it."""
+        source = self.chat(ANSWER.format(text=pair.text, question=pair.question)) if soft else None
+        answer = self.ids(f" {pair.answer}\n") if self.template is None else self.ids(pair.answer)
+        ends = () if self.template is None else self.template.ends
+        return Example(self.chat(pair.question), (*answer, *ends), source)
+
+
+@torch.no_grad()
+def write_many(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    temperature: float = 0.0,
+    batch: int = 256,
+) -> list[str]:
+    """Return the model's own continuations of prompts, without fast weights, up to an end or ``tokens``."""
+    device, ends = model.get_input_embeddings().weight.device, sorted(end_tokens(model, tokenizer))
+    how: dict[str, Any] = {"do_sample": temperature > 0, "pad_token_id": ends[0], "eos_token_id": ends}
+    how |= {"temperature": temperature, "top_k": 0, "top_p": 0.95} if temperature else {}
+    order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [""] * len(prompts)
+    for at in range(0, len(order), batch):
+        some = order[at : at + batch]
+        longest = len(prompts[some[-1]])
+        ids, mask = (torch.zeros(len(some), longest, dtype=torch.int64) for _ in range(2))
+        for row, i in enumerate(some):
+            place = slice(longest - len(prompts[i]), None)
+            ids[row, place], mask[row, place] = torch.tensor(prompts[i]), 1
+        with updates_off(model):
+            out = model.generate(ids.to(device), attention_mask=mask.to(device), max_new_tokens=tokens, **how)
+        for i, text in zip(some, tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True), strict=True):
+            found[i] = text
+    return found
+
+
+def pairs_of(
+    model: Any, examples: Examples, told: Sequence[str], temperature: float = 0.0, batch: int = 256
+) -> list[Pair]:
+    """Return questions about some of the texts, with answers, as the model writes them with the text before it."""
+    prompts = [(*examples.prefix, *examples.ids(SHOWN.format(text=text))) for text in told]
+    found = []
+    for text, wrote in zip(told, write_many(model, examples.tokenizer, prompts, 48, temperature, batch), strict=True):
+        question, _, rest = wrote.strip().partition("\nAnswer:")
+        pair = Pair(text, question.strip(), rest.strip().split("\n")[0].strip())
+        if "\n" not in pair.question and is_about(pair):
+            found.append(pair)
+    return found
+
+
+def in_sentences(model: Any, examples: Examples, pairs: Sequence[Pair], batch: int = 256) -> list[Pair]:
+    """Return the pairs with the answers that the model gives in a chat with the text before it."""
+    prompts = [examples.chat(ANSWER.format(text=x.text, question=x.question)) for x in pairs]
+    replies = write_many(model, examples.tokenizer, prompts, 40, batch=batch)
+    return [Pair(x.text, x.question, reply.strip()) for x, reply in zip(pairs, replies, strict=True)]
+
+
+def study(session: Session, source: Any, minutes: float, progress: Any = None) -> Studied:
+    """Learn a text's sentences, and the model's own questions about them. See ``Session.study``."""
+    reader, tokenizer, began = session._reader, session.tokenizer, time.monotonic()
+    if not reader.by_loss:
+        raise UserError('study needs objective="loss": attach the model with InPlaceTTTConfig(objective="loss")')
+    if tokenizer is None or session._encoder is None:
+        raise UserError("this session has no tokenizer, so it cannot study a text: make it with one")
+    config = replace(reader.config, decay=0.0)
+    if config.update_size == "auto":  # which follows one text; these are many, and the size shrinks with the time
+        config = replace(config, update_size=LOSS_DEFAULTS["update_size"])
+    size = config.update_size
+    config.make_rule().need("outer", "study")
+    if isinstance(reader.form, int):
+        raise UserError(f'study needs dense fast weights, not rank {reader.form}: make the session with state="dense"')
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes < float("inf"):
+        raise UserError(f"minutes {minutes}: a number above 0")
+    if token_ids(source) is not None:
+        raise UserError("study needs a text, not token ids: decode them")
+    told = list(dict.fromkeys(sentences("".join(texts(source)))))
+    if not told:
+        raise UserError("this text has no sentence of three words or more: nothing to study")
+    session._flush()
+    reader.commit(session._stream)
+    template = Template(tokenizer) if getattr(tokenizer, "chat_template", None) else None
+    examples, tell = Examples(tokenizer, template, session._encoder.prefix), progress or (lambda share, loss: None)
+    states = reader.detached(session._stream)
+    pairs: list[Pair] = []
+    losses: list[float] = []
+    seconds = 60 * minutes
+    passed: Callable[[], float] = lambda: (time.monotonic() - began) / seconds  # noqa: E731
+    try:
+        with evaluating(reader.model):
+            for some, temperature in _portions(told, passed):
+                pairs += pairs_of(reader.model, examples, some, temperature)
+                tell(min(passed(), 1.0), None)
+            pairs = list(dict.fromkeys(pairs))
+            known = [x for text in told for x in examples.statement(text)] + [examples.answered(p) for p in pairs]
+            first, shuffle, total = passed(), random.Random(0), PASSES * sum(map(len, known))
+            done = 0
+            for batch in (batch for _ in range(PASSES) for batch in batches(known, TOKENS, shuffle)):
+                share = max((passed() - first) / max(1 - first, 1e-9), done / total)
+                if share >= 1 and losses:
+                    break
+                if isinstance(size, int | float):
+                    config = replace(config, update_size=size * max(1 - share, 0.05))
+                losses.append(learn(reader.model, states, [batch], config))
+                done += sum(map(len, batch))
+                tell(min(first + (1 - first) * share, 1.0), losses[-1])
+    finally:
+        if losses:
+            reader.adopt(session._stream, states)
+    return Studied(len(told), len(pairs), tuple(losses))
+
+
+def _portions(told: Sequence[str], passed: Callable[[], float]) -> Iterator[tuple[list[str], float]]:
+    """Yield sentences to ask about, with a temperature, while there is time; those with names and numbers first."""
+    order = sorted(told, key=lambda text: not re.search(r"\d|\w.*\b[A-Z]", text))
+    for n in range(TRIES):
+        at, size = 0, 8
+        while at < len(order):
+            before = passed()
+            if before >= WRITING:
+                return
+            yield order[at : at + size], 0.8 if n else 0.0
+            at += size
+            size = min(2 * size, 256) if passed() - before < WRITING / 8 else size
+
+
+def batches(examples: Sequence[Example], tokens: int, shuffle: random.Random) -> list[list[Example]]:
+    """Return the examples in batches of about ``tokens`` in random order, those of about one length together."""
+    found: list[list[Example]] = [[]]
+    for example in sorted(examples, key=lambda x: len(x) * shuffle.uniform(0.6, 1.6)):
+        if sum(map(len, found[-1])) >= tokens:
+            found.append([])
+        found[-1].append(example)
+    shuffle.shuffle(found)
+    return found
+
+
+def learn(
+    model: Any, states: dict[int, FastWeights], rows: Sequence[Sequence[Example]], config: InPlaceTTTConfig
+) -> float:
+    """Learn a batch of examples for each of the states' rows as one update; return the loss, nats per token."""
+    device, most = model.get_input_embeddings().weight.device, max(map(len, rows))
+    flat = [x for row in rows for x in (*row, *[None] * (most - len(row)))]
+    ids, targets = _padded([None if x is None else (x.prompt, x.answer) for x in flat], device)
+    soft = [x is not None and x.source is not None for x in flat]
+    is_soft = torch.tensor(soft, device=device)[:, None] & (targets[:, 1:] >= 0)
+    is_hard = ~is_soft & (targets[:, 1:] >= 0)
+    own = _own_predictions(model, [x for x in flat if x is not None and x.source], device) if any(soft) else None
+
+    def loss(logits: Tensor) -> Tensor:
+        hard = logits[:, :-1][is_hard].float()
+        found = cross_entropy(hard, targets[:, 1:][is_hard], reduction="sum")
+        if own is not None:
+            predicted = logits[:, :-1][is_soft].float().log_softmax(-1)
+            found = found + kl_div(predicted, own, reduction="sum", log_target=True)
+        return found
+
+    return float(learn_from(runtime_of(model), states, ids, loss, config)) / max(int((targets >= 0).sum()), 1)
+
+
+@torch.no_grad()
+def _own_predictions(model: Any, examples: Sequence[Example], device: Any) -> Tensor:
+    """Return log p [N, V] at all answers' tokens as the model gives them with the text before it."""
+    ids, targets = _padded([(x.source or (), x.answer) for x in examples], device)
+    with updates_off(model):
+        logits = model(ids, use_cache=False).logits
+    return logits[:, :-1][targets[:, 1:] >= 0].float().log_softmax(-1)  # type: ignore[no-any-return]
+
+
+def _padded(given: Sequence[tuple[Sequence[int], Sequence[int]] | None], device: Any) -> tuple[Tensor, Tensor]:
+    """Return ids [N, n] and, where a token is to be predicted, targets [N, n]; -1 elsewhere."""
+    longest = max(len(p) + len(a) for p, a in (x for x in given if x is not None))
+    ids = torch.zeros(len(given), longest, dtype=torch.int64)
+    targets = torch.full_like(ids, -1)
+    for row, pair in enumerate(given):
+        if pair is None:
+            continue
+        prompt, answer = pair
+        end = len(prompt) + len(answer)
+        ids[row, :end] = torch.tensor([*prompt, *answer])
+        targets[row, len(prompt) : end] = ids[row, len(prompt) : end]
+    targets[:, 0] = -1  # nothing comes before it
+    return ids.to(device), targets.to(device)
