@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packages import SplitRule, collect
 from reading_by_loss import books
 from torch import Tensor, nn
 
@@ -24,7 +25,6 @@ import inplace_ttt as ittt
 from inplace_ttt.hf.load import load
 from inplace_ttt.records import about, write_json
 from inplace_ttt.train.attention import choose_attention
-from inplace_ttt.train.packages import SplitRule, collect
 
 
 def rows_of(texts: list[str], tokenizer: Any, tokens: int, most: int, seed: int) -> Tensor:

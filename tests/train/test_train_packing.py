@@ -15,6 +15,7 @@ from inplace_ttt.train.packing import (
     Layout,
     PackedRows,
     TokenStore,
+    TokenWriter,
     first_rows,
     plan_rows,
     row_tensors,
@@ -167,7 +168,9 @@ def test_stores_are_joined_where_they_are(tmp_path: Path) -> None:
     assert [store[i].tolist() for i in range(3)] == [[1, 2, 3], [4, 5, 6, 7, 8], [1, 2, 3, 4]]
     assert all(np.shares_memory(store[i], parts[0 if i < 2 else 2].tokens) for i in range(3))
     assert store.lengths.tolist() == [3, 5, 4]
-    store.save(tmp_path / "train.text")
+    with TokenWriter(tmp_path / "train.text") as writer:
+        for i, name in enumerate(store.names):
+            writer.add(name, store[i])
     loaded = TokenStore.load(tmp_path / "train.text")
     assert loaded.names == ("0", "1", "0")
     assert [loaded[i].tolist() for i in range(3)] == [store[i].tolist() for i in range(3)]
@@ -177,7 +180,7 @@ def test_stores_are_joined_where_they_are(tmp_path: Path) -> None:
 def test_the_share_of_tokens_that_see_an_update() -> None:
     """The tokens behind a document's first chunk; the pieces of a cut one begin anew."""
     store = store_of([8, 8, 24, 100])
-    rows = PackedRows(store, 5, Layout(32, pad_id=0, cut=8))
+    rows = PackedRows(store, 5, Layout(32, cut=8))
     lengths = [piece.length for row in rows.plan for piece in row]
     share = sum(n - 8 for n in lengths if n > 8) / sum(lengths)
     assert 0 < share < 1

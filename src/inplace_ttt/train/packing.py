@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,11 +60,8 @@ Row = tuple[Piece, ...]
 class JoinedTokens:
     """Arrays end to end, each where it is (on disk, mostly). A slice lies inside one of them, as documents do."""
 
-    def __init__(self, parts: Sequence["np.ndarray | JoinedTokens"]) -> None:
+    def __init__(self, parts: Sequence[Any]) -> None:
         self.parts, self.starts = parts, np.cumsum([0, *map(len, parts)]).tolist()
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
 
     def __getitem__(self, where: slice) -> np.ndarray:
         part = max(bisect.bisect_right(self.starts, where.start) - 1, 0)
@@ -95,9 +92,6 @@ class TokenStore:
         names = tuple(name for store in stores for name in store.names)
         return cls(JoinedTokens([store.tokens for store in stores]), np.cumsum(lengths), names)
 
-    def __len__(self) -> int:
-        return len(self.names)
-
     def __getitem__(self, index: int) -> np.ndarray:
         """Return the ids [n] of a document."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
@@ -107,15 +101,9 @@ class TokenStore:
         """Tokens of each document, int64 [documents]."""
         return np.diff(self.offsets)
 
-    def save(self, stem: Path) -> None:
-        """Write ``stem.tokens`` and ``stem.json``."""
-        with TokenWriter(stem) as writer:
-            for i, name in enumerate(self.names):
-                writer.add(name, self[i])
-
     @classmethod
     def load(cls, stem: Path) -> "TokenStore":
-        """Read what `save` or a `TokenWriter` wrote; the tokens stay on disk until they are used."""
+        """Read what a `TokenWriter` wrote; the tokens stay on disk until they are used."""
         index = json.loads(Path(f"{stem}.json").read_text(encoding="utf-8"))
         offsets, dtype = np.array(index["offsets"], np.int64), np.dtype(index["dtype"])
         tokens = np.memmap(f"{stem}.tokens", dtype, "r") if offsets[-1] else np.zeros(0, dtype)
@@ -123,7 +111,7 @@ class TokenStore:
 
 
 class TokenWriter:
-    """Writes a store a document at a time; inside ``with``, `TokenStore.load` reads the result afterwards."""
+    """Writes ``stem.tokens`` and ``stem.json`` a document at a time, inside ``with``; `TokenStore.load` reads them."""
 
     def __init__(self, stem: Path) -> None:
         self.stem, self.names, self.offsets = stem, list[str](), [0]

@@ -220,8 +220,8 @@ def build_trainer(
     build = partial(build_model, recipe, prepared.tokenizer, attention)
     model: Any = build() if rank is None else rank.build(build)
     rows = _rows(recipe, prepared)
-    if recipe.ttt is not None and (ttt := recipe.ttt_config()) is not None:
-        say(updates_seen(rows.plan, ttt.chunk_size, is_all=isinstance(rows, PackedRows)))
+    if (config := recipe.ttt_config()) is not None:
+        say(updates_seen(rows.plan, config.chunk_size, is_all=isinstance(rows, PackedRows)))
     validation = {
         domain: first_rows(store, recipe.evaluation.rows, rows.layout)
         for domain, store in prepared.stores("validation").items()
