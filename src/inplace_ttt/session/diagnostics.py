@@ -282,7 +282,7 @@ def _state_in_words(sample: Sample) -> str:
 def _advice(sample: Sample, settings: Mapping[str, Any] | None) -> str:
     if settings is None:
         return "Try a decay (0.01, say), half the lr, a clip, or a reset."
-    lr, decay, clip, size = (settings.get(name) for name in ("lr", "decay", "clip", "update_size"))
+    lr, decay, clip, size = settings["lr"], settings["decay"], settings["clip"], settings.get("update_size")
     tries = [f"decay={min(2 * decay, 0.5) or 0.01:.3g} (now {decay:.3g})"]
     updates = [d.update_norm for d in sample.layers if d.update_norm]
     if size == "auto":
