@@ -6,9 +6,11 @@ Texts as in ``long_stream.py``. ``summarise_long_stream.py`` makes the table and
 """
 
 import argparse
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from long_stream import books, code
@@ -17,12 +19,41 @@ from rich.progress import track
 from transformers import AutoTokenizer
 
 import inplace_ttt as ittt
-from inplace_ttt.eval.read_then_ask import Task, ask
+from inplace_ttt.eval.suites.read_then_ask import Answer, Task, trial
+from inplace_ttt.eval.suites.texts import words
 from inplace_ttt.records import about, write_json
 
 TEMPLATES = {"books": "\nCaptain{name} said", "code": "\n    self.kind ={name}\n"}
 MENTIONS, DISTANCES = (1, 2, 4, 8, 16), (0, 1024, 4096)
 LENGTH, DOCUMENTS = 2048, 60
+
+
+def ask(
+    model: Any,
+    tokenizer: Any,
+    documents: Sequence[Sequence[int]],
+    tasks: Sequence[Task],
+    trials: int,
+    progress: Callable[[], None] | None = None,
+    **options: Any,
+) -> Iterator[Answer]:
+    """``trials`` trials of every task, each on the next stretch of the documents. ``options`` go to ``Session``."""
+    session, vocabulary = ittt.Session(model, tokenizer, probe_every=0, **options), words(tokenizer)
+    for task in tasks:
+        stretches = round_and_round(documents, task.length + task.distance)
+        for seed in range(trials):
+            yield trial(session, tokenizer, next(stretches), task, seed, vocabulary)
+            if progress is not None:
+                progress()
+
+
+def round_and_round(documents: Sequence[Sequence[int]], length: int) -> Iterator[Sequence[int]]:
+    """Neighbouring parts of the documents, round and round; UserError when all are too short."""
+    cut = [ids[at : at + length] for ids in documents for at in range(0, len(ids) - length + 1, length)]
+    if not cut:
+        raise ittt.UserError(f"no document has the {length:,} tokens of a trial")
+    while True:
+        yield from cut
 
 
 def main() -> None:

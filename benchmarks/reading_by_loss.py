@@ -1,11 +1,13 @@
 """What a pretrained model gains when it learns from what it reads, with the loss as objective and nothing trained.
 
-    python benchmarks/reading_by_loss.py --model DIR_OR_FILE.gguf --window 512 --name NAME --run RUN --out DIR
+    python benchmarks/reading_by_loss.py --model DIR_OR_FILE.gguf --window 512 --name N --run RUN --books FILE --out DIR
 
-Reads the same documents of two domains (books, and modules of Python's standard library) as rows of one batch, once
-without updates and once for every setting in the file of jobs, and writes one JSON record for each: losses by document
-and position, the gain, and what of it is the text's *own*: the other text of the same kind is read first with the state
-kept, then this one with learning stopped and with learning on. ``--share K/N`` takes every N-th job: one process a GPU.
+Reads the same documents of some domains (``--texts``; by default books, and modules of Python's standard library) as
+rows of one batch, once without updates and once for every setting in the file of jobs, and writes one JSON record for
+each: losses by document and position, the gain, the worst stretch of 5,000 tokens, and what of the gain is the text's
+*own*: the other text of the same kind is read first with the state kept, then this one with learning stopped and with
+learning on. ``--join`` reads all texts of a domain one after another instead, for streams of any length.
+``--share K/N`` takes every N-th job: one process a GPU.
 """
 
 import argparse
@@ -14,45 +16,39 @@ import lzma
 import random
 import sysconfig
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 import inplace_ttt as ittt
-from inplace_ttt.eval.nll import token_losses
+from inplace_ttt.errors import UserError
 from inplace_ttt.hf.attach import runtime_of
 from inplace_ttt.hf.cache import cache_name, cache_of
+from inplace_ttt.hf.load import load
 from inplace_ttt.hf.window import clear
 from inplace_ttt.records import about, write_json
+from inplace_ttt.shipped import SHIPPED
 
 PIECE = 1024
+STRETCH = 5000
+"""Tokens over which reading with updates must not be worse."""
 MODULES = ("argparse", "ast", "inspect", "tarfile", "turtle", "typing", "subprocess", "doctest")
 """Long modules of the standard library."""
 
 
-def load(name: str, window: int | None, device: torch.device) -> tuple[Any, Any]:
-    """A plain model and its tokenizer; Llama weights as a Mistral of a sliding window where one is asked for."""
-    path = Path(name)
-    place = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (name, {})
-    tokenizer = AutoTokenizer.from_pretrained(place[0], **place[1])
-    model: Any = AutoModelForCausalLM.from_pretrained(place[0], dtype=torch.float32, **place[1])
-    if window and model.config.model_type == "llama":
-        values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")}
-        plain = MistralForCausalLM(MistralConfig(**{**values, "sliding_window": window}))
-        plain.load_state_dict(model.state_dict())
-        model = plain
-    return model.to(device).eval(), tokenizer
-
-
-def books(file: Path, seed: int = 0) -> list[str]:
-    """The texts of a file of JSON lines, from a place inside each."""
-    with lzma.open(file, "rt", encoding="utf-8") as lines:
-        return [json.loads(line)["text"][20_000:] for line in lines]
+def books(files: list[Path]) -> list[str]:
+    """The texts of files of JSON lines, from a place inside each."""
+    found = []
+    for file in files:
+        with lzma.open(file, "rt", encoding="utf-8") as lines:
+            found += [json.loads(line)["text"][20_000:] for line in lines]
+    return found
 
 
 def modules() -> list[str]:
@@ -61,10 +57,57 @@ def modules() -> list[str]:
     return [(folder / f"{name}.py").read_text(encoding="utf-8") for name in MODULES]
 
 
-def rows(texts: list[str], tokenizer: Any, tokens: int) -> Tensor:
-    """Ids [documents, tokens] of the texts that are long enough."""
-    begin = tokenizer("").input_ids  # a beginning of text, for models that have one
-    ids = [(begin + tokenizer(text, add_special_tokens=False).input_ids)[:tokens] for text in texts]
+def library() -> list[str]:
+    """All larger modules of the standard library, by path."""
+    folder, left_out = Path(sysconfig.get_paths()["stdlib"]), {"test", "tests", "site-packages", "dist-packages"}
+    found = []
+    for path in sorted(folder.rglob("*.py")):
+        if not left_out & set(path.relative_to(folder).parts) and path.stat().st_size > 10_000:
+            found.append(path.read_text(encoding="utf-8", errors="ignore"))
+    return found
+
+
+def permuted(text: str) -> str:
+    """A text with its letters exchanged for one another: a language of known words' lengths and unknown words."""
+    small = list("abcdefghijklmnopqrstuvwxyz")
+    random.Random(1).shuffle(small)
+    order = "".join(small)
+    return text.translate(str.maketrans("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", order + order.upper()))
+
+
+def shuffled(text: str) -> str:
+    """A text with its words in random order."""
+    words = text[:200_000].split()
+    random.Random(2).shuffle(words)
+    return " ".join(words)
+
+
+def repeated(text: str) -> str:
+    """The first page of a text, over and over."""
+    return (text[:2000] + "\n\n") * 100
+
+
+FOREIGN = {"permuted": permuted, "shuffled": shuffled, "repeated": repeated}
+"""Texts that a guard is for, made from books."""
+
+
+def texts(domain: str, files: list[Path], own: dict[str, Path]) -> list[str]:
+    """The documents of a domain; "random" has none (its tokens are drawn)."""
+    if domain in own:
+        return [own[domain].read_text(encoding="utf-8")]
+    if domain in FOREIGN:
+        return [FOREIGN[domain](text) for text in books(files)]
+    return {"books": lambda: books(files), "code": modules, "library": library, "random": list}[domain]()
+
+
+def rows(texts: list[str], tokenizer: Any, tokens: int, join: bool = False) -> Tensor:
+    """Ids [documents, tokens] of the texts that are long enough; ``join``: of all texts, one after another."""
+    first = tokenizer("").input_ids  # a beginning of text, for models that have one
+    ids = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts]
+    if join:
+        whole, step = [x for part in ids for x in part], tokens - len(first)
+        ids = [whole[at : at + step] for at in range(0, len(whole), step)]
+    ids = [(first + part)[:tokens] for part in ids]
     return torch.tensor([x for x in ids if len(x) == tokens])
 
 
@@ -85,20 +128,18 @@ def read(model: Any, ids: Tensor, cache: Any = None, learn: bool = True) -> tupl
         cache = cache_of(out)
         logits = out.logits if last is None else torch.cat([last, out.logits], 1)
         targets = part if last is not None else part[:, 1:]
-        for row, target in zip(logits[:, : targets.shape[1]], targets, strict=True):
-            losses.append(nn.functional.cross_entropy(row.float(), target, reduction="none").cpu())
+        pairs = zip(logits[:, : targets.shape[1]], targets, strict=True)
+        losses.append(
+            torch.stack([nn.functional.cross_entropy(x.float(), y, reduction="none") for x, y in pairs]).cpu()
+        )
         last = out.logits[:, -1:]
-    pieces = len(losses) // len(ids)
-    found = torch.stack(losses).view(pieces, len(ids), -1) if ids.shape[1] <= PIECE else None
-    if found is not None:
-        return found[0], cache
-    whole = [torch.cat([losses[p * len(ids) + b] for p in range(pieces)]) for b in range(len(ids))]
-    return torch.stack(whole), cache
+    return torch.cat(losses, 1), cache
 
 
 def figures(on: Tensor, off: Tensor) -> dict[str, Any]:
     """Means over all tokens and over the last quarter, by document, and by position (512 tokens each)."""
     quarter = slice(3 * on.shape[1] // 4, None)
+    worse = stretches(on - off)
     positions = lambda x: [float(part.mean()) for part in x.mean(0).split(512)]  # noqa: E731
     return {
         "on": float(on.mean()),
@@ -106,9 +147,19 @@ def figures(on: Tensor, off: Tensor) -> dict[str, Any]:
         "gain": float((off - on).mean()),
         "gain_last_quarter": float((off - on)[:, quarter].mean()),
         "gain_by_document": (off - on).mean(1).tolist(),
+        "worst_stretch": float(worse.max()),
+        "worst_stretch_by_document": worse.tolist(),
+        "gain_by_stretch": [[float(x.mean()) for x in row.split(STRETCH)] for row in off - on],
         "on_by_position": positions(on),
         "off_by_position": positions(off),
     }
+
+
+def stretches(worse: Tensor) -> Tensor:
+    """The largest mean [documents] of a difference [documents, tokens] over ``STRETCH`` tokens in a row."""
+    n = min(STRETCH, worse.shape[1])
+    sums = nn.functional.pad(worse.double().cumsum(1), (1, 0))
+    return (sums[:, n:] - sums[:, :-n]).amax(1) / n
 
 
 def own_gain(model: Any, ids: Tensor) -> dict[str, float]:
@@ -117,93 +168,144 @@ def own_gain(model: Any, ids: Tensor) -> dict[str, float]:
     state = {i: fast.fork() for i, fast in ittt.fast_weights(cache).items()}
     clear(cache)
     stopped, _ = read(model, ids, cache, learn=False)
-    fresh = DynamicCache(config=model.config)
-    read(model, ids[:, :1], fresh)  # makes the layers
-    clear(fresh)
-    for i, fast in state.items():
-        layer: Any = fresh.layers[i]
-        layer.fast, layer.record = fast, None
-    learning, _ = read(model, ids, fresh)
+    learning, _ = read(model, ids, with_state(model, state, ids))
     return {"after_another_stopped": float(stopped.mean()), "after_another": float(learning.mean()),
             "own_gain": float((stopped - learning).mean())}  # fmt: skip
 
 
+def settings_of(job: dict[str, Any]) -> dict[str, Any]:
+    """A job with the defaults that it leaves out."""
+    given = {k: v for k, v in job.items() if k not in ("name", "own", "other", "method")}
+    config = ittt.InPlaceTTTConfig(**{"objective": "loss", **given})
+    kept = ("layers", "chunk_size", "update_size", "decay", "rule", "lr")
+    return {name: getattr(config, name) for name in kept} | job
+
+
 def measure(model: Any, data: dict[str, Tensor], off: dict[str, Tensor], job: dict[str, Any]) -> dict[str, Any]:
-    """One setting, all domains."""
+    """One setting, all domains. Objective "learned": a model that has fast weights already, as it is."""
     settings = {k: v for k, v in job.items() if k not in ("name", "own", "other")}
-    ittt.attach(model, ittt.InPlaceTTTConfig(objective="loss", **settings))
+    if job.get("objective") != "learned":
+        if ittt.is_attached(model):
+            ittt.detach(model)
+        ittt.attach(model, ittt.InPlaceTTTConfig(**{"objective": "loss", **settings}))
     found: dict[str, Any] = {}
-    try:
-        for domain, ids in data.items():
-            start = time.perf_counter()
-            on, cache = read(model, ids)
-            row = figures(on, off[domain])
-            row["seconds"] = time.perf_counter() - start
-            if job.get("other"):
-                clear(cache)
-                other = next(x for name, x in data.items() if name != domain)[: len(ids), :2048]
-                before = token_losses_off(model, other)
-                state = cache if len(other) == len(ids) else None
-                if state is not None:
-                    after, _ = read(model, other, state, learn=False)
-                    row["other_domain"] = {"before": float(before.mean()), "after": float(after.mean())}
-            if job.get("own", True):
-                row |= own_gain(model, ids)
-            found[domain] = row
-    finally:
-        ittt.detach(model)
+    for domain, ids in data.items():
+        start = time.perf_counter()
+        on, cache = read(model, ids)
+        row = figures(on, off[domain])
+        row["seconds"] = time.perf_counter() - start
+        if job.get("other"):
+            row["other_domains"] = dict(others(model, cache, domain, data))
+        if job.get("own", True) and len(ids) > 1 and job.get("objective") != "learned":
+            row |= own_gain(model, ids)
+        found[domain] = row
     return found
 
 
-def token_losses_off(model: Any, ids: Tensor) -> Tensor:
-    """Losses without updates."""
-    with ittt.updates_off(model):
-        return token_losses(model, ids, PIECE).cpu()
+def others(model: Any, cache: Any, domain: str, data: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, float]]]:
+    """Losses on the first 2,048 tokens of the other domains, without updates and after a text with learning stopped."""
+    learned = {i: fast.fork() for i, fast in ittt.fast_weights(cache).items()}
+    rows_read = next(iter(learned.values())).rows
+    for name, ids in data.items():
+        if name != domain:
+            own = ids[torch.arange(rows_read, device=ids.device) % len(ids), :2048]
+            with ittt.updates_off(model):
+                before, _ = read(model, own)
+            after, _ = read(model, own, with_state(model, learned, own), learn=False)
+            yield name, {"before": float(before.mean()), "after": float(after.mean())}
+
+
+def with_state(model: Any, learned: dict[int, Any], ids: Tensor) -> Any:
+    """An empty cache with fast weights in it."""
+    cache = DynamicCache(config=model.config)
+    read(model, ids[:, :1], cache)  # makes the layers
+    clear(cache)
+    for i, fast in learned.items():
+        layer: Any = cache.layers[i]
+        layer.fast, layer.record = fast.fork(), None
+    return cache
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--name", required=True, help="of the model, in the records")
-    parser.add_argument("--window", type=int, default=None)
-    parser.add_argument("--books", type=Path, required=True, help="JSON lines, xz")
+    parser = arguments_of(__doc__)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--documents", type=int, default=None, help="of each domain, at most")
-    parser.add_argument("--jobs", type=Path, default=Path(__file__).parent / "reading_jobs.yaml")
-    parser.add_argument("--run", required=True, help="which list of the file of jobs")
-    parser.add_argument("--share", default="0/1")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=1e9, help="no new job after so many")
+    parser.add_argument("--texts", default="books,code", help="domains, separated by commas")
+    parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="a text as another domain")
+    parser.add_argument("--join", action="store_true", help="read the texts of a domain one after another")
+    parser.add_argument("--weights", choices=("trained", "random"), default="trained")
     arguments = parser.parse_args()
     begin, device = time.perf_counter(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load(arguments.model, arguments.window, device)
-    texts = {"books": books(arguments.books), "code": modules()}
-    data = {k: rows(v, tokenizer, arguments.tokens)[: arguments.documents].to(device) for k, v in texts.items()}
-    off = {domain: read(model, ids)[0] for domain, ids in data.items()}
+    model, tokenizer = plain(arguments, "learned" if arguments.model == SHIPPED else "loss")
+    if arguments.weights == "random":
+        torch.manual_seed(0)
+        ittt.detach(model)
+        model = AutoModelForCausalLM.from_config(model.config).eval()
+    model = model.to(device)
+    own = {name: Path(file) for name, file in (x.split("=", 1) for x in arguments.text)}
+    data = {}
+    for domain in [*filter(None, arguments.texts.split(",")), *own]:
+        ids = rows(texts(domain, arguments.books, own), tokenizer, arguments.tokens, arguments.join)
+        if domain == "random":
+            shape = (arguments.documents or 4, arguments.tokens)
+            ids = torch.randint(len(tokenizer), shape, generator=torch.Generator().manual_seed(0))
+        if not len(ids):
+            raise UserError(f"no text of {domain} has {arguments.tokens:,} tokens: ask for fewer by --tokens")
+        data[domain] = ids[: arguments.documents].to(device)
+    with ittt.updates_off(model) if ittt.is_attached(model) else torch.no_grad():
+        off = {domain: read(model, ids)[0] for domain, ids in data.items()}
     print({k: (tuple(v.shape), round(float(off[k].mean()), 4)) for k, v in data.items()}, flush=True)
-    jobs = yaml.safe_load(arguments.jobs.read_text())[arguments.run]
-    own, of = map(int, arguments.share.split("/"))
-    random.seed(0)
-    for job in jobs[own::of]:
-        if time.perf_counter() - begin > arguments.seconds:
-            print("out of time before", job["name"], flush=True)
-            break
-        found = measure(model, data, off, job)
+    for job in jobs_of(arguments, begin):
+        try:
+            found = measure(model, data, off, job)
+        except UserError as error:
+            print(f"{job['name']}: {error}", flush=True)
+            continue
         record = {
             "name": job["name"], "model": arguments.name, "window": arguments.window, "tokens": arguments.tokens,
-            "settings": job, "domains": found, **about(),
+            "weights": arguments.weights, "settings": settings_of(job), "domains": found, **about(),
         }  # fmt: skip
         write_json(arguments.out / f"{arguments.run}-{job['name']}.json", record)
-        say = {
-            d: (
-                round(r["gain"], 3),
-                round(r["gain_last_quarter"], 3),
-                round(r.get("own_gain", 0), 3),
-                round(r["seconds"]),
+        for domain, row in found.items():
+            own_part = f", own {row['own_gain']:+.3f}" if "own_gain" in row else ""
+            print(
+                f"{arguments.name} {job['name']} {domain}: gain {row['gain']:+.4f}, last quarter "
+                f"{row['gain_last_quarter']:+.4f}{own_part}, worst stretch {row['worst_stretch']:+.4f}, "
+                f"{row['seconds']:.0f} s",
+                flush=True,
             )
-            for d, r in found.items()
-        }
-        print(arguments.name, job["name"], say, flush=True)
+
+
+def arguments_of(doc: str | None) -> argparse.ArgumentParser:
+    """The arguments that the benchmarks of reading share."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help=f"a directory, a GGUF file, or {SHIPPED!r}")
+    parser.add_argument("--tokenizer", type=Path, default=None, help="a directory, where the model's own is not good")
+    parser.add_argument("--name", required=True, help="of the model, in the records")
+    parser.add_argument("--window", type=int, default=None)
+    parser.add_argument("--books", type=Path, nargs="+", default=[], help="JSON lines, xz")
+    parser.add_argument("--jobs", type=Path, default=Path(__file__).parent / "reading_jobs.yaml")
+    parser.add_argument("--run", required=True, help="which list of the file of jobs")
+    parser.add_argument("--share", default="0/1", help="K/N: every N-th job from the K-th on")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=1e9, help="no new job after so many")
+    return parser
+
+
+def plain(arguments: argparse.Namespace, objective: str = "loss") -> tuple[Any, Any]:
+    """The model in float32 on the CPU, attached, and its tokenizer."""
+    where = {"window": arguments.window, "tokenizer": arguments.tokenizer}
+    return load(arguments.model, "cpu", objective=objective, **where)
+
+
+def jobs_of(arguments: argparse.Namespace, begin: float) -> Iterator[dict[str, Any]]:
+    """This process's jobs, until the time is over."""
+    own, of = map(int, arguments.share.split("/"))
+    for job in yaml.safe_load(arguments.jobs.read_text())[arguments.run][own::of]:
+        if time.perf_counter() - begin > arguments.seconds:
+            print("out of time before", job["name"], flush=True)
+            return
+        yield job
 
 
 if __name__ == "__main__":

@@ -13,32 +13,134 @@ RESULTS = Path(__file__).parent / "results" / "reading"
 
 def records() -> list[dict[str, Any]]:
     """All records, by model, window, length and gain."""
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    return sorted(found, key=lambda r: (r["window"] or 0, r["tokens"], -gain(r)))
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.rglob("*.json"))]
+    return sorted(found, key=lambda r: (r.get("window") or 0, r.get("tokens", 0), -gain(r)))
 
 
 def gain(record: dict[str, Any]) -> float:
     """Mean gain over the domains."""
-    return sum(d["gain"] for d in record["domains"].values()) / len(record["domains"])
+    domains = record.get("domains", {}).values()
+    return sum(d["gain"] for d in domains) / len(domains) if domains else 0
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """Markdown."""
-    lines = [
-        "| attention | tokens | layers | C | r | decay | books | last quarter | own | code | last quarter | own |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for r in found:
-        s = r["settings"]
-        size = s.get("update_size") or f"{s.get('rule')}, lr {s.get('lr')}"
-        cells = [f"window {r['window']}" if r["window"] else "full", f"{r['tokens']:,}", f"`{s['layers']}`"]
-        cells += [str(s["chunk_size"]), f"{size:g}" if isinstance(size, float) else size, f"{s.get('decay', 0):g}"]
-        for name in ("books", "code"):
-            d = r["domains"][name]
-            own = f"{d['own_gain']:.3f}" if "own_gain" in d else ""
-            cells += [f"{d['gain']:.3f}", f"{d['gain_last_quarter']:.3f}", own]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def kind_of(record: dict[str, Any]) -> str:
+    """Which table a record belongs to."""
+    if "curve" in record or "prompts" in record:
+        return "none"
+    if "shape" in record:
+        return "cost"
+    if "method" in record["settings"]:
+        return "rivals"
+    if record["tokens"] > 100_000:
+        return "streams"
+    if "shuffled" in record["domains"]:
+        return "foreign"
+    return "gain" if record["model"] == "smollm2" else "models"
+
+
+def reads(r: dict[str, Any]) -> list[str]:
+    """Cells that say how a record was read: attention, tokens, layers, C, r, decay."""
+    s = r["settings"]
+    size = s.get("update_size") or f"{s.get('rule')}, lr {s.get('lr')}"
+    cells = [f"window {r['window']}" if r["window"] else "full", f"{r['tokens']:,}", f"`{s['layers']}`"]
+    return [*cells, str(s["chunk_size"]), f"{size:g}" if isinstance(size, float) else size, f"{s.get('decay', 0):g}"]
+
+
+def gains(r: dict[str, Any], *, quarter: bool = True) -> list[str]:
+    """Cells of both domains: gain, over the last quarter, own."""
+    cells = []
+    for name in ("books", "code"):
+        d = r["domains"][name]
+        own = f"{d['own_gain']:.3f}" if "own_gain" in d else ""
+        cells += [f"{d['gain']:.3f}", *([f"{d['gain_last_quarter']:.3f}"] if quarter else []), own]
+    return cells
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))
+
+
+HOW = ["attention", "tokens", "layers", "C", "r", "decay"]
+BOTH = ["books", "last quarter", "own", "code", "last quarter", "own"]
+
+
+def tables(found: list[dict[str, Any]]) -> dict[str, str]:
+    """Markdown by name, of the kinds that have records."""
+    by: dict[str, list[dict[str, Any]]] = {}
+    for record in found:
+        by.setdefault(kind_of(record), []).append(record)
+    made: dict[str, str] = {}
+    if rows := by.get("gain"):
+        made["gain"] = markdown([*HOW, *BOTH], [[*reads(r), *gains(r)] for r in rows])
+    if rows := sorted(by.get("models", []), key=lambda r: (r["model"], -gain(r))):
+        made["other models"] = markdown(
+            ["model", "setting", *HOW[3:], *BOTH], [[r["model"], r["name"], *reads(r)[3:], *gains(r)] for r in rows]
+        )
+    if rows := sorted(by.get("rivals", []), key=lambda r: (r["settings"]["chunk_size"], -gain(r))):
+        made["rivals"] = markdown(
+            ["learns", "by", "lr", "C", "books", "own", "code", "own"],
+            [[*rival(r), *gains(r, quarter=False)] for r in rows],
+        )
+    if rows := by.get("streams"):
+        made["streams"] = markdown(
+            ["text", "streams", *HOW[1:2], *HOW[3:], "gain", "last quarter", "worst stretch"],
+            [[*stream, *reads(r)[1:2], *reads(r)[3:], *values] for r in rows for stream, values in stretches(r)],
+        )
+    if rows := by.get("foreign"):
+        names = list(rows[0]["domains"])
+        made["foreign"] = markdown(
+            ["model", "setting", "attention", *names],
+            [[r["model"], r["name"], reads(r)[0], *(f"{r['domains'][n]['worst_stretch']:+.3f}" for n in names)]
+             for r in rows if set(names) <= set(r["domains"])],
+        )  # fmt: skip
+    if other := [r for r in by.get("gain", []) if any("other_domains" in d for d in r["domains"].values())]:
+        cells = [
+            [*reads(r)[:1], *reads(r)[3:], domain, name, f"{x['before']:.3f}", f"{x['after']:.3f}",
+             f"{x['after'] - x['before']:+.3f}"]
+            for r in other for domain, d in r["domains"].items() for name, x in d.get("other_domains", {}).items()
+        ]  # fmt: skip
+        made["other domains"] = markdown(["attention", *HOW[3:], "read", "then", "before", "after", "change"], cells)
+    if rows := by.get("cost"):
+        made["cost"] = markdown(
+            ["shape", "layers", "attention", "plain (s)", "by the loss (s)", "speed", "with all logits", "extra peak"],
+            [cost(r) for r in rows],
+        )
+    return made
+
+
+def rival(r: dict[str, Any]) -> list[str]:
+    """Cells that say what learned how."""
+    s = r["settings"]
+    if s["method"] == "loss":
+        return ["**this library**", "sized", f"{s['update_size']:g}", str(s["chunk_size"])]
+    return [s["method"], s["optimizer"], f"{float(s['lr']):g}", str(s["chunk_size"])]
+
+
+def stretches(r: dict[str, Any]) -> list[tuple[list[str], list[str]]]:
+    """Cells of each domain of a stream."""
+    return [
+        ([name, str(len(d["gain_by_document"]))],
+         [f"{d['gain']:.3f}", f"{d['gain_last_quarter']:.3f}", f"{d['worst_stretch']:+.3f}"])
+        for name, d in r["domains"].items()
+    ]  # fmt: skip
+
+
+def cost(r: dict[str, Any]) -> list[str]:
+    """Cells of a row of the cost."""
+    speed, memory = r["speed"], r["memory"]
+    extra = (
+        f"{memory['extra_gib']:.2f} GiB"
+        if "extra_gib" in memory
+        else "out of memory"
+        if "loss_failed" in memory
+        else ""
+    )
+    return [
+        r["shape"], str(r["adapting"]), r["attention"], f"{speed['seconds']['plain']:.2f}",
+        f"{speed['seconds']['loss']:.2f}", f"{speed['loss over plain']:.2f}",
+        f"{speed['loss over plain, all logits']:.2f}", extra,
+    ]  # fmt: skip
 
 
 def draw(path: Path) -> None:
@@ -90,7 +192,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plot", type=Path, default=None)
     arguments = parser.parse_args()
-    print(table(records()))
+    for name, table in tables(records()).items():
+        print(f"{name}:\n\n{table}\n")
     if arguments.plot:
         draw(arguments.plot)
 

@@ -9,7 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from inplace_ttt.eval.read_then_ask import CONDITIONS, share
+import numpy as np
+
+from inplace_ttt.eval.suites.read_then_ask import CONDITIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks" / "results"
@@ -38,6 +40,16 @@ def asked() -> str:
                 recognised = _cell([a["recognised"]["memory"] for a in found])
                 lines.append(f"| {name} | {mentions} | {distance:,} | {' | '.join(cells)} | {recognised} |")
     return "\n".join(lines)
+
+
+def share(answers: list[bool]) -> tuple[float, float, float]:
+    """Share of successes and its 95% interval (Wilson); nan, 0 and 1 without answers."""
+    n, z = len(answers), 1.959964
+    if not n:
+        return float("nan"), 0.0, 1.0
+    p = float(np.mean(answers))
+    middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return p, float((middle - half) / (1 + z * z / n)), float((middle + half) / (1 + z * z / n))
 
 
 def _cell(hits: list[bool]) -> str:

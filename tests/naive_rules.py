@@ -17,6 +17,7 @@ RULE_CASES = {
     "delta": ("delta", {"decay": DECAY}),
     "momentum": ("momentum", {"decay": DECAY, "beta": 0.7}),
     "muon": ("muon", {"decay": DECAY}),
+    "adaptive": ("adaptive", {"decay": DECAY, "decrease": 0.01, "tolerance": 0.0, "slope": 0.5, "width": 2.0}),
 }
 TARGET_CASES = {
     f"{name} {extra or 'plain'}": (name, {} if not extra else {extra: 0.3 if extra == "ridge" else True})
@@ -62,7 +63,24 @@ def naive_update(name, options, state, W0, z, v):
     if name == "momentum":
         M = options["beta"] * state["M"] + v.T @ z
         return {"S": keep * S + M, "M": M}
+    if name == "adaptive":
+        return naive_adaptive(options, state, W0.detach(), z, v)
     return {"S": keep * S + naive_write(name, options, W0, z, v)}
+
+
+def naive_adaptive(options, state, W0, z, v):
+    S, r, dW = state["S"], state["size"], sum(torch.outer(v[t], z[t]) for t in range(C))
+    g = sum(v[t] @ (LR * S @ z[t]) for t in range(C)) / C
+    unit = LR * W0.norm() * dW.norm() / C
+    if r == 0:
+        size, usual = torch.minimum(options["decrease"] / unit, torch.tensor(0.01, dtype=z.dtype)), dW.norm()
+    else:
+        size = r * torch.exp(0.1 * torch.clip((g / (r * unit) - 0.0075) / options["width"], -2, 1))
+        usual = 0.8 * state["norm"] + 0.2 * dW.norm()
+    m = 0.75 * state["gain"] + 0.25 * g
+    keep = (1 - options["decay"]) / (1 + torch.relu(-m - options["tolerance"]) / options["slope"])
+    S = keep * S + size * W0.norm() * dW / torch.maximum(dW.norm(), usual)
+    return {"S": S, "size": size, "gain": m, "norm": usual}
 
 
 def naive_target(target, u, z):
@@ -93,7 +111,8 @@ def naive(name, options, target, z, u, W0, documents=None):
     out, after = torch.zeros(*z.shape[:2], D, dtype=z.dtype), []
     for b in range(z.shape[0]):
         zero = torch.zeros(D, F, dtype=z.dtype)
-        start = {"S": zero, "M": zero} if name == "momentum" else {"S": zero}
+        more = {"momentum": {"M": zero}, "adaptive": dict.fromkeys(("size", "gain", "norm"), zero[0, 0])}
+        start = {"S": zero, **more.get(name, {})}
         state, pending, document, rows = start, [], None, []
         for t in range(z.shape[1]):
             number = 0 if documents is None else int(documents[b, t])

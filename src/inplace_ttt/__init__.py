@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         set_lr,
         updates_off,
     )
+    from .hf.cache import detach_cache
     from .hf.checkpoint import from_pretrained, save_pretrained
     from .hf.context import fast_weights
     from .hf.graph import DecodingGraph
@@ -38,6 +39,7 @@ __all__ = [
     "attach",
     "configure",
     "detach",
+    "detach_cache",
     "fast_settings",
     "fast_weights",
     "from_pretrained",
@@ -75,6 +77,7 @@ _HOMES = {
     **dict.fromkeys(("Rule", "Target", "register_rule", "register_target"), "core"),
     **dict.fromkeys(("from_pretrained", "save_pretrained"), "hf.checkpoint"),
     "DecodingGraph": "hf.graph",
+    "detach_cache": "hf.cache",
     "fast_weights": "hf.context",
     "save_release": "hf.release",
     **dict.fromkeys(("Session", "SessionPool"), "session"),

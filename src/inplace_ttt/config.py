@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 TARGETS = ("input_embed", "hidden_states")
 OBJECTIVES = ("learned", "loss", "next_token", "reconstruction")
-RULES = ("delta", "momentum", "muon", "sum")
+RULES = ("adaptive", "delta", "momentum", "muon", "sum")
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {"layers": "0::6", "chunk_size": 1024, "lr": 0.1, "decay": 0.0, "update_size": None}
 )
@@ -29,11 +29,11 @@ LOSS_DEFAULTS: Mapping[str, Any] = MappingProxyType(
 _KINDS = (
     (("chunk_size", "conv_kernel", "lookahead"), Integral, "a whole number"),
     (("lr", "decay", "clip", "init_std", "update_size"), Real, "a number"),
-    (("projection", "clip_relative"), bool, "true or false"),
+    (("projection", "clip_relative", "first_order"), bool, "true or false"),
 )
 
 
-_LATER = ("learn", "objective_options", "rule", "rule_options", "update_size")
+_LATER = ("first_order", "learn", "objective_options", "rule", "rule_options", "update_size")
 """Fields that files of the first release do not have: left out while they are as there, so that it can read them."""
 
 
@@ -79,10 +79,13 @@ class InPlaceTTTConfig:
     """tau: largest Frobenius norm of one chunk's update; None: no clipping."""
     clip_relative: bool = False
     """Whether ``clip`` is a fraction of the slow weight's norm."""
-    update_size: float | None = None
-    """r: every chunk's update of S is scaled to ``r * ||W0||_F``; None: updates are as large as they are."""
+    update_size: float | str | None = None
+    """r: every chunk's update of S is scaled to ``r * ||W0||_F``; "auto": every layer finds its own (rule "adaptive");
+    None: updates are as large as they are."""
     learn: str = "read"
     """What is learned with objective "loss": "read", what the model is given, or "all", what it writes as well."""
+    first_order: bool = False
+    """Whether a model with objective "loss" may be trained: the gradient is that of reading with every S a constant."""
     init_std: float | None = None
     """sigma of P's diagonal at the start; None: the model's ``initializer_range``."""
     layers_path: str | None = None
@@ -105,9 +108,12 @@ class InPlaceTTTConfig:
         for names, kind, word in _KINDS:
             for name in names:
                 value = getattr(self, name)
-                if value is not None and not _is(value, kind):
-                    raise UserError(f"{name} must be {word}, got {value!r}")
-                if kind is Real and value is not None and not math.isfinite(value):
+                if value is None or (name, value) == ("update_size", "auto"):
+                    continue
+                if not _is(value, kind):
+                    more = ' or "auto"' if name == "update_size" else ""
+                    raise UserError(f"{name} must be {word}{more}, got {value!r}")
+                if kind is Real and not math.isfinite(value):
                     raise UserError(f"{name} must be finite, got {value}")
         for wrong, say in (
             (self.chunk_size < 1, f"chunk_size must be at least 1, got {self.chunk_size}"),
@@ -136,6 +142,8 @@ class InPlaceTTTConfig:
             from .core import targets
 
             targets.target_options(self.objective, self.objective_options, self.settings)
+        if self.objective != "loss" and (self.rule == "adaptive" or self.update_size == "auto"):
+            raise UserError('update_size="auto" follows the gradient of the loss: it needs objective="loss"')
         if self.rule != "sum" and (own := [n for n in ("clip", "update_size") if getattr(self, n) is not None]):
             raise UserError(f"{own[0]} is a setting of rule 'sum', not of {self.rule!r}: use rule_options")
         if self.rule not in RULES or self.rule_options or self.clip or self.update_size:
@@ -150,7 +158,11 @@ class InPlaceTTTConfig:
         """Return the rule with its options. Raises UserError where they are wrong."""
         from .core import make_rule
 
-        return make_rule(self.rule, self.rule_options, self.settings)
+        if self.update_size != "auto":
+            return make_rule(self.rule, self.rule_options, self.settings)
+        if self.clip is not None:
+            raise UserError("clip and update_size both set the size of an update: give one of them")
+        return make_rule("adaptive", self.rule_options, self.settings)
 
     def layer_indices(self, count: int) -> tuple[int, ...]:
         """The adapting layers of a model with ``count`` layers, ascending. UserError when one does not exist."""
@@ -179,7 +191,9 @@ class InPlaceTTTConfig:
         values = asdict(self)
         values["layers"] = self.layers if isinstance(self.layers, str) else list(self.layers)
         default = {
-            f.name for f in fields(self) if f.name in _LATER and getattr(self, f.name) in (None, {}, "sum", "read")
+            f.name
+            for f in fields(self)
+            if f.name in _LATER and getattr(self, f.name) in (None, {}, "sum", "read", False)
         }
         values = {name: value for name, value in values.items() if name not in default}
         return {"format_version": FORMAT_VERSION, **values}

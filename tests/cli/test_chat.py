@@ -4,7 +4,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from tiny_models import fed, opened
+from tiny_models import CHUNK, fed, opened
 
 import inplace_ttt as ittt
 
@@ -44,8 +44,9 @@ def text(folder, path, tokenizer):
 
 def remarks(result) -> list[str]:
     """What a command said: without the greeting and the last line."""
-    _, greeting, *between, last = result.stderr.splitlines()
+    _, greeting, learns, *between, last = result.stderr.splitlines()
     assert greeting == "What you type is continued (no chat template); /help lists the commands."
+    assert learns.startswith(f"It learns after every {CHUNK} tokens; ")
     assert last.startswith(("saved: ", "no file"))
     return between
 
@@ -256,7 +257,7 @@ def test_disk_that_is_full(cli, folder, word, path, monkeypatch):
     other = path.with_name("other")
     result = cli("chat", "--session", path, "--model", folder.model, input=f"the\n/quit\n/save {other}\n/quit\n")
     assert result.exit_code == 0
-    assert result.stderr.splitlines()[2:] == [f"error: cannot write {path}: no space left", f"saved: {other}"]
+    assert result.stderr.splitlines()[3:] == [f"error: cannot write {path}: no space left", f"saved: {other}"]
     result = cli("chat", "--session", path, "--model", folder.model, input="the\n")
     assert result.exit_code == 2
     assert result.stderr.endswith(f"error: cannot write {path}: no space left\n")

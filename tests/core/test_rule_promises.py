@@ -116,6 +116,7 @@ def test_promises_of_the_shipped_rules():
         "delta": (True, False, False),
         "momentum": (True, False, False),
         "muon": (True, True, False),
+        "adaptive": (True, False, False),
     }
 
 
@@ -176,7 +177,7 @@ def test_a_matrix_is_refused_where_the_rule_has_none():
 
 def test_wrong_names_options_and_values_are_refused():
     for wrong, message in (
-        (lambda: make_rule("sun", {}, {}), r"rule must be one of delta, momentum, muon, sum, got 'sun'"),
+        (lambda: make_rule("sun", {}, {}), r"rule must be one of adaptive, delta, momentum, muon, sum, got 'sun'"),
         (lambda: make_rule("delta", {"clip": 1.0}, {}), r"rule 'delta' has no option 'clip', only: decay, lr"),
         (lambda: make_rule("sum", {"soft_cap": 0.1, "clip": 1.0}, {}), "clip and soft_cap both set the size"),
         (lambda: make_rule("sum", {"update_size": -1}, {}), "update_size must be a positive number, got -1"),
@@ -193,3 +194,36 @@ def test_a_state_is_not_continued_under_another_rule():
     assert "with beta 0.5, this model reads with 0.9" in one.difference(other)
     with pytest.raises(ValueError, match="need one rule"):
         FastWeights.stack([FastWeights(1, C, one), FastWeights(1, C, other)])
+
+
+# -- a size that finds itself ------------------------------------------------------------------------------------------
+
+
+def written(state, z, v, **options):
+    rule = make_rule("adaptive", {"tolerance": 0.0, **options}, {"lr": 1.0})
+    return rule.update(state, z, v, torch.eye(D, F, dtype=torch.float64))
+
+
+def test_an_adaptive_size_grows_where_the_loss_asks_for_more_and_shrinks_where_it_takes_back():
+    """A state that agrees with a chunk's gradient stays and r grows; one that opposes it shrinks, with r."""
+    z, v = torch.randn(2, C, F, dtype=torch.float64), torch.randn(2, C, D, dtype=torch.float64)
+    rule = make_rule("adaptive", {}, {"lr": 1.0})
+    first = written(rule.init(2, D, F, z), z, v)
+    assert 0 < float(first["size"].min()) <= float(first["size"].max()) <= 0.01
+    agree, oppose = written(first, z, v), written(first, z, -v)
+    assert (agree["size"] > first["size"]).all()
+    assert (oppose["size"] < first["size"]).all()
+    unguarded = written(first, z, -v, slope=1e9)
+    for b in range(2):
+        shrunk = (oppose["S"] - unguarded["S"])[b].flatten() / first["S"][b].flatten()
+        assert torch.allclose(shrunk, shrunk[:1])
+        assert -1 < float(shrunk[0]) < -1e-4
+    assert torch.allclose(agree["S"], written(first, z, v, slope=1e9)["S"])
+
+
+def test_an_adaptive_size_writes_little_for_a_chunk_that_asks_for_little():
+    z, v = torch.randn(1, C, F, dtype=torch.float64), torch.randn(1, C, D, dtype=torch.float64)
+    state = written(make_rule("adaptive", {}, {"lr": 1.0}).init(1, D, F, z), z, v)
+    other = torch.randn(1, C, F, dtype=torch.float64)
+    loud, quiet = (written(state, other, scale * v)["S"] - state["S"] for scale in (1.0, 1e-3))
+    assert float(quiet.norm() / loud.norm()) < 0.01

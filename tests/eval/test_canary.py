@@ -17,9 +17,9 @@ from eval.local_tasks import TEXTS
 from session.models import TEXT, ids_of, tiny, tokenizer
 
 from inplace_ttt.eval.suites import Record, Suite
-from inplace_ttt.eval.suites.memory import MemorySuite
 from inplace_ttt.eval.suites.needle import NeedleSuite
 from inplace_ttt.eval.suites.nll import NllSuite
+from inplace_ttt.eval.suites.read_then_ask import MemorySuite
 from inplace_ttt.eval.suites.state import StateSuite
 from inplace_ttt.eval.suites.texts import Document
 from inplace_ttt.eval.suites.theory import TheorySuite

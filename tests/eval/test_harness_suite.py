@@ -20,14 +20,13 @@ pytest.importorskip("lm_eval")
 from inplace_ttt.eval import ruler
 from inplace_ttt.eval.harness import run
 from inplace_ttt.eval.harness_tasks import RULER, RULER_OFFLINE
-from inplace_ttt.eval.report import pictures
+from inplace_ttt.eval.report import pictures, tables, verdicts
 from inplace_ttt.eval.ruler import RulerData, load_questions
 from inplace_ttt.eval.suites import Record
 from inplace_ttt.eval.suites import harness as suites
 from inplace_ttt.eval.suites.harness import HarnessSuite, harness_suite, ruler_suite
 from inplace_ttt.eval.suites.nll import NllSuite
 from inplace_ttt.eval.suites.texts import Document, tokenize
-from inplace_ttt.eval.summary import tables, verdicts
 
 pytestmark = pytest.mark.xdist_group("harness")
 """One process: importing RULER's generators takes seconds."""

@@ -13,10 +13,9 @@ from torch import nn
 
 import inplace_ttt as ittt
 from inplace_ttt.errors import UserError
-from inplace_ttt.eval.read_then_ask import words
 from inplace_ttt.eval.suites import Record, Unit
 from inplace_ttt.eval.suites.needle import KINDS, NeedleSuite
-from inplace_ttt.eval.suites.texts import Document
+from inplace_ttt.eval.suites.texts import Document, words
 
 TEMPLATE = " The{key} was{value}."
 

@@ -15,7 +15,8 @@ from session.models import tokenizer
 
 import inplace_ttt as ittt
 from inplace_ttt.errors import UserError
-from inplace_ttt.eval.suites.nll import CLASSES, NllSuite, doubling, token_classes, window_losses
+from inplace_ttt.eval.nll import doubling
+from inplace_ttt.eval.suites.nll import CLASSES, NllSuite, token_classes, window_losses
 from inplace_ttt.eval.suites.texts import Document, load_texts
 
 

@@ -1,14 +1,21 @@
 """Read, then ask: what is planted, what each condition sees, and how answers are counted."""
 
 import math
+import sys
 
 import pytest
 import torch
+from locations import ROOT
 from session.models import ids_of, tiny, tokenizer
 
 from inplace_ttt import Session, UserError
-from inplace_ttt.eval import read_then_ask
-from inplace_ttt.eval.read_then_ask import CONDITIONS, Task, ask, share, trial, words
+from inplace_ttt.eval.suites import read_then_ask
+from inplace_ttt.eval.suites.read_then_ask import CONDITIONS, Task, trial
+from inplace_ttt.eval.suites.texts import words
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import read_then_ask as benchmark
+from summarise_sessions import share
 
 TEXT = [5 + (7 * i) % 200 for i in range(400)]
 """Byte and short tokens: none is a word that could be a name."""
@@ -110,17 +117,21 @@ class TestConditions:
 class TestAsk:
     def test_each_trial_reads_its_own_stretch(self, monkeypatch):
         stretches = []
-        monkeypatch.setattr(read_then_ask, "trial", lambda s, t, text, task, seed, v: stretches.append((text, seed)))
+        monkeypatch.setattr(benchmark, "trial", lambda s, t, text, task, seed, v: stretches.append((text, seed)))
         ticks: list[int] = []
         tasks = [Task(1, 60), Task(1, 60, 40)]
-        list(ask(tiny("llama"), tokenizer(), [TEXT[:130], TEXT[:50]], tasks, 3, progress=lambda: ticks.append(1)))
+        list(
+            benchmark.ask(
+                tiny("llama"), tokenizer(), [TEXT[:130], TEXT[:50]], tasks, 3, progress=lambda: ticks.append(1)
+            )
+        )
         short, long = TEXT[:130], TEXT[:100]
         assert stretches == [(short[:60], 0), (short[60:120], 1), (short[:60], 2), (long, 0), (long, 1), (long, 2)]
         assert len(ticks) == 6
 
     def test_too_short(self):
         with pytest.raises(UserError, match="no document has the 60 tokens"):
-            list(ask(tiny("llama"), tokenizer(), [TEXT[:59]], [Task(1, 60)], 1))
+            list(benchmark.ask(tiny("llama"), tokenizer(), [TEXT[:59]], [Task(1, 60)], 1))
         with pytest.raises(UserError, match="60 are needed"):
             trial(session(), tokenizer(), TEXT[:59], Task(1, 60), 0, words(tokenizer()))
         with pytest.raises(UserError, match="only 3 words"):

@@ -8,9 +8,9 @@ import pytest
 
 import inplace_ttt as ittt
 from inplace_ttt.eval import paired, report, runner
+from inplace_ttt.eval.report import tables, verdicts
 from inplace_ttt.eval.runner import Variant, run
 from inplace_ttt.eval.suites import Unit
-from inplace_ttt.eval.summary import tables, verdicts
 
 
 class Fixed:

@@ -10,11 +10,10 @@ from session.models import TEXT, ids_of, shipped, tiny, tokenizer
 
 import inplace_ttt as ittt
 from inplace_ttt.errors import UserError
-from inplace_ttt.eval.report import pictures
+from inplace_ttt.eval.report import pictures, tables, verdicts
 from inplace_ttt.eval.suites import Record
 from inplace_ttt.eval.suites.texts import Document
 from inplace_ttt.eval.suites.theory import TARGETS, TheorySuite
-from inplace_ttt.eval.summary import tables, verdicts
 from inplace_ttt.hf.attach import runtime_of
 
 C = 16
@@ -53,6 +52,16 @@ def test_the_pair_stands_once_and_the_key_comes_again_after_one_update() -> None
         if number < 2:
             assert ids[:place] == text[:place]
             assert ids[place + 2 : -1] == text[place + 2 : C + C // 2]
+
+
+def test_no_other_target_takes_the_place_of_the_loss() -> None:
+    """Measuring the theorem's targets there would give the model's own figures three times."""
+    model = ittt.detach(adapted("llama", changes={"vocab_size": len(tokenizer())}, chunk_size=C))
+    ittt.attach(model, ittt.InPlaceTTTConfig(objective="loss", chunk_size=C))
+    found = measured(suite(), model)
+    assert list(found) == ["own"]
+    said = verdicts(tables([{**found["own"], "suite": "theory", "variant": "on"}]))
+    assert [line.split(":")[0] for line in said] == ["Theorem 1, the model's own target"]
 
 
 def test_own_target_is_the_model_as_it_is() -> None:

@@ -11,7 +11,8 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, StaticCache, StaticLayer
 
 import inplace_ttt as ittt
-from inplace_ttt.hf.cache import FastCacheLayer
+from inplace_ttt.hf.attach import runtime_of
+from inplace_ttt.hf.cache import FastCacheLayer, cache_name
 
 TOLERANCE = {"atol": 1e-6, "rtol": 0.0}
 IDS = tokens(2, 2 * C + 2)
@@ -77,6 +78,44 @@ def test_gradients_through_a_cache():
     joined = model(ids, use_cache=False).logits
     for a, b in zip(got, torch.autograd.grad((joined * g).sum(), parameters), strict=True):
         assert_close(a, b, atol=1e-6 * max(float(b.abs().max()), 1.0), rtol=0)
+
+
+@pytest.mark.parametrize("form", ["dense", "auto", 2])
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_a_cache_is_cut_off_its_graph(model_type, form):
+    """Truncated backpropagation: each piece's gradients are those behind a text that was read without a graph."""
+    model, ids = adapted(model_type), torch.cat([IDS, MORE], 1)
+    parameters = list(model.parameters())
+    cut, whole = C + 2, DynamicCache(config=model.config)
+    keywords = {cache_name(model): whole}
+
+    def gradients(part, **keywords):
+        """Of the loss of ``part``, whose graph is freed then."""
+        logits = model(part, **keywords).logits
+        found = torch.autograd.grad(logits.square().sum(), parameters, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+    with runtime_of(model).reading(runtime_of(model).config, form):
+        gradients(ids[:, :cut], **keywords)
+        assert ittt.detach_cache(whole) is whole
+        second = gradients(ids[:, cut : 3 * C], **keywords)
+        third = gradients(ids[:, 3 * C :], **{cache_name(model): ittt.detach_cache(whole)})
+        for found, begin, end in ((second, cut, 3 * C), (third, 3 * C, ids.shape[1])):
+            before = DynamicCache(config=model.config)
+            with torch.no_grad():
+                for start, stop in ((0, cut), (cut, 3 * C))[: 1 if begin == cut else 2]:
+                    model(ids[:, start:stop], **{cache_name(model): before})
+            want = gradients(ids[:, begin:end], **{cache_name(model): before})
+            for a, b in zip(found, want, strict=True):
+                assert_close(a, b, atol=1e-6 * max(float(b.abs().max()), 1.0), rtol=0)
+
+
+def test_what_is_not_cut_off_goes_on():
+    """Without it the same pieces have other gradients, and none once the first graph was freed."""
+    model, cache = adapted("llama"), DynamicCache()
+    model(IDS, **{cache_name(model): cache}).logits.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        model(MORE, **{cache_name(model): cache}).logits.sum().backward()
 
 
 @pytest.mark.parametrize("make", [DynamicCache, lambda config: StaticCache(config, max_cache_len=32)])

@@ -1,4 +1,6 @@
-"""LoRA (peft) on the very projection that adapts: both orders, trained together, merged, saved."""
+"""Adapters (peft) on the very projection that adapts: both orders, trained together, merged, saved."""
+
+import copy
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ from contract.families import C, adapted, logits, plain, randomise, tokens
 from torch.testing import assert_close
 
 import inplace_ttt as ittt
+from inplace_ttt.hf.cache import cache_name, cache_of
 from inplace_ttt.hf.linear import FastWeight, FastWeightLinear
 
 peft = pytest.importorskip("peft")
@@ -157,3 +160,107 @@ def test_checkpointed_training_of_a_frozen_base(reentrant):
     assert set(got) == set(want)
     for name, g in want.items():
         assert_close(got[name], g, atol=1e-9, rtol=0)
+
+
+PROJECTION = {"target_modules": ["down_proj"]}
+METHODS = {
+    "dora": lambda: peft.LoraConfig(r=2, use_dora=True, **PROJECTION),
+    "ia3 of the input": lambda: peft.IA3Config(feedforward_modules=["down_proj"], **PROJECTION),
+    "ia3 of the output": lambda: peft.IA3Config(feedforward_modules=[], **PROJECTION),
+    "oft": lambda: peft.OFTConfig(r=0, oft_block_size=8, **PROJECTION),
+    "boft": lambda: peft.BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=1, **PROJECTION),
+    "road": lambda: peft.RoadConfig(group_size=8, **PROJECTION),
+    "hra": lambda: peft.HRAConfig(r=2, **PROJECTION),  # never calls the projection, reads its weight
+    "shira": lambda: peft.ShiraConfig(r=2, **PROJECTION),  # the same
+    "loha": lambda: peft.LoHaConfig(r=2, **PROJECTION),
+    "whole": lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["down_proj"]),
+}
+
+
+def wrapped(model, method):
+    """The model under an adapter that changes it visibly."""
+    found = peft.get_peft_model(model, METHODS[method]()).to(torch.float64).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in found.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return found
+
+
+@pytest.mark.parametrize("order", ["attach first", "adapter first"])
+@pytest.mark.parametrize("method", METHODS)
+def test_merging_changes_nothing(method, order):
+    """o = adapted(W0)(z) + lr S z for any method: what the MLP gives is what is remembered and looked up."""
+    model = wrapped(adapted("llama"), method) if order == "attach first" else attached(wrapped(plain("llama"), method))
+    want, written = logits(model, IDS), generate(model)
+    with ittt.updates_off(model):
+        assert float((logits(model, IDS) - want).abs().max()) > 1e-2
+    assert torch.equal(written, generate(model, use_cache=False))
+    if order == "attach first":
+        with model.disable_adapter():
+            assert_close(logits(model, IDS), logits(adapted("llama"), IDS), atol=1e-9, rtol=0)
+    assert_close(logits(copy.deepcopy(model), IDS), want, atol=1e-9, rtol=0)
+    merged = model.merge_and_unload()
+    assert type(merged.model.layers[0].mlp.down_proj) is FastWeightLinear
+    assert_close(logits(merged, IDS), want, atol=1e-9, rtol=0)
+    assert torch.equal(generate(merged), written)
+
+
+@pytest.mark.parametrize("method", ["dora", "ia3 of the input", "hra", "whole"])
+def test_the_loss_as_objective_under_an_adapter(method):
+    loss = ittt.InPlaceTTTConfig(objective="loss", layers="0::2", chunk_size=C, clip=0.1)  # update_size asks for |W0|
+    model = wrapped(ittt.attach(plain("llama"), loss), method)
+    want = logits(model, IDS)
+    with ittt.updates_off(model):
+        assert float((logits(model, IDS) - want).abs().max()) > 1e-3
+    assert_close(logits(model.merge_and_unload(), IDS), want, atol=1e-9, rtol=0)
+
+
+def test_an_adapter_that_comes_and_goes():
+    """Between two tokens of a text too; nothing of it is left after detach."""
+    model = wrapped(adapted("llama"), "dora")
+    read = model(IDS[:, :-2], use_cache=True)
+    for token, name in ((IDS[:, -2:-1], "merged"), (IDS[:, -1:], "unmerged")):
+        read = model(token, **{cache_name(model): cache_of(read)})
+        model.merge_adapter() if name == "merged" else model.unmerge_adapter()
+    assert_close(read.logits[:, -1], logits(model, IDS)[:, -1], atol=1e-9, rtol=0)
+    with ittt.updates_off(model):
+        without = logits(model, IDS)
+    ittt.detach(model)
+    assert not any(m._forward_hooks for m in model.modules())
+    assert_close(logits(model, IDS), without, atol=1e-9, rtol=0)
+
+
+def test_training_under_dora():
+    """Gradients pass around the fast weights' part and through it: those of the magnitudes equal differences."""
+    model = wrapped(adapted("llama"), "dora").train()
+
+    def loss():
+        scores = model(input_ids=IDS, use_cache=False).logits[:, :-1].log_softmax(-1)
+        return -scores.gather(2, IDS[:, 1:, None]).mean()
+
+    loss().backward()
+    magnitudes = [p for n, p in model.named_parameters() if "magnitude" in n]
+    assert len(magnitudes) == 3
+    for parameter in magnitudes:
+        step = 1e-3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)).double()
+        with torch.no_grad():
+            parameter.add_(step)
+            above = loss()
+            parameter.sub_(2 * step)
+            below = loss()
+            parameter.add_(step)
+        assert_close((above - below) / 2, (parameter.grad * step).sum(), atol=0, rtol=1e-2)
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+def test_dora_compiles(read_before):
+    """Whether the adapter was noticed before the model is compiled or inside."""
+    torch._dynamo.reset()
+    model = wrapped(adapted("llama"), "dora")
+    if read_before:
+        logits(model, IDS)
+    got = logits(torch.compile(model, backend="eager"), IDS)
+    assert_close(got, logits(model, IDS), atol=1e-9, rtol=0)
+    torch._dynamo.reset()

@@ -14,6 +14,7 @@ import inplace_ttt as ittt
 import inplace_ttt.hf.steps as hf_steps
 from inplace_ttt.hf.cache import FastCacheLayer, cache_name
 from inplace_ttt.hf.steps import Step
+from inplace_ttt.session.stream import whole
 
 FAMILIES = ("llama", "gpt2", "gemma3_text")
 LONG = 3 * C + 2
@@ -149,20 +150,18 @@ def test_steps_are_taken_back():
 
 
 def test_a_step_that_breaks_off_can_be_tried_again():
+    """Once the cache is taken back, as sessions do it."""
     model, ids = adapted("llama"), tokens(1, C + 3)
     cache, last = empty(model, "dynamic"), ittt.hf.attach.runtime_of(model).sites[-1]
     with torch.no_grad():
         call(model, cache, ids[:, : C + 1])
         call(model, cache, ids[:, C + 1 : C + 2])
         before = [layer.fast.seen for layer in fast_layers(cache)]
-        keys = [(layer.keys, layer.values) for layer in cache.layers]
         broken = last.mlp.register_forward_pre_hook(lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(ZeroDivisionError), whole(cache):
             call(model, cache, ids[:, -1:])
         broken.remove()
         assert [layer.fast.seen for layer in fast_layers(cache)] == before
-        for layer, (k, v) in zip(cache.layers, keys, strict=True):
-            layer.keys, layer.values = k, v
         got = call(model, cache, ids[:, -1:])
     assert_close(got, logits(model, ids)[:, -1:], atol=1e-6, rtol=0)
 
@@ -236,8 +235,8 @@ def test_what_a_cuda_graph_cannot_do_is_said():
 
 def test_generate_s_own_tokens_need_no_look_at_the_mask(monkeypatch, steps):
     """A look would wait for the device in every step. Afterwards masks count again."""
-    looks, look = [], hf_steps.real_tokens
-    monkeypatch.setattr(hf_steps, "real_tokens", lambda *args: looks.append(args) or look(*args))
+    looks, look = [], hf_steps.read_mask
+    monkeypatch.setattr(hf_steps, "read_mask", lambda *args: looks.append(args) or look(*args))
     model, prompt = adapted("llama"), tokens(2, C + 1)
     mask = torch.ones_like(prompt)
     mask[0, 0] = 0

@@ -1,12 +1,19 @@
 """Training as users switch it on: transformers' own switches, compile, accumulation, packing arguments, precision."""
 
+import functools
 import inspect
 
 import pytest
 import torch
 from contract.families import TARGETS, C, adapted, logits, plain, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicCache
 
 import inplace_ttt as ittt
@@ -66,6 +73,62 @@ def test_checkpointing_with_padding_and_packing(target):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         assert_same(gradients(model, **keywords), want)
         assert any(not torch.equal(want[n], g) for n, g in gradients(model).items())
+
+
+def checkpoint_mlps(model, way):
+    """Activation checkpointing of the MLPs alone, as torch offers it, or in their forward."""
+    if way == "forward":
+        for layer in model.model.layers:
+            layer.mlp.forward = functools.partial(checkpoint, layer.mlp.forward, use_reentrant=False)
+        return
+    kind = CheckpointImpl.REENTRANT if way == "reentrant" else CheckpointImpl.NO_REENTRANT
+    wrap = functools.partial(checkpoint_wrapper, checkpoint_impl=kind)
+    kinds = {type(layer.mlp) for layer in model.model.layers}
+    apply_activation_checkpointing(model, checkpoint_wrapper_fn=wrap, check_fn=lambda m: type(m) in kinds)
+
+
+def unwrapped(found):
+    return {name.replace("_checkpoint_wrapped_module.", ""): g for name, g in found.items()}
+
+
+@targets
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_checkpointing_of_the_mlps_alone(model_type, target):
+    """Backward computes an MLP again after the model's call; two calls before it, and settings of their own."""
+    model = adapted(model_type, target=target).train()
+
+    def both():
+        model.zero_grad(set_to_none=True)
+        losses = [model(IDS, labels=IDS, position_ids=packed, use_cache=False).loss]
+        with ittt.updates_off(model):
+            losses.append(model(IDS.flip(1), labels=IDS, use_cache=False).loss)
+        ittt.set_lr(model, 0.02)
+        losses.append(model(IDS.flip(1), labels=IDS, use_cache=False).loss)
+        ittt.set_lr(model, 0.03)
+        sum(losses).backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    packed = torch.cat([torch.arange(C + 1), torch.arange(IDS.shape[1] - C - 1)])[None].expand(2, -1)
+    want = both()
+    checkpoint_mlps(model, "not reentrant")
+    assert_same(unwrapped(both()), want)
+
+
+@pytest.mark.parametrize("way", ["reentrant", "forward"])
+def test_other_ways_to_compute_an_mlp_again_are_refused(way):
+    model = adapted("llama", target="hidden_states").train()
+    checkpoint_mlps(model, way)
+    with pytest.raises(
+        NotImplementedError, match=r"the MLP of layer 2 is computed again in backward.*use_reentrant=False"
+    ):
+        gradients(model, use_cache=False)
+
+
+def test_a_recomputed_mlp_never_reads_into_a_cache_twice():
+    model = adapted("llama").train()
+    checkpoint_mlps(model, "not reentrant")
+    with pytest.raises(NotImplementedError, match=r"use_cache=False"):
+        gradients(model, use_cache=True)
 
 
 @pytest.mark.parametrize(("target", "reentrant"), [(TARGETS[0], False), (TARGETS[1], False), (TARGETS[1], True)])
@@ -220,6 +283,15 @@ def test_a_packed_or_padded_step_compiles(kind, dynamo):
     compiled(IDS, labels=IDS, use_cache=False, **keywords).loss.backward()
     assert_same({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, want, 1e-5)
     assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize("where", ["mlp", "self_attn"])
+def test_a_graph_that_breaks_inside_a_layer(where, dynamo):
+    model = adapted("llama", torch.float32)
+    want = logits(model, IDS)
+    getattr(model.model.layers[1], where).register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    with torch.no_grad():
+        assert_close(torch.compile(model, backend="eager")(IDS, use_cache=False).logits, want, atol=1e-5, rtol=1e-5)
 
 
 def test_hooks_are_found_by_their_signature():

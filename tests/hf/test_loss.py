@@ -14,12 +14,14 @@ from transformers import (
 )
 
 import inplace_ttt as ittt
+from inplace_ttt.hf import loss
 from inplace_ttt.hf.attach import runtime_of
 from inplace_ttt.hf.cache import cache_name, cache_of
 
 C, VOCAB, SIZE = 8, 97, 0.1
 KINDS = ("llama", "gemma3", "gpt2")
 kinds = pytest.mark.parametrize("kind", KINDS)
+sizings = pytest.mark.parametrize("size", [SIZE, "auto"])
 
 
 def plain(kind, dtype=torch.float64):
@@ -104,17 +106,19 @@ def test_equals_gradient_descent_on_the_weights_themselves(kind, settings):
     assert not torch.allclose(got[:, C:], logits(plain(kind), IDS[:1])[:, C:])
 
 
+@sizings
 @kinds
 @pytest.mark.parametrize("sizes", [[13, 3, 20, 9], [1] * 45, [8] * 5 + [5], [45]])
-def test_one_call_is_any_pieces(kind, sizes):
-    model = reader(kind)
+def test_one_call_is_any_pieces(kind, size, sizes):
+    model = reader(kind, update_size=size)
     close(pieces(model, IDS, sizes)[0], logits(model, IDS))
 
 
+@sizings
 @kinds
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding(kind, side):
-    model, rows, pads = reader(kind), tokens(3, 45), (0, 5, 11)
+def test_padding(kind, size, side):
+    model, rows, pads = reader(kind, update_size=size), tokens(3, 45), (0, 5, 11)
     ids, mask = torch.zeros(3, 56, dtype=torch.int64), torch.zeros(3, 56, dtype=torch.int64)
     spans = [slice(p, p + 45) if side == "left" else slice(0, 45 - p) for p in pads]
     for b, span in enumerate(spans):
@@ -126,33 +130,36 @@ def test_padding(kind, side):
         close(got[b, span], logits(model, rows[b : b + 1, : span.stop - span.start])[0])
 
 
+@sizings
 @kinds
-def test_packed_documents_are_read_apart(kind):
-    model = reader(kind)
+def test_packed_documents_are_read_apart(kind, size):
+    model = reader(kind, update_size=size)
     positions = torch.cat([torch.arange(30), torch.arange(15)])[None]
     got = logits(model, IDS[:1], position_ids=positions)
     want = torch.cat([logits(model, IDS[:1, :30]), logits(model, IDS[:1, 30:])], 1)
     close(got, want)
 
 
+@sizings
 @kinds
-def test_scores_come_before_updates(kind):
-    model, changed = reader(kind), IDS.clone()
+def test_scores_come_before_updates(kind, size):
+    model, changed = reader(kind, update_size=size), IDS.clone()
     changed[:, 30] = (changed[:, 30] + 1) % VOCAB
     moved = (logits(model, changed) - logits(model, IDS)).abs().amax(-1)
     assert moved[:, :30].max() == 0
     assert moved[:, 30:].min(1).values.max() > 0
 
 
-def test_rows_are_independent():
-    model = reader("llama")
+@sizings
+def test_rows_are_independent(size):
+    model = reader("llama", update_size=size)
     close(logits(model, IDS), torch.cat([logits(model, row[None]) for row in IDS]))
 
 
 @kinds
-@pytest.mark.parametrize("learn", ["read", "all"])
-def test_generate_in_all_modes(kind, learn):
-    model = reader(kind, learn=learn)
+@pytest.mark.parametrize(("learn", "size"), [("read", SIZE), ("all", SIZE), ("all", "auto")])
+def test_generate_in_all_modes(kind, learn, size):
+    model = reader(kind, learn=learn, update_size=size)
     found, cache = pieces(model, IDS, [45])
     want = IDS
     for _ in range(20):
@@ -182,9 +189,10 @@ def test_what_the_model_writes_is_learned_only_when_asked():
     assert not torch.allclose(states[1], want)
 
 
+@sizings
 @kinds
-def test_caches_are_cropped_reordered_and_repeated(kind):
-    model, want = reader(kind), logits(reader(kind), IDS)
+def test_caches_are_cropped_reordered_and_repeated(kind, size):
+    model, want = reader(kind, update_size=size), logits(reader(kind, update_size=size), IDS)
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
     _, cache = pieces(model, IDS, [30, 15], cache)
@@ -239,6 +247,21 @@ def test_any_rule(rule):
     assert not torch.allclose(logits(model, IDS)[:, C:], logits(plain("llama"), IDS)[:, C:])
 
 
+@pytest.mark.parametrize("at_once", [1, 3 * 2 * VOCAB, 1 << 25])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradient_of_the_loss_is_the_same_in_slices(dtype, at_once, monkeypatch):
+    monkeypatch.setattr(loss, "_AT_ONCE", at_once)
+    scores = torch.randn(2, C, VOCAB, dtype=dtype, generator=torch.Generator().manual_seed(0)).mul(3).requires_grad_()
+    targets, weight = tokens(2, C - 1), torch.rand(2, C - 1) < 0.7
+    wide = scores[:, :-1].flatten(0, 1).to(torch.promote_types(dtype, torch.float32))
+    losses = cross_entropy(wide, targets.flatten(), reduction="none")
+    (expected,) = torch.autograd.grad((losses * weight.flatten()).sum(), scores)
+    found = loss._loss_gradient(scores, targets, weight)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, atol=1e-12 if dtype == torch.float64 else 1e-6, rtol=1e-12 if
+                               dtype == torch.float64 else 1e-2)  # fmt: skip
+
+
 def test_bfloat16_and_autocast():
     half = logits(reader("llama", torch.bfloat16), IDS).float()
     exact = logits(reader("llama"), IDS).float()
@@ -265,6 +288,59 @@ def test_under_lora():
     close(pieces(lora, IDS, [13, 32])[0], got)
 
 
+def first_order(kind, **settings):
+    model = reader(kind, first_order=True, **settings).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def total(found, ids):
+    return cross_entropy(found[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum", ignore_index=-100)
+
+
+@sizings
+@kinds
+def test_first_order_training_is_the_gradient_with_every_state_a_constant(kind, size):
+    """The naive loop: weights that are what they were plus a constant, one chunk after another, one graph."""
+    model = first_order(kind, update_size=size)
+    states = []
+    for n in range(0, IDS.shape[1], C):  # S before each chunk, from reading alone
+        found = pieces(model.eval(), IDS[:1], [n] if n else [1])[1]
+        states.append({i: fast.S for i, fast in ittt.fast_weights(found).items()} if n else {})
+    loss = total(model.train()(IDS[:1]).logits, IDS[:1])
+    got = torch.autograd.grad(loss, list(model.parameters()))
+    other = plain(kind)
+    names = {id(m): n for n, m in other.named_modules()}
+    out, cache = [], DynamicCache(config=other.config)
+    for state, at in zip(states, range(0, IDS.shape[1], C), strict=True):
+        changed = dict(other.named_parameters())
+        for module, S in zip(projections(other, kind), state.values(), strict=False):
+            name = f"{names[id(module)]}.weight"
+            changed[name] = changed[name] + (S[0].mT if kind == "gpt2" else S[0])
+        given = {"use_cache": True, cache_name(other): cache}
+        out.append(torch.func.functional_call(other, changed, (IDS[:1, at : at + C],), given).logits)
+    want = total(torch.cat(out, 1), IDS[:1])
+    close(loss, want)
+    for a, b in zip(got, torch.autograd.grad(want, list(other.parameters())), strict=True):
+        close(a, b)
+
+
+def test_first_order_training_of_padded_rows_is_that_of_each():
+    model, mask = first_order("llama"), torch.ones(2, 45, dtype=torch.int64)
+    mask[1, :7] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    labels = IDS.masked_fill(positions == 0, -100)  # padding, and what nothing comes before
+    both = total(model(IDS, attention_mask=mask, position_ids=positions).logits, labels)
+    got = torch.autograd.grad(both, list(model.parameters()))
+    alone = sum(total(model(row).logits, row) for row in (IDS[:1], IDS[1:, 7:]))
+    for a, b in zip(got, torch.autograd.grad(alone, list(model.parameters())), strict=True):
+        close(a, b)
+    model(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_refusals():
     model = reader("llama")
     with pytest.raises(ittt.UserError, match=r"a gradient through its own updates is not supported.*model.eval\(\)"):
@@ -276,3 +352,13 @@ def test_refusals():
         model(IDS, seq_idx=numbers, **{cache_name(model): DynamicCache()})
     with pytest.raises(ittt.UserError, match=r'learn must be "read" or "all"'):
         ittt.InPlaceTTTConfig(objective="loss", learn="none")
+    model = first_order("llama")
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ittt.UserError, match="gradient_checkpointing_disable"):
+        model(IDS, labels=IDS)
+    with pytest.raises(ittt.UserError, match=r'update_size="auto" .* needs objective="loss"'):
+        ittt.InPlaceTTTConfig(update_size="auto")
+    with pytest.raises(ittt.UserError, match="clip and update_size both set the size"):
+        ittt.InPlaceTTTConfig(objective="loss", update_size="auto", clip=1.0)
+    with pytest.raises(ittt.UserError, match="update_size must be a number or"):
+        ittt.InPlaceTTTConfig(objective="loss", update_size="large")

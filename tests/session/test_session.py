@@ -1,5 +1,6 @@
 """A session gives what its model gives, however the text comes in and whatever is done in between."""
 
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -411,6 +412,14 @@ class TestSources:
     def test_refused(self, wrong):
         with pytest.raises(UserError):
             Session(tiny("llama")).read(wrong)
+
+
+def test_special_tokens_in_a_text_are_said():
+    """They are read as characters, whatever reads them."""
+    special = tokenizer().all_special_tokens[0]
+    for act in (lambda s: s.read(f"It {special}"), lambda s: s.generate(f"It {special}", max_new_tokens=1)):
+        with pytest.warns(UserWarning, match=f"the text holds '{re.escape(special)}'.*chat prompt has to be token ids"):
+            act(Session(tiny("llama"), tokenizer()))
 
 
 def test_settings_are_the_sessions_own():

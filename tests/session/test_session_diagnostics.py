@@ -369,6 +369,8 @@ def test_advice_names_values():
     assert "Try decay=0.01 (now 0), lr=0.05 (now 0.1), clip=0.15 with clip_relative=True" in said
     said = harm(t, {"lr": 0.1, "decay": 0.01, "clip": 0.4})
     assert "Try decay=0.02 (now 0.01), lr=0.05 (now 0.1), clip=0.2 (now 0.4), or a reset." in said
+    said = harm(t, {"lr": 1.0, "decay": 0.0, "clip": None, "update_size": 0.002})
+    assert 'Try decay=0.01 (now 0), update_size=0.001 (now 0.002), update_size="auto", or a reset.' in said
     assert harm(t, ittt.fast_settings(adapted("llama")))
 
 

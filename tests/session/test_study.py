@@ -60,9 +60,9 @@ def alone(session, text):
         return copy.score(text).mean
 
 
-@pytest.mark.parametrize("form", ["dense", "auto"])
-def test_sentences_and_questions_are_learned_and_the_context_stays(tokenizer, clock, tmp_path, form):
-    session = Session(reader(), tokenizer, state=form)
+@pytest.mark.parametrize(("form", "size"), [("dense", 0.03), ("auto", 0.03), ("dense", "auto")])
+def test_sentences_and_questions_are_learned_and_the_context_stays(tokenizer, clock, tmp_path, form, size):
+    session = Session(reader(update_size=size), tokenizer, state=form)
     session.read("it is written where the file was read by the code of a block")
     before = [alone(session, text) for text in TOLD]
     session.commit()
@@ -71,9 +71,10 @@ def test_sentences_and_questions_are_learned_and_the_context_stays(tokenizer, cl
     took = session.study(TEXT, minutes=0.5, progress=lambda share, loss: seen.append((share, loss)))
     assert (took.sentences, took.questions) == (3, 1)
     assert took.updates == len([x for _, x in seen if x is not None]) > 5
-    assert took.losses[-1] < took.losses[0] - 0.5
+    least = 0.01 if size == "auto" else 0.5  # whose size is that of larger models
+    assert took.losses[-1] < took.losses[0] - least
     assert [share for share, _ in seen] == sorted(share for share, _ in seen)
-    assert all(alone(session, text) < old - 0.5 for text, old in zip(TOLD, before, strict=True))
+    assert all(alone(session, text) < old - least for text, old in zip(TOLD, before, strict=True))
     assert session._stream.cache.layers[0].keys is keys
     assert torch.equal(session.next_logits, logits)
     now = session.stats()

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
@@ -362,9 +363,30 @@ def test_prefix_is_what_comes_before_a_text() -> None:
 def test_special_tokens_spelt_out_are_text() -> None:
     tokenizer = load("qwen2")
     encoder = StreamEncoder(tokenizer)
-    ids = encoder.push("<|im_start|>user <s>") + encoder.flush()
+    with pytest.warns(UserWarning, match="special token"):
+        ids = encoder.push("<|im_start|>user <s>") + encoder.flush()
     assert not set(ids) & {tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<s>")}
     assert tokenizer("<s>", add_special_tokens=False)["input_ids"] == [0], "the caller's tokenizer is unchanged"
+
+
+@pytest.mark.parametrize("forks", [False, True])
+@pytest.mark.parametrize("cut", [0, 7, 12, 30])
+def test_a_special_token_spelt_out_is_said_once(cut: int, forks: bool, recwarn: pytest.WarningsRecorder) -> None:
+    """However the text is cut."""
+    text = "hello <|im_start|>user\nhi <|im_end|>"
+    encoder = StreamEncoder(load("qwen2"))
+    for piece in (text[:cut], text[cut:], text):
+        encoder = encoder.fork() if forks else encoder
+        encoder.push(piece)
+    (said,) = [str(warning.message) for warning in recwarn.list]
+    assert re.search(r"holds '<\|im_(start|end)\|>', a special token.*apply_chat_template", said)
+
+
+def test_text_without_special_tokens_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    encoder = StreamEncoder(load("qwen2"))
+    for piece in ("<|im_", "st", "op|> <im_start> ", "<|im_start|", " >"):
+        encoder.push(piece)
+    assert not recwarn.list
 
 
 def test_tokens_added_later_are_known_to_the_next_encoder() -> None:

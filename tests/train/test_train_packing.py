@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.masking_utils import find_packed_sequence_indices
 
-from inplace_ttt.train.packing import IGNORED, PackedRows, TokenStore, first_rows, plan_rows, row_tensors
+from inplace_ttt.errors import UserError
+from inplace_ttt.train.packing import (
+    IGNORED,
+    PackedRows,
+    TokenStore,
+    first_rows,
+    plan_rows,
+    row_tensors,
+    updates_seen,
+)
 
 PAD = 0
 T = 16
@@ -162,3 +171,21 @@ def test_stores_are_joined_where_they_are(tmp_path: Path) -> None:
     assert loaded.names == ("0", "1", "0")
     assert [loaded[i].tolist() for i in range(3)] == [store[i].tolist() for i in range(3)]
     assert loaded.tokens.dtype == parts[0].tokens.dtype
+
+
+def test_the_share_of_tokens_that_see_an_update() -> None:
+    """The tokens behind a document's first chunk; the pieces of a cut one begin anew."""
+    store = store_of([8, 8, 24, 100])
+    rows = PackedRows(store, 32, 5, seed=0, pad_id=0, cut=8)
+    lengths = [piece.length for row in rows.plan for piece in row]
+    share = sum(n - 8 for n in lengths if n > 8) / sum(lengths)
+    assert 0 < share < 1
+    assert updates_seen(rows.plan, 8, is_all=True) == f"{share:.1%} of the tokens see an update"
+    assert updates_seen(rows.plan, 32, is_all=False) == (
+        f"no document in the first {len(lengths)} has more than 32 tokens, so with ttt.chunk_size 32 no token sees an "
+        "update"
+    )
+    with pytest.raises(
+        UserError, match=r"no document in the training rows has more than 32 tokens.*make ttt\.chunk_size"
+    ):
+        updates_seen(rows.plan, 32, is_all=True)

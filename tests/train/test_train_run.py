@@ -1,7 +1,9 @@
 """Whole runs of a tiny model on the CPU: they learn, resume exactly, and leave everything behind."""
 
+import io
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ TTT = {"layers": "0::1", "chunk_size": 16, "lr": 1.0}
 
 
 def train(values: dict[str, Any], **options: Any) -> tuple[dict[str, Any], Path]:
-    output = run(make_recipe(values), console=Console(quiet=True), **options)
+    output = run(make_recipe(values), **{"console": Console(quiet=True), **options})
     return json.loads((output / "run.json").read_text()), output
 
 
@@ -170,6 +172,33 @@ def test_test_windows_that_no_document_fills_are_told_before_training(values: di
     with pytest.raises(UserError, match=r"evaluation\.length: no document of data\.test\.text has 100000 tokens"):
         train(values | {"evaluation": {"length": 100_000}})
     assert not Path(values["output"]).exists()
+
+
+@pytest.mark.parametrize("tokenise", ["before", "while_training"])
+def test_documents_shorter_than_a_chunk_are_told_before_training(values: dict[str, Any], tokenise: str) -> None:
+    text = Path(values["data"]["train"]["text"].removeprefix("jsonl:")).read_text().splitlines()
+    short = Path(values["output"]).parent / "short.jsonl"
+    short.write_text("\n".join(json.dumps({"text": json.loads(line)["text"][:20]}) for line in text * 20))
+    values["data"] |= {"train": {"text": f"jsonl:{short}"}, "tokenise": tokenise}
+    values |= {"ttt": TTT | {"chunk_size": 64}, "output": str(Path(values["output"]).parent / tokenise)}
+    said = io.StringIO()
+    if tokenise == "before":
+        with pytest.raises(
+            UserError, match=r"no document in the training rows has more than .* no token sees an update"
+        ):
+            train(values, console=Console(file=said, width=400))
+        assert not (Path(values["output"]) / "model").exists()
+    else:
+        train(values, console=Console(file=said, width=400))
+        assert re.search(
+            r"no document in the first \d+ has more than \d+ tokens, so with ttt.chunk_size 64", said.getvalue()
+        )
+
+
+def test_a_run_says_how_many_tokens_see_an_update(values: dict[str, Any]) -> None:
+    said = io.StringIO()
+    train(values | {"ttt": TTT}, console=Console(file=said, width=400))
+    assert re.search(r"\d+\.\d% of the tokens see an update", said.getvalue())
 
 
 def test_rows_are_read_in_the_planned_order(values: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from ..config import InPlaceTTTConfig
-from ..hf.attach import attach, runtime_of, updates_off
+from ..hf.attach import install, runtime_of, updates_off
 from ..train.attention import choose_attention
 from .materialised import checked, extra_products, formula
 from .timing import interleaved, peak_bytes
@@ -37,7 +37,7 @@ def build(shape: str, layers: str, C: int, window: int | None, device: torch.dev
             model = Qwen3ForCausalLM(Qwen3Config(**options)).eval()
     finally:
         torch.set_default_dtype(before)
-    attach(model, InPlaceTTTConfig(layers=layers, chunk_size=C))
+    install(model, InPlaceTTTConfig(layers=layers, chunk_size=C))
     for name, parameter in model.named_parameters():
         if "ttt_conv" in name:
             torch.nn.init.normal_(parameter, std=0.02)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError, in_one_line
-from .inspect_session import stats_lines
+from .inspect_session import nothing_learned, stats_lines
 from .read import Saver, Source, deferred_interrupt, next_line, read_one
 from .sessions import Device, Model, Objective, State, Window, check_place, open_session
 
@@ -78,6 +78,8 @@ class Chat:
         self.held = held
         """Keeps other processes from writing the session's file."""
         self.saver = Saver(session, path)
+        self.by_loss = session._reader.by_loss
+        """Whether a turn can be learned when it ends, as a chunk that is not full."""
         self.messages: list[dict[str, str]] = []
         self.undo: list[tuple[Any, list[dict[str, str]]]] = []
 
@@ -86,11 +88,14 @@ class Chat:
 
     def run(self) -> None:
         """Until it is over; whatever ends it, the session is saved."""
-        tokens = self.session.stats().tokens
+        stats = self.session.stats()
+        tokens, every = stats.tokens, f"every {stats.settings['chunk_size']:,} tokens"
         where = f"in {self.saver.path}" if self.saver.path else "nowhere unless you /save FILE"
         how = "answered" if self.template else "continued (no chat template)"
         self.say(f"{f'{tokens:,} tokens so far' if tokens else 'A new session'}, kept {where}.")
         self.say(f"What you type is {how}; /help lists the commands.")
+        turn = " and at the end of each turn" if self.by_loss else ""
+        self.say(stats.warning or f"It learns after {every}{turn}; {stats.updates:,} updates so far.")
         with suppress(AttributeError):
             sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
         with deferred_interrupt() as self.interrupt:
@@ -133,6 +138,8 @@ class Chat:
             self.messages = [*self.messages, *said]
             if self.template is not None:
                 self.session.read(self.template.closing(self.messages))
+            if self.by_loss:
+                self.session.commit()
         except BaseException:
             self.restore()
             raise
@@ -166,6 +173,8 @@ class Chat:
     def on_ask(self, question: str) -> None:
         with self.session.fork() as copy:
             copy.drop_context()
+            if why := nothing_learned(copy):
+                self.say(why)
             self.stream(copy, self.prompt(copy, question, []))
 
     def on_read(self, name: str) -> None:
@@ -192,16 +201,17 @@ class Chat:
         self.say("\n".join(f"{m['role']}: {m['content']}" for m in self.messages) or "nothing yet")
 
     def on_drop(self, _: str) -> None:
-        self.clear(self.session.drop_context, "the context is forgotten, what was learned is kept")
+        self.clear(self.session.drop_context)
+        self.say(f"the context is forgotten, {nothing_learned(self.session) or 'what was learned is kept'}")
 
     def on_forget(self, _: str) -> None:
-        self.clear(self.session.reset, "everything is forgotten")
+        self.clear(self.session.reset)
+        self.say("everything is forgotten")
 
-    def clear(self, how: Any, done: str) -> None:
+    def clear(self, how: Any) -> None:
         self.mark()
         how()
         self.messages = []
-        self.say(done)
 
     def mark(self) -> None:
         """To come back to with /undo."""

@@ -1,8 +1,11 @@
 """``inplace-ttt eval``."""
 
+import json
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -10,7 +13,6 @@ import typer
 
 from ..errors import UserError
 from ..shipped import DEFAULT_MODEL
-from .eval_suites import ONLY_TEXT, SUITES, WITHOUT_TEXT, Options, build
 from .usage import quiet_libraries
 
 if TYPE_CHECKING:
@@ -18,11 +20,52 @@ if TYPE_CHECKING:
 
 
 Number = TypeVar("Number", int, float)
+SUITES = ("nll", "needle", "read-then-ask", "theory", "diagnostics", "harness", "ruler")
+WITHOUT_TEXT = frozenset(["harness", "ruler"])
+"""Suites that need no --data."""
+ONLY_TEXT = tuple(name for name in SUITES if name not in WITHOUT_TEXT)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for; names as on the command line. ``lengths`` empty: each suite's own."""
+
+    suites: tuple[str, ...]
+    length: int
+    windows: int
+    lengths: tuple[int, ...]
+    kinds: tuple[str, ...]
+    depths: tuple[float, ...]
+    trials: int
+    tasks: tuple[str, ...]
+    task_files: Path | None
+    questions: tuple[Path, ...]
+    download: bool
+    limit: int | None
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.suites) - set(SUITES)):
+            raise UserError(f"--suite {', '.join(unknown)}: choose from {', '.join(SUITES)}")
+
+    def plan(self) -> dict[str, Any]:
+        """JSON-ready: what tells one evaluation from another. ``batch_size`` changes no figure."""
+        only = () if WITHOUT_TEXT & set(self.suites) else ("tasks", "task_files", "questions", "download", "limit")
+        values = {key: value for key, value in asdict(self).items() if key not in (*only, "batch_size")}
+        plan: dict[str, Any] = json.loads(json.dumps(values, default=str))
+        return plan
 
 
 def evaluate(
     model: Annotated[
         str | None, typer.Argument(help="Directory or hub id. Left out: the shipped model.", show_default=False)
+    ] = None,
+    named: Annotated[str | None, typer.Option("--model", help="The same, as an option.", show_default=False)] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="For a plain model: loss (nothing to train).", show_default=False)
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="A plain Llama reads through a window.", min=1, show_default=False)
     ] = None,
     data: Annotated[
         list[Path] | None,
@@ -66,7 +109,8 @@ def evaluate(
     sweep: Annotated[
         list[str] | None,
         typer.Option(
-            help="Other settings to try: lr, chunk_size, decay or clip, as NAME=VALUE,VALUE. May be repeated."
+            help="Other settings to try: lr, chunk_size, decay, clip or update_size, as NAME=VALUE,VALUE. "
+            "May be repeated."
         ),
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Also read with each adapting layer switched off.")] = False,
@@ -76,8 +120,10 @@ def evaluate(
     """Measure whether adapting helps: updates on and off on the same text, with intervals and pictures."""
     from rich.console import Console
 
+    if model is not None and named is not None:
+        raise UserError(f"--model {named}: the model is {model} already, name it once")
     options = Options(
-        wanted=ONLY_TEXT if suite == "all" else _names(suite),
+        suites=ONLY_TEXT if suite == "all" else _names(suite),
         length=length,
         windows=windows,
         lengths=_numbers("--lengths", lengths, int) if lengths else (),
@@ -91,7 +137,7 @@ def evaluate(
         limit=limit,
         batch_size=batch_size,
     )
-    if not data and (reading := [name for name in options.wanted if name not in WITHOUT_TEXT]):
+    if not data and (reading := [name for name in options.suites if name not in WITHOUT_TEXT]):
         raise UserError(
             f"--data: name at least one text file, directory or .jsonl file to read ({reading[0]} needs it)"
         )
@@ -100,12 +146,13 @@ def evaluate(
         from ..eval import report
         from ..eval.runner import run
         from ..eval.suites.texts import load_texts
+        from ..hf.attach import UNTRAINED, is_trained
         from ..hf.load import load
         from ..session.files import identity
 
         quiet_libraries()
-        name = model or str(DEFAULT_MODEL)
-        loaded, tokenizer = load(name, device)
+        name = model or named or str(DEFAULT_MODEL)
+        loaded, tokenizer = load(name, device, objective=objective, window=window)
         variants = _variants(loaded, sweep or [], layers)
         if baseline is not None:
             variants.append(_baseline(baseline, loaded, tokenizer, device))
@@ -115,7 +162,8 @@ def evaluate(
             texts = sorted(texts, key=lambda text: len(text.ids) < length)[:documents]
     with log.status("preparing the suites"):
         suites, notes = build(options, texts, tokenizer, loaded)
-    for note in notes:
+    useless = [] if is_trained(loaded) else [UNTRAINED]
+    for note in notes + useless:
         log.print(note, soft_wrap=True, markup=False)
     plan = {
         "model": Path(name).name,
@@ -126,11 +174,38 @@ def evaluate(
         "variants": [variant.label for variant in variants],
         **options.plan(),
     }
+    plan |= {key: value for key, value in (("objective", objective), ("window", window)) if value is not None}
     records = run(suites, variants, out, plan, fresh=fresh, console=log)
     console = Console(highlight=False)
-    for line in report.write(out, records, plan):
+    for line in report.write(out, records, plan, useless):
         console.print(line, soft_wrap=True, markup=False)
     console.print(f"Report: {out / 'report.html'} (figures: summary.json, summary.csv, plots/)", soft_wrap=True)
+
+
+def build(options: Options, texts: Sequence[Any], tokenizer: Any, model: Any) -> tuple[list[Any], list[str]]:
+    """The suites in the order of ``SUITES``, and what the user should know about them. UserError before any work."""
+    from ..eval.suites import harness, needle, nll, read_then_ask, state, theory
+
+    wanted, found, notes = set(options.suites), list[Any](), list[str]()
+    windows = nll.from_options(options, texts, model) if {"nll", "diagnostics"} & wanted else None
+    if windows is not None and "nll" in wanted:
+        found.append(windows)
+    if "needle" in wanted:
+        found.append(needle.from_options(options, texts, tokenizer))
+    if "read-then-ask" in wanted:
+        found.append(read_then_ask.from_options(options, texts, tokenizer))
+    if "theory" in wanted:
+        found.append(theory.from_options(options, texts, tokenizer, model))
+    if windows is not None and "diagnostics" in wanted:
+        found.append(state.StateSuite(windows))
+    if WITHOUT_TEXT & wanted:
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if "harness" in wanted:
+        found.append(harness.from_options(options, tokenizer))
+    if "ruler" in wanted:
+        suite, notes = harness.ruler_from_options(options, texts, tokenizer, model)
+        found.append(suite)
+    return found, notes
 
 
 def _variants(model: Any, sweep: list[str], layers: bool) -> list["Variant"]:
@@ -165,7 +240,7 @@ def _reading(model: Any, settings: dict[str, Any]) -> Any:
 def _settings(text: str) -> list[tuple[str, dict[str, Any]]]:
     """``lr=0.05,0.1`` -> [("lr=0.05", {"lr": 0.05}), ...]; several names joined by spaces change together."""
     name, _, values = text.partition("=")
-    kinds = {"lr": float, "decay": float, "clip": float, "chunk_size": int}
+    kinds = {"lr": float, "decay": float, "clip": float, "update_size": float, "chunk_size": int}
     if name not in kinds or not values:
         raise UserError(f"--sweep {text}: write one of {', '.join(kinds)} as NAME=VALUE,VALUE")
     try:

@@ -23,14 +23,17 @@ def inspect(
     layers: Annotated[str | None, typer.Option(help="Plain model: layers to adapt (0::6, or 0,4,8).")] = None,
     chunk_size: Annotated[int | None, typer.Option(help="Plain model: tokens between updates.")] = None,
     target: Annotated[str | None, typer.Option(help="Plain model: input_embed or hidden_states.")] = None,
+    objective: Annotated[str | None, typer.Option(help="Plain model: loss (nothing to train).")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Session: picture of its diagnostics (.png, .pdf, .svg).")] = None,
-    of: Annotated[str | None, typer.Option("--model", help="Session: where its model is now.")] = None,
+    of: Annotated[str | None, typer.Option("--model", help="The model; of a session: where it is now.")] = None,
     device: Annotated[str | None, typer.Option(help="Session: such as cpu or cuda.")] = None,
 ) -> None:
     """Show which modules of a model adapt (or would), and what that costs; or what a session has learned."""
-    given: dict[str, Any] = {"layers": layers, "chunk_size": chunk_size, "target": target}
-    if model is not None and Path(model).is_file():
+    if model is None:
+        model, of = of, None
+    given: dict[str, Any] = {"layers": layers, "chunk_size": chunk_size, "target": target, "objective": objective}
+    if model is not None and Path(model).is_file() and Path(model).suffix != ".gguf":
         from .inspect_session import inspect_session
 
         _refuse(given, "plain models")
@@ -78,6 +81,7 @@ def _show(found: "Preview") -> None:
 
     console = Console(highlight=False)
     says = "has fast weights" if found.attached else "is a plain model; with fast weights attached it would have these"
+    says += ", untrained" if found.attached and found.untrained else ""
     console.print(f"{found.model} ({found.model_type}) {says}:", soft_wrap=True, markup=False)
     table = Table(show_footer=True)
     table.add_column("layer", f"{len(found.layers)} of {found.decoder_layers}", justify="right")
@@ -100,4 +104,9 @@ def _show(found: "Preview") -> None:
     options = ", ".join(f"{f.name} {getattr(rule, f.name)}" for f in fields(rule) if getattr(rule, f.name) != f.default)
     paths = " and ".join(sorted({layer.path for layer in found.layers}))
     console.print(f"rule {rule.name}{options and f' ({options})'}, computed by path {paths}", soft_wrap=True)
-    console.print(f"chunk_size {s.chunk_size:,}, lr {s.lr:g}, target {s.target}, objective {s.objective}")
+    target = "" if s.objective == "loss" else f"target {s.target}, "
+    console.print(f"chunk_size {s.chunk_size:,}, lr {s.lr:g}, {target}objective {s.objective}")
+    if found.untrained:
+        from ..hf.attach import UNTRAINED
+
+        console.print(UNTRAINED, soft_wrap=True)

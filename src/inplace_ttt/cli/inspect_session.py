@@ -7,21 +7,18 @@ from typing import Any
 import typer
 
 from ..errors import UserError
-from .demo import _check_writable
 from .sessions import open_session
-from .usage import size
+from .usage import check_picture, size
 
 
 def inspect_session(path: Path, json: bool, plot: Path | None, model: str | None, device: str | None) -> None:
     """Prints where a session stands and what its fast weights are like; draws how that came about."""
     from rich.console import Console
 
-    from ..plots import FORMATS
     from ..session.plots import diagnostics_table, save_diagnostics
 
-    if plot is not None and plot.suffix.lower() not in FORMATS:
-        raise UserError(f"--plot {plot}: the name must end in {', '.join(FORMATS)}")
-    _check_writable(plot)
+    if plot is not None:
+        check_picture(plot)
     with Console(stderr=True).status("loading the model"):
         session = open_session(path, model, device, {}, write=False)
     timeline, layers = session.timeline, session.diagnostics()
@@ -44,6 +41,17 @@ def inspect_session(path: Path, json: bool, plot: Path | None, model: str | None
         typer.echo(f"Picture: {plot}", err=json)
 
 
+def nothing_learned(session: Any) -> str | None:
+    """Say why a session has learned nothing so far; None where it has."""
+    from ..hf.attach import UNTRAINED
+
+    stats = session.stats()
+    if stats.warning == UNTRAINED:
+        return UNTRAINED
+    every = f"0 updates so far, one comes after every {stats.settings['chunk_size']:,} tokens"
+    return None if stats.updates else f"nothing was learned yet: {every}"
+
+
 def stats_lines(session: Any) -> list[str]:
     """Where a session stands, for a person."""
     s = session.stats()
@@ -54,4 +62,6 @@ def stats_lines(session: Any) -> list[str]:
         f"in context {s.in_context:,} tokens ({size(s.bytes_context)}); fast weights {size(s.bytes_fast_weights)}",
         f"window {s.window:,}, sinks {s.sinks}, {kept}",
     ]
-    return lines + ([f"warning: {s.warning}"] if s.warning else [])
+    if s.warning:
+        return [*lines, f"warning: {s.warning}"]
+    return lines if s.updates else [*lines, nothing_learned(session) or ""]

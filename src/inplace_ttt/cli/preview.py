@@ -2,29 +2,38 @@
 
 import json
 import warnings
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..config import InPlaceTTTConfig
+from ..core import Target, make_target
 from ..errors import UserError
-from ..hf.attach import LayerInfo, attach, inspect
+from ..hf.attach import LayerInfo, inspect, install, is_trained
 from ..hf.auto import base_config
+from ..hf.checkpoint import is_added
 from ..hf.directory import BASE, SETTINGS
 from ..hf.hub_files import require_hub_id
+from ..hf.load import check_gguf
 from ..hf.release import is_release, load_release
 
 
 @dataclass(frozen=True)
 class Preview:
-    """``attached``: whether the model has fast weights, or this is what attaching would do. Bytes are per row."""
+    """``attached``: whether the model has fast weights, or this is what attaching would do. Bytes are per row.
+
+    ``untrained``: whether nothing changes while it reads; False too where that cannot be seen without the weights.
+    """
 
     model: str
     model_type: str
     attached: bool
+    untrained: bool
     settings: InPlaceTTTConfig
     decoder_layers: int
     base_parameters: int
@@ -64,13 +73,14 @@ def preview(model: str, settings: dict[str, Any]) -> Preview:
     except ValueError as error:
         raise UserError(f"{model} is no causal language model: {str(error).splitlines()[0][:200]}") from None
     parameters = sum(p.numel() for p in empty.parameters())
-    attach(empty, config)
+    install(empty, config)
     layers = inspect(empty)
     width = next(empty.parameters()).element_size()
     return Preview(
         model=model,
         model_type=base.model_type,
         attached=attached,
+        untrained=not _is_trained(model, empty) if attached else not _fresh(config).is_trained,
         settings=config,
         decoder_layers=base.get_text_config().num_hidden_layers,
         base_parameters=parameters,
@@ -79,8 +89,25 @@ def preview(model: str, settings: dict[str, Any]) -> Preview:
     )
 
 
+def _fresh(config: InPlaceTTTConfig) -> Target:
+    """Make a target as attaching makes it, but of width 1."""
+    return make_target(config.objective, 1, config.objective_options, {**config.settings, "init_std": 0.02})
+
+
+def _is_trained(model: str, empty: Any) -> bool:
+    """Tell whether the targets' parameters in a directory write anything; True where it has none to look at."""
+    for file in Path(model).expanduser().glob("*.safetensors"):
+        with suppress(SafetensorError), safe_open(file, "pt") as tensors:
+            added = {name: tensors.get_tensor(name) for name in tensors.keys() if is_added(name)}  # noqa: SIM118
+            empty.load_state_dict(added, strict=False, assign=True)
+    return is_trained(empty)
+
+
 def _stored(model: str) -> tuple[Any, InPlaceTTTConfig | None]:
     """The base model's configuration, and the settings of fast weights stored with it."""
+    if Path(model).suffix == ".gguf":
+        check_gguf(model)
+        return AutoConfig.from_pretrained(Path(model).parent, gguf_file=Path(model).name), None
     text = _file(model, SETTINGS)
     if text is not None:
         try:

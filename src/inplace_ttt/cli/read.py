@@ -70,6 +70,8 @@ def read_all(
     if study is not None and not opened._reader.by_loss:
         raise UserError("--study needs a session that learns by the loss: begin one with --objective loss")
     saver, stopped, studying = Saver(opened, session), False, False
+    if opened.warning:
+        typer.echo(f"warning: {opened.warning}", err=True)
     with deferred_interrupt() as interrupt:
         try:
             for source in sources:

@@ -34,7 +34,8 @@ def open_session(
     """The session in ``path``, or a new one where there is no such file (or no path).
 
     The file names its model; ``model`` overrides that (the weights must be the same). ``options`` are for a new
-    session only. UserError on everything that does not fit, and, with ``write``, when the file could not be saved.
+    session only, as is another ``objective`` than its own. UserError on everything that does not fit, and, with
+    ``write``, when the file could not be saved.
     """
     if path is not None and write:
         check_place(path)
@@ -48,6 +49,11 @@ def open_session(
 
             remember(session, path)
         return session
+    if objective is not None:
+        from ..session.files import objective_of
+
+        if objective != objective_of(path):
+            options["objective"] = objective
     if options:
         given = ", ".join(f"--{name.replace('_', '-')}" for name in options)
         raise UserError(f"{path} exists, and {given} is for a new session: leave that out, or name a new file")

@@ -3,6 +3,7 @@
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -85,3 +86,23 @@ def size(count: int) -> str:
         if count >= factor:
             return f"{count / factor:.1f} {unit}"
     return f"{count} bytes"
+
+
+def check_picture(path: Path) -> None:
+    """Before the work, not after it. UserError when no picture can be written there."""
+    from ..plots import FORMATS
+
+    if path.suffix.lower() not in FORMATS:
+        raise UserError(f"--plot {path}: the name must end in {', '.join(FORMATS)}")
+    check_writable(path)
+
+
+def check_writable(path: Path | None) -> None:
+    """Before the work, not after it. UserError when nothing can be written there."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: name a file")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {path}: {folder} is no directory that can be written to")

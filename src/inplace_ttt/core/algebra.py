@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+SCORED_AT_ONCE = 1 << 26
+"""Logits turned to float32 at a time."""
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -66,3 +70,11 @@ def accumulate(S: Tensor | None, z: Tensor, v: Tensor, keep: float | Tensor) -> 
     if z.dtype == S.dtype:
         return S.baddbmm_(v.mT, z)
     return S.add_(outer(v, z))
+
+
+def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p in nats of ``targets`` [...] by ``logits`` [..., V], in float32, a part of the tokens at a time."""
+    flat = logits.reshape(-1, logits.shape[-1])
+    tokens = max(1, SCORED_AT_ONCE // flat.shape[1])
+    pairs = zip(torch.split(flat, tokens), torch.split(targets.reshape(-1), tokens), strict=True)
+    return torch.cat([cross_entropy(part.float(), ids, reduction="none") for part, ids in pairs]).view(targets.shape)

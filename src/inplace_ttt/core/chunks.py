@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+
 HOST = "cpu"
 """Where tables are made, whatever PyTorch's default device is."""
 
@@ -68,7 +70,13 @@ def _document_ids(
         if bool((documents == documents[:, :1]).all()) and bool((documents >= 0).all()):
             documents = None
     if attention_mask is not None:
-        real = attention_mask.detach()[:, -tokens:].to("cpu").bool()
+        given = attention_mask.detach()[:, -tokens:].to("cpu")
+        real = given.bool()
+        if given.dtype != torch.bool and bool((given != real).any()):
+            raise UserError(
+                "attention_mask holds numbers other than 0 and 1. To pack documents pass position_ids that begin at 0 "
+                "in each, or seq_idx, and no mask"
+            )
         if real.shape != (rows, tokens):
             raise ValueError(
                 f"attention_mask must cover the call's {rows} x {tokens} tokens, got {tuple(attention_mask.shape)}"

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .algebra import outer
-from .rules import Rule, State, register_rule
+from .algebra import norm_of, outer
+from .rules import Rule, State, register_rule, slow_norm
 
 
 @register_rule("delta")
@@ -64,3 +64,48 @@ class Muon(Rule):
             A = X @ X.mT
             X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
         return X
+
+
+@register_rule("adaptive")
+class Adaptive(Rule):
+    """A sized write that finds its own size r and forgets what hurts, ``update_size="auto"``; v must be ``-dL/do``.
+
+    With that target the chunk's loss says for free how it depends on S: ``g = <V, lr S Z> / C`` is minus its derivative
+    with respect to S's scale, in nats per token. As the loss is about convex along S, g is also a lower bound of what S
+    gained on the chunk. Before a chunk is written (hypergradient descent, Almeida et al. 1998, Baydin et al. 2018),
+
+    * ``log r' = log r + rate * clip((g / d - aim) / width, -2, 1)``, d = ``lr r |W0| |dW| / C``: what a write of this
+      size promises to first order. The first chunk of a document takes the r for which d = ``decrease``, at most 0.01;
+    * ``S' = (1 - decay) S / (1 + max(0, -m - tolerance) / slope) + r |W0| dW / max(|dW|, n)``, m the running mean of g
+      over some 4 chunks and n that of |dW| over 5: what hurts shrinks, and a chunk that asks for little writes little.
+    """
+
+    decay: float = 0.0
+    decrease: float = 0.1
+    aim: float = 0.0075
+    width: float = 0.1
+    rate: float = 0.1
+    tolerance: float = 0.002
+    slope: float = 0.02
+    linear = True
+
+    def init(self, B: int, D: int, F: int, like: Tensor) -> State:
+        S = super().init(B, D, F, like)["S"]
+        return {"S": S, **{name: S.new_zeros(B) for name in ("size", "gain", "norm")}}
+
+    def update(self, state: State, z: Tensor, v: Tensor, W0: Tensor | None) -> State:
+        S, old, v = state["S"], state["size"], v.to(z.dtype)
+        count = (v != 0).any(-1).sum(1).clamp(min=1)
+        dW, norm, slow = outer(v, z), norm_of(v, z), slow_norm(W0, "update_size")
+        gain = (self.apply(state, z) * v).sum((1, 2), dtype=S.dtype) / count
+        promise = self.lr * slow * norm / count
+        tiny = torch.finfo(S.dtype).tiny
+        step = ((gain / (old * promise).clamp(min=tiny) - self.aim) / self.width).clamp(-2, 1)
+        first = (self.decrease / promise.clamp(min=tiny)).clamp(max=0.01)
+        size = torch.where(old > 0, old * (self.rate * step).exp(), first)
+        mean = torch.lerp(state["gain"], gain, 0.25)
+        usual = torch.where(old > 0, torch.lerp(state["norm"], norm, 0.2), norm)
+        keep = (1 - self.decay) / (1 + (-mean - self.tolerance).clamp(min=0) / self.slope)
+        factor = size * slow / torch.maximum(norm, usual)
+        S = keep[:, None, None] * S + factor[:, None, None] * dW
+        return {"S": S, "size": size, "gain": mean, "norm": usual}

@@ -278,7 +278,7 @@ class FastWeights:
             return start
         old = {name: x.index_select(0, index) for name, x in start.items()}  # a copy: others may hold them
         if rule.outer and keep_B1 is None:
-            new = {"S": accumulate(None if self.tensors is None else old["S"], z, v, rule.keep)}
+            new = old | {"S": accumulate(None if self.tensors is None else old["S"], z, v, rule.keep)}
         else:
             with torch.autocast(z.device.type, enabled=False):
                 shrunk = old if keep_B1 is None else {k: scaled(x, keep_B1[index, 0]) for k, x in old.items()}

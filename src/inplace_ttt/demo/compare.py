@@ -4,15 +4,15 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..eval.nll import Bucket, loss_by_position, token_losses
-from ..hf.attach import inspect, runtime_of, unwrap, updates_off
-from ..hf.cache import cache_of
+from ..eval.nll import Bucket, loss_by_position, new_cache, token_losses
+from ..hf.attach import inspect, runtime_of, updates_off
 from ..hf.context import fast_weights
 
 PIECE = 1024
@@ -89,38 +89,14 @@ def compare(model: nn.Module, ids: Sequence[int], advance: Advance | None = None
     rows = torch.tensor([list(ids)], device=next(model.parameters()).device)
     with torch.no_grad():  # one-off costs of the first call belong to neither reading
         model(input_ids=rows[:, :2], use_cache=False)
-    off = _read(model, rows, piece, "off", advance)
-    on = _read(model, rows, piece, "on", advance)
-    return Comparison(on.losses, off.losses, on.seconds, off.seconds, chunk_size, _layers(model, on.cache))
-
-
-@dataclass
-class _Reading:
-    """One pass, watched by a hook on the base model."""
-
-    label: str
-    advance: Advance | None
-    losses: np.ndarray
-    seconds: float = 0.0
-    cache: Any = None
-
-    def watch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self.cache = cache_of(output)
-        if self.advance is not None:
-            self.advance(self.label, output.last_hidden_state.shape[1])
-
-
-def _read(model: nn.Module, rows: torch.Tensor, piece: int, label: str, advance: Advance | None) -> _Reading:
-    reading = _Reading(label, advance, np.empty(0))
-    handle = unwrap(model).base_model.register_forward_hook(reading.watch, with_kwargs=True)
-    start = time.perf_counter()
-    try:
-        with nullcontext() if label == "on" else updates_off(model):
-            reading.losses = token_losses(model, rows, piece)[0].double().cpu().numpy()
-    finally:
-        handle.remove()
-    reading.seconds = time.perf_counter() - start
-    return reading
+    losses, seconds = {}, {}
+    for label, context in (("off", updates_off(model)), ("on", nullcontext())):
+        start, cache = time.perf_counter(), new_cache(model)
+        with context:
+            told = advance and partial(advance, label)
+            losses[label] = token_losses(model, rows, piece, cache=cache, advance=told)[0].double().cpu().numpy()
+        seconds[label] = time.perf_counter() - start
+    return Comparison(losses["on"], losses["off"], seconds["on"], seconds["off"], chunk_size, _layers(model, cache))
 
 
 def _layers(model: nn.Module, cache: Any) -> list[LayerUpdates]:

@@ -12,35 +12,26 @@ import copy
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from inplace_ttt.errors import UserError
-from inplace_ttt.eval.harness_tasks import (
-    PAPER,
-    RULER,
-    RULER_OFFLINE,
-    Paired,
-    Record,
-    load_tasks,
-    paired,
-    prepare,
-    records_of,
-    require,
-)
+from inplace_ttt.eval.harness_tasks import PAPER, RULER, RULER_OFFLINE, evaluate, load_tasks, require
 from inplace_ttt.eval.nll import token_losses
+from inplace_ttt.eval.paired import Mean, bootstrap_mean
 from inplace_ttt.hf.attach import READING, is_attached, runtime_of, updates_off
 from inplace_ttt.hf.load import load_model, load_tokenizer
 from inplace_ttt.hf.window import sliding_windows
 
 require()
 
-from lm_eval import evaluate  # noqa: E402
 from lm_eval import utils as harness_utils  # noqa: E402
 from lm_eval.api.registry import model_registry  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
@@ -208,6 +199,38 @@ class InPlaceTTTLM(HFLM):  # type: ignore[misc]
         }
 
 
+@dataclass(frozen=True)
+class Record:
+    """One sample's value of one metric. ``on`` or ``off`` is None when that setting was not run.
+
+    ``task`` is the name asked for, ``part`` the task below it (for groups such as mmlu), ``length`` RULER's. Perplexity
+    metrics are given as nats per word or byte, with the number of these as ``weight``.
+    """
+
+    task: str
+    part: str
+    length: int | None
+    sample: int
+    metric: str
+    on: float | None
+    off: float | None
+    weight: float = 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Means of a metric with updates on and off, and of on - off, with 95% bootstrap intervals over samples."""
+
+    on: Mean
+    off: Mean
+    difference: Mean
+    samples: int
+
+
 if NAME not in model_registry:
     # By its path, so that running this module as a program registers one class and not two.
     model_registry.register(NAME, target="inplace_ttt.eval.harness:InPlaceTTTLM")
@@ -238,23 +261,44 @@ def run(
         raise UserError(f"updates must be of on and off, got {updates!r}")
     was_training = isinstance(model, nn.Module) and model.training
     lm = InPlaceTTTLM(model, tokenizer, batch_size=batch_size, **arguments)
-    records = []
+    found: dict[tuple[Any, ...], dict[str, tuple[float, float]]] = {}
+    prompts: dict[tuple[str, int | None, int], str] = {}
     try:
         with TemporaryDirectory() as directory:
             lm.tokenizer.save_pretrained(directory)
             loaded = load_tasks(tasks, directory, lengths, include_path, texts=limit, seed=seed)
-        for name, length, parts in loaded:
-            samples = {}
-            for setting in updates:
-                lm.updates = setting == "on"
-                prepare(parts, num_fewshot, seed)
-                named = {part.task_name: part for part in parts}
-                found: Any = evaluate(lm=lm, task_dict={"tasks": named}, limit=limit, bootstrap_iters=0)
-                samples[setting] = found["samples"]
-            records += records_of(name, length, samples)
+        for (task, length, parts), setting in product(loaded, updates):
+            lm.updates = setting == "on"
+            for part, name in ((part, part.task_name) for part in parts):
+                for sample, values in evaluate(lm, part, range(len(part.eval_docs))[:limit], length, num_fewshot, seed):
+                    number, prompt = int(sample["doc_id"]), sample["prompt_hash"]
+                    if prompts.setdefault((name, length, number), prompt) != prompt:
+                        raise RuntimeError(
+                            f"task {name} made other prompts the second time: its results are not paired"
+                        )
+                    for metric, value in values.items():
+                        found.setdefault((task, name, length, number, metric), {})[setting] = value
     finally:
         lm.model.train(was_training)
-    return records
+    nothing = None, 1.0
+    return [
+        Record(*key, by.get("on", nothing)[0], by.get("off", nothing)[0], next(iter(by.values()))[1])
+        for key, by in found.items()
+    ]
+
+
+def paired(records: Sequence[Record]) -> dict[tuple[str, int | None, str], Paired]:
+    """Means and differences by (task, length, metric). Parts of a group count by their samples."""
+    groups: dict[tuple[str, int | None, str], list[Record]] = {}
+    for record in records:
+        if record.on is not None and record.off is not None:
+            groups.setdefault((record.task, record.length, record.metric), []).append(record)
+    results = {}
+    for key, found in groups.items():
+        on, off, weights = (np.array([getattr(r, name) for r in found]) for name in ("on", "off", "weight"))
+        means = [bootstrap_mean(values, weights) for values in (on, off, on - off)]
+        results[key] = Paired(means[0], means[1], means[2], len(found))
+    return results
 
 
 def main() -> None:

@@ -1,17 +1,17 @@
-"""Tasks of lm-evaluation-harness with updates on and off: lists of them, missing data said plainly, paired results."""
+"""Tasks of lm-evaluation-harness: lists of them, missing data said plainly, and the one way in which they are read."""
 
+import io
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from inplace_ttt.errors import UserError
-from inplace_ttt.eval.nll import Mean, bootstrap_mean
-from inplace_ttt.eval.ruler import ALL_TEXTS, RulerData, config
+from ..errors import UserError
+from .ruler import ALL_TEXTS, RulerData, config
 
 Loaded = tuple[str, int | None, list[Any]]
 """A task asked for, the length of its texts (RULER), and the harness's tasks that it stands for."""
@@ -36,36 +36,36 @@ _PAPER_FOLDERS = ("arc", "hellaswag", "mmlu/default", "piqa")
 _PER_UNIT = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 
 
-@dataclass(frozen=True)
-class Record:
-    """One sample's value of one metric. ``on`` or ``off`` is None when that setting was not run.
+def evaluate(
+    lm: Any, part: Any, samples: Sequence[int], length: int | None, num_fewshot: int | None = None, seed: int = 0
+) -> Iterator[tuple[Mapping[str, Any], dict[str, tuple[float, float]]]]:
+    """Samples of one of the harness's tasks as it logs them, each with (value, weight) by metric."""
+    from lm_eval import evaluate as run
 
-    ``task`` is the name asked for, ``part`` the task below it (for groups such as mmlu), ``length`` RULER's. Perplexity
-    metrics are given as nats per word or byte, with the number of these as ``weight``.
-    """
-
-    task: str
-    part: str
-    length: int | None
-    sample: int
-    metric: str
-    on: float | None
-    off: float | None
-    weight: float = 1.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+    _seed(seed)  # as the harness's own ``simple_evaluate``, which reports on the whole machine each time
+    own = part.get_config("num_fewshot")
+    if own is None or (own != 0 and num_fewshot is not None):  # a task that says 0 allows no examples
+        part.set_config(key="num_fewshot", value=num_fewshot or 0)
+    part.set_fewshot_seed(seed=seed)
+    name = part.task_name
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # bars of its own
+        found: Any = run(lm=lm, task_dict={"tasks": {name: part}}, samples={name: list(samples)}, bootstrap_iters=0)
+    for sample in found["samples"][name]:
+        values = {}
+        for metric in sample["metrics"]:
+            if (value := _value(metric, sample[metric], length)) is not None:
+                values[metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"] = value
+        yield sample, values
 
 
-@dataclass(frozen=True)
-class Paired:
-    """Means of a metric with updates on and off, and of on - off, with 95% bootstrap intervals over samples."""
-
-    on: Mean
-    off: Mean
-    difference: Mean
-    samples: int
+def _value(metric: str, value: Any, length: int | None) -> tuple[float, float] | None:
+    """(value, weight), or None for what is no number of this sample."""
+    if metric in _PER_UNIT:
+        likelihood, units = value
+        return -float(likelihood) / units, float(units)
+    if length is not None and metric != str(length):  # RULER gives the other lengths too, as -1
+        return None
+    return (float(value), 1.0) if isinstance(value, bool | int | float | np.number | np.bool_) else None
 
 
 def require() -> None:
@@ -142,63 +142,3 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def prepare(parts: Sequence[Any], num_fewshot: int | None = None, seed: int = 0) -> None:
-    """What the harness's own ``simple_evaluate`` does before it reads; that reports on the whole machine each time."""
-    _seed(seed)
-    for part in parts:
-        own = part.get_config("num_fewshot")
-        if own is None or (own != 0 and num_fewshot is not None):  # a task that says 0 allows no examples
-            part.set_config(key="num_fewshot", value=num_fewshot or 0)
-        part.set_fewshot_seed(seed=seed)
-
-
-def records_of(task: str, length: int | None, samples: Mapping[str, Mapping[str, Sequence[Any]]]) -> list[Record]:
-    """The harness's logged samples, by setting ("on", "off") and part, as records."""
-    values: dict[tuple[str, int, str], dict[str, tuple[float, float]]] = {}
-    prompts: dict[tuple[str, int], str] = {}
-    for setting, parts in samples.items():
-        for part, logged in parts.items():
-            for sample in logged:
-                at = part, int(sample["doc_id"])
-                if prompts.setdefault(at, sample["prompt_hash"]) != sample["prompt_hash"]:
-                    raise RuntimeError(f"task {part} made other prompts the second time: its results are not paired")
-                for metric in sample["metrics"]:
-                    if (value := value_of(metric, sample[metric], length)) is not None:
-                        values.setdefault((*at, metric_name(metric, sample)), {})[setting] = value
-    records = []
-    for (part, sample, metric), by in values.items():
-        on, off = (by[setting][0] if setting in by else None for setting in ("on", "off"))
-        weight = next(iter(by.values()))[1]
-        records.append(Record(task, part, length, sample, metric, on, off, weight))
-    return records
-
-
-def metric_name(metric: str, sample: Mapping[str, Any]) -> str:
-    """With the filter of the answers, where there is one."""
-    return metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
-
-
-def value_of(metric: str, value: Any, length: int | None) -> tuple[float, float] | None:
-    """(value, weight), or None for what is no number of this sample."""
-    if metric in _PER_UNIT:
-        likelihood, units = value
-        return -float(likelihood) / units, float(units)
-    if length is not None and metric != str(length):  # RULER gives the other lengths too, as -1
-        return None
-    return (float(value), 1.0) if isinstance(value, bool | int | float | np.number | np.bool_) else None
-
-
-def paired(records: Sequence[Record]) -> dict[tuple[str, int | None, str], Paired]:
-    """Means and differences by (task, length, metric). Parts of a group count by their samples."""
-    groups: dict[tuple[str, int | None, str], list[Record]] = {}
-    for record in records:
-        if record.on is not None and record.off is not None:
-            groups.setdefault((record.task, record.length, record.metric), []).append(record)
-    results = {}
-    for key, found in groups.items():
-        on, off, weights = (np.array([getattr(r, name) for r in found]) for name in ("on", "off", "weight"))
-        means = [bootstrap_mean(values, weights) for values in (on, off, on - off)]
-        results[key] = Paired(means[0], means[1], means[2], len(found))
-    return results

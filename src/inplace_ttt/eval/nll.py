@@ -3,8 +3,8 @@
 Losses are in nats. A token is scored by the logits of the tokens before it, so before any update that saw it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,22 +14,32 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
 
-from inplace_ttt.errors import UserError
-from inplace_ttt.hf.attach import is_attached, updates_off
-from inplace_ttt.hf.cache import cache_name, cache_of
-
-RESAMPLES = 2000
-_SCORED_AT_ONCE = 1 << 26  # logits turned to float32 at a time
+from ..core.algebra import cross_entropies
+from ..errors import UserError
+from ..hf.attach import is_attached, unwrap, updates_off
+from ..hf.cache import cache_name, cache_of
+from .paired import Mean, bootstrap_mean
 
 
 @torch.no_grad()
-def token_losses(model: nn.Module, input_ids: Tensor, piece: int | None = None, *, last: int | None = None) -> Tensor:
+def token_losses(
+    model: nn.Module,
+    input_ids: Tensor,
+    piece: int | None = None,
+    *,
+    last: int | None = None,
+    cache: Cache | None = None,
+    advance: Callable[[int], Any] | None = None,
+) -> Tensor:
     """-log p of every token but the first: ids [B, T] -> float32 [B, T - 1] on the same device.
 
     With ``piece`` the rows are read through a cache, that many tokens at a time: only one piece's logits exist at once
     and attention needs no [T, T] mask. All rows must be one document without padding. ``last``: only those of the last
-    ``last`` tokens, [B, last]; for pieces before them no logits are computed. Raises ValueError when T < 2.
+    ``last`` tokens, [B, last]; for pieces before them no logits are computed. ``cache``: an empty one to read through;
+    ``advance`` is told the tokens of each piece. Raises ValueError when T < 2.
     """
     T = input_ids.shape[1]
     if T < 2:
@@ -37,29 +47,20 @@ def token_losses(model: nn.Module, input_ids: Tensor, piece: int | None = None, 
     first = 0 if last is None else max(T - 1 - last, 0)
     if piece is None:
         logits = model(input_ids=input_ids, use_cache=False).logits
-        return _score(logits[:, first:-1], input_ids[:, first + 1 :])
-    losses, cache = [], None
+        return cross_entropies(logits[:, first:-1], input_ids[:, first + 1 :])
+    losses = []
     for start in range(0, T - 1, piece):
         end = min(start + piece, T - 1)
         keep: dict[str, Any] = {"logits_to_keep": 1} if end <= first else {}
         part = input_ids[:, start:end]
         out = model(input_ids=part, use_cache=True, **{cache_name(model): cache}, **keep)
         cache = cache_of(out)
+        if advance is not None:
+            advance(end - start)
         if end > first:
             at = max(first - start, 0)
-            losses.append(_score(out.logits[:, at:], input_ids[:, start + at + 1 : end + 1]))
+            losses.append(cross_entropies(out.logits[:, at:], input_ids[:, start + at + 1 : end + 1]))
     return torch.cat(losses, 1)
-
-
-def _score(logits: Tensor, targets: Tensor) -> Tensor:
-    """Logits [B, n, V], targets [B, n] -> losses [B, n], turning a part of the logits to float32 at a time."""
-    flat = logits.reshape(-1, logits.shape[-1])
-    tokens = max(1, _SCORED_AT_ONCE // flat.shape[1])
-    parts = [
-        nn.functional.cross_entropy(part.float(), target, reduction="none")
-        for part, target in zip(torch.split(flat, tokens), torch.split(targets.reshape(-1), tokens), strict=True)
-    ]
-    return torch.cat(parts).view(targets.shape)
 
 
 @dataclass(frozen=True)
@@ -86,23 +87,50 @@ def loss_by_position(losses: Tensor | np.ndarray, edges: Sequence[int]) -> list[
     return buckets
 
 
+def doubling(largest: int, smallest: int = 256) -> list[int]:
+    """256, 512, 1024, ... up to ``largest``."""
+    sizes = []
+    while smallest <= largest:
+        sizes.append(smallest)
+        smallest *= 2
+    return sizes
+
+
 def position_edges(length: int) -> list[int]:
     """0, 256, 512, 1024, ... up to ``length``."""
-    edges = [0]
-    step = 256
-    while step < length:
-        edges.append(step)
-        step *= 2
-    return [*edges, length]
+    return [0, *doubling(length - 1), length]
 
 
-@dataclass(frozen=True)
-class Mean:
-    """A mean over tokens in nats and its 95% bootstrap interval over documents."""
+def input_device(root: PreTrainedModel) -> torch.device:
+    """Where token ids must be."""
+    device: torch.device = root.get_input_embeddings().weight.device  # type: ignore[assignment]
+    return device
 
-    value: float
-    low: float
-    high: float
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, no dropout and no gradients."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def new_cache(model: nn.Module) -> DynamicCache:
+    """An empty cache for a model."""
+    return DynamicCache(config=unwrap(model).config)
+
+
+def feed(model: nn.Module, cache: DynamicCache, ids: Sequence[int], piece: int) -> Tensor:
+    """Read ids [n] into the cache, ``piece`` at a time; return the logits [V] of the token after them."""
+    rows = torch.tensor([list(ids)], device=input_device(unwrap(model)))
+    for part in torch.split(rows, piece, 1):
+        out = model(input_ids=part, use_cache=True, logits_to_keep=1, **{cache_name(model): cache})
+    logits: Tensor = out.logits[0, -1]
+    return logits
 
 
 @dataclass(frozen=True)
@@ -160,12 +188,11 @@ def evaluate_documents(
     for domain, found in cut.items():
         if not found:
             raise UserError(f"{domain}: no document has the {length} tokens of a window")
-    settings = _settings(model)
+    settings = {"on": nullcontext, "off": lambda: updates_off(model)} if is_attached(model) else {"on": nullcontext}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     results = {}
-    with _progress(console) as progress:
+    with evaluating(model), Progress(*columns, console=console or Console(stderr=True), transient=True) as progress:
         for domain, found in cut.items():
             names = [name for name, _ in found]
             losses = {}
@@ -179,7 +206,6 @@ def evaluate_documents(
                     progress.advance(task, len(rows))
                 losses[label] = torch.cat(parts).numpy().astype(np.float64)
             results[domain] = _summarise(domain, names, losses, edges)
-    model.train(was_training)
     return results
 
 
@@ -194,29 +220,11 @@ def difference(lower: DomainResult, upper: DomainResult) -> Mean:
     return bootstrap_mean(gaps, np.array(lower.document_tokens))
 
 
-def bootstrap_mean(values: np.ndarray, weights: np.ndarray, seed: int = 0) -> Mean:
-    """Weighted mean of one value a document [N] and its 95% interval, resampling documents."""
-    values, weights = np.asarray(values, np.float64), np.asarray(weights, np.float64)
-    drawn = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
-    means = (values * weights)[drawn].sum(1) / weights[drawn].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Mean(float(np.average(values, weights=weights)), float(low), float(high))
-
-
 def _windows(texts: Sequence[Text], length: int, most: int | None) -> Iterator[tuple[str, np.ndarray]]:
     for text in texts:
         count = len(text.ids) // length
         for i in range(count if most is None else min(count, most)):
             yield text.name, text.ids[i * length : (i + 1) * length]
-
-
-def _settings(model: nn.Module) -> dict[str, Any]:
-    """Label -> context manager: "on" alone for a plain model."""
-
-    def off() -> AbstractContextManager[None]:
-        return updates_off(model)  # type: ignore[no-any-return]
-
-    return {"on": nullcontext, "off": off} if is_attached(model) else {"on": nullcontext}
 
 
 def _summarise(
@@ -243,8 +251,3 @@ def _summarise(
         position_off=None if off is None else loss_by_position(losses["off"], edges),
         document_off=None if off is None else off.tolist(),
     )
-
-
-def _progress(console: Console | None) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console or Console(stderr=True), transient=True)

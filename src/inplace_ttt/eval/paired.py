@@ -1,15 +1,52 @@
-"""Means over documents with intervals, and differences between variants that measured the same things."""
+"""Means over documents with 95% bootstrap intervals, and differences of readings of the same documents."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from .nll import RESAMPLES, Mean
-
-Record = Mapping[str, Any]
+Record = dict[str, Any]
+RESAMPLES = 2000
 DRAWN_AT_ONCE = 1 << 20
 """Resampled documents that are held at a time: a task can have ten thousand."""
+ENOUGH = 8
+"""Documents from which on a bootstrap interval is trusted for a verdict in words."""
+REFERENCE = "off"
+"""The variant that others are compared with, where it was measured."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean (over tokens: in nats) and its 95% bootstrap interval over documents."""
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap(sums_VN: np.ndarray, weights_VN: np.ndarray, seed: int = 0) -> Mean:
+    """``sum / sum of weights`` of one variant, or of the first minus the second, resampling their N documents."""
+
+    def combine(sums: np.ndarray, weights: np.ndarray) -> Any:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means_V = sums.sum(-1) / weights.sum(-1)
+        return means_V[0] - means_V[1] if len(means_V) == 2 else means_V[0]
+
+    count = sums_VN.shape[1]
+    generator, resampled, done = np.random.default_rng(seed), [], 0
+    while done < RESAMPLES:
+        drawn_RN = generator.integers(0, count, (min(RESAMPLES - done, max(1, DRAWN_AT_ONCE // count)), count))
+        resampled.append(combine(sums_VN[:, drawn_RN], weights_VN[:, drawn_RN]))
+        done += len(drawn_RN)
+    low, high = np.nanquantile(np.concatenate(resampled), [0.025, 0.975])
+    return Mean(float(combine(sums_VN, weights_VN)), float(low), float(high))
+
+
+def bootstrap_mean(values: np.ndarray, weights: np.ndarray, seed: int = 0) -> Mean:
+    """Weighted mean of one value a document [N] and its 95% interval, resampling documents."""
+    weights = np.asarray(weights, np.float64)
+    return bootstrap((np.asarray(values, np.float64) * weights)[None], weights[None], seed)
 
 
 def by_group(records: Sequence[Record], keys: Sequence[str]) -> dict[tuple[Any, ...], list[Record]]:
@@ -25,8 +62,7 @@ def estimate(records: Sequence[Record], value: str, weight: str | None) -> Mean:
 
     One document alone has no interval: both ends are nan.
     """
-    sums, weights = _sums(records, value, weight)
-    return _interval(sums[None], weights[None])
+    return _over_documents([records], value, weight)
 
 
 def difference(a: Sequence[Record], b: Sequence[Record], value: str, weight: str | None) -> Mean:
@@ -34,43 +70,47 @@ def difference(a: Sequence[Record], b: Sequence[Record], value: str, weight: str
 
     Raises ValueError when they are not about the same documents.
     """
-    names_a, names_b = (sorted({r["document"] for r in records}) for records in (a, b))
-    if names_a != names_b:
+    if {r["document"] for r in a} != {r["document"] for r in b}:
         raise ValueError("the two are about different documents")
-    both = [_sums(records, value, weight, names_a) for records in (a, b)]
-    sums, weights = (np.stack(parts) for parts in zip(*both, strict=True))
-    return _interval(sums, weights)
+    return _over_documents([a, b], value, weight)
 
 
-def _sums(
-    records: Sequence[Record], value: str, weight: str | None, names: Sequence[str] | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Per document [N]: sum of values, sum of weights."""
-    names = sorted({r["document"] for r in records}) if names is None else names
-    place = {name: i for i, name in enumerate(names)}
-    sums, weights = np.zeros(len(names)), np.zeros(len(names))
-    for record in records:
-        sums[place[record["document"]]] += record[value]
-        weights[place[record["document"]]] += 1 if weight is None else record[weight]
-    return sums, weights
+def _over_documents(variants: Sequence[Sequence[Record]], value: str, weight: str | None) -> Mean:
+    place = {name: i for i, name in enumerate(sorted({r["document"] for r in variants[0]}))}
+    sums_VN, weights_VN = np.zeros((2, len(variants), len(place)))
+    for sums, weights, records in zip(sums_VN, weights_VN, variants, strict=True):
+        for record in records:
+            sums[place[record["document"]]] += record[value]
+            weights[place[record["document"]]] += 1 if weight is None else record[weight]
+    found = bootstrap(sums_VN, weights_VN)
+    return found if len(place) > 1 else Mean(found.value, float("nan"), float("nan"))
 
 
-def _interval(sums_VN: np.ndarray, weights_VN: np.ndarray, seed: int = 0) -> Mean:
-    """Of the first variant's mean, or of the first minus the second."""
+def means(
+    records: Sequence[Record], keys: Sequence[str], value: str, weight: str | None = None, to: str = REFERENCE
+) -> list[dict[str, Any]]:
+    """A row per group and variant: the group, the mean, its interval, its difference to the variant ``to``."""
+    rows = []
+    for group, members in by_group(records, keys).items():
+        variants = by_group(members, ["variant"])
+        reference = variants.get((to,))
+        for (label,), found in variants.items():
+            row = {**dict(zip(keys, group, strict=True)), "variant": label, **asdict(estimate(found, value, weight))}
+            row["documents"] = len({r["document"] for r in found})
+            if reference is not None and label != to:
+                gap = difference(found, reference, value, weight)
+                row |= {"difference": gap.value, "difference_low": gap.low, "difference_high": gap.high}
+            rows.append(row)
+    return rows
 
-    def combine(means_V: np.ndarray) -> Any:
-        return means_V[0] - means_V[1] if len(means_V) == 2 else means_V[0]
 
-    count = sums_VN.shape[1]
-    whole = combine(sums_VN.sum(1) / weights_VN.sum(1))
-    if count < 2:
-        return Mean(float(whole), float("nan"), float("nan"))
-    generator, resampled, done = np.random.default_rng(seed), [], 0
-    while done < RESAMPLES:
-        some = min(RESAMPLES - done, max(1, DRAWN_AT_ONCE // count))
-        drawn_RN = generator.integers(0, count, (some, count))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            resampled.append(combine(sums_VN[:, drawn_RN].sum(-1) / weights_VN[:, drawn_RN].sum(-1)))
-        done += some
-    low, high = np.nanquantile(np.concatenate(resampled), [0.025, 0.975])
-    return Mean(float(whole), float(low), float(high))
+def interval(low: float, high: float, form: str, documents: int) -> str:
+    """Put an interval into words."""
+    if np.isnan(low):
+        return "from one document, so without an interval"
+    return f"95% interval {low:{form}} to {high:{form}}, n = {documents}"
+
+
+def against_off(rows: Sequence[Record]) -> list[Record]:
+    """The rows of updates on that have a difference to updates off."""
+    return [row for row in rows if row["variant"] == "on" and "difference" in row]

@@ -1,7 +1,6 @@
 """What an evaluation leaves behind: ``report.html`` with everything in it, JSON, CSV, and the pictures."""
 
 import csv
-import html
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -11,19 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..records import about, write_json
-from . import plots
-from .advice import ENOUGH
-from .nll import Mean
-from .paired import Record
+from .paired import ENOUGH
 from .runner import read_seconds
-from .summary import tables, verdicts
+from .suites import Record, Tables, harness, needle, nll, read_then_ask, state, theory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Rows = Sequence[Mapping[str, Any]]
+SUITES: Sequence[Any] = (nll, needle, read_then_ask, harness, theory, state)
 
-STYLE = """
+PAGE = """\
+<!doctype html><html lang=en><head><meta charset=utf-8><title>{{ title }}</title><style>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1e293b; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; font-size: 0.85rem; margin: 0.6rem 0; }
@@ -31,14 +28,25 @@ th, td { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid #e2
 th:first-child, td:first-child { text-align: left; } td.better { color: #c2410c; font-weight: 600; }
 figure { margin: 1rem 0; } svg { max-width: 100%; height: auto; } .verdict { font-size: 1.05rem; }
 details { margin: 0.8rem 0; } pre { background: #f8fafc; padding: 0.8rem; overflow-x: auto; font-size: 0.8rem; }
+</style></head><body><h1>{{ title }}</h1><div class=verdict>
+{%- for line in said %}<p>{{ line }}</p>{% else %}<p>Nothing was compared.</p>{% endfor %}</div>
+{%- for svg in pictures %}<figure>{{ svg | safe }}</figure>{% endfor %}
+{%- for name, names, rows in tables %}<h2>{{ name }}</h2>
+<table><tr>{% for n in names %}<th>{{ n }}</th>{% endfor %}</tr>
+{%- for row in rows %}<tr>{% for n in names %}{% set text, better = cell(row, n) -%}
+<td{% if better %} class=better{% endif %}>{{ text }}</td>{% endfor %}</tr>{% endfor %}</table>{% endfor %}
+<p>Intervals are 95% bootstrap intervals over documents; differences are paired, against updates off.</p>
+<details><summary>What was run</summary><pre>{{ plan }}</pre></details></body></html>
 """
 
 
-def write(directory: Path, records: Sequence[Record], plan: Mapping[str, Any]) -> list[str]:
-    """Writes all files into ``directory``; returns the verdicts."""
+def write(
+    directory: Path, records: Sequence[Record], plan: Mapping[str, Any], useless: Sequence[str] = ()
+) -> list[str]:
+    """Writes all files into ``directory``; returns the verdicts. ``useless``: why there is nothing to compare."""
     origin = {**about(), "seconds": read_seconds(directory)}
     found = tables(records)
-    said = verdicts(found)
+    said = list(useless) or verdicts(found)
     figures = pictures(found, plan)
     folder = directory / "plots"
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,87 +59,20 @@ def write(directory: Path, records: Sequence[Record], plan: Mapping[str, Any]) -
     return said
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------------
+def tables(records: Sequence[Record]) -> Tables:
+    """All tables that the records allow, by name."""
+    return {name: rows for suite in SUITES for name, rows in suite.tables(records).items()}
 
 
-def pictures(found: Mapping[str, Rows], plan: Mapping[str, Any]) -> dict[str, "Figure"]:
+def verdicts(found: Tables) -> list[str]:
+    """Sentences: do the updates help, where, and if not, what to try."""
+    return [line for suite in SUITES if hasattr(suite, "verdicts") for line in suite.verdicts(found)]
+
+
+def pictures(found: Tables, plan: Mapping[str, Any]) -> dict[str, "Figure"]:
     """Figures by file name, those that the tables allow."""
-    figures: dict[str, Figure] = {}
-    if rows := found.get("nll by position"):
-        figures["loss-by-position"] = plots.loss_by_position(_curves(rows, "end"))
-    if rows := found.get("nll by sliding"):
-        figures["sliding-perplexity"] = plots.sliding(_curves(rows, "context"), plan["block"])
-    if rows := found.get("nll by class"):
-        figures["loss-by-class"] = plots.classes(_curves(rows, "class"))
-    gaps = {
-        f"{row['variant']}, {row['domain']}": _gap(row)
-        for row in found.get("nll by document", [])
-        if "difference" in row
-    }
-    if gaps:
-        unit = "nats per token"
-        figures["differences"] = plots.differences("Loss against updates off", gaps, unit, "updates off")
-    figures |= _heat_maps(found.get("needle by length and depth", []))
-    if rows := found.get("read, then ask"):
-        figures["read-then-ask"] = _memory([row for row in rows if row["variant"] == "on"])
-    if rows := [row for row in found.get("harness", []) if "difference" in row]:
-        figures["harness"] = plots.scores({f"{r['task']}, {r['metric']}, {r['variant']}": _gap(r) for r in rows})
-    if rows := found.get("ruler"):
-        (lengths, curves) = _curves([{**row, "domain": ""} for row in rows], "length")[""]
-        figures["ruler"] = plots.ruler(lengths, curves, len({row["task"] for row in found["ruler by task"]}))
-    if rows := found.get("theory"):
-        at = {(row["change"], row["target"]): _mean(row) for row in rows if row["variant"] == "on"}
-        targets = list(dict.fromkeys(target for _, target in at))
-        figures["theory"] = plots.theory(targets, *([at[x, t] for t in targets] for x in ("right", "others")))
-    return figures
-
-
-def _curves(rows: Rows, x: str) -> dict[str, tuple[list[Any], dict[str, list[Mean]]]]:
-    """Domain -> (values of ``x``, variant -> means), each domain's variants at the same places."""
-    found: dict[str, tuple[list[Any], dict[str, list[Mean]]]] = {}
-    for domain in dict.fromkeys(row["domain"] for row in rows):
-        mine = [row for row in rows if row["domain"] == domain]
-        places = list(dict.fromkeys(row[x] for row in mine))
-        curves: dict[str, list[Mean]] = {}
-        for row in mine:
-            curves.setdefault(row["variant"], []).append(_mean(row))
-        found[domain] = places, curves
-    return found
-
-
-def _mean(row: Mapping[str, Any]) -> Mean:
-    return Mean(row["value"], row["low"], row["high"])
-
-
-def _gap(row: Mapping[str, Any]) -> Mean:
-    return Mean(row["difference"], row["difference_low"], row["difference_high"])
-
-
-def _heat_maps(rows: Rows) -> dict[str, "Figure"]:
-    figures = {}
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        mine = [row for row in rows if row["kind"] == kind]
-        lengths, depths = (sorted({row[key] for row in mine}) for key in ("length", "depth"))
-        shares: dict[str, np.ndarray] = {}
-        for row in mine:
-            share = shares.setdefault(row["variant"], np.full((len(depths), len(lengths)), np.nan))
-            share[depths.index(row["depth"]), lengths.index(row["length"])] = row["value"]
-        chance = mine[0].get("chance", 0.1)
-        figures[f"needle-{kind}"] = plots.heat_maps(f"Needle, {kind}", lengths, depths, shares, chance)
-    return figures
-
-
-def _memory(rows: Rows) -> "Figure":
-    distances, mentions, conditions = (
-        list(dict.fromkeys(row[key] for row in rows)) for key in ("distance", "mentions", "condition")
-    )
-    at = {(row["distance"], row["mentions"], row["condition"]): _mean(row) for row in rows}
-    words = {"none": "not read", "memory": "read, then dropped", "context": "read, in context"}
-    shares = {words.get(c, c): [[at[d, m, c] for m in mentions] for d in distances] for c in conditions}
-    return plots.memory("read, then ask", distances, mentions, shares)
-
-
-# -- files -------------------------------------------------------------------------------------------------------------
+    drawn = [suite.figures(found, plan) for suite in SUITES if hasattr(suite, "figures")]
+    return {name: figure for figures in drawn for name, figure in figures.items()}
 
 
 def _finite(value: Any) -> Any:
@@ -143,7 +84,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def _write_csv(path: Path, found: Mapping[str, Rows]) -> None:
+def _write_csv(path: Path, found: Tables) -> None:
     """All tables below each other in one: column ``table`` first, empty where a table has no such column."""
     names = list(dict.fromkeys(name for rows in found.values() for row in rows for name in row))
     with open(path, "w", encoding="utf-8", newline="") as file:
@@ -154,23 +95,25 @@ def _write_csv(path: Path, found: Mapping[str, Rows]) -> None:
                 writer.writerow({"table": table, **row})
 
 
-def _page(
-    found: Mapping[str, Rows], said: Sequence[str], figures: Mapping[str, "Figure"], plan: Mapping[str, Any]
-) -> str:
-    title = f"Does adapting help? {plan['model']}"
-    parts = [f"<h1>{html.escape(title)}</h1>", "<div class=verdict>"]
-    parts += [f"<p>{html.escape(line)}</p>" for line in said] or ["<p>Nothing was compared.</p>"]
-    parts.append("</div>")
-    for figure in figures.values():
-        parts.append(f"<figure>{_svg(figure)}</figure>")
-    for name, rows in found.items():
-        parts.append(f"<h2>{html.escape(name)}</h2>{_table(rows)}")
-    parts.append(
-        "<p>Intervals are 95% bootstrap intervals over documents; differences are paired, against updates off.</p>"
-        f"<details><summary>What was run</summary><pre>{html.escape(json.dumps(plan, indent=1))}</pre></details>"
+def _page(found: Tables, said: Sequence[str], figures: Mapping[str, "Figure"], plan: Mapping[str, Any]) -> str:
+    from jinja2 import Environment
+
+    hidden = {"low", "high", "difference_low", "difference_high"}
+    columns = {
+        name: [n for n in dict.fromkeys(n for r in rows for n in r) if n not in hidden] for name, rows in found.items()
+    }
+    return (
+        Environment(autoescape=True)
+        .from_string(PAGE)
+        .render(
+            title=f"Does adapting help? {plan['model']}",
+            said=said,
+            pictures=map(_svg, figures.values()),
+            tables=[(name, columns[name], rows) for name, rows in found.items()],
+            cell=_cell,
+            plan=json.dumps(plan, indent=1),
+        )
     )
-    head = f"<meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
 
 
 def _svg(figure: "Figure") -> str:
@@ -179,25 +122,14 @@ def _svg(figure: "Figure") -> str:
     return text.getvalue().split("?>", 1)[-1].split('dtd">', 1)[-1]
 
 
-def _table(rows: Rows) -> str:
-    """Interval and difference in one cell each."""
-    hidden = {"low", "high", "difference_low", "difference_high"}
-    names = [name for name in dict.fromkeys(n for row in rows for n in row) if name not in hidden]
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-    body = "".join(f"<tr>{''.join(_cell(row, name) for name in names)}</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def _cell(row: Mapping[str, Any], name: str) -> str:
+def _cell(row: Record, name: str) -> tuple[str, bool]:
+    """The text of a table's cell, with its interval, and whether it is a clear difference."""
     value = row.get(name)
-    if value is None:
-        return "<td></td>"
-    if name in ("value", "difference"):
-        low, high = (row["low"], row["high"]) if name == "value" else (row["difference_low"], row["difference_high"])
-        if np.isnan(low):
-            return f"<td>{value:.3f}</td>"
-        is_clear = (high < 0 or low > 0) and row.get("documents", 0) >= ENOUGH
-        better = " class=better" if name == "difference" and is_clear else ""
-        sign = "+" if name == "difference" else ""
-        return f"<td{better}>{value:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})</td>"
-    return f"<td>{html.escape(f'{value:.3g}' if isinstance(value, float) else str(value))}</td>"
+    if name not in ("value", "difference") or value is None:
+        return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value), False
+    low, high = (row["low"], row["high"]) if name == "value" else (row["difference_low"], row["difference_high"])
+    if np.isnan(low):
+        return f"{value:.3f}", False
+    is_clear = name == "difference" and (high < 0 or low > 0) and row.get("documents", 0) >= ENOUGH
+    sign = "+" if name == "difference" else ""
+    return f"{value:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})", is_clear

@@ -1,5 +1,6 @@
 """attach and detach: put fast weights into a model that is already there, and take them out again."""
 
+import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,15 +15,16 @@ from ..config import InPlaceTTTConfig
 from ..core import Call, ChunkTable, Rule, Target, make_target
 from ..core.scan import path_for
 from ..errors import UserError
-from .context import Runtime
-from .families import Place, attention_of, check_layers, decoder_layers, family_of, place, text_model
-from .linear import FastWeight, InitWeights, check_replaceable, make_fast, make_slow, output_size
+from .context import Forward, Runtime
+from .families import attention_of, check_layers, decoder_layers, family_of, place, text_model
+from .linear import FastWeight, InitWeights, check_replaceable, innermost, make_fast, make_slow, output_size
 from .loss import LossForward
 from .nested import NestedText, OnePass
 from .saving import after_attach, before_detach
 from .sites import LayerSite
 from .tensor_parallel import check_split, is_split
 
+log = logging.getLogger("inplace_ttt")
 Model = TypeVar("Model", bound=nn.Module)
 RUNTIME = "_inplace_ttt"
 READING = ("chunk_size", "lr", "decay", "clip", "clip_relative", "update_size", "learn")
@@ -77,6 +79,12 @@ UNTRAINED = (
     "or train it (docs/training.md; inplace-ttt train RECIPE --plan tells what that takes)"
 )
 """What to say where a model pretends to learn."""
+PLAIN = (
+    "is a plain model without fast weights: load it with transformers and call inplace_ttt.attach. With "
+    'objective="loss" it learns as it reads, nothing to train (on the command line: --objective loss); with any other '
+    "it has to be trained first (docs/training.md; inplace-ttt train RECIPE --plan tells what that takes)"
+)
+"""What to say of a model that has no fast weights, after its name."""
 
 
 def is_trained(model: nn.Module) -> bool:
@@ -98,9 +106,17 @@ def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
     starts at zero; a fixed target without a projection has nothing that could be zero, so there the outputs do change.
 
     Raises UserError, changing nothing, when the model's family is unknown, a chosen layer does not exist or cannot
-    adapt, the rule or the target refuses its options, or the model is attached already.
+    adapt, the rule or the target refuses its options, or the model is attached already. Logs a warning where nothing
+    will change until the model is trained.
     """
-    config = InPlaceTTTConfig() if config is None else config
+    install(model, InPlaceTTTConfig() if config is None else config)
+    if not is_trained(model):
+        log.warning(UNTRAINED)
+    return model
+
+
+def install(model: Model, config: InPlaceTTTConfig) -> Model:
+    """Attach without a word: the parameters are loaded, or trained, next."""
     root = unwrap(model)
     if RUNTIME in root.__dict__:
         raise UserError("the model has fast weights already: detach(model) first")
@@ -109,7 +125,7 @@ def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
     places = [place(layers, i, family) for i in config.layer_indices(len(layers))]
     check_layers(layers, places)
     runtime = Runtime(root, config)
-    holders = [_holder(p) for p in places]
+    holders = [innermost(p.mlp, p.name) for p in places]
     widths = [output_size(getattr(*h)) for h in holders]
     settings = {**config.settings, "init_std": _std(root, config)}
     for holder in holders:
@@ -120,7 +136,7 @@ def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
         _target(config, width, settings, getattr(*holder), root) for width, holder in zip(widths, holders, strict=True)
     ]
     sites = [
-        LayerSite(runtime, p.index, p.mlp, target, width)
+        LayerSite(runtime, p.index, p.mlp, p.name, target, width)
         for p, target, width in zip(places, targets, widths, strict=True)
     ]
     fasts = [make_fast(getattr(*h), site) for h, site in zip(holders, sites, strict=True)]
@@ -149,6 +165,8 @@ def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
         root.base_model.register_forward_hook(runtime.after_model, always_call=True),
         root.get_input_embeddings().register_forward_hook(runtime.after_embedding),
     ]
+    runtime.handles.append(Forward(runtime, root.base_model))
+    root.base_model.__dict__["forward"] = runtime.handles[-1]
     if any(target.source == "loss" for target in targets):
         runtime.loss_forward = LossForward(runtime, root.forward)
     root.__dict__[RUNTIME] = runtime
@@ -165,7 +183,7 @@ def detach(model: Model) -> Model:
     """Takes the fast weights out of ``model`` in place and returns it: the plain model with its present parameters."""
     root, runtime = unwrap(model), runtime_of(model)
     before_detach(root)
-    for handle in runtime.handles:
+    for handle in (*runtime.handles, *(site.wrapper_hook for site in runtime.sites if site.wrapper_hook)):
         handle.remove()
     for site in runtime.sites:
         for name in site.names:
@@ -184,14 +202,6 @@ def detach(model: Model) -> Model:
         root.__dict__["forward"] = runtime.loss_forward.forward  # somebody else's, from before attach
     del root.config.inplace_ttt
     return model
-
-
-def _holder(where: Place) -> tuple[nn.Module, str]:
-    """Module and attribute that hold the projection itself (a LoRA layer holds it as its base layer)."""
-    module, name = where.mlp, where.name
-    while isinstance(getattr(getattr(module, name), "base_layer", None), nn.Module):
-        module, name = getattr(module, name), "base_layer"
-    return module, name
 
 
 def _std(root: PreTrainedModel, config: InPlaceTTTConfig) -> float:

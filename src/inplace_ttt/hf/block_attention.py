@@ -4,6 +4,10 @@ Both blocks are calls of the kernel that PyTorch's attention takes for whole row
 CPU), by the operators that give out the logarithm of the softmax's sum with the output. From these the parts merge
 exactly, and with the merged pair each block's backward gives its share of the gradients, as in ring attention.
 
+``PIECES`` names an attention for ``model.set_attn_implementation``: transformers' sdpa, but pieces that are read
+through a cache take PyTorch's causal attention aligned at the end. It needs no mask and no copies of shared heads,
+which sdpa keeps for a backward pass, once a layer.
+
 Shapes: B rows, H query heads, G key heads (H is a multiple), k pieces of t tokens, T tokens of the row, d head width.
 """
 
@@ -11,9 +15,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.bias import causal_lower_right
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+PIECES = "inplace_ttt_pieces"
 _aten = torch.ops.aten
 
 
@@ -112,3 +121,59 @@ def attend_in_blocks(query: Tensor, keys: Tensor, values: Tensor, pieces: Sequen
         keys, values = (x.repeat_interleave(query.shape[1] // keys.shape[1], 1) for x in (keys, values))
     out: Tensor = _Pieces.apply(query, keys, values, tuple(pieces), scale)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2)
+
+
+def pieces_mask(
+    batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: Any = 0, **rest: Any
+) -> Tensor | None:
+    """None where ``pieces_attention`` needs no mask: plain causal attention to all that was read, without padding.
+
+    On CUDA in half precision only: the kernel that shares heads has no other.
+    """
+    padding, device = rest.get("attention_mask"), torch.device(rest.get("device", "cpu"))
+    half = rest.get("dtype") in (torch.bfloat16, torch.float16) and not torch.is_autocast_enabled(device.type)
+    if (
+        (half or device.type == "cpu")
+        and rest.get("mask_function") is causal_mask_function
+        and isinstance(q_offset, int)
+        and kv_length == q_offset + q_length
+        and (padding is None or bool(padding[:, :kv_length].all()))
+    ):
+        return None
+    return sdpa_mask(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, **rest
+    )
+
+
+def pieces_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """query [B, H, n, d] of the last n of T tokens, key and value [B, G, T, d] -> [B, n, H, d]."""
+    n, T = query.shape[2], key.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is not None or n in (1, T) or not causal or rest.get("position_bias") is not None:
+        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **rest}
+        found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return found
+    if rest.get("softcap") is not None:
+        raise NotImplementedError(f"{PIECES} has no capped scores: choose attn_implementation eager")
+    bias: Any = causal_lower_right(n, T)
+    shared = query.shape[1] != key.shape[1]
+    out = nn.functional.scaled_dot_product_attention(
+        query, key, value, bias, dropout_p=dropout, scale=scaling, enable_gqa=shared
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def register_pieces() -> None:
+    """Make ``PIECES`` known to transformers."""
+    AttentionInterface.register(PIECES, pieces_attention)
+    AttentionMaskInterface.register(PIECES, pieces_mask)

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ class FastCacheLayer:
     fast: FastWeights
     stale = False
     """Set when tokens were read with updates off: the fast weights no longer match the keys."""
+    broken = False
+    """Set when a call broke off half way: keys and fast weights are of some layers only."""
     record: Any = None
     """What is pending of a cache whose objective is the loss (``loss.Record``), in its first adapting layer."""
     steps: StepBuffers | None = None
@@ -43,7 +46,7 @@ class FastCacheLayer:
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
         self.fast.reset()
-        self.stale, self.record = False, None
+        self.stale, self.broken, self.record = False, False, None
         if not isinstance(self, cache_utils.StaticLayer):  # there, steps go on at the same addresses
             self.steps = None
 
@@ -167,6 +170,8 @@ def _fast_layer(cache: Cache, index: int, rows: int, settings: Settings, gates: 
     layer: Any = cache.layers[index]
     chunk_size, rule = settings.config.chunk_size, settings.rule
     if isinstance(layer, FastCacheLayer):
+        if layer.broken:
+            raise ValueError("a call on this cache broke off half way through the layers: start from an empty cache")
         if layer.stale:
             raise ValueError(
                 "this cache read tokens with updates off: start from an empty cache, or leave the updates off"
@@ -210,6 +215,27 @@ def install(cache: Cache, index: int, fast: FastWeights) -> FastCacheLayer:
     new.fast = fast
     cache.layers[index] = new
     return new  # type: ignore[no-any-return]
+
+
+def detach_cache(cache: Cache) -> Cache:
+    """Cut a cache off the graph that filled it, in place: keys, values and fast weights. Return the cache.
+
+    For truncated backpropagation through a long text: the next call reads with what was learned so far, and its
+    gradients stop here.
+    """
+    for layer in cache.layers:
+        for name, value in layer.__dict__.items():
+            if isinstance(value, FastWeights):
+                value.detach()
+            elif isinstance(value, torch.Tensor):
+                layer.__dict__[name] = value.detach()
+    return cache
+
+
+def mark_broken(slots: Mapping[int, FastCacheLayer]) -> None:
+    """Note that a call on these layers broke off."""
+    for slot in slots.values():
+        slot.broken = True
 
 
 def mark_stale(cache: Cache) -> None:

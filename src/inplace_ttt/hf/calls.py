@@ -46,7 +46,7 @@ class WholeCall:
         if split is not None:
             check_split(rule)
             z, target = local_input(split), SplitTarget(target, split)
-        fuses = getattr(module, "fuses", False) and split is None
+        fuses = split is None and site.fuses(module)
         out = read(
             z,
             u,

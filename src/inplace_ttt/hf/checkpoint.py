@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..config import InPlaceTTTConfig
 from ..errors import UserError, in_one_line
-from .attach import attach, detach, is_attached, plain_config, runtime_of, unwrap, unwrap_to_save
+from .attach import PLAIN, detach, install, is_attached, plain_config, runtime_of, unwrap, unwrap_to_save
 from .card import write_card
 from .directory import (
     BASE,
@@ -214,7 +214,7 @@ def from_pretrained(directory: str | Path, model: nn.Module | None = None, **kwa
     except (FileNotFoundError, SafetensorError) as error:
         raise UserError(f"{file} is missing or damaged ({error}): save the model again") from None
     base = _base(path, settings, model, kwargs, hub)
-    attach(base, config)
+    install(base, config)
     try:
         _check_fingerprint(base, settings, path)
         load_added(base, tensors, str(file))
@@ -337,12 +337,9 @@ def _from_plain_layout(path: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
     elif values.get("model_type") == MODEL_TYPE:
         raise UserError(f"{path} lacks {SETTINGS}: save or download the model again")
     else:
-        raise UserError(
-            f"{path} is a plain model without fast weights: load it with transformers and call inplace_ttt.attach. "
-            'With objective="loss" it learns as it reads, nothing to train (on the command line: --objective loss)'
-        )
+        raise UserError(f"{path} {PLAIN}")
     model = load_plain(path, kwargs, architecture)
-    attach(model, config)
+    install(model, config)
     load_added(model, stored_added(path, kwargs.get("variant")), str(path))
     return model
 

@@ -20,9 +20,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..config import InPlaceTTTConfig
 from ..core import ChunkTable, FastWeights, document_ids
 from ..errors import UserError
-from .cache import FastCacheLayer, fast_layers, mark_stale
+from .cache import FastCacheLayer, fast_layers, mark_broken, mark_stale
 from .calls import CALL, WholeCall
-from .masks import documents_of_mask, real_tokens
+from .masks import read_mask
 from .settings import PerThread, Settings
 from .sites import CONTEXT, CallContext, LayerCall, LayerSite
 from .steps import Step, may_step, source_of
@@ -55,6 +55,8 @@ class Runtime:
         """Tokens of the prompt of the ``generate`` that runs: those behind it are written by the model."""
         self.extended_mask: PerThread[Tensor | None] = PerThread(None)
         """The mask to which ``generate`` has just added a token."""
+        self.prepared_mask: PerThread[Any] = PerThread((None, None))
+        """The last mask that ``generate`` prepared for a static cache, and the 2-D one that it stands for."""
 
     @property
     def settings(self) -> Settings:
@@ -112,19 +114,16 @@ class Runtime:
         self.tokens_are_real.clear()
         step, self.prepared = self.prepared, None
         mine, settings, inner = step is None, self.settings, self.inner.get()
+        context = CallContext(inner, settings)
+        context.outer = self._current.get()
+        self._current.set(context)  # before anything can fail: the call's end takes it away
         if mine and inner is None and settings.enabled and may_step(given):
             step = self.begin_step(given, vouched)
         cache = None
-        if inner is not None:
-            context = CallContext(inner, settings)
-        elif step is None:
-            call, cache = self._call(module, given)
-            context = CallContext(call, settings)
-        else:
-            context = CallContext(step, settings)
-            context.ends = mine
-        context.outer = self._current.get()
-        self._current.set(context)
+        if step is not None:
+            context.call, context.ends = step, mine
+        elif inner is None:
+            context.call, cache = self._call(module, given)
         if given.get("inputs_embeds") is not None:
             context.embeddings = given["inputs_embeds"]
         kwargs = {**kwargs, CONTEXT: context}
@@ -142,6 +141,8 @@ class Runtime:
     def before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if CONTEXT not in kwargs:
             return None
+        if not torch.compiler.is_compiling():
+            kwargs[CONTEXT].begun = True
         return args, {k: v for k, v in kwargs.items() if k != CONTEXT}
 
     def after_model(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -155,6 +156,8 @@ class Runtime:
         if output is None:  # the call failed: nothing of it may stay behind
             for site in self.sites:
                 site.forget()
+            if context.begun:
+                mark_broken(getattr(context.call, "slots", {}))
         elif context.ends and context.call is not None:
             context.call.end()
 
@@ -184,13 +187,13 @@ class Runtime:
             raise ValueError("a call on this cache broke off half way through the layers: start from an empty cache")
         fresh = given.get("past_key_values") is None
         position_ids = given.get("position_ids")
-        numbers = given.get("seq_idx")
-        if numbers is None:
-            numbers = documents_of_mask(given.get("attention_mask"), tokens, cache)
+        first = next((slot.fast for slot in slots.values()), None)
+        numbered = given.get("seq_idx")
+        real, numbers = read_mask(self.mask_of(given), rows, tokens, cache, first, divided=numbered is None)
         documents = document_ids(
-            real_tokens(given.get("attention_mask"), rows, tokens, cache),
+            real,
             position_ids if fresh and position_ids is not None and position_ids.dim() == 2 else None,
-            numbers,
+            numbers if numbered is None else numbered,
             given.get("cu_seq_lens_q"),
             rows=rows,
             tokens=tokens,
@@ -206,13 +209,23 @@ class Runtime:
         )
         return WholeCall(settings, table, slots), cache
 
+    def mask_of(self, given: dict[str, Any]) -> Any:
+        """Return a call's mask; the 2-D one where ``generate`` prepared another from it."""
+        mask = given.get("attention_mask")
+        return mask if mask is None or getattr(mask, "ndim", 4) == 2 else self._original_mask(mask)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _original_mask(self, mask: Any) -> Any:
+        prepared, original = self.prepared_mask.get()
+        return original if mask is prepared else mask
+
     # What changes from token to token must not be seen by compiled code, which would compile it anew: not traced.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin_step(self, given: dict[str, Any], vouched: bool) -> Step | None:
         """Make everything ready for a step of these arguments. See ``Step.begin``."""
         if self.loss_forward is not None:
             return None
-        return Step.begin(self.running_sites(), self.settings, given, vouched)
+        return Step.begin(self.running_sites(), self.settings, given | {"attention_mask": self.mask_of(given)}, vouched)
 
     def running_sites(self) -> list[LayerSite]:
         """The layers that adapt at present."""
@@ -284,6 +297,41 @@ class Runtime:
         )
 
 
+class Forward:
+    """The base model's own forward, which lets go of a call that is interrupted: PyTorch runs no hooks then."""
+
+    def __init__(self, runtime: Runtime, module: nn.Module) -> None:
+        self.runtime, self.module = runtime, module
+        self.own: Callable[..., Any] | None = module.__dict__.get("forward")
+        """What stood in the module in the place of its class's."""
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # by which transformers tells what a model understands
+        return inspect.signature(type(self.module).forward.__get__(self.module) if self.own is None else self.own)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        # Not as a bound method: compiled code that breaks off inside looks it up again, and would find this object.
+        kind: Any = type(self.module)
+        return kind.forward(self.module, *args, **kwargs) if self.own is None else self.own(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._forward(*args, **kwargs)
+        try:
+            return self._forward(*args, **kwargs)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                self.runtime.after_model(self.module, args, None)
+            raise
+
+    def remove(self) -> None:
+        """Put back what was there, unless somebody else took the place since."""
+        if self.module.__dict__.get("forward") is self:
+            del self.module.__dict__["forward"]
+            if self.own is not None:
+                self.module.__dict__["forward"] = self.own
+
+
 class PrepareInputs:
     """generate()'s own method. Without a mask, or with one that it has just extended, the next token is a real one."""
 
@@ -303,7 +351,10 @@ class PrepareInputs:
         mask, runtime = kwargs.get("attention_mask"), self.runtime
         runtime.tokens_are_real.set(mask is None or mask is runtime.extended_mask.get())
         runtime.extended_mask.clear()
-        return self._own(*args, **kwargs)
+        inputs = self._own(*args, **kwargs)
+        made = inputs.get("attention_mask")
+        runtime.prepared_mask.set((None, None) if made is mask else (made, mask))
+        return inputs
 
 
 def rows_are_cut() -> str | None:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..config import InPlaceTTTConfig
 from ..errors import UserError
-from .attach import attach, is_attached, unwrap
+from .attach import install, is_attached, unwrap
 from .checkpoint import from_pretrained, load_plain, save_pretrained
 from .directory import BASE, CONFIG, SETTINGS, mark_config, read_json, split_config, tokenizer_places
 from .release import save_release
@@ -114,7 +114,7 @@ def _empty(shards: Path, config: Path | None) -> Any:
             raise UserError(f"{place} is a plain model without fast weights: name one that has them with --config")
         make: Any = AutoModelForCausalLM.from_config
         model = make(found, dtype=torch.float32)
-        attach(model, InPlaceTTTConfig.from_dict(settings))
+        install(model, InPlaceTTTConfig.from_dict(settings))
         assert is_attached(model)
         return model
     raise UserError(f"{shards} holds tensors only: name a saved model of the same shape with --config")

@@ -1,5 +1,6 @@
 """The adapting projection and the parameters beside it."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -13,6 +14,8 @@ from .tensor_parallel import split_forward
 
 class Site(Protocol):
     """What a projection hands its input to (``sites.LayerSite``)."""
+
+    mlp: nn.Module
 
     def project(self, module: nn.Module, z: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor: ...
 
@@ -32,6 +35,14 @@ class FastWeight:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self.slow_class,), self.__dict__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        site: Site = self.__dict__["site"]
+        if id(site.mlp) not in memo:  # copied alone, by peft's modules_to_save: a projection of the same layer
+            memo[id(site)] = site
+        memo[id(self)] = new = _rebuild(self.slow_class)
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
 
 
 class FastWeightLinear(FastWeight, nn.Linear):
@@ -88,6 +99,29 @@ def make_slow(fast: nn.Module) -> nn.Module:
     if split is not None:
         split[0].install_forward(slow, split[1])
     return _give_device_hook(slow, hook)
+
+
+def innermost(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return module and attribute that hold the projection itself, inside the layers of peft that wrap it."""
+    while True:
+        outer: Any = getattr(module, name)
+        if isinstance(getattr(outer, "base_layer", None), nn.Module):
+            module, name = outer, "base_layer"
+        elif isinstance(copies := getattr(outer, "modules_to_save", None), nn.ModuleDict):
+            active = outer.active_adapters
+            in_use = active and not outer.disable_adapters
+            module, name = (copies, active[0]) if in_use else (outer, "original_module")
+        else:
+            return module, name
+
+
+def transforms(outer: nn.Module) -> bool:
+    """Tell whether what wraps the projection does more than add to its output, as LoRA (not DoRA) does."""
+    while isinstance(inner := getattr(outer, "base_layer", None), nn.Module):
+        if getattr(outer, "lora_variant", True):
+            return True
+        outer = inner
+    return False
 
 
 def check_replaceable(module: nn.Module) -> None:

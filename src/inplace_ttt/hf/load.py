@@ -8,41 +8,62 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from ..config import InPlaceTTTConfig
 from ..errors import UserError
 from ..shipped import DEFAULT_MODEL, SHIPPED
-from .attach import attach, is_attached
+from .attach import PLAIN, install, is_attached, runtime_of
 from .checkpoint import from_pretrained, has_fast_weights, load_plain
 from .directory import tokenizer_places
 from .hub_files import require_hub_id
 
+WORDS = 200
+"""How many words of a converted tokenizer's vocabulary are looked at."""
+
 
 def load(
-    model: str | Path, device: str | None = None, *, objective: str | None = None, window: int | None = None
+    model: str | Path,
+    device: str | None = None,
+    *,
+    objective: str | None = None,
+    window: int | None = None,
+    tokenizer: str | Path | None = None,
+    **settings: Any,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a model with fast weights, as ``load_model`` does, and its fast tokenizer.
 
-    ``objective``: for a plain model, which then gets fast weights with it ("loss" needs no training). ``window``: a
-    plain Llama reads through a sliding window of so many tokens.
+    ``objective``: for a plain model, which then gets fast weights with it ("loss" needs no training) and these
+    ``settings``. ``window``: a plain Llama reads through a sliding window of so many tokens.
+    ``tokenizer``: a directory or hub id to take it from instead.
 
-    UserError when either cannot be loaded or the tokenizer does not tell which characters a token spans.
+    UserError when either cannot be loaded, a plain model is not given an objective or a model with fast weights is
+    given another one than its own, or the tokenizer does not tell which characters a token spans.
     """
-    model = _place_of(model)
-    if objective is None and window is None:
+    model, is_gguf = _place_of(model), Path(model).suffix == ".gguf"
+    config = None if objective is None else InPlaceTTTConfig(objective=objective, **settings)
+    if config is None and window is None and not is_gguf:
         loaded = load_model(model, device)
     else:
         loaded = _plain(model, device, window)
-        if not is_attached(loaded):
-            attach(loaded, InPlaceTTTConfig(objective=objective or "learned"))
-    if Path(model).suffix == ".gguf":
-        tokenizer: Any = AutoTokenizer.from_pretrained(Path(model).parent, gguf_file=Path(model).name)
+        if is_attached(loaded):
+            if config is not None and (settings or runtime_of(loaded).config.objective != objective):
+                raise UserError(f"{model} has fast weights already: leave the objective out")
+        elif config is None:
+            raise UserError(f"{model} {PLAIN}")
+        else:
+            install(loaded, config)
+    if tokenizer is not None:
+        words: Any = AutoTokenizer.from_pretrained(tokenizer)
+    elif is_gguf:
+        words = AutoTokenizer.from_pretrained(Path(model).parent, gguf_file=Path(model).name)
+        check_words(words, model)
     else:
-        tokenizer = load_tokenizer(model, loaded)
-    if not getattr(tokenizer, "is_fast", False):
+        words = load_tokenizer(model, loaded)
+    if not getattr(words, "is_fast", False):
         raise UserError(f"the tokenizer of {model} is not a fast one: it cannot tell which characters a token spans")
-    return loaded, tokenizer
+    return loaded, words
 
 
 def load_model(model: str | Path, device: str | None = None, dtype: str | torch.dtype | None = None) -> PreTrainedModel:
@@ -73,15 +94,14 @@ def _plain(model: str | Path, device: str | None, window: int | None) -> PreTrai
     """Load a model that may have no fast weights; a Llama as a Mistral, which is the same but for its window."""
     place = _device(device)
     if Path(model).suffix == ".gguf":
-        if not Path(model).is_file():
-            raise UserError(f"{model}: no such file")
-        if find_spec("gguf") is None:
-            raise UserError("reading a GGUF file needs the package gguf: pip install gguf")
+        check_gguf(model)
         dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
         loaded: Any = load_plain(Path(model).parent, {"dtype": dtype, "gguf_file": Path(model).name})
     else:
         loaded = load_baseline(model, device)
     if window is not None:
+        if is_attached(loaded):
+            raise UserError(f"{model} has fast weights already: a window can be given to a plain model")
         if loaded.config.model_type != "llama":
             raise UserError(f"a window can be given to a plain Llama, not to a {loaded.config.model_type} model")
         values = {k: v for k, v in loaded.config.to_dict().items() if k not in ("model_type", "architectures")}
@@ -89,6 +109,14 @@ def _plain(model: str | Path, device: str | None, window: int | None) -> PreTrai
         slides.load_state_dict(loaded.state_dict())
         slides.generation_config, loaded = loaded.generation_config, slides
     return loaded.to(place).eval()  # type: ignore[no-any-return]
+
+
+def check_gguf(file: str | Path) -> None:
+    """UserError when there is no such file, or the package that reads it is missing."""
+    if not Path(file).is_file():
+        raise UserError(f"{file}: no such file")
+    if find_spec("gguf") is None:
+        raise UserError("reading a GGUF file needs the package gguf: pip install gguf")
 
 
 def load_tokenizer(model: str | Path, loaded: PreTrainedModel) -> Any:
@@ -102,6 +130,27 @@ def load_tokenizer(model: str | Path, loaded: PreTrainedModel) -> Any:
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
     raise UserError(f"no tokenizer for {model} ({reason}): save one beside it with tokenizer.save_pretrained")
+
+
+def check_words(tokenizer: Any, model: str | Path) -> None:
+    """Raise UserError if a converted tokenizer splits words of its own vocabulary.
+
+    transformers 5.17 makes such tokenizers of GGUF files that list no merges (Gemma 3's, say): the model reads, badly.
+    """
+    vocabulary = tokenizer.get_vocab()
+    words = [w for w in sorted(vocabulary) if w[:1] in "▁Ġ" and 4 < len(w) < 12 and w[1:].isascii() and w[1:].isalpha()]
+    words = words[:: max(1, len(words) // WORDS)]
+    split = []
+    for word in words:
+        written = (word[1:], f" {word[1:]}")  # some tokenizers put a space before every text
+        if not any(vocabulary[word] in tokenizer(text, add_special_tokens=False).input_ids for text in written):
+            split.append(word[1:])
+    if len(split) > len(words) / 20:
+        raise UserError(
+            f"transformers {transformers.__version__} converts the tokenizer of {model} wrongly: it splits "
+            f"{split[0]!r}, a word of its vocabulary. Update transformers, or load the model from a directory that has "
+            "its own tokenizer"
+        )
 
 
 def _place_of(model: str | Path) -> str | Path:

@@ -23,22 +23,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..config import InPlaceTTTConfig
 from ..core import FastWeights, Rule, document_ids
 from ..core.algebra import state_dtype
 from ..errors import UserError
-from .cache import FastCacheLayer, cache_name, fast_layers
-from .masks import real_tokens
+from .block_attention import register_pieces
+from .cache import FastCacheLayer, cache_name, fast_layers, mark_broken
+from .masks import read_mask
 from .settings import Settings
 from .sites import LayerSite
 
 if TYPE_CHECKING:
     from .context import Runtime
 
+register_pieces()
 IGNORED = -100
+_AT_ONCE = 1 << 25  # logits turned to float32 at a time
 Sliding = dict[int, tuple[Tensor, Tensor]]
 """Keys and values of the sliding layers, by layer."""
 
@@ -116,10 +118,16 @@ class Record:
 
 
 class LossCall:
-    """A piece of a call: every layer reads with its state; with ``capture`` what a gradient needs is kept."""
+    """A piece of a call: every layer reads with its state; with ``capture`` what a gradient needs is kept.
 
-    def __init__(self, rule: Rule, states: dict[int, FastWeights], rows: int, tokens: int, capture: bool) -> None:
-        self.rule, self.states, self.rows, self.tokens, self.capture = rule, states, rows, tokens, capture
+    ``train``: the parameters ask for gradients, too (``first_order``).
+    """
+
+    def __init__(
+        self, rule: Rule, states: dict[int, FastWeights], rows: int, tokens: int, capture: bool, train: bool = False
+    ) -> None:
+        self.rule, self.states, self.rows, self.tokens = rule, states, rows, tokens
+        self.capture, self.train = capture, train
         self.inputs: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
 
@@ -158,14 +166,25 @@ class LossForward:
         if not self.runtime.settings.enabled:
             return self.forward(*args, **kwargs)
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        if torch.is_grad_enabled() and self.runtime.model.training:
+        train = torch.is_grad_enabled() and self.runtime.model.training
+        if train and not self.runtime.settings.config.first_order:
             raise UserError(
                 'objective="loss" learns while it reads, without training; a gradient through its own updates is not '
-                "supported. Call model.eval() and torch.no_grad(), or train with updates_off(model)"
+                "supported. Call model.eval() and torch.no_grad(), train with updates_off(model), or attach with "
+                "InPlaceTTTConfig(first_order=True, ...), which takes them as constants"
             )
-        with torch.inference_mode(False), torch.no_grad():
+        if train and getattr(self.runtime.model, "is_gradient_checkpointing", False):
+            raise UserError(
+                "first_order=True reads chunk by chunk from a cache: model.gradient_checkpointing_disable()"
+            )
+        with torch.inference_mode(False), torch.set_grad_enabled(train):
             plain = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in given.items()}
-            return _Reading(self, plain).run()
+            reading = _Reading(self, plain)
+            try:
+                return reading.run()
+            except BaseException:
+                reading.abandon()
+                raise
 
 
 class _Learner:
@@ -178,6 +197,7 @@ class _Learner:
         self.sites: dict[int, LayerSite] = {}
         self.slots: dict[int, FastCacheLayer] = {}
         self.record: Any = None
+        self.asking: list[nn.Parameter] | None = None
         self.B = 0
         self.device = torch.device("cpu")
 
@@ -189,8 +209,8 @@ class _Learner:
     def call(self, call: LossCall, piece: dict[str, Any], mask: Any, cache: Any, logits: int) -> Any:
         """Run the model's own forward on a piece; ``logits``: how many of its last tokens need them, 0: all."""
         rest = {k: v for k, v in self.given.items() if k not in _PACKING}
-        model = self.runtime.model
-        with self.runtime.inner.as_(call), torch.set_grad_enabled(call.capture), _frozen(model, call.capture):
+        grad, frozen = call.capture or call.train, call.capture and not call.train
+        with self.runtime.inner.as_(call), torch.set_grad_enabled(grad), self._frozen(frozen):
             return self.forward.forward(
                 **piece,
                 **{**rest, self.forward.cache_name: cache},
@@ -199,6 +219,20 @@ class _Learner:
                 logits_to_keep=logits,
             )
 
+    @contextmanager
+    def _frozen(self, active: bool) -> Iterator[None]:
+        """Inside, no parameter asks for a gradient, so that backward goes to the projections' outputs alone."""
+        if active and self.asking is None:
+            self.asking = [p for p in self.runtime.model.parameters() if p.requires_grad]
+        asking = (self.asking or ()) if active else ()
+        for p in asking:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p in asking:
+                p.requires_grad_(True)
+
     def _groups(self, done: list[int]) -> list[tuple[list[int], int]]:
         """Return rows whose complete chunks began at one column, with that column."""
         starts: dict[int, list[int]] = {}
@@ -206,6 +240,7 @@ class _Learner:
             starts.setdefault(self.record.starts[b][-1][1], []).append(b)
         return [(rows, start) for start, rows in starts.items()]
 
+    @torch.no_grad()
     def _again(self, rows: list[int], start: int, lengths: Sequence[int]) -> None:
         """Run the columns from ``start`` on once more for some rows, from the keys before them, and learn them.
 
@@ -250,18 +285,14 @@ class _Learner:
         weight = learn[:, 1:] & (ids[:, 1:] >= 0)
         if inside is not None:
             weight = weight & inside[:, 1:] & inside[:, :-1]
-        with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
-            losses = cross_entropy(
-                logits[:, :-1].flatten(0, 1).to(state_dtype(logits.dtype)),
-                ids[:, 1:].clamp(min=0).flatten(),
-                reduction="none",
-            )
-            loss = (losses * weight.flatten()).sum()
-            outputs = list(call.outputs.values())
-            grads = torch.autograd.grad(loss, outputs, allow_unused=True)
+        outputs = list(call.outputs.values())
+        slope = _loss_gradient(logits, ids[:, 1:].clamp(min=0), weight)
+        with torch.autocast(logits.device.type, enabled=False):
+            grads = torch.autograd.grad(logits, outputs, slope, retain_graph=call.train, allow_unused=True)
         found = zip(call.outputs, outputs, grads, strict=True)
         return {i: torch.zeros_like(o) if g is None else -g for i, o, g in found}
 
+    @torch.no_grad()
     def _write(
         self, rows: list[int], inputs: dict[int, Tensor] | None, v: dict[int, Tensor] | None, inside: Tensor | None
     ) -> None:
@@ -296,10 +327,13 @@ class _Reading(_Learner):
             raise ValueError("a call needs input_ids or inputs_embeds")
         self.B, self.T = source.shape[:2]
         self.device = source.device
-        self.mask, self.positions = given.pop("attention_mask", None), given.pop("position_ids", None)
+        self.mask, self.positions = self.runtime.mask_of(given), given.pop("position_ids", None)
+        given.pop("attention_mask", None)
         self.labels, self.use_cache = given.pop("labels", None), given.pop("use_cache", None)
         self.keep = given.pop("logits_to_keep", 0)
         self.return_dict = given.pop("return_dict", None)
+        self.begun = False
+        """Whether the cache may have changed."""
         self.hidden = given.get("output_hidden_states")
         if given.get("output_attentions"):
             raise UserError('objective="loss" reads in chunks, so there is no one attention matrix to return')
@@ -321,6 +355,12 @@ class _Reading(_Learner):
             last.hidden_states = tuple(torch.cat(x, 1) for x in zip(*(o.hidden_states for _, o in parts), strict=True))
         return self._finish(logits, last, self.cache if wanted else None)
 
+    def abandon(self) -> None:
+        """Leave nothing of a call that broke off, and a cache that says so."""
+        if self.begun:
+            mark_broken(self.slots)
+            self._detach_cache()
+
     def _finish(self, logits: Tensor, output: Any, cache: Any) -> Any:
         if isinstance(self.keep, Tensor):
             logits = logits[:, self.keep]
@@ -330,7 +370,8 @@ class _Reading(_Learner):
         if self.labels is not None:
             model: Any = self.runtime.model
             size = self.runtime.model_config.vocab_size
-            loss = model.loss_function(logits=logits, labels=self.labels, vocab_size=size)
+            more = {name: self.given[name] for name in ("num_items_in_batch", "shift_labels") if name in self.given}
+            loss = model.loss_function(logits=logits, labels=self.labels, vocab_size=size, **more)
         output.logits = logits
         for name in ("cache", "past_key_values"):
             if name in output:
@@ -344,12 +385,15 @@ class _Reading(_Learner):
         packed = {name: self.given.get(name) for name in ("seq_idx", "cu_seq_lens_q")}
         positions = self.positions
         fresh = self.cache is None and self.T > 1 and positions is not None and positions.dim() == 2
-        if not fresh and all(x is None for x in packed.values()):
+        real = numbers = None
+        if packed["seq_idx"] is None and getattr(self.mask, "ndim", 4) == 4:
+            real, numbers = read_mask(self.mask, self.B, self.T, self.cache)
+        if not fresh and numbers is None and all(x is None for x in packed.values()):
             return None
         documents = document_ids(
-            None,
+            None if numbers is None else real,
             positions if fresh and self.mask is None else None,
-            packed["seq_idx"],
+            packed["seq_idx"] if numbers is None else numbers,
             packed["cu_seq_lens_q"],
             rows=self.B,
             tokens=self.T,
@@ -389,9 +433,9 @@ class _Reading(_Learner):
         self.sites, self.slots = sites, slots
         vouched = self.runtime.tokens_are_real.get()
         self.runtime.tokens_are_real.clear()
-        real = None if vouched else real_tokens(self.mask, self.B, self.T, self.cache)
-        if real is not None and bool(real.all()):
-            real = None
+        own = None if vouched else read_mask(self.mask, self.B, self.T, self.cache, self.first.fast)[0]
+        padded = document_ids(own, rows=self.B, tokens=self.T)
+        real = None if padded is None else (padded >= 0).to(self.device)
         self.past = int(self.cache.get_seq_length())
         self.record = self._record(real)
         learn = self._learn(real)
@@ -417,13 +461,14 @@ class _Reading(_Learner):
     def _piece(
         self, at: int, end: int, done: list[int], real: Tensor | None, learn: Tensor
     ) -> tuple[Tensor | None, Any]:
-        n, C = end - at, self.config.chunk_size
+        n, C, self.begun = end - at, self.config.chunk_size, True
         fasts = {i: slot.fast for i, slot in self.slots.items()}
         self._begin_chunks()
         # Where all rows' chunks begin and end with this piece, its own forward gives the gradient.
         at_once = n == C and len(done) == self.B and self.record.real is None and self._dynamic()
         piece = _cut(self.ids, self.embeds, self.positions, at, end)
-        call = LossCall(self.rule, fasts, self.B, n, at_once)
+        train = torch.is_grad_enabled()
+        call = LossCall(self.rule, fasts, self.B, n, at_once, train)
         # Of the logits, those that are asked for and those that the loss needs.
         wanted = n if at_once or self.labels is not None or isinstance(self.keep, Tensor) or not self.keep else None
         if wanted is None:
@@ -436,7 +481,8 @@ class _Reading(_Learner):
             fast.note(n, own_real, tuple(s + k for s, k in zip(fast.seen, tokens, strict=True)))
         if done:
             if at_once:
-                self._detach_cache()
+                if not train:
+                    self._detach_cache()
                 ids = self.record.ids[:, -n:]
                 learned = self._gradients(call, output.logits, ids, self.record.learn[:, -n:], None)
                 self._write(done, call.inputs, learned, None)
@@ -446,7 +492,8 @@ class _Reading(_Learner):
         for slot in self.slots.values():
             slot.record = None
         self.first.record = self.record
-        logits = output.logits.detach() if wanted else None
+        logits = output.logits if wanted else None
+        logits = logits.detach() if logits is not None and not train else logits
         if at_once and self.keep and not isinstance(self.keep, Tensor) and self.labels is None and logits is not None:
             logits = logits[:, max(0, self.T - int(self.keep) - at) :]
             logits = logits if logits.shape[1] else None
@@ -458,7 +505,7 @@ class _Reading(_Learner):
         if mask is None or end - at == self.T:
             return mask
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            return mask[:, : mask.shape[1] - self.T + end]
+            return mask[:, : min(mask.shape[1] - self.T, self.past) + end]
         known = self.record.real  # a prepared mask is of the call's size: the model makes one for the piece
         if real is None and known is None:
             return None
@@ -518,6 +565,7 @@ class _Reading(_Learner):
             record = replace(record, sliding={**record.sliding, here: _sliding_keys(self.cache, here)})
         self.record = record.trimmed(self.first.fast.reach)
 
+    @torch.no_grad()
     def _extended(self, at: int, end: int, real: Tensor | None, learn: Tensor, piece: dict[str, Any]) -> Record:
         """Return the record with a piece's columns."""
         n = end - at
@@ -553,7 +601,7 @@ class _Reading(_Learner):
 
     def _detach_cache(self) -> None:
         for layer in self.cache.layers:
-            if layer.keys is not None:
+            if getattr(layer, "keys", None) is not None:
                 layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
 
 
@@ -581,6 +629,23 @@ def commit(runtime: "Runtime", cache: Cache) -> bool:
         for rows, start in learner._groups(list(pending)):
             learner._again(rows, start, [pending[b] for b in rows])
     return True
+
+
+def _loss_gradient(logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient of the summed next-token losses with respect to the logits, computed in float32 or better.
+
+    logits [B, n, V], targets and weight [B, n - 1]: a token's loss counts 0 or 1. Some tokens at a time, so that beside
+    the result no tensor of its size is made.
+    """
+    slope, dtype = torch.zeros_like(logits), state_dtype(logits.dtype)
+    step = max(1, _AT_ONCE // logits[:, 0].numel())
+    for at in range(0, targets.shape[1], step):
+        here = slice(at, at + step)
+        part = logits[:, :-1][:, here].detach().softmax(-1, dtype=dtype)
+        index = targets[:, here, None]
+        part.scatter_add_(-1, index, part.new_full(index.shape, -1))
+        slope[:, :-1][:, here] = part.mul_(weight[:, here, None])
+    return slope
 
 
 def learn_from(
@@ -673,16 +738,3 @@ def _before(cache: Cache, config: Any, columns: int, sliding: Sliding, rows: lis
         if getattr(y, "is_sliding", False):
             y.cumulative_length = columns
     return new  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _frozen(model: nn.Module, active: bool) -> Iterator[None]:
-    """Inside, no parameter asks for a gradient, so that backward goes to the projections' outputs alone."""
-    asking = [p for p in model.parameters() if p.requires_grad] if active else []
-    for p in asking:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in asking:
-            p.requires_grad_(True)

@@ -1,60 +1,89 @@
-"""Which of a call's tokens are real, from any form of attention mask that transformers passes."""
+"""Which of a call's tokens are real, and of which document, from any attention mask that transformers takes."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
-
-def documents_of_mask(mask: Any, tokens: int, cache: Cache | None) -> Tensor | None:
-    """Return document numbers [B, T] of a prepared mask [B, 1, T, T] of a fresh call; None where rows are undivided.
-
-    A token that may not attend to the one before it begins a document. NotImplementedError for a mask that is neither
-    causal (through a window or not) inside documents nor across them (a tree of drafts, say).
-    """
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if not isinstance(mask, Tensor) or mask.dim() != 4 or tokens < 2 or mask.shape[-2:] != (tokens, tokens):
-        return None
-    if cache is not None and int(cache.get_seq_length()):
-        return None
-    seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] >= 0
-    real = seen.diagonal(dim1=-2, dim2=-1)
-    begins = ~seen.diagonal(offset=-1, dim1=-2, dim2=-1) & real[:, 1:] & real[:, :-1]
-    numbers = torch.nn.functional.pad(begins.long().cumsum(1), (1, 0))
-    at = torch.arange(tokens, device=seen.device)
-    behind = at[:, None] - at
-    # Each token sees the last n of its document, up to itself, and nothing else.
-    allowed = (behind >= 0) & (numbers[:, :, None] == numbers[:, None, :]) & real[:, None, :] & real[:, :, None]
-    reach = torch.where(seen & allowed, behind, -1).amax((1, 2), keepdim=True)
-    if not bool((torch.where(real[:, :, None], seen, False) == (allowed & (behind <= reach))).all()):
-        raise NotImplementedError(
-            "this attention mask is neither causal nor that of documents end to end, so the fast weights cannot follow "
-            "it: pass position_ids or seq_idx for documents, a 2-D mask for padding"
-        )
-    return numbers if bool(begins.any()) else None
+from ..core import FastWeights
 
 
-def real_tokens(mask: Any, rows: int, tokens: int, cache: Cache | None) -> Tensor | None:
-    """bool [rows, tokens], or None when all are real.
+def read_mask(
+    mask: Any, rows: int, tokens: int, cache: Cache | None, state: FastWeights | None = None, *, divided: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return which of a call's tokens are real, [rows, tokens], and their document numbers; None: all, undivided.
 
-    Handles None, the 2-D mask, and the prepared 4-D mask (or a dict of them by layer type) that ``generate`` makes for
-    static caches: there a real token is one that may attend to itself. NotImplementedError for other forms.
+    ``mask``: [B, L] with a column for each token so far or each slot of the cache, nonzero for real tokens; or a
+    prepared one, bool or float [B, 1, T, L], or a dict of these by layer type. There a real token is one that may
+    attend to itself, and one that may not attend to the token before it begins a document. ``state``: what was read
+    into the cache. ``divided``: whether to look for documents.
+
+    NotImplementedError for other forms, and for a prepared mask that is neither causal (through a window or not) inside
+    documents nor across them (a tree of drafts, say).
     """
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next(iter(mask.values()), None))
     if mask is None:
-        return None
+        return None, None
     if not isinstance(mask, Tensor):
         raise NotImplementedError(f"cannot read padding from a {type(mask).__name__}: pass a 2-D attention_mask")
+    past = int(cache.get_seq_length()) if cache is not None and mask.shape[-1] > tokens else 0
     if mask.dim() == 2:
-        return mask[:, -tokens:] != 0
+        start = min(past, max(mask.shape[1] - tokens, 0))
+        return mask[:, start : start + tokens], None
     if mask.dim() != 4:
         raise ValueError(f"attention_mask must have 2 or 4 dimensions, got {tuple(mask.shape)}")
-    past, columns = int(cache.get_seq_length()) if cache is not None else 0, mask.shape[-1]
-    if tokens > columns:
-        raise NotImplementedError("cannot read padding from this prepared mask: pass a 2-D attention_mask")
-    own = mask[:, 0].diagonal(offset=min(past, columns - tokens), dim1=-2, dim2=-1)  # the last columns in a full window
-    real = own if own.dtype == torch.bool else own >= 0
-    return real.expand(rows, tokens)
+    fits = mask.shape[-2] == tokens <= mask.shape[-1]
+    if not fits or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise NotImplementedError(
+            f"cannot read padding from a prepared mask {tuple(mask.shape)} of {mask.dtype} for {tokens} tokens: pass a "
+            "2-D attention_mask"
+        )
+    past = min(past, mask.shape[-1] - tokens)  # the last columns in a full window
+    seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] >= 0
+    real = seen.diagonal(offset=past, dim1=-2, dim2=-1)
+    numbers = _documents(seen, real, past, state) if divided and tokens + past > 1 else None
+    return real.expand(rows, tokens), None if numbers is None else numbers.expand(rows, tokens)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _documents(seen_BTK: Tensor, real_BT: Tensor, past: int, state: FastWeights | None) -> Tensor | None:
+    """Return document numbers [B, T]; None where rows are undivided.
+
+    Column k of ``seen`` is position k of the cache, new tokens from ``past`` on. A token must see the last n real ones
+    of its document, up to itself, and nothing else; n is the same for all of a row.
+    """
+    B, T, K = seen_BTK.shape
+    column = torch.arange(K, device=seen_BTK.device)
+    own = column[past : past + T]
+    exists = pad(real_BT, (past, K - past - T))
+    exists[:, :past] = (seen_BTK[:, :, :past] & real_BT[..., None]).any(1)
+    if state is not None and (known := min(state.fed, past)):  # whether the window reaches them or not
+        read = None if state.real is None else state.real[:, -known:].to(seen_BTK.device)
+        exists[:, past - known : past] = True if read is None else read if len(read) == B else read.any(0)
+    first = seen_BTK.to(torch.uint8).argmax(-1)
+    run = (column >= first[..., None]) & (column <= own[:, None]) & exists[:, None]
+    # The last real token before each one, -1 where there is none.
+    before = torch.where(exists, column, -1).cummax(1).values[:, :-1]
+    before = pad(before, (1, 0), value=-1)[:, past : past + T]
+    begins = real_BT & (before >= 0) & (first > before)
+    numbers = begins.long().cumsum(1)
+    oldest = torch.where(real_BT & (numbers == 0), first, K).amin(1, keepdim=True)
+    start = torch.where(numbers == 0, oldest, torch.where(begins, own, 0).cummax(1).values)
+    reach = torch.where(real_BT, own - first, 0).amax(1, keepdim=True)
+    # Real tokens up to each column: none lies between where a token should begin to see and where it does.
+    count = pad(exists.long().cumsum(1), (1, 0))
+    missed = count.gather(1, first) - count.gather(1, torch.maximum(start, own - reach))
+    right = (seen_BTK == run).all(-1) & (first >= start) & (missed <= 0)
+    if not bool((right | ~real_BT).all()):
+        raise NotImplementedError(
+            "this attention mask is neither causal nor that of documents end to end, so the fast weights cannot follow "
+            "it: pass position_ids or seq_idx for documents, a 2-D mask for padding"
+        )
+    if bool((begins & (before < past)).any()):
+        raise NotImplementedError(
+            "this attention mask begins a document behind another one that the cache holds: start from an empty cache"
+        )
+    return numbers if bool(begins.any()) else None

@@ -35,11 +35,11 @@ class SliceCall:
         slow = site.slow_weight(module)
         v = written(rule, z, v, table.table, None, slow) if rule.outer else v
         keywords: dict[str, Any] = {"rule": rule, "width": site.width, "slow": slow}
-        if getattr(module, "fuses", False):
+        if site.fuses(module):
             keywords["bias"] = None if module.bias is None else module.bias.to(z.dtype)
             out = scan_slice(z, v, table, self.slices.group, weight=module.weight.to(z.dtype), **keywords)
         else:
-            out = plain(z) + scan_slice(z, v, table, self.slices.group, **keywords)
+            out = plain(z_BTF).reshape(R, length, -1) + scan_slice(z, v, table, self.slices.group, **keywords)
         return out.reshape(*z_BTF.shape[:-1], out.shape[-1])
 
     def end(self) -> None:

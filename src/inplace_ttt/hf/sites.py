@@ -4,6 +4,7 @@ A ``CallContext`` travels with the call's own arguments; each ``LayerSite`` take
 output of the layer's projection.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..core import Target
-from .linear import FastWeight
+from ..errors import UserError
+from .linear import FastWeight, innermost, transforms
 from .settings import PerThread, Settings
 
 CONTEXT = "inplace_ttt_context"
@@ -43,6 +45,8 @@ class CallContext:
         self.call, self.settings = call, settings
         self.grad = torch.is_grad_enabled()
         self.embeddings: Tensor | None = None
+        self.begun = False
+        """Whether a layer was entered, so that the cache may have changed."""
         self.outer: CallContext | None = None
         self.ends = True
         """Whether the call's end is ours to note."""
@@ -51,13 +55,18 @@ class CallContext:
 class LayerSite:
     """One adapting layer: receives the call's context, the MLP's input and the projection's input."""
 
-    def __init__(self, runtime: Any, index: int, mlp: nn.Module, target: Target, width: int) -> None:
-        self.runtime, self.index, self.mlp, self.target, self.width = runtime, index, mlp, target, width
+    def __init__(self, runtime: Any, index: int, mlp: nn.Module, name: str, target: Target, width: int) -> None:
+        self.runtime, self.index, self.mlp, self.name = runtime, index, mlp, name
+        """``name``: of the projection in ``mlp``."""
+        self.target, self.width = target, width
         self.names = tuple(name for name, _ in target.named_children())
         """Of the target's modules, which stand beside the projection as ``mlp.ttt_NAME``."""
         self._context: PerThread[CallContext | None] = PerThread(None)
         self._input: PerThread[Tensor | None] = PerThread(None)
         self._projected = PerThread(False)
+        self.wrapper: nn.Module | None = None
+        """What peft put around the projection and its input or output, when it was last looked at."""
+        self.wrapper_hook: Any = None
 
     @property
     def context(self) -> CallContext | None:
@@ -75,11 +84,42 @@ class LayerSite:
 
     def projection(self) -> Any:
         """Return the adapting module itself, under whatever wraps it."""
-        return next(m for m in self.mlp.modules() if isinstance(m, FastWeight))
+        module = getattr(*innermost(self.mlp, self.name))
+        return next(m for part in (module, self.mlp) for m in part.modules() if isinstance(m, FastWeight))
+
+    def fuses(self, module: Any) -> bool:
+        """Tell whether the slow product may be taken together with the fast one."""
+        return module.fuses and self._outside() is None
+
+    def _outside(self) -> nn.Module | None:
+        """Return what scales or rotates the projection (DoRA, IA3, OFT): the fast weights' part goes around it.
+
+        So this part is the same before such an adapter is merged into the slow weight and after it.
+        """
+        outer = self.mlp._modules[self.name]
+        return None if outer is None or isinstance(outer, FastWeight) or not transforms(outer) else outer
 
     def before_mlp(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._input.set(args[0] if args else kwargs["hidden_states"])
+        if (outer := self._outside()) is not self.wrapper:
+            self._watch(outer)
+        source = args[0] if args else kwargs["hidden_states"]
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            self._recomputed(source)
+        self._input.set(source)
         self._projected.set(False)
+
+    def _recomputed(self, source: Tensor) -> None:
+        """Take up the call again where backward computes the MLP alone (activation checkpointing of MLPs).
+
+        The input, which checkpointing keeps, carries the call with it.
+        """
+        context: Any = self.context
+        if context is None:
+            context = getattr(source, CONTEXT, None)
+            if context is not None and torch._C._current_graph_task_id() != -1:
+                self._context.set(context)
+        elif not getattr(context.call, "slots", None):
+            setattr(source, CONTEXT, context)
 
     def after_mlp(self, module: nn.Module, args: Any, output: Any) -> None:
         context, projected = self.context, self._projected.get()
@@ -91,6 +131,26 @@ class LayerSite:
                 "or attach last"
             )
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _watch(self, outer: nn.Module | None) -> None:
+        if outer is not None and self.projection().split:
+            raise UserError(
+                f"layer {self.index}: a {type(outer).__name__} scales or rotates a projection that is split over "
+                "processes (tensor parallelism): merge the adapter first"
+            )
+        with _WATCHING:
+            if outer is self.wrapper:  # another thread was faster
+                return
+            if self.wrapper_hook is not None:
+                self.wrapper_hook.remove()
+            hook = None if outer is None else outer.register_forward_hook(self.after_wrapper, with_kwargs=True)
+            self.wrapper, self.wrapper_hook = outer, hook
+
+    def after_wrapper(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """Add the fast weights' part to what a changed projection gave for the MLP's own z."""
+        z = args[0] if args else next(iter(kwargs.values()))
+        return self._read(self.projection(), z, lambda _: output)
+
     def forget(self) -> None:
         """Let go of what this thread's call left here."""
         self._context.clear()
@@ -99,11 +159,16 @@ class LayerSite:
 
     def project(self, module: Any, z: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the projection's output for input z [B, T, F] or [B * T, F]: slow and fast weights together."""
+        return plain(z) if self.wrapper is not None else self._read(module, z, plain)
+
+    def _read(self, module: Any, z: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
         context = self.context
         if context is None and torch._C._current_graph_task_id() != -1:
             raise NotImplementedError(
-                f"the MLP of layer {self.index} is computed again alone, in backward, where its fast weights do not "
-                "know the document: checkpoint whole decoder layers (gradient_checkpointing_enable), not MLPs"
+                f"the MLP of layer {self.index} is computed again in backward in a way that does not tell its fast "
+                "weights the document (use_reentrant=True, a cache, a tiled MLP or a replaced forward): pass "
+                "use_reentrant=False and use_cache=False, or checkpoint whole decoder layers "
+                "(gradient_checkpointing_enable)"
             )
         if context is None:
             raise RuntimeError(
@@ -178,6 +243,9 @@ class LayerSite:
         if not weight.is_floating_point() or hasattr(weight, "device_mesh"):
             return None
         return weight.mT if type(module).slow_class is Conv1D else weight
+
+
+_WATCHING = threading.Lock()
 
 
 def compute_dtype(z: Tensor) -> Tensor:

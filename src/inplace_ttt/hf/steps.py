@@ -15,7 +15,7 @@ from ..core import complete
 from ..fast.decoding import StepClock
 from .cache import FastCacheLayer, fast_layers
 from .calls import CALL
-from .masks import real_tokens
+from .masks import read_mask
 from .settings import Settings
 from .sites import LayerSite
 from .tensor_parallel import is_split
@@ -75,7 +75,8 @@ class Step:
         if any(weight is False for weight in weights.values()):
             return None
         if not vouched:
-            real = real_tokens(given.get("attention_mask"), rows, 1, cache)
+            first = next(iter(slots.values())).fast
+            real, _ = read_mask(given.get("attention_mask"), rows, 1, cache, first)
             if real is not None and not bool(real.all()):
                 return None
         for i, slot in slots.items():
@@ -108,4 +109,4 @@ def slow_weight(site: LayerSite, rows: int) -> Any:
     module = site.projection()
     if getattr(module, "split", False) or is_split(module.weight) or module.weight.is_meta:  # meta: offloaded
         return False
-    return module.weight if rows == 1 and getattr(module, "fuses", False) else None
+    return module.weight if rows == 1 and site.fuses(module) else None

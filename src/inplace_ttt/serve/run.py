@@ -12,10 +12,9 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ..config import InPlaceTTTConfig
 from ..errors import UserError
-from ..hf.attach import attach, is_attached
-from ..hf.load import load, load_baseline, load_tokenizer
+from ..hf.attach import UNTRAINED, is_trained
+from ..hf.load import load
 from ..shipped import DEFAULT_MODEL
 from .app import make_app
 from .engine import Engine
@@ -56,18 +55,10 @@ class _Protocol(H11Protocol):
 
 def load_model(name: str | None, device: str | None = None, objective: str | None = None, **settings: Any) -> Any:
     """Model and tokenizer; a plain model gets fast weights with ``objective``. UserError where that does not fit."""
-    place: Any = DEFAULT_MODEL if name is None else name
     given = {key: value for key, value in settings.items() if value is not None}
-    if objective is None:
-        if given:
-            raise UserError(f"{', '.join(given)}: for a plain model only, which needs an objective too")
-        return load(place, device)
-    config = InPlaceTTTConfig(objective=objective, **given)
-    model = load_baseline(place, device)
-    if is_attached(model):
-        raise UserError(f"{place} has fast weights already: leave the objective out")
-    attach(model, config)
-    return model, load_tokenizer(place, model)
+    if objective is None and given:
+        raise UserError(f"{', '.join(given)}: for a plain model only, which needs an objective too")
+    return load(DEFAULT_MODEL if name is None else name, device, objective=objective, **given)
 
 
 def make_service(
@@ -117,6 +108,8 @@ def serve(
             state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="inplace-ttt-")))
             log("Sessions are kept until the server stops; --state-dir DIR keeps them for longer.")
         model, tokenizer = load_model(name, device, objective, **(settings or {}))
+        if not is_trained(model):
+            log(f"warning: {UNTRAINED}")
         served = served_name or Path(name or DEFAULT_MODEL).name
         service = make_service(model, tokenizer, served, state, limits, adapters, state_form=state_form, **options)
         _run(make_app(service, keys), host, port, limits, served, keys is not None, log)

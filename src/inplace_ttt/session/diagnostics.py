@@ -282,12 +282,18 @@ def _state_in_words(sample: Sample) -> str:
 def _advice(sample: Sample, settings: Mapping[str, Any] | None) -> str:
     if settings is None:
         return "Try a decay (0.01, say), half the lr, a clip, or a reset."
-    lr, decay, clip = settings["lr"], settings["decay"], settings["clip"]
-    tries = [f"decay={min(2 * decay, 0.5) or 0.01:.3g} (now {decay:.3g})", f"lr={lr / 2:.3g} (now {lr:.3g})"]
+    lr, decay, clip, size = (settings.get(name) for name in ("lr", "decay", "clip", "update_size"))
+    tries = [f"decay={min(2 * decay, 0.5) or 0.01:.3g} (now {decay:.3g})"]
     updates = [d.update_norm for d in sample.layers if d.update_norm]
-    if clip is not None:
-        tries.append(f"clip={clip / 2:.2g} (now {clip:.2g})")
-    elif updates and lr:
-        half = float(np.median(updates)) / abs(lr) / 2
-        tries.append(f"clip={half:.2g} with clip_relative=True (half of the last update)")
+    if size == "auto":
+        pass
+    elif size is not None:
+        tries += [f"update_size={size / 2:.2g} (now {size:.2g})", 'update_size="auto"']
+    else:
+        tries.append(f"lr={lr / 2:.3g} (now {lr:.3g})")
+        if clip is not None:
+            tries.append(f"clip={clip / 2:.2g} (now {clip:.2g})")
+        elif updates and lr:
+            half = float(np.median(updates)) / abs(lr) / 2
+            tries.append(f"clip={half:.2g} with clip_relative=True (half of the last update)")
     return f"Try {', '.join(tries)}, or a reset."

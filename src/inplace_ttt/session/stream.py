@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from ..config import InPlaceTTTConfig
 from ..core import FastWeights
+from ..core.algebra import cross_entropies
 from ..errors import UserError
 from ..hf.attach import RUNTIME, runtime_of, unwrap, updates_off
 from ..hf.cache import FastCacheLayer, cache_name, fast_layers, install
@@ -331,7 +332,7 @@ def losses_of(before: Tensor | None, logits_nV: Tensor, ids: Sequence[int]) -> l
     if not len(rows):
         return []
     wanted = torch.tensor(list(ids)[len(ids) - len(rows) :], device=rows.device)
-    found: list[float] = nn.functional.cross_entropy(rows.float(), wanted, reduction="none").tolist()
+    found: list[float] = cross_entropies(rows, wanted).tolist()
     return found
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
-from ..config import InPlaceTTTConfig
+from ..config import LOSS_DEFAULTS, InPlaceTTTConfig
 from ..core import FastWeights
 from ..errors import UserError
 from ..hf.attach import runtime_of, updates_off
@@ -212,7 +212,11 @@ def study(session: Session, source: Any, minutes: float, progress: Any = None) -
         raise UserError('study needs objective="loss": attach the model with InPlaceTTTConfig(objective="loss")')
     if tokenizer is None or session._encoder is None:
         raise UserError("this session has no tokenizer, so it cannot study a text: make it with one")
-    reader.settings.rule.need("outer", "study")
+    config = replace(reader.config, decay=0.0)
+    if config.update_size == "auto":  # which follows one text; these are many, and the size shrinks with the time
+        config = replace(config, update_size=LOSS_DEFAULTS["update_size"])
+    size = config.update_size
+    config.make_rule().need("outer", "study")
     if isinstance(reader.form, int):
         raise UserError(f'study needs dense fast weights, not rank {reader.form}: make the session with state="dense"')
     if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes < float("inf"):
@@ -226,7 +230,6 @@ def study(session: Session, source: Any, minutes: float, progress: Any = None) -
     reader.commit(session._stream)
     template = Template(tokenizer) if getattr(tokenizer, "chat_template", None) else None
     examples, tell = Examples(tokenizer, template, session._encoder.prefix), progress or (lambda share, loss: None)
-    config = replace(reader.config, decay=0.0)
     states = reader.detached(session._stream)
     pairs: list[Pair] = []
     losses: list[float] = []
@@ -246,8 +249,9 @@ def study(session: Session, source: Any, minutes: float, progress: Any = None) -
                 share = max((passed() - first) / max(1 - first, 1e-9), done / total)
                 if share >= 1 and losses:
                     break
-                size = config.update_size and config.update_size * max(1 - share, 0.05)
-                losses.append(learn(reader.model, states, [batch], replace(config, update_size=size)))
+                if isinstance(size, int | float):
+                    config = replace(config, update_size=size * max(1 - share, 0.05))
+                losses.append(learn(reader.model, states, [batch], config))
                 done += sum(map(len, batch))
                 tell(min(first + (1 - first) * share, 1.0), losses[-1])
     finally:

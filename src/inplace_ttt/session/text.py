@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import product
@@ -36,6 +37,8 @@ class StreamEncoder:
     The last words are held back, about 300 characters at most in common text; a long run without white space or
     punctuation is held as a whole. With a tokenizer whose tokens may depend on far text everything is held until
     ``flush``. Later changes of the tokenizer have no effect. Raises UserError when the tokenizer is not a fast one.
+
+    What looks like a special token is read as its characters, with a warning the first time.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -44,6 +47,8 @@ class StreamEncoder:
         self._splitter = _splitter(tokenizer)
         self.prefix = _prefix(tokenizer)
         """Special ids that the tokenizer puts before a text; ``push`` does not return them."""
+        self._tail: str | None = ""
+        """The end of the text so far, in which a special token may have begun; None: the warning was given."""
         self._start()
 
     def _start(self) -> None:
@@ -65,6 +70,7 @@ class StreamEncoder:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"character {error.start} of the text is half a surrogate pair: decode it first") from None
+        self._warn(text)
         self._parts.append(text)
         self._size += len(text)
         if self._size < self._wait:
@@ -80,6 +86,22 @@ class StreamEncoder:
             self._wait = _STEP + 2 * (len(window) - length) + len(self._anchor)
         self._parts, self._size = [held[begin:]], len(held) - begin
         return ids
+
+    def _warn(self, text: str) -> None:
+        """Say, once, that a text holds a special token."""
+        specials = self._splitter.specials
+        if self._tail is None or not specials:
+            return
+        seen = self._tail + text
+        self._tail = seen[1 - max(map(len, specials)) :] if max(map(len, specials)) > 1 else ""
+        if found := next((token for token in specials if token in seen), None):
+            self._tail = None
+            warnings.warn(
+                f"the text holds {found!r}, a special token of this model, and it is read as its characters: a chat "
+                "prompt has to be token ids (tokenizer.apply_chat_template(messages, add_generation_prompt=True, "
+                "return_dict=False))",
+                stacklevel=3,
+            )
 
     def flush(self) -> list[int]:
         """Ids of what is held: the text ends here. The next push begins a new text, tokenised on its own."""
@@ -121,7 +143,7 @@ class StreamEncoder:
     def fork(self) -> "StreamEncoder":
         """An encoder at the same place of the text; they go on apart."""
         encoder = object.__new__(StreamEncoder)
-        encoder._splitter, encoder.prefix = self._splitter, list(self.prefix)
+        encoder._splitter, encoder.prefix, encoder._tail = self._splitter, list(self.prefix), self._tail
         encoder._load(self.state())
         return encoder
 
@@ -143,6 +165,7 @@ class _Splitter:
         self._tokenizer = Tokenizer.from_str(json.dumps(spec))
         self._tokenizer.encode_special_tokens = True
         added = [token for token in spec["added_tokens"] if not token["special"]]
+        self.specials = [token["content"] for token in spec["added_tokens"] if token["special"]]
         # Four times: normalisation may have composed several characters into one.
         self._longest = 4 * max((len(token["content"]) for token in added), default=0)
         self._kind = None if any(token["single_word"] for token in added) else _kind(spec)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from inplace_ttt.config import InPlaceTTTConfig
 from inplace_ttt.errors import UserError, in_one_line
-from inplace_ttt.hf.attach import attach, configure, is_attached
+from inplace_ttt.hf.attach import configure, install, is_attached
 from inplace_ttt.hf.checkpoint import from_pretrained, has_fast_weights, save_pretrained
 from inplace_ttt.hf.names import base_of
 from inplace_ttt.train.specs import Recipe
@@ -41,7 +41,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, attention: s
     model.config.use_cache = True
     config = recipe.ttt_config()
     if config is not None and not is_attached(model):
-        attach(model, config)
+        install(model, config)
     elif config is not None:
         _continue_with(model, config, recipe.ttt or {})
     elif is_attached(model):
@@ -54,7 +54,7 @@ def prepare_trainable(model: PreTrainedModel, recipe: Recipe) -> None:
     """Fast weights on a model that has none yet, and what the recipe freezes."""
     config = recipe.ttt_config()
     if config is not None:
-        attach(model, config)
+        install(model, config)
     _freeze(model, recipe.trainable)
 
 

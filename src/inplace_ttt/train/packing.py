@@ -294,3 +294,22 @@ def first_rows(
                 piece = Piece(start + turn * full, left if turn == 0 and left <= sequence_length else min(left, full))
                 chosen.append(row_tensors(store, (piece,), sequence_length, pad_id, align))
     return chosen
+
+
+def updates_seen(plan: Iterable[Row], chunk_size: int, *, is_all: bool) -> str:
+    """Describe which share of the planned tokens sees an update: those behind the first chunk of their document.
+
+    ``is_all``: the plan is that of the whole run; then UserError where no token does, since nothing would be learned.
+    """
+    lengths = [piece.length for row in plan for piece in row]
+    seen = sum(max(length - chunk_size, 0) for length in lengths)
+    if seen:
+        return f"{seen / sum(lengths):.1%} of the tokens see an update"
+    longest = max(lengths, default=0)
+    nothing = f"has more than {longest} tokens, so with ttt.chunk_size {chunk_size} no token sees an update"
+    if is_all:
+        raise UserError(
+            f"no document in the training rows {nothing} and nothing would adapt: make ttt.chunk_size smaller, join "
+            "short documents, or leave ttt out"
+        )
+    return f"no document in the first {len(lengths)} {nothing}"

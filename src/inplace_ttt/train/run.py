@@ -27,7 +27,7 @@ from inplace_ttt.train.flops import flops_per_token, peak_flops
 from inplace_ttt.train.inner_lr import fitting_lr
 from inplace_ttt.train.model import build_model, count_parameters, load_saved, save_model
 from inplace_ttt.train.monitor import FastWeightMonitor
-from inplace_ttt.train.packing import PackedRows, TokenStore, first_rows
+from inplace_ttt.train.packing import PackedRows, TokenStore, first_rows, updates_seen
 from inplace_ttt.train.prepare import Prepared, prepare, training_documents
 from inplace_ttt.train.report import loss_curve, plot_losses, run_record
 from inplace_ttt.train.specs import Recipe
@@ -240,6 +240,8 @@ def _trainer(
     build = partial(build_model, recipe, tokenizer, attention)
     model = build() if place is None else place.build(build)
     rows, align, cut = _rows(recipe, prepared, pad), recipe.alignment, recipe.cut
+    if recipe.ttt is not None and (ttt := recipe.ttt_config()) is not None:
+        say(updates_seen(rows.plan, ttt.chunk_size, is_all=isinstance(rows, PackedRows)))
     validation = {
         domain: first_rows(store, length, recipe.evaluation.rows, pad, align, cut)
         for domain, store in prepared.stores("validation").items()

@@ -69,6 +69,11 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return self.rows
 
+    @property
+    def plan(self) -> list[Row]:
+        """The rows of the window that was read last."""
+        return self._plan
+
     def describe(self) -> str:
         """For people."""
         return f"{len(self):,} rows of {self.layout.sequence_length:,} tokens, tokenised while training"

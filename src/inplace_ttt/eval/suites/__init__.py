@@ -1,4 +1,8 @@
-"""What can be measured. A suite cuts its work into units that can be measured one by one, in any order."""
+"""What can be measured. A suite cuts its work into units that can be measured one by one, in any order.
+
+A module here owns all of its suite: ``from_options`` (what the command line asks for), and what people read of the
+records: ``tables``, ``verdicts`` and ``figures``.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +12,9 @@ from torch import nn
 
 Record = dict[str, Any]
 """One row of figures, JSON-ready. Every record of a unit has ``document``, the cluster that intervals resample over."""
+
+Tables = dict[str, list[dict[str, Any]]]
+"""Rows of figures by the name of the table."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,6 @@
 """Suites ``harness`` and ``ruler``: tasks of lm-evaluation-harness, a few samples at a time."""
 
-import io
-from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,9 +9,12 @@ from torch import nn
 
 from ...errors import UserError
 from ...hf.attach import is_attached, runtime_of
-from ..harness_tasks import PAPER, RULER, Loaded, load_tasks, metric_name, prepare, require, value_of
-from ..ruler import RulerData
-from . import Record, Unit
+from .. import plots
+from ..harness_tasks import PAPER, RULER, Loaded, evaluate, load_tasks, require
+from ..paired import against_off, interval, means
+from ..ruler import RulerData, load_questions
+from . import Record, Tables, Unit
+from .texts import Document
 
 SLICES = 16
 """A task's samples are measured in about as many units, of at least ``SMALLEST`` samples each."""
@@ -55,29 +56,18 @@ class HarnessSuite:
 
     def measure(self, model: nn.Module, unit: Unit) -> list[Record]:
         """The samples of one unit, by the model as it is set."""
-        from lm_eval import evaluate
-
         from ..harness import InPlaceTTTLM
 
         task, length, part, samples = self._work[unit.key]
         on = is_attached(model) and runtime_of(model).enabled
-        prepare([part])
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # bars of its own
-            lm = InPlaceTTTLM(model, self.tokenizer, updates="on" if on else "off", batch_size=self.batch_size)
-            found: Any = evaluate(
-                lm=lm,
-                task_dict={"tasks": {part.task_name: part}},
-                samples={part.task_name: list(samples)},
-                bootstrap_iters=0,
-            )
+        lm = InPlaceTTTLM(model, self.tokenizer, updates="on" if on else "off", batch_size=self.batch_size)
         records = []
-        for sample in found["samples"][part.task_name]:
+        for sample, values in evaluate(lm, part, samples, length):
             document = f"{part.task_name}/{sample['doc_id']}/{sample['prompt_hash'][:8]}"
             about = {"document": document, "task": task, "part": part.task_name, "length": length}
-            for metric in sample["metrics"]:
-                if (value := value_of(metric, sample[metric], length)) is not None:
-                    name = "score" if length is not None else metric_name(metric, sample)
-                    records.append(about | {"metric": name, "value": value[0] * value[1], "weight": value[1]})
+            for metric, (value, weight) in values.items():
+                name = metric if length is None else "score"
+                records.append(about | {"metric": name, "value": value * weight, "weight": weight})
         return records
 
 
@@ -88,7 +78,9 @@ def harness_suite(
     named = [task for name in names for task in (PAPER if name == "paper" else (name,))]
     if ruler := sorted(set(named) & {*RULER, "ruler"}):
         raise UserError(f"--tasks {', '.join(ruler)}: RULER has a suite of its own: --suite ruler")
-    return HarnessSuite("harness", tokenizer, _load(tokenizer, named, files=files), batch_size=batch_size, limit=limit)
+    return HarnessSuite(
+        "harness", tokenizer, _from_files(tokenizer, named, files=files), batch_size=batch_size, limit=limit
+    )
 
 
 def ruler_suite(
@@ -108,7 +100,7 @@ def ruler_suite(
     if longest is not None and max(lengths) > longest:
         raise UserError(f"--lengths {max(lengths)}: {_too_long(longest)}")
     names = [name for name in RULER if download or not data.needs_download(name)]
-    loaded = _load(tokenizer, names, lengths, data=data, texts=limit)
+    loaded = _from_files(tokenizer, names, lengths, data=data, texts=limit)
     if longest is not None:
         _check_room(loaded, tokenizer, longest)
     return HarnessSuite("ruler", tokenizer, loaded, batch_size=batch_size, limit=limit)
@@ -127,7 +119,7 @@ def _too_long(longest: int) -> str:
     return f"the model reads at most {longest:,} tokens, and no text is cut: take a smaller length"
 
 
-def _load(
+def _from_files(
     tokenizer: Any,
     names: Sequence[str],
     lengths: Sequence[int] = (),
@@ -142,3 +134,70 @@ def _load(
     with TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)
         return load_tasks(names, directory, lengths, files, ruler_data=data, texts=texts)
+
+
+# -- what people read --------------------------------------------------------------------------------------------------
+
+
+def from_options(options: Any, tokenizer: Any) -> HarnessSuite:
+    """The suite ``harness`` of the command line."""
+    how: Any = {"files": options.task_files, "limit": options.limit, "batch_size": options.batch_size}
+    return harness_suite(tokenizer, options.tasks, **how)
+
+
+def ruler_from_options(
+    options: Any, texts: Sequence[Document], tokenizer: Any, model: nn.Module
+) -> tuple[HarnessSuite, list[str]]:
+    """RULER with the text of --data as its essays; a note for each kind of data that is missing."""
+    require()
+    from ..harness import InPlaceTTTLM
+
+    lengths, words = options.lengths or (4096,), list[str]()
+    for text in texts:
+        if len(words) < 2 * max(lengths):
+            words += tokenizer.decode(text.ids[: 2 * max(lengths)]).split()
+    data = RulerData(tuple(words), dict(map(load_questions, options.questions)))
+    missing: dict[str, list[str]] = {}
+    for task in () if options.download else RULER:
+        if needed := data.needs_download(task):
+            missing.setdefault(needed, []).append(task)
+    longest = InPlaceTTTLM(model, tokenizer).max_length
+    how: Any = {"download": options.download, "limit": options.limit, "batch_size": options.batch_size}
+    notes = [f"ruler: without {', '.join(tasks)}: give {needed}, or --download" for needed, tasks in missing.items()]
+    return ruler_suite(tokenizer, lengths, data, longest=longest, **how), notes
+
+
+def tables(records: Sequence[Record]) -> Tables:
+    """Means by task and metric; RULER's by length."""
+    found = {}
+    if harness := [r for r in records if r["suite"] == "harness"]:
+        found["harness"] = means(harness, ["task", "metric"], "value", "weight")
+    if ruler := [r for r in records if r["suite"] == "ruler"]:
+        found["ruler"] = means(ruler, ["length"], "value", "weight")
+        found["ruler by task"] = means(ruler, ["task", "length"], "value", "weight")
+    return found
+
+
+def verdicts(found: Tables) -> list[str]:
+    """A metric with updates, and its difference to without."""
+    lines = []
+    for table in ("harness", "ruler"):
+        for row in against_off(found.get(table, [])):
+            name = f"RULER, {row['length']:,} tokens" if table == "ruler" else f"{row['task']}, {row['metric']}"
+            said = interval(row["difference_low"], row["difference_high"], "+.3f", row["documents"])
+            lines.append(f"{name}: {row['value']:.3f} with updates, {row['difference']:+.3f} ({said}).")
+    return lines
+
+
+def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Differences by task (which side is better depends on the metric), and RULER's score by length."""
+    drawn = {}
+    if rows := [row for row in found.get("harness", []) if "difference" in row]:
+        names = ("task", "metric", "variant")
+        drawn["harness"] = plots.differences("Tasks: metric against updates off", rows, names, "metric")
+    if rows := found.get("ruler", []):
+        tasks = len({row["task"] for row in found["ruler by task"]})
+        titled = [{**row, "title": f"RULER, {tasks} task{'s' * (tasks > 1)}"} for row in rows]
+        label = "share of right answers"
+        drawn["ruler"] = plots.panels(plots.curves(titled, "length", "title"), "length (tokens)", label, top=1.02)
+    return drawn

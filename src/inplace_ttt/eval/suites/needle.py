@@ -1,4 +1,4 @@
-"""Needle in a haystack, for models with small vocabularies: a fact planted in a long text is asked for at its end.
+"""Suite ``needle``: a fact planted in a long text is asked for at its end, sized to models with small vocabularies.
 
 A fact ties a key to a value, as in "The{key} Captain{value} said"; both are single tokens, words that the haystack does
 not use. At the end of the document the sentence is begun again, up to the value, and the value competes
@@ -7,22 +7,21 @@ with other words. The document is read once; each question is put to a copy of t
 
 import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ...errors import UserError
-from ...hf.attach import unwrap
-from ...hf.cache import cache_name
-from ..read_then_ask import words
-from . import Record, Unit
-from .nll import PIECE, doubling, evaluating, input_device, piece_size
-from .texts import Document, tokenize
+from .. import plots
+from ..nll import doubling, evaluating, feed, new_cache
+from ..paired import against_off, by_group, interval, means
+from . import Record, Tables, Unit
+from .nll import PIECE, piece_size
+from .texts import Document, tokenize, words
 
 KINDS = ("single", "multi-key", "multi-value", "multi-query")
 TEMPLATE = "\nThe{key} Captain{value} said"
@@ -131,8 +130,8 @@ class NeedleSuite:
         about = {"document": needle.document, "kind": kind, "length": length, "depth": depth}
         about |= {"mentions": self.mentions, "trial": trial, "chance": 1 / self.candidates}
         with evaluating(model):
-            read = DynamicCache(config=unwrap(model).config)
-            _feed(model, read, needle.ids, piece_size(model, self.piece))
+            read = new_cache(model)
+            feed(model, read, needle.ids, piece_size(model, self.piece))
             return [about | self._answer(model, read, question) for question in needle.questions]
 
     def needle(self, unit: Unit) -> Needle:
@@ -187,9 +186,9 @@ class NeedleSuite:
         return (ids if order else list(text)), ends
 
     def _answer(self, model: nn.Module, read: DynamicCache, question: Question) -> Record:
-        unread = DynamicCache(config=unwrap(model).config)
-        before = _scores(_feed(model, unread, question.ids, self.piece), question.choices)
-        scores = _scores(_feed(model, copy.deepcopy(read), question.ids, self.piece), question.choices)
+        caches = (new_cache(model), copy.deepcopy(read))
+        logits = [feed(model, cache, question.ids, self.piece).cpu().double() for cache in caches]
+        before, scores = (x.log_softmax(-1)[question.choices].numpy() for x in logits)
         rank, gain_rank = _rank(scores), _rank(scores - before)
         return {
             "distance": question.distance,
@@ -212,21 +211,38 @@ def _split(tokenizer: Any, template: str) -> tuple[list[int], list[int], list[in
     return first, second, third
 
 
-def _feed(model: nn.Module, cache: DynamicCache, ids: Sequence[int], piece: int) -> Tensor:
-    """Reads ids [n] through the cache, ``piece`` at a time -> float64 [V]: prediction of the token after them."""
-    rows = torch.tensor([list(ids)], device=input_device(unwrap(model)))
-    for start in range(0, len(ids), piece):
-        part = rows[:, start : start + piece]
-        how: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1, cache_name(model): cache}
-        logits: Tensor = model(input_ids=part, **how).logits
-    return logits[0, -1].cpu().double()
-
-
-def _scores(logits: Tensor, choices: Sequence[int]) -> np.ndarray:
-    """Logits [V] -> log-probabilities [choices]."""
-    return logits.log_softmax(-1)[list(choices)].numpy()
-
-
 def _rank(scores: np.ndarray) -> int:
     """How many of the others do not score less than the first: ties and NaN count against it."""
     return int((~(scores[0] > scores[1:])).sum())
+
+
+# -- what people read --------------------------------------------------------------------------------------------------
+
+
+def from_options(options: Any, texts: Sequence[Document], tokenizer: Any) -> NeedleSuite:
+    """The suite of the command line."""
+    lengths = options.lengths or (1024, 2048, 4096)
+    return NeedleSuite(tokenizer, texts, lengths, options.depths, options.kinds, options.trials)
+
+
+def tables(records: Sequence[Record]) -> Tables:
+    """Share of right answers by kind, length and depth."""
+    mine, keys = [r for r in records if r["suite"] == "needle"], ("kind", "length", "depth")
+    names = {"needle": 1, "needle by length": 2, "needle by length and depth": 3}
+    return {name: means(mine, keys[:n], "correct") for name, n in names.items()} if mine else {}
+
+
+def verdicts(found: Tables) -> list[str]:
+    """How many answers are right with updates, and what that is more than without."""
+    lines = []
+    for row in against_off(found.get("needle", [])):
+        gap, low, high = (100 * row[f"difference{end}"] for end in ("", "_low", "_high"))
+        said = interval(low, high, "+.0f", row["documents"])
+        lines.append(f"Needle, {row['kind']}: {row['value']:.0%} right with updates, {gap:+.0f} points ({said}).")
+    return lines
+
+
+def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """A heat map for each kind."""
+    kinds = by_group(found.get("needle by length and depth", []), ["kind"])
+    return {f"needle-{kind}": plots.heat_maps(f"Needle, {kind}", rows) for (kind,), rows in kinds.items()}

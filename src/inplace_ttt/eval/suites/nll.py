@@ -1,23 +1,24 @@
-"""Loss on documents: by position, by whether a token occurred before, and as the context before a block grows.
+"""Suite ``nll``: loss by position, by whether a token occurred before, and as the context before a block grows.
 
 Losses are in nats. A token is scored by the logits of the tokens before it, so before any update that saw it. Every
 unit starts from an empty cache.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from ...errors import UserError
 from ...hf.attach import unwrap
 from ...hf.window import native_window
-from ..nll import position_edges, token_losses
-from . import Record, Unit
+from .. import plots
+from ..nll import doubling, evaluating, input_device, position_edges, token_losses
+from ..paired import ENOUGH, REFERENCE, against_off, by_group, interval, means
+from . import Record, Tables, Unit
 from .texts import Document
 
 CLASSES = ("in window", "before the window", "never")
@@ -144,32 +145,148 @@ def token_classes(ids: np.ndarray, window: int) -> np.ndarray:
     return np.select([distance == 0, distance <= window], [2, 0], 1)
 
 
-def doubling(largest: int, smallest: int = 256) -> list[int]:
-    """256, 512, 1024, ... up to ``largest``."""
-    sizes = []
-    while smallest <= largest:
-        sizes.append(smallest)
-        smallest *= 2
-    return sizes
-
-
-def input_device(root: PreTrainedModel) -> torch.device:
-    """Where token ids must be."""
-    device: torch.device = root.get_input_embeddings().weight.device  # type: ignore[assignment]
-    return device
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, no dropout and no gradients."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-
-
 def _total(losses: np.ndarray) -> Record:
     return {"loss_sum": float(losses.sum()), "tokens": len(losses)}
+
+
+# -- what people read --------------------------------------------------------------------------------------------------
+
+LAYER = "without layer "
+"""How readings with one layer switched off are labelled."""
+
+
+def from_options(options: Any, texts: Sequence[Document], model: nn.Module) -> NllSuite:
+    """The suite of the command line. UserError when no document has a whole window."""
+    suite = NllSuite(texts, options.length, options.windows, window=native_window(model) or 256)
+    if options.windows and not any(unit.key.startswith("window/") for unit in suite.units()):
+        longest = max(len(text.ids) for text in texts)
+        raise UserError(
+            f"no document has the {options.length:,} tokens of a window, the longest has {longest:,}: --length"
+        )
+    return suite
+
+
+def tables(records: Sequence[Record]) -> Tables:
+    """Mean losses by domain and position, class, context; and every other reading against updates on."""
+    mine = [r for r in records if r["suite"] == "nll"]
+    found = {}
+    for kind, keys in (
+        ("document", []),
+        ("position", ["start", "end"]),
+        ("class", ["class"]),
+        ("sliding", ["context"]),
+    ):
+        part = [r for r in mine if r["kind"] == kind]
+        if part := _in_all_contexts(part) if kind == "sliding" else part:
+            found[f"nll by {kind}"] = means(part, ["domain", *keys], "loss_sum", "tokens")
+    changed = [r for r in mine if r["kind"] == "document" and r["variant"] not in (REFERENCE, "baseline")]
+    if len({r["variant"] for r in changed}) > 1:
+        rows = means(changed, ["domain"], "loss_sum", "tokens", to="on")
+        found["nll against updates on"] = [row for row in rows if "difference" in row]
+    return found
+
+
+def _in_all_contexts(records: list[Record]) -> list[Record]:
+    """Only documents that have the longest context: else the curve would compare different texts."""
+    kept = []
+    for members in by_group(records, ["domain"]).values():
+        longest = max(r["context"] for r in members)
+        names = {r["document"] for r in members if r["context"] == longest}
+        kept += [r for r in members if r["document"] in names]
+    return kept
+
+
+def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Loss by position and class, perplexity by context, differences to updates off."""
+    drawn, loss = {}, "loss (nats per token)"
+    if rows := found.get("nll by position"):
+        where = "position in the document, up to (tokens)"
+        drawn["loss-by-position"] = plots.panels(plots.curves(rows, "end"), where, loss)
+    if rows := found.get("nll by sliding"):
+        powers = [{**row, **{name: np.exp(row[name]) for name in ("value", "low", "high")}} for row in rows]
+        label = f"perplexity of the last {plan['block']} tokens"
+        drawn["sliding-perplexity"] = plots.panels(plots.curves(powers, "context"), "tokens of context", label)
+    if rows := found.get("nll by class"):
+        where = "where the token occurred before"
+        drawn["loss-by-class"] = plots.panels(plots.curves(rows, "class"), where, loss, bars=True)
+    if gaps := [row for row in found.get("nll by document", []) if "difference" in row]:
+        names = ("variant", "domain")
+        drawn["differences"] = plots.differences("Loss against updates off", gaps, names, "nats per token", "left")
+    return drawn
+
+
+def verdicts(found: Tables) -> list[str]:
+    """Do the updates help, which layers and which other settings; and if they hurt, what to try."""
+    lines = [_verdict(row) for row in against_off(found.get("nll by document", []))]
+    hurt = any(": updates hurt" in line for line in lines)
+    compared = found.get("nll against updates on", [])
+    settings = [row for row in compared if not row["variant"].startswith(LAYER)]
+    layers = [row for row in compared if row["variant"].startswith(LAYER)]
+    for (domain,), rows in by_group(compared, ["domain"]).items():
+        lines += _layers(str(domain), [row for row in rows if row["variant"].startswith(LAYER)])
+        lines += _settings(str(domain), [row for row in rows if not row["variant"].startswith(LAYER)])
+    if hurt and not settings:
+        lines.append("Try other settings: --sweep decay=0.01,0.05 --sweep lr=... with smaller values.")
+    if hurt and not layers:
+        lines.append("Try --layers to find the layer that does it.")
+    if hurt and "what goes with a gain" not in found:
+        lines.append("Try --suite nll,diagnostics to see whether new keys overlap with old ones.")
+    return lines
+
+
+def _verdict(row: Record) -> str:
+    """Whether updates help, where there are enough documents and the interval leaves zero out."""
+    domain, gap, low, high, n = (
+        row[key] for key in ("domain", "difference", "difference_low", "difference_high", "documents")
+    )
+    said = interval(low, high, "+.3f", n)
+    if n < ENOUGH:
+        few = f"too few documents for a verdict, read at least {ENOUGH}"
+        return f"{domain}: {gap:+.3f} nats per token with updates on ({said}): {few}."
+    if high < 0:
+        return f"{domain}: updates help, by {-gap:.3f} nats per token ({interval(-high, -low, '.3f', n)})."
+    if low > 0:
+        return f"{domain}: updates hurt, by {gap:.3f} nats per token ({interval(low, high, '.3f', n)})."
+    return f"{domain}: no clear difference between updates on and off ({gap:+.3f} nats per token, {said})."
+
+
+def _layers(domain: str, rows: Sequence[Record]) -> list[str]:
+    """One sentence of what each layer's updates do: the loss without them against that with all."""
+    if not rows:
+        return []
+    about, documents = f"{domain}, loss when one layer's updates are switched off", rows[0]["documents"]
+    if documents < ENOUGH:
+        listed = (f"layer {row['variant'].removeprefix(LAYER)} {row['difference']:+.3f}{_span(row)}" for row in rows)
+        return [f"{about}: {'; '.join(listed)}. {documents} are too few documents for a verdict."]
+    parts: dict[str, list[str]] = {"help": [], "hurt": [], "make no clear difference": []}
+    for row in rows:
+        low, high = row["difference_low"], row["difference_high"]
+        verdict = "help" if low > 0 else "hurt" if high < 0 else "make no clear difference"
+        parts[verdict].append(f"{row['variant'].removeprefix(LAYER)} ({row['difference']:+.3f}{_span(row)})")
+    said = [f"{how} in layer{'s' * (len(where) > 1)} {', '.join(where)}" for how, where in parts.items() if where]
+    line = f"{about}: updates {'; '.join(said)}."
+    if not parts["hurt"]:
+        return [line]
+    worst = min(rows, key=lambda row: row["difference"])["variant"].removeprefix(LAYER)
+    remedy = f"read inside layers_off(model, [{worst}]), or leave it out of the layers when you train again"
+    return [line, f"{domain}: layer {worst} does the most harm: {remedy}."]
+
+
+def _settings(domain: str, rows: Sequence[Record]) -> list[str]:
+    """The best of the other settings against the model's own."""
+    if not rows:
+        return []
+    best = min(rows, key=lambda row: row["value"])
+    tried = f"{domain}: of {len(rows)} other setting{'s' * (len(rows) > 1)}, {best['variant']} read best"
+    result = f"{best['value']:.3f} nats per token, {best['difference']:+.3f} against the model's own{_span(best)}"
+    if best["difference_high"] < 0 and best["documents"] >= ENOUGH:
+        return [f"{tried}: {result}. It was chosen on this text: confirm it on other text before you keep it."]
+    if best["difference"] < 0:
+        return [f"{tried}: {result}, not a clear difference."]
+    return [f"{tried}, but no better than the model's own: {result}."]
+
+
+def _span(row: Record) -> str:
+    """The interval of a row's difference, to be put after it; empty where one document gives none."""
+    low, high = row["difference_low"], row["difference_high"]
+    return "" if np.isnan(low) else f", {interval(low, high, '+.3f', row['documents'])}"

@@ -13,28 +13,9 @@ from ...hub import PREFIX, hub_dataset
 from ...text_files import read_json_lines, read_text
 
 TEXT_FILES = frozenset(
-    [
-        ".txt",
-        ".text",
-        ".md",
-        ".markdown",
-        ".rst",
-        ".tex",
-        ".org",
-        ".html",
-        ".xml",
-        ".csv",
-        ".py",
-        ".js",
-        ".ts",
-        ".c",
-        ".h",
-        ".cpp",
-        ".rs",
-        ".go",
-        ".java",
-    ]
-)
+    [".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".html", ".xml", ".csv",
+     ".py", ".js", ".ts", ".c", ".h", ".cpp", ".rs", ".go", ".java"]
+)  # fmt: skip
 """What counts as a text file inside a directory. A file given by its own name may be called anything."""
 JSON_LINES = (".jsonl", ".jsonl.xz", ".jsonl.gz")
 MOST_ROWS = 1000
@@ -84,6 +65,25 @@ def tokenize(tokenizer: Any, text: str) -> np.ndarray:
     """Token ids int32 [n] of a text alone: nothing added, nothing in it special."""
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     return np.array(ids, np.int32)
+
+
+def words(tokenizer: Any) -> list[int]:
+    """Single tokens that are a capitalised or a lower-case word of five letters or more after a space."""
+    found = []
+    for token in sorted(tokenizer.get_vocab().values()):
+        text = tokenizer.decode([token])
+        if len(text) > 5 and text[0] == " " and text[1:].isalpha() and text[2:].islower():
+            found.append(token)
+    return found
+
+
+def stretches(documents: Sequence[Document], length: int) -> Iterator[tuple[str, list[int]]]:
+    """Name and ids of neighbouring parts of ``length`` tokens, the first of every document first."""
+    longest = max((len(document.ids) for document in documents), default=0)
+    for at in range(0, longest - length + 1, length):
+        for document in documents:
+            if at + length <= len(document.ids):
+                yield document.name, document.ids[at : at + length].tolist()
 
 
 def _dataset(spec: str, domain: str) -> Iterator[tuple[str, str, str]]:

@@ -7,7 +7,7 @@ document; the key comes again after the update, and the logits are compared with
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,18 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
 
 from ...core import make_target
 from ...errors import UserError
-from ...hf.attach import runtime_of, unwrap, updates_off
-from ...hf.cache import cache_name
+from ...hf.attach import UNTRAINED, runtime_of, unwrap, updates_off
 from ...hf.context import fast_weights
-from ..read_then_ask import words
-from . import Record, Unit
-from .memory import stretches
-from .nll import evaluating, input_device
-from .texts import Document
+from .. import plots
+from ..nll import evaluating, feed, input_device, new_cache
+from ..paired import interval, means
+from . import Record, Tables, Unit
+from .texts import Document, stretches, words
 
 TARGETS = ("own", "next_token", "reconstruction")
 """The model's own target as it is, and the two of the theorem."""
@@ -37,7 +35,8 @@ class TheorySuite:
 
     The theorem's targets replace a layer's convolution and projection by ``s * u[t + 1]`` and ``s * u[t]``, u the token
     embeddings; s makes the update as large (Frobenius norm) as the model's own is in that layer, so that the three
-    differ in where their updates point, and not in size. Every other setting is the model's at the moment.
+    differ in where their updates point, and not in size. Every other setting is the model's at the moment. A model with
+    objective "loss" has no target to replace: only its own is measured.
 
     One record per target, with "document", "target", "chance" and, of the logits after the second key, updates on minus
     off,
@@ -91,8 +90,8 @@ class TheorySuite:
                 before = _logits(model, ids, choices)
             own = self._update_norms(model, ids)
             if not all(own.values()):
-                raise UserError("theory: an update of this model is zero, so nothing can be compared: train it first")
-            for target in TARGETS:
+                raise UserError(f"theory: an update of this model is zero, so nothing can be compared: {UNTRAINED}")
+            for target in TARGETS[:1] if runtime.loss_forward else TARGETS:
                 change = self._read(model, target, own, ids, choices) - before
                 records.append({"document": name, "target": target, "chance": 1 / self.candidates, **_figures(change)})
         return records
@@ -121,9 +120,8 @@ class TheorySuite:
 
     def _update_norms(self, model: nn.Module, ids: Sequence[int]) -> dict[int, float]:
         """By layer: the Frobenius norm of S after the first chunk."""
-        cache = DynamicCache(config=unwrap(model).config)
-        rows = torch.tensor([ids[: self.chunk_size]], device=input_device(unwrap(model)))
-        model(input_ids=rows, use_cache=True, logits_to_keep=1, **{cache_name(model): cache})
+        cache = new_cache(model)
+        feed(model, cache, ids[: self.chunk_size], self.chunk_size)
         states = {i: fast.dense() for i, fast in fast_weights(cache).items() if fast.seen[0]}
         return {i: 0.0 if S is None else float(torch.linalg.vector_norm(S)) for i, S in states.items()}
 
@@ -156,3 +154,56 @@ def _fixed_target(model: nn.Module, objective: str, scales: dict[int, float]) ->
                 target.proj.weight.data.fill_diagonal_(scales[site.index])  # type: ignore[union-attr,operator]
                 stack.enter_context(site.learning_from(target))
         yield
+
+
+# -- what people read --------------------------------------------------------------------------------------------------
+
+CHANGES = ("right", "others", "margin", "won")
+WORDS = {"own": "the model's own target", "next_token": "next-token target", "reconstruction": "reconstruction"}
+NAMES = {"own": "the model's own", "next_token": "next token", "reconstruction": "same token\n(reconstruction)"}
+COLOURS = {"the word that followed before": plots.FIXED["on"], "other words": plots.FIXED["off"]}
+
+
+def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model: nn.Module) -> TheorySuite:
+    """The suite of the command line."""
+    return TheorySuite(tokenizer, texts, runtime_of(model).config.chunk_size, trials=4 * options.trials)
+
+
+def tables(records: Sequence[Record]) -> Tables:
+    """Each change of the logits by target."""
+    mine = [r for r in records if r["suite"] == "theory"]
+    rows = [{"change": name, **row} for name in CHANGES for row in means(mine, ["target"], name)]
+    return {"theory": rows} if rows else {}
+
+
+def verdicts(found: Tables) -> list[str]:
+    """What one update did to the logits, a sentence per target."""
+    rows = [row for row in found.get("theory", []) if row["variant"] == "on"]
+    at, lines = {(row["target"], row["change"]): row for row in rows}, []
+    for target in dict.fromkeys(row["target"] for row in rows):
+        right, others, margin, won = (at[target, name] for name in CHANGES)
+        said = interval(margin["low"], margin["high"], "+.3f", margin["documents"])
+        lines.append(
+            f"Theorem 1, {WORDS[target]}: one update moved the logit of the word that followed by "
+            f"{right['value']:+.3f}, of others by {others['value']:+.3f}: margin {margin['value']:+.3f} ({said}); "
+            f"it rose the most in {won['value']:.0%} of the trials."
+        )
+    return lines
+
+
+def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes of the logits of the word that followed the key before, and of other words."""
+    labels = dict(zip(CHANGES, COLOURS, strict=False))
+    rows = [
+        {
+            **row,
+            "variant": labels[row["change"]],
+            "x": NAMES[row["target"]],
+            "title": "One update, and the key comes again",
+        }
+        for row in found.get("theory", [])
+        if row["variant"] == "on" and row["change"] in labels
+    ]
+    where, what = "what the update learns to predict from a token", "change of the logit (updates on - off)"
+    drawn = plots.curves(rows, "x", "title")
+    return {"theory": plots.panels(drawn, where, what, bars=True, palette=COLOURS)} if rows else {}

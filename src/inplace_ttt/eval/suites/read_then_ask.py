@@ -1,4 +1,4 @@
-"""Read, then ask: is something in a document still known when the document has left the context?
+"""Suite ``read-then-ask``: is something in a document still known when the document has left the context?
 
 A name that occurs nowhere else is mentioned in a long document a few times. Then a sentence that asks for it is
 continued, and the name competes with others that were not mentioned:
@@ -12,16 +12,20 @@ A name is *recognised* when, of all candidates, reading raised its log-probabili
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from ..errors import UserError
-from ..session import Session
+from ...errors import UserError
+from ...session import Session
+from .. import plots
+from ..paired import means
+from . import Record, Tables, Unit
+from .texts import Document, stretches, words
 
 CONDITIONS = ("none", "memory", "context")
 
@@ -66,16 +70,6 @@ class Answer:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
-
-
-def words(tokenizer: Any) -> list[int]:
-    """Single tokens that are a capitalised or a lower-case word of five letters or more after a space."""
-    found = []
-    for token in sorted(tokenizer.get_vocab().values()):
-        text = tokenizer.decode([token])
-        if len(text) > 5 and text[0] == " " and text[1:].isalpha() and text[2:].islower():
-            found.append(token)
-    return found
 
 
 def trial(
@@ -140,39 +134,83 @@ def _planted(text: Sequence[int], sentence: Sequence[int], task: Task) -> list[i
     return [*document, *text[start:]]
 
 
-def ask(
-    model: nn.Module,
-    tokenizer: Any,
-    documents: Sequence[Sequence[int]],
-    tasks: Sequence[Task],
-    trials: int,
-    progress: Callable[[], None] | None = None,
-    **options: Any,
-) -> Iterator[Answer]:
-    """``trials`` trials of every task, each on the next stretch of the documents. ``options`` go to ``Session``."""
-    session, vocabulary = Session(model, tokenizer, probe_every=0, **options), words(tokenizer)
-    for task in tasks:
-        stretches = _stretches(documents, task.length + task.distance)
-        for seed in range(trials):
-            yield trial(session, tokenizer, next(stretches), task, seed, vocabulary)
-            if progress is not None:
-                progress()
+class MemorySuite:
+    """Names mentioned ``mentions`` times in ``length`` tokens, asked for ``distance`` tokens later."""
+
+    name = "read-then-ask"
+    needs_updates = True
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        documents: Sequence[Document],
+        *,
+        mentions: Sequence[int] = (1, 4, 16),
+        distances: Sequence[int] = (0, 1024),
+        length: int = 2048,
+        trials: int = 10,
+        template: str = "\nCaptain{name} said",
+    ) -> None:
+        self.tokenizer, self.words = tokenizer, words(tokenizer)
+        self._work: dict[str, tuple[Task, str, Sequence[int], int]] = {}
+        for distance, count in product(distances, mentions):
+            task = Task(count, length, distance, template)
+            parts = list(stretches(documents, length + distance))
+            if not parts:
+                raise UserError(f"read-then-ask: no document has the {length + distance:,} tokens of a trial")
+            for seed in range(trials):
+                document, ids = parts[seed % len(parts)]
+                self._work[f"{count} mentions/{distance} tokens/{seed}"] = (task, document, ids, seed)
+
+    def units(self) -> Sequence[Unit]:
+        """One per trial."""
+        return [Unit(key, 2 * (task.length + task.distance)) for key, (task, *_) in self._work.items()]
+
+    def measure(self, model: nn.Module, unit: Unit) -> list[Record]:
+        """One record per condition."""
+        task, name, ids, seed = self._work[unit.key]
+        answer = trial(Session(model, probe_every=0), self.tokenizer, ids, task, seed, self.words)
+        return [
+            {
+                "document": name,
+                "mentions": task.mentions,
+                "distance": task.distance,
+                "condition": condition,
+                "correct": int(answer.preferred[condition]),
+                "recognised": int(answer.recognised.get(condition, False)),
+                "log_probability": answer.log_probability[condition],
+                "chance": 1 / task.candidates,
+            }
+            for condition in CONDITIONS
+        ]
 
 
-def _stretches(documents: Sequence[Sequence[int]], length: int) -> Iterator[Sequence[int]]:
-    """Neighbouring parts of the documents, round and round; UserError when all are too short."""
-    cut = [ids[at : at + length] for ids in documents for at in range(0, len(ids) - length + 1, length)]
-    if not cut:
-        raise UserError(f"no document has the {length:,} tokens of a trial")
-    while True:
-        yield from cut
+# -- what people read --------------------------------------------------------------------------------------------------
+
+LABELS = {"none": "not read", "memory": "read, then dropped", "context": "read, in context"}
+COLOURS = dict(zip(LABELS.values(), ("#94a3b8", "#c2410c", "#0c4a6e"), strict=True))
 
 
-def share(answers: Sequence[bool]) -> tuple[float, float, float]:
-    """Share of successes and its 95% interval (Wilson); nan, 0 and 1 without answers."""
-    n, z = len(answers), 1.959964
-    if not n:
-        return float("nan"), 0.0, 1.0
-    p = float(np.mean(answers))
-    middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return p, float((middle - half) / (1 + z * z / n)), float((middle + half) / (1 + z * z / n))
+def from_options(options: Any, texts: Sequence[Document], tokenizer: Any) -> MemorySuite:
+    """The suite of the command line."""
+    return MemorySuite(tokenizer, texts, trials=options.trials)
+
+
+def tables(records: Sequence[Record]) -> Tables:
+    """Share of names that are preferred."""
+    mine = [r for r in records if r["suite"] == "read-then-ask"]
+    return {"read, then ask": means(mine, ["distance", "mentions", "condition"], "correct")} if mine else {}
+
+
+def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Right answers by mentions, a panel for each distance."""
+    rows = [
+        {**row, "variant": LABELS[row["condition"]], "since": f"{row['distance']:,} tokens since"}
+        for row in found.get("read, then ask", [])
+        if row["variant"] == "on"
+    ]
+    label = "right answers, read, then ask"
+    drawn = plots.curves(rows, "mentions", "since")
+    return (
+        {"read-then-ask": plots.panels(drawn, "mentions", label, width=2.6, palette=COLOURS, top=1.02)} if rows else {}
+    )
