@@ -75,7 +75,7 @@ def tables(found: list[dict[str, Any]]) -> dict[str, str]:
         made["gain"] = markdown([*HOW, *BOTH], [[*reads(r), *gains(r)] for r in rows])
     if rows := sorted(by.get("models", []), key=lambda r: (r["model"], -gain(r))):
         made["other models"] = markdown(
-            ["model", "setting", *HOW[3:], *BOTH], [[r["model"], r["name"], *reads(r)[3:], *gains(r)] for r in rows]
+            ["model", HOW[1], *HOW[3:], *BOTH], [[r["model"], reads(r)[1], *reads(r)[3:], *gains(r)] for r in rows]
         )
     if rows := sorted(by.get("rivals", []), key=lambda r: (r["settings"]["chunk_size"], -gain(r))):
         made["rivals"] = markdown(
@@ -91,9 +91,9 @@ def tables(found: list[dict[str, Any]]) -> dict[str, str]:
         names = list(dict.fromkeys(name for r in rows for name in r["domains"]))
         worst = [{name: f"{d['worst_stretch']:+.3f}" for name, d in r["domains"].items()} for r in rows]
         made["foreign"] = markdown(
-            ["model", "setting", "attention", *names],
+            ["model", "attention", "r", *names],
             [
-                [r["model"], r["name"], reads(r)[0], *(x.get(n, "") for n in names)]
+                [r["model"], reads(r)[0], reads(r)[4], *(x.get(n, "") for n in names)]
                 for r, x in zip(rows, worst, strict=True)
             ],
         )

@@ -23,7 +23,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
 )
 """Defaults that depend on the objective: what all but "loss" have."""
 LOSS_DEFAULTS: Mapping[str, Any] = MappingProxyType(
-    {"layers": "0::3", "chunk_size": 128, "lr": 1.0, "decay": 0.0, "update_size": 2e-3}
+    {"layers": "0::3", "chunk_size": 128, "lr": 1.0, "decay": 0.0, "update_size": "auto"}
 )
 """What "loss" has: docs/reading.md has the measurements."""
 _KINDS = (

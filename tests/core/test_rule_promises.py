@@ -233,6 +233,12 @@ def test_an_adaptive_size_stays_where_a_text_repeats_itself():
     assert float(state["size"]) == 0.005
 
 
+def test_an_adaptive_size_names_the_setting_where_it_cannot_serve():
+    rule = make_rule("adaptive", {}, {"lr": 1.0})
+    with pytest.raises(UserError, match=r"a state of form 'auto' does not work with update_size=.auto.: give it a num"):
+        fast_weights(1, C, rule, "auto")
+
+
 def test_an_adaptive_size_writes_little_for_a_chunk_that_asks_for_little():
     z, v = torch.randn(1, C, F, dtype=torch.float64), torch.randn(1, C, D, dtype=torch.float64)
     state = written(make_rule("adaptive", {}, {"lr": 1.0}).init(1, D, F, z), z, v)

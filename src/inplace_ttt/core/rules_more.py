@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .algebra import norm_of, outer
 from .rules import Rule, State, register_rule, slow_norm
 
@@ -91,6 +92,10 @@ class Adaptive(Rule):
     tolerance: float = 0.002
     slope: float = 0.02
     linear = True
+
+    def need(self, promise: str, what: str) -> None:
+        if not getattr(self, promise):
+            raise UserError(f'{what} does not work with update_size="auto": give it a number (0.002, say)')
 
     def init(self, B: int, D: int, F: int, like: Tensor) -> State:
         S = super().init(B, D, F, like)["S"]

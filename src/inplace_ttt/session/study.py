@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
-from ..config import LOSS_DEFAULTS, InPlaceTTTConfig
+from ..config import InPlaceTTTConfig
 from ..core import FastWeights
 from ..errors import UserError
 from ..hf.attach import runtime_of, updates_off
@@ -62,6 +62,8 @@ _END = re.compile(r"(?<=[.!?])[\"'\u2019\u201d)\]]*\s+|\n\s*\n\s*")
 
 TOKENS, LEAST = 256, 64
 """Of one update; of a short text's, an eighth of it all but at least so many."""
+SIZE = 2e-3
+"""r of an update at first, where the session's is "auto"."""
 PASSES = 16
 """Over all examples, at most."""
 WRITING = 0.35
@@ -214,7 +216,7 @@ def study(session: Session, source: Any, minutes: float, progress: Any = None) -
         raise UserError("this session has no tokenizer, so it cannot study a text: make it with one")
     config = replace(reader.config, decay=0.0)
     if config.update_size == "auto":  # which follows one text; these are many, and the size shrinks with the time
-        config = replace(config, update_size=LOSS_DEFAULTS["update_size"])
+        config = replace(config, update_size=SIZE)
     size = config.update_size
     config.make_rule().need("outer", "study")
     if isinstance(reader.form, int):
