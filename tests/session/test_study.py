@@ -87,8 +87,9 @@ def test_sentences_and_questions_are_learned_and_the_context_stays(tokenizer, cl
     assert all(x == pytest.approx(losses[0], abs=1e-12) for x in losses)
 
 
-def test_a_session_that_has_read_nothing(tokenizer, clock, tmp_path):
-    session = Session(reader(), tokenizer)
+@pytest.mark.parametrize("size", [0.03, "auto"])
+def test_a_session_that_has_read_nothing(tokenizer, clock, tmp_path, size):
+    session = Session(reader(update_size=size), tokenizer)
     took = session.study(TEXT, minutes=0.3)
     assert session.stats().updates == took.updates > 0
     assert session.stats().in_context == 0

@@ -290,8 +290,10 @@ class FastWeights:
     def add(self, rule: Rule, z_BNF: Tensor, v_BND: Tensor, slow: Tensor | None) -> None:
         """Take in an update that comes from no tokens of the rows, of any length, and count it like a chunk.
 
-        For outer rules.
+        For outer rules. A state that begins does so as its own rule says, which may carry more than ``rule`` writes.
         """
+        if self.tensors is None:
+            self.tensors = self.rule.init(self.rows, v_BND.shape[-1], z_BNF.shape[-1], z_BNF)
         with torch.autocast(z_BNF.device.type, enabled=False):
             v = rule.values(z_BNF, v_BND.to(z_BNF.dtype), slow)
         self._update(list(range(self.rows)), rule, z_BNF, v.to(z_BNF.dtype), None, slow)
