@@ -7,7 +7,7 @@ import typer
 
 from ..errors import UserError
 from ..shipped import DEFAULT_MODEL
-from .usage import check_picture, check_writable, quiet_libraries
+from .usage import PlainObjective, PlainWindow, check_picture, check_writable, quiet_libraries
 
 
 def demo(
@@ -21,12 +21,8 @@ def demo(
     json: Annotated[Path | None, typer.Option(help="Write all figures here.", show_default=False)] = None,
     plot: Annotated[Path, typer.Option(help="Write the picture here (.png, .pdf or .svg).")] = Path("out/demo.png"),
     max_tokens: Annotated[int, typer.Option(help="Tokens to read.", min=1)] = 16384,
-    objective: Annotated[
-        str | None, typer.Option(help="For a plain model: loss (nothing to train).", show_default=False)
-    ] = None,
-    window: Annotated[
-        int | None, typer.Option(help="A plain Llama reads through a window.", min=1, show_default=False)
-    ] = None,
+    objective: PlainObjective = None,
+    window: PlainWindow = None,
     device: Annotated[
         str | None, typer.Option(help="Such as cpu or cuda. Left out: the GPU if there is one.", show_default=False)
     ] = None,

@@ -13,7 +13,7 @@ import typer
 
 from ..errors import UserError
 from ..shipped import DEFAULT_MODEL
-from .usage import quiet_libraries
+from .usage import PlainObjective, PlainWindow, quiet_libraries
 
 if TYPE_CHECKING:
     from ..eval.runner import Variant
@@ -61,12 +61,8 @@ def evaluate(
         str | None, typer.Argument(help="Directory or hub id. Left out: the shipped model.", show_default=False)
     ] = None,
     named: Annotated[str | None, typer.Option("--model", help="The same, as an option.", show_default=False)] = None,
-    objective: Annotated[
-        str | None, typer.Option(help="For a plain model: loss (nothing to train).", show_default=False)
-    ] = None,
-    window: Annotated[
-        int | None, typer.Option(help="A plain Llama reads through a window.", min=1, show_default=False)
-    ] = None,
+    objective: PlainObjective = None,
+    window: PlainWindow = None,
     data: Annotated[
         list[Path] | None,
         typer.Option(

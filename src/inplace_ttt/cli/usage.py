@@ -4,7 +4,7 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -12,6 +12,13 @@ from typer.core import TyperGroup
 from ..errors import UserError
 
 USER_ERROR, INTERRUPTED = 2, 130
+PlainObjective = Annotated[
+    str | None, typer.Option(help="For a plain model: loss (nothing to train).", show_default=False)
+]
+PlainWindow = Annotated[
+    int | None, typer.Option(help="A plain Llama reads through a window.", min=1, show_default=False)
+]
+"""Options of commands that take a model without fast weights."""
 
 
 class Commands(TyperGroup):
