@@ -18,6 +18,7 @@ class Delta(Rule):
 
     decay: float = 0.0
     linear = True
+    needs_weight = False
 
     def update(self, state: State, z: Tensor, v: Tensor, W0: Tensor | None) -> State:
         error = v.to(z.dtype) - self.apply(state, z)
@@ -34,6 +35,7 @@ class Momentum(Rule):
     decay: float = 0.0
     beta: float = 0.9
     linear = True
+    needs_weight = False
 
     def init(self, B: int, D: int, F: int, like: Tensor) -> State:
         zero = super().init(B, D, F, like)["S"]
@@ -53,6 +55,7 @@ class Muon(Rule):
 
     decay: float = 0.0
     additive = True
+    needs_weight = False
 
     @property
     def keep(self) -> float:

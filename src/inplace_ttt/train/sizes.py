@@ -108,7 +108,7 @@ def _row_sizes(site: Any, module: Any, z: Tensor, u: Tensor, probe: bool, states
     size = torch.linalg.vector_norm(module.weight.float())
     state = None
     if states:
-        sizes, weight = [torch.zeros_like(size)], site.slow_weight(module)
+        sizes, weight = [torch.zeros_like(size)], site.slow_weight(module, settings.rule)
         slow = None if weight is None else weight.float()
         rows = replace(table, keep_state=True, prefix=0)
         own = written(settings.rule, z, v, rows, None, slow)
