@@ -36,9 +36,10 @@ class Teacher:
         return torch.is_grad_enabled() and (self.weight > 0 or self.measures)
 
     def gradient(self, g_BTD: Tensor, v_BND: Tensor, table: ChunkTable) -> Tensor:
-        """Return the gradient of ``weight * mean_t |v_t - w_t|^2 / D``, w = -dL/do scaled to unit RMS, for v [B, N, D].
+        """Return the gradient of ``weight * mean_b mean_t |v_t - w_t|^2 / D`` for v [B, N, D].
 
-        The mean and the RMS are over the call's tokens whose chunk updates, in float32 at least.
+        w is -dL/do scaled to unit RMS. The RMS and the mean over t are over a row's tokens whose chunk updates, so that
+        it does not matter which rows are read together. In float32 at least.
         """
         B, T, D = g_BTD.shape
         dtype, past = state_dtype(g_BTD.dtype), g_BTD.new_zeros(B, table.prefix, D) if table.prefix else None
@@ -47,13 +48,13 @@ class Teacher:
             counts = counts * table.update[:, : table.updates].repeat_interleave(table.chunk_size, 1)[..., None]
         counts, v = counts.to(dtype), v_BND.to(dtype)
         wanted = -chunked(g_BTD, past, table).to(dtype) * counts
-        size = wanted.abs().amax().clamp(min=torch.finfo(dtype).tiny)  # squares of small gradients would vanish
-        wanted = wanted / size
-        numbers = counts.sum().clamp(min=1) * D
-        wanted = wanted / (wanted.square().sum() / numbers).clamp(min=torch.finfo(dtype).tiny).sqrt()
+        tiny, every = torch.finfo(dtype).tiny, {"dim": (1, 2), "keepdim": True}
+        wanted = wanted / wanted.abs().amax(**every).clamp(min=tiny)  # squares of small gradients would vanish
+        numbers = counts.sum(**every).clamp(min=1) * D
+        wanted = wanted / (wanted.square().sum(**every) / numbers).clamp(min=tiny).sqrt()
         if self.measures:
             self._measure(v * counts, wanted)
-        return (2 * self.weight / numbers * (v - wanted) * counts).to(v_BND.dtype)
+        return (2 * self.weight / (B * numbers) * (v - wanted) * counts).to(v_BND.dtype)
 
     def _measure(self, v: Tensor, wanted: Tensor) -> None:
         cosines = torch.nn.functional.cosine_similarity(v, wanted, dim=-1, eps=torch.finfo(v.dtype).tiny)
