@@ -48,6 +48,8 @@ class Rule:
     """``write`` is ``sum_t v'_t z_t^T`` with v' = ``values(z, v, W0)``: the fast paths, pairs and factors of rank r."""
     from_zero: ClassVar[bool] = True
     """A state as ``init`` makes it adds nothing to the output, so chunks that see it alone need no work."""
+    dora: ClassVar[str | None] = None
+    """Name of the state's tensor T for which W0 + lr S is W0 + lr T with rows scaled to W0's norms (a DoRA adapter)."""
     free: ClassVar[tuple[str, ...]] = ("lr",)
     """Fields that may change while a document is read."""
 

@@ -67,6 +67,35 @@ class Muon(Rule):
         return X
 
 
+@register_rule("norm_preserving")
+class NormPreserving(Rule):
+    """Rows keep W0's norms: ``W = diag(|W0_r| / |(W0 + lr T)_r|) (W0 + lr T)``, ``T' = (1 - decay) T + sum v_t z_t^T``.
+
+    T itself is never scaled; what is read is ``S = (W - W0) / lr``, so everything that works with a matrix works here.
+    W is that of a DoRA adapter (Liu et al. 2024) whose magnitude was not touched.
+    """
+
+    decay: float = 0.0
+    linear = True
+    dora = "T"
+    free = ()
+
+    def init(self, B: int, D: int, F: int, like: Tensor) -> State:
+        zero = super().init(B, D, F, like)["S"]
+        return {"S": zero, "T": zero.clone()}
+
+    def update(self, state: State, z: Tensor, v: Tensor, W0: Tensor | None) -> State:
+        if W0 is None:
+            raise NotImplementedError("rule 'norm_preserving' needs a dense weight, and this model's is quantised")
+        T = (1 - self.decay) * state["T"] + outer(v.to(z.dtype), z)
+        W0 = W0.to(T.dtype)
+        lr, old = self.lr, W0.square().sum(-1)
+        grown = (T * (2 * W0 + lr * T)).sum(-1)  # (|(W0 + lr T)_r|^2 - |W0_r|^2) / lr
+        tiny = torch.finfo(T.dtype).tiny
+        before, after = (x.clamp(min=tiny).sqrt() for x in (old, old + lr * grown))
+        return {"S": (before / after)[..., None] * T - (grown / (after * (before + after)))[..., None] * W0, "T": T}
+
+
 @register_rule("adaptive")
 class Adaptive(Rule):
     """A sized write that finds its own size r and forgets what hurts, ``update_size="auto"``; v must be ``-dL/do``.
