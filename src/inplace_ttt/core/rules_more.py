@@ -89,7 +89,7 @@ class NormPreserving(Rule):
 
     def update(self, state: State, z: Tensor, v: Tensor, W0: Tensor | None) -> State:
         if W0 is None:
-            raise NotImplementedError("rule 'norm_preserving' needs the whole weight, and this model's is split over ranks")
+            raise NotImplementedError("norm_preserving needs the whole weight, and it is split over ranks")
         T = (1 - self.decay) * state["T"] + outer(v.to(z.dtype), z)
         W0 = W0.to(T.dtype)
         lr, old = self.lr, W0.square().sum(-1)
