@@ -135,9 +135,9 @@ def losses(model: Any, ids: torch.Tensor) -> dict[str, Any]:
 
 
 def sizes(model: Any, cache: Any) -> list[dict[str, Any]]:
-    """Sizes by layer at the end of a text, the median over documents: ||eta S z|| / ||W0 z|| and the norms'."""
+    """Sizes by layer at the end of a text, the median of two documents: ||eta S z|| / ||W0 z|| and the norms'."""
     fast = ittt.fast_weights(cache)
-    documents = range(min(3, next(iter(fast.values())).rows)) if fast else range(0)
+    documents = range(min(2, next(iter(fast.values())).rows)) if fast else range(0)
     layers: dict[int, list[Any]] = {}
     for row in documents:
         for layer in measure(model, fast, row):
