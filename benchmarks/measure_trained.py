@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from ruler_texts import score
 from transformers import AutoTokenizer
 
 import inplace_ttt as ittt
-from inplace_ttt.errors import UserError
+from inplace_ttt.errors import UserError, in_one_line
 from inplace_ttt.eval.nll import position_edges
 from inplace_ttt.eval.paired import bootstrap_mean, means
 from inplace_ttt.eval.runner import Variant, run
@@ -41,7 +42,7 @@ from inplace_ttt.session.diagnostics import measure
 from inplace_ttt.train.model import load_saved
 from inplace_ttt.train.schema import build, load_yaml
 
-TOKENS_AT_ONCE = 1 << 17
+TOKENS_AT_ONCE = 1 << 18
 """Of RULER's texts that are read side by side."""
 
 
@@ -50,7 +51,8 @@ class Evaluation:
     """``books``: JSON lines of held-out books. ``tokens``: of a text; ``documents``: of each domain, at most.
 
     ``needle``, ``mqar``: settings of the suites (null: left out). ``ruler``: a file of texts, of each task and length
-    ``ruler_texts`` at most. ``reading``: measure a plain model with the loss as objective, with these settings.
+    ``ruler_texts`` at most, and of each answer ``ruler_tokens``. ``reading``: measure a plain model with the loss as
+    objective, with these settings.
     """
 
     books: tuple[str, ...] = ()
@@ -60,21 +62,31 @@ class Evaluation:
     mqar: dict[str, Any] | None = field(default_factory=dict)
     ruler: str | None = None
     ruler_texts: int | None = None
+    ruler_tokens: int = 128
     reading: dict[str, Any] | None = None
 
 
 def measure_trained(directory: Path, settings: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
-    """Measure a saved model and say what takes how long. Raises UserError for settings that are wrong."""
+    """Measure a saved model and say what takes how long. Raises UserError for settings that are wrong.
+
+    What fails after the losses is named in ``failed``, and the rest is measured.
+    """
     given = build(Evaluation, settings, "evaluation")
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = load_saved(directory).to(device)  # type: ignore[arg-type]
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    found: dict[str, Any] = {"settings": dict(settings)}
+    found: dict[str, Any] = {"settings": dict(settings), "failed": {}}
 
     def part(name: str, work: Callable[[], Any]) -> None:
         begin = time.perf_counter()
-        found[name] = work()
+        try:
+            found[name] = work()
+        except Exception as error:
+            if name == "losses":
+                raise
+            traceback.print_exc()
+            found["failed"][name] = in_one_line(error)
         say(f"measured {name} in {time.perf_counter() - begin:.1f} s")
 
     files, data = list(map(Path, given.books)), {}
@@ -87,7 +99,7 @@ def measure_trained(directory: Path, settings: Mapping[str, Any], say: Callable[
     if given.needle is not None or given.mqar is not None:
         part("recall", lambda: recall(model, tokenizer, given))
     if given.ruler is not None:
-        part("ruler", lambda: ruler(model, tokenizer, Path(str(given.ruler)), given.ruler_texts))
+        part("ruler", lambda: ruler(model, tokenizer, Path(str(given.ruler)), given.ruler_texts, given.ruler_tokens))
     if given.reading is not None and not ittt.is_attached(model):
         options = given.reading
         part("reading", lambda: {domain: by_loss(model, ids, options) for domain, ids in data.items()})
@@ -123,9 +135,9 @@ def losses(model: Any, ids: torch.Tensor) -> dict[str, Any]:
 
 
 def sizes(model: Any, cache: Any) -> list[dict[str, Any]]:
-    """Sizes by layer at the end of a text, the median over documents: ||eta S z|| / ||W0 z|| and the norms'."""
+    """Sizes by layer at the end of a text, the median of two documents: ||eta S z|| / ||W0 z|| and the norms'."""
     fast = ittt.fast_weights(cache)
-    documents = range(min(3, next(iter(fast.values())).rows)) if fast else range(0)
+    documents = range(min(2, next(iter(fast.values())).rows)) if fast else range(0)
     layers: dict[int, list[Any]] = {}
     for row in documents:
         for layer in measure(model, fast, row):
@@ -163,11 +175,12 @@ def recall(model: Any, tokenizer: Any, given: Evaluation) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def ruler(model: Any, tokenizer: Any, file: Path, most: int | None) -> list[dict[str, Any]]:
+def ruler(model: Any, tokenizer: Any, file: Path, most: int | None, longest: int) -> list[dict[str, Any]]:
     """Scores of RULER's texts by task and length, and the mean of the tasks at each length."""
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for line in lines:
+        line["tokens"] = min(line["tokens"], longest)
         groups.setdefault((line["task"], line["length"]), []).append(line)
     kept = [line for group in groups.values() for line in group[:most]]
     records = []

@@ -1,6 +1,7 @@
 """Many variants of one training side by side: a queue for every GPU, one record for every run.
 
-    python benchmarks/runs.py benchmarks/smollm2.yaml --gpus 4 --out out/smollm2 [--only NAME ...] [--seconds S]
+    python benchmarks/runs.py benchmarks/smollm2.yaml --gpus 4 --out out/smollm2 [--only NAME ...] [--seconds S] \\
+        [--set steps=20 seed=1] [--measure tokens=512]
 
 The table names runs::
 
@@ -14,7 +15,8 @@ record in OUT/NAME/run.json: settings, curve, tokens, speed, evaluation, commit,
 fails or diverges leaves a record with ``failed``, the reason, and does not stop the others; a run with a record is not
 run again (delete the record to repeat it). The longest begin first. ``--seconds``: after so many nothing begins, and
 what is running is ended without a record; a run that would not fit, by the speed of those before it, does not begin.
-``--scratch``: where models are written, OUT unless given.
+``--scratch``: where models are written, OUT unless given. ``--set``, ``--measure``: settings and settings of the
+evaluation for all runs, over the table's.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -76,16 +79,24 @@ class Table:
     evaluation: dict[str, Any] = field(default_factory=dict)
 
 
-def read_table(path: Path) -> list[Run]:
-    """The runs of a table, each with what all share. RecipeError where it is wrong."""
+def read_table(path: Path, settings: Sequence[str] = (), evaluation: Sequence[str] = ()) -> list[Run]:
+    """The runs of a table, each with what all share, and key=value over both. RecipeError where it is wrong."""
+    over = [dict(map(key_and_value, texts)) for texts in (settings, evaluation)]
     try:
         table = build(Table, load_yaml(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from None
     return [
-        Run(run.recipe, table.settings | run.settings, table.evaluation | run.evaluation, name)
+        Run(run.recipe, table.settings | run.settings | over[0], table.evaluation | run.evaluation | over[1], name)
         for name, run in table.runs.items()
     ]
+
+
+def key_and_value(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise RecipeError(f"{text!r}: write key=value")
+    return key, load_yaml(value)
 
 
 def progress(log: Path) -> list[dict[str, float]]:
@@ -131,10 +142,12 @@ def do(run: Run, out: Path, scratch: Path) -> bool:
 # -- the queue ---------------------------------------------------------------------------------------------------------
 
 
-def cost(recipe: Recipe) -> float:
-    """Seconds that a run takes by its plan, on an H200."""
-    planned = plan(recipe)
-    return planned.tokens * planned.seconds_per_token(*H200)
+def cost(recipe: Recipe, known: dict[str, float]) -> float:
+    """Seconds that a run takes by its plan, on an H200. ``known``: seconds per token of recipes that differ little."""
+    alike = str((recipe.model, recipe.trainable, recipe.sequence_length, recipe.ttt and recipe.ttt.get("layers")))
+    if alike not in known:
+        known[alike] = plan(recipe).seconds_per_token(*H200)
+    return recipe.steps * recipe.tokens_per_step * known[alike]
 
 
 class Queue:
@@ -197,7 +210,8 @@ class Queue:
         """This program, for one run."""
         given = self.given
         files = [str(given.table), "--out", str(given.out), "--scratch", str(given.scratch)]
-        return [sys.executable, __file__, *files, "--one", run.name]
+        over = [f"--{name}={text}" for name in ("set", "measure") for text in getattr(given, name)]
+        return [sys.executable, __file__, *files, "--one", run.name, *over]
 
     def reap(self) -> None:
         """Take note of what has ended."""
@@ -244,10 +258,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--scratch", type=Path, default=None)
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--measure", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
     given = parser.parse_args()
     given.scratch = given.scratch or given.out
-    runs = read_table(given.table)
+    runs = read_table(given.table, given.set, given.measure)
     known = [run.name for run in runs]
     if unknown := sorted({*given.only, *([given.one] if given.one else [])} - set(known)):
         raise UserError(f"--only {unknown[0]}: {given.table} has no such run, only {', '.join(known)}")
@@ -257,13 +273,14 @@ def main() -> None:
     there = [run.name for run in runs if (given.out / run.name / "run.json").exists()]
     if there:
         print("have a record:", " ".join(there), flush=True)
-    waiting = []
+    waiting, speeds = [], dict[str, float]()
     for run in runs:
         if run.name not in there:
             recipe = run.checked(given.scratch)  # a mistake in any of them ends it before anything is trained
             prepare(recipe, lambda line: None if line.startswith("tokens: ") else print(line, flush=True))
-            waiting.append((run, cost(recipe)))
+            waiting.append((run, cost(recipe, speeds)))
     count = torch.cuda.device_count() if given.gpus is None else given.gpus
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # and so do the runs
     queue = Queue(waiting, given, max(1, count) if torch.cuda.is_available() else 1)
     queue.work()
     sys.exit(f"failed: {', '.join(queue.failed)}" if queue.failed else 0)

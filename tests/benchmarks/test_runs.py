@@ -18,7 +18,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import measure_trained
 import runs
 import summarise_runs
+from session.models import tiny, tokenizer
 
+import inplace_ttt as ittt
 from inplace_ttt.errors import UserError
 
 WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "tu", "re") for b in ("ne", "so", "fi", "ba")]
@@ -234,6 +236,33 @@ def test_what_would_not_fit_does_not_begin(tmp_path: Path, capsys: Any) -> None:
     said = capsys.readouterr().out
     assert "not begun: long" in said
     assert "short: begins" in said
+
+
+# -- measurements ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_prompts_side_by_side_are_answered_as_alone(family: str) -> None:
+    model, prompts = tiny(family, chunk_size=8), [text(seed, 10 + 7 * seed) for seed in range(3)]
+    batch = [{"prompt": prompt, "tokens": 5 + i} for i, prompt in enumerate(prompts)]
+    together = measure_trained.generate(model, tokenizer(), batch)
+    assert together == [measure_trained.generate(model, tokenizer(), [line])[0] for line in batch]
+    with ittt.updates_off(model):
+        assert together != measure_trained.generate(model, tokenizer(), batch)
+    assert len({len(answer) for answer in together}) > 1
+
+
+def test_what_fails_after_the_losses_stops_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    settings = {"tokens": 64, "documents": 2, "needle": None, "ruler": str(tmp_path / "none"), "mqar": None}
+    found = measure_trained.measure_trained(tmp_path, settings, lambda line: None)
+    assert found["losses"]["code"]["off"] > 0
+    assert list(found["failed"]) == ["ruler"]
+    monkeypatch.setattr(measure_trained, "losses", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        measure_trained.measure_trained(tmp_path, settings, lambda line: None)
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
