@@ -48,13 +48,14 @@ class Teacher:
             counts = counts * table.update[:, : table.updates].repeat_interleave(table.chunk_size, 1)[..., None]
         counts, v = counts.to(dtype), v_BND.to(dtype)
         wanted = -chunked(g_BTD, past, table).to(dtype) * counts
-        tiny, every = torch.finfo(dtype).tiny, {"dim": (1, 2), "keepdim": True}
-        wanted = wanted / wanted.abs().amax(**every).clamp(min=tiny)  # squares of small gradients would vanish
-        numbers = counts.sum(**every).clamp(min=1) * D
-        wanted = wanted / (wanted.square().sum(**every) / numbers).clamp(min=tiny).sqrt()
+        tiny, all_but_rows = torch.finfo(dtype).tiny, (1, 2)
+        wanted = wanted / wanted.abs().amax(all_but_rows, True).clamp(min=tiny)  # squares of small ones would vanish
+        numbers = counts.sum(all_but_rows, True).clamp(min=1) * D
+        wanted = wanted / (wanted.square().sum(all_but_rows, True) / numbers).clamp(min=tiny).sqrt()
         if self.measures:
             self._measure(v * counts, wanted)
-        return (2 * self.weight / (B * numbers) * (v - wanted) * counts).to(v_BND.dtype)
+        grad: Tensor = 2 * self.weight / (B * numbers) * (v - wanted) * counts
+        return grad.to(v_BND.dtype)
 
     def _measure(self, v: Tensor, wanted: Tensor) -> None:
         cosines = torch.nn.functional.cosine_similarity(v, wanted, dim=-1, eps=torch.finfo(v.dtype).tiny)
@@ -98,7 +99,7 @@ class _Taught(torch.autograd.Function):
         return out_BTD.view_as(out_BTD)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g_BTD: Tensor) -> Any:
         (v,) = ctx.saved_tensors
         grad = ctx.teacher.gradient(g_BTD, v, ctx.table)

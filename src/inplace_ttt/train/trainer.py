@@ -135,7 +135,8 @@ class PackedTrainer(Trainer):
         if self.ttt_lr is not None:
             assert isinstance(self.model, nn.Module)
             added = {id(p) for name, p in self.model.named_parameters() if is_added(name)}
-            others, own = [], []
+            others: list[dict[str, Any]] = []
+            own: list[dict[str, Any]] = []
             for group in optimizer.param_groups:
                 for groups, is_own, lr in ((others, False, group["lr"]), (own, True, self.ttt_lr)):
                     if parameters := [p for p in group["params"] if (id(p) in added) is is_own]:
