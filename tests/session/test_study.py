@@ -74,7 +74,7 @@ def test_sentences_are_learned_where_nothing_is_asked_and_the_context_stays(
     took = session.study(TEXT, minutes=1, progress=lambda share, loss: seen.append((share, loss)))
     assert (took.sentences, took.questions) == (3, 0)
     assert took.updates == len([x for _, x in seen if x is not None]) > 5
-    least = 0.01 if size == "auto" else 0.3  # whose size is that of larger models
+    least = 0.002 if size == "auto" else 0.3  # whose size is that of larger models
     assert took.losses[-1] < took.losses[0] - least
     assert [share for share, _ in seen] == sorted(share for share, _ in seen)
     assert all(alone(session, text) < old - least for text, old in zip(TOLD, before, strict=True))
