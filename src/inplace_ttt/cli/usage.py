@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import UserError
+from ..version import __version__
 
 USER_ERROR, INTERRUPTED = 2, 130
 PlainObjective = Annotated[
@@ -65,12 +66,7 @@ def run(app: typer.Typer) -> None:
 def print_version(wanted: bool) -> None:
     """For ``--version``."""
     if wanted:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            typer.echo(f"inplace-ttt {version('inplace-ttt')}")
-        except PackageNotFoundError:
-            typer.echo("inplace-ttt (not installed)")
+        typer.echo(f"inplace-ttt {__version__}")
         raise typer.Exit
 
 
