@@ -13,7 +13,7 @@ import typer
 
 from ..errors import UserError
 from ..shipped import DEFAULT_MODEL
-from .usage import PlainObjective, PlainWindow, quiet_libraries
+from .usage import PlainObjective, PlainWindow, quiet_libraries, tell
 
 if TYPE_CHECKING:
     from ..eval.runner import Variant
@@ -160,7 +160,7 @@ def evaluate(
         suites, notes = build(options, texts, tokenizer, loaded)
     useless = [] if is_trained(loaded) else [UNTRAINED]
     for note in notes + useless:
-        log.print(note, soft_wrap=True, markup=False)
+        tell(note, err=True)
     plan = {
         "model": Path(name).name,
         "identity": identity(loaded),
@@ -172,10 +172,9 @@ def evaluate(
     }
     plan |= {key: value for key, value in (("objective", objective), ("window", window)) if value is not None}
     records = run(suites, variants, out, plan, fresh=fresh, console=log)
-    console = Console(highlight=False)
     for line in report.write(out, records, plan, useless):
-        console.print(line, soft_wrap=True, markup=False)
-    console.print(f"Report: {out / 'report.html'} (figures: summary.json, summary.csv, plots/)", soft_wrap=True)
+        tell(line)
+    tell(f"Report: {out / 'report.html'} (figures: summary.json, summary.csv, plots/)")
 
 
 def build(options: Options, texts: Sequence[Any], tokenizer: Any, model: Any) -> tuple[list[Any], list[str]]:

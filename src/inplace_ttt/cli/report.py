@@ -23,7 +23,7 @@ def show(result: DemoResult, console: Console) -> None:
     c, source = result.comparison, result.source
     whole = source.whole and result.tokens.total <= len(result.tokens.ids)
     what = f"{source.path} ({source.size / 1000:,.0f} kB" + (")" if whole else f", its first {c.tokens:,} tokens)")
-    console.print(f"{result.model} reads {what}\n", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"{result.model} reads {what}\n", highlight=False, soft_wrap=not console.is_terminal, markup=False)
     console.print(_positions(result))
     console.print(_sentence(result))
     width = smoothing(c.tokens, c.chunk_size)
