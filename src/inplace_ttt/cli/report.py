@@ -9,6 +9,7 @@ from rich.text import Text
 from ..demo.names import LIKELY, Names
 from ..demo.result import DemoResult
 from ..plots import ON, save_picture, smooth, smoothing, terminal_chart
+from ..shipped import DEFAULT_MODEL
 from .usage import size
 
 VERDICTS = {
@@ -40,20 +41,22 @@ def picture(result: DemoResult, path: Path) -> None:
     """Writes the picture."""
     c = result.comparison
     width = smoothing(c.tokens, c.chunk_size)
+    reader = "the shipped model" if result.model == DEFAULT_MODEL.name else result.model
     save_picture(
         path,
         c.on,
         c.off,
         c.chunk_size,
-        title=f"{result.source.path.name}, read by {result.model}",
-        subtitle=f"mean {c.on.mean():.2f} with updates on, {c.off.mean():.2f} off; smoothed over {width:,} tokens",
+        title=f"{result.source.path.name}, read by {reader}: what updates gain",
+        subtitle=f"mean loss {c.on.mean():.2f} with updates on, {c.off.mean():.2f} off; smoothed over {width:,} tokens",
         width=width,
     )
 
 
 def _positions(result: DemoResult) -> Table:
     c = result.comparison
-    table = Table(title="Loss in nats per token", title_justify="left", title_style="bold", show_footer=True)
+    title = "Loss in nats per token (on - off below 0: updates help)"
+    table = Table(title=title, title_justify="left", title_style="bold", show_footer=True)
     table.add_column("tokens", "all", justify="right")
     table.add_column("updates so far", justify="right")
     table.add_column("updates on", f"{c.on.mean():.3f}", justify="right")
@@ -87,15 +90,17 @@ def _show_names(names: Names | None, console: Console) -> None:
         return
     console.print(
         f"{names.count:,} times a name came again that was last seen outside the attention window of {names.window:,} "
-        f"tokens. Updates change its log-probability by {names.mean_gain:+.2f} nats on average. Within "
-        f"reach (p >= {LIKELY:.0%}) only with updates on: {names.found:,}; only with updates off: {names.lost:,}.",
+        f"tokens. Updates change its log-probability by {names.mean_gain:+.2f} nats on average. "
+        f"p is {LIKELY:.0%} or more only with updates on {names.found:,} times, only with updates off {names.lost:,}.",
         highlight=False,
     )
     if not names.places:
         console.print()
         return
     console.print()
-    table = Table(title="Names that only the updates bring within reach", title_justify="left", title_style="bold")
+    table = Table(
+        title=f"Names with p of {LIKELY:.0%} or more only with updates on", title_justify="left", title_style="bold"
+    )
     table.add_column("what came before, and the name", ratio=1, no_wrap=True)
     table.add_column("token", justify="right")
     table.add_column("last seen", justify="right")
@@ -108,9 +113,7 @@ def _show_names(names: Names | None, console: Console) -> None:
         text = Text(left, "dim").append(p.name, f"bold {ON}")
         table.add_row(text, f"{p.position:,}", f"{p.ago:,} ago", _percent(p.on), _percent(p.off))
     console.print(table)
-    console.print(
-        f"(Through all its layers, attention can carry something over {names.reach:,} tokens.)\n", style="dim"
-    )
+    console.print(f"(Layer by layer, attention can pass something on over {names.reach:,} tokens.)\n", style="dim")
 
 
 def _percent(p: float) -> str:
