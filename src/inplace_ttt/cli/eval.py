@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 Number = TypeVar("Number", int, float)
-SUITES = ("nll", "needle", "read-then-ask", "theory", "diagnostics", "harness", "ruler")
+SUITES = ("nll", "needle", "mqar", "read-then-ask", "theory", "diagnostics", "harness", "ruler")
 WITHOUT_TEXT = frozenset(["harness", "ruler"])
 """Suites that need no --data."""
 ONLY_TEXT = tuple(name for name in SUITES if name not in WITHOUT_TEXT)
@@ -81,14 +81,14 @@ def evaluate(
     windows: Annotated[int, typer.Option(help="nll: windows of a document, at most.", min=0)] = 1,
     documents: Annotated[int | None, typer.Option(help="Documents, at most (those long enough first).", min=1)] = None,
     lengths: Annotated[
-        str | None, typer.Option(help="needle, ruler: lengths in tokens, such as 4096,8192.", show_default=False)
+        str | None, typer.Option(help="needle, mqar, ruler: lengths in tokens, such as 4096,8192.", show_default=False)
     ] = None,
     kinds: Annotated[str, typer.Option(help="needle: kinds of needles.")] = "single,multi-key,multi-value,multi-query",
     depths: Annotated[
         str, typer.Option(help="needle: where the facts stand, from 0 (beginning) to 1 (right before the question).")
     ] = "0,0.5,1",
     trials: Annotated[
-        int, typer.Option(help="needle, read-then-ask: trials of each kind (theory: four times as many).", min=1)
+        int, typer.Option(help="needle, mqar, read-then-ask: trials of each kind (theory: four times as many).", min=1)
     ] = 4,
     tasks: Annotated[
         str, typer.Option(help='harness: tasks of lm-evaluation-harness. "paper" stands for those of the paper.')
@@ -179,7 +179,7 @@ def evaluate(
 
 def build(options: Options, texts: Sequence[Any], tokenizer: Any, model: Any) -> tuple[list[Any], list[str]]:
     """The suites in the order of ``SUITES``, and what the user should know about them. UserError before any work."""
-    from ..eval.suites import harness, needle, nll, read_then_ask, state, theory
+    from ..eval.suites import harness, mqar, needle, nll, read_then_ask, state, theory
 
     wanted, found, notes = set(options.suites), list[Any](), list[str]()
     windows = nll.from_options(options, texts, model) if {"nll", "diagnostics"} & wanted else None
@@ -187,6 +187,8 @@ def build(options: Options, texts: Sequence[Any], tokenizer: Any, model: Any) ->
         found.append(windows)
     if "needle" in wanted:
         found.append(needle.from_options(options, texts, tokenizer))
+    if "mqar" in wanted:
+        found.append(mqar.from_options(options, texts, tokenizer))
     if "read-then-ask" in wanted:
         found.append(read_then_ask.from_options(options, texts, tokenizer))
     if "theory" in wanted:

@@ -191,7 +191,7 @@ class NeedleSuite:
         caches = (new_cache(model), copy.deepcopy(read))
         logits = [feed(model, cache, question.ids, self.piece).cpu().double() for cache in caches]
         before, scores = (x.log_softmax(-1)[question.choices].numpy() for x in logits)
-        rank, gain_rank = _rank(scores), _rank(scores - before)
+        rank, gain_rank = rank_of_first(scores), rank_of_first(scores - before)
         return {
             "distance": question.distance,
             "rank": rank,
@@ -213,7 +213,7 @@ def _split(tokenizer: Any, template: str) -> tuple[list[int], list[int], list[in
     return first, second, third
 
 
-def _rank(scores: np.ndarray) -> int:
+def rank_of_first(scores: np.ndarray) -> int:
     """How many of the others do not score less than the first: ties and NaN count against it."""
     return int((~(scores[0] > scores[1:])).sum())
 
