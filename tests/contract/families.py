@@ -1,10 +1,11 @@
 """A tiny random model of every family in the table, and fast weights large enough to matter."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -177,6 +178,16 @@ BUILDERS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "starcoder2": _config("Starcoder2Config", residual_dropout=0.0, embedding_dropout=0.0, attention_dropout=0.0),
 }
 """Configurations by ``model_type``."""
+
+
+def one_target_each(first: int = 0, among: Collection[str] = BUILDERS) -> pytest.MarkDecorator:
+    """Parametrise over families, each with one target, every other family with the other one.
+
+    Tests take turns in ``first``, so that every family meets both targets, and every test does.
+    """
+    cases = [(model_type, TARGETS[(first + i) % 2]) for i, model_type in enumerate(sorted(among))]
+    return pytest.mark.parametrize(("model_type", "target"), cases)
+
 
 PADDED_DTYPE = {"gemma2": torch.float32}
 """float64 elsewhere. Gemma 2's own attention turns padding into NaN there: its mask overflows a softmax in float32."""
