@@ -1,8 +1,12 @@
 """The README's examples run as printed, and its tables are the code's."""
 
+import contextlib
+import io
 import re
-import subprocess
+import runpy
 import sys
+import warnings
+from collections.abc import Callable
 
 import pytest
 from locations import ROOT
@@ -11,13 +15,29 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def run(*command):
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(monkeypatch) -> Callable[..., str]:
+    """``run(*command)``: what ``python COMMAND`` prints, run here: a process of its own imports for ten seconds."""
+    monkeypatch.chdir(ROOT)
+
+    def python(*command: str) -> str:
+        printed, last = io.StringIO(), command[-1]
+        with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            patch.setattr(sys, "argv", [last])
+            if command[0] == "-c":
+                exec(compile(last, "example", "exec"), {"__name__": "__main__"})
+            elif command[0] == "-m":
+                warnings.simplefilter("ignore", RuntimeWarning)  # the module was imported already
+                runpy.run_module(last, run_name="__main__")
+            else:
+                patch.syspath_prepend(str(ROOT / "benchmarks"))
+                runpy.run_path(last, run_name="__main__")
+        return printed.getvalue()
+
+    return python
 
 
-def test_first_example_prints_what_it_says():
+def test_first_example_prints_what_it_says(run):
     printed = re.search(r"```text\n(\d+ tokens: loss .*?)```", README, re.DOTALL)[1]
     out = run("-c", EXAMPLES[1])
     pattern = r"\d+ tokens: loss (\d+\.\d+) with updates, (\d+\.\d+) without\n"
@@ -28,7 +48,7 @@ def test_first_example_prints_what_it_says():
         assert (on, off) == pytest.approx((said_on, said_off), abs=0.02)
 
 
-def test_the_first_screen_runs_on_a_local_model(tmp_path):
+def test_the_first_screen_runs_on_a_local_model(run, tmp_path):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     import inplace_ttt as ittt
@@ -49,7 +69,7 @@ def test_the_first_screen_runs_on_a_local_model(tmp_path):
     assert (tmp_path / "book.session").exists()
 
 
-def test_attach_example_runs_on_a_local_model(tmp_path):
+def test_attach_example_runs_on_a_local_model(run, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -61,7 +81,7 @@ def test_attach_example_runs_on_a_local_model(tmp_path):
     assert out.strip() == "[0, 6]"
 
 
-def test_session_example_prints_what_it_says(tmp_path):
+def test_session_example_prints_what_it_says(run, tmp_path):
     code = EXAMPLES[3].replace('"argparse', f'"{tmp_path}/argparse')
     printed = README[README.index(EXAMPLES[3]) :]
     printed = re.search(r"```text\n(.*?)```", printed, re.DOTALL)[1]
@@ -75,12 +95,12 @@ def test_session_example_prints_what_it_says(tmp_path):
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_examples_of_the_page_about_sessions_run(number):
+def test_examples_of_the_page_about_sessions_run(run, number):
     page = (ROOT / "docs" / "sessions.md").read_text(encoding="utf-8")
     assert run("-c", re.findall(r"```python\n(.*?)```", page, re.DOTALL)[number])
 
 
-def test_the_example_of_a_chat_prompt_reads_special_tokens():
+def test_the_example_of_a_chat_prompt_reads_special_tokens(run):
     """Beside the rendered string, in which they are text."""
     page = (ROOT / "docs" / "sessions.md").read_text(encoding="utf-8")
     examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
@@ -96,26 +116,26 @@ print(tokenizer.eos_token_id in ids, tokenizer.eos_token_id in as_text[1:], type
     assert run("-c", examples[0] + setting + example + check).endswith("True False str\n")
 
 
-def test_session_tables_are_the_records():
+def test_session_tables_are_the_records(run):
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     for script in ("summarise_long_stream.py", "summarise_sessions.py"):
         for table in run(f"benchmarks/{script}").strip().split("\n\n"):
             assert table in results
 
 
-def test_reading_table_is_the_records():
+def test_reading_table_is_the_records(run):
     page = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
     tables = [block for block in run("benchmarks/summarise_reading.py").split("\n\n") if block.startswith("| ")]
     assert tables
     assert [table for table in tables if table.strip() not in page] == []
 
 
-def test_families_table_is_the_code_s():
+def test_families_table_is_the_code_s(run):
     table = run("-m", "inplace_ttt.hf.families").strip()
     assert table in README
 
 
-def test_speed_tables_are_the_records():
+def test_speed_tables_are_the_records(run):
     pages = "\n".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("results.md", "parallel.md"))
     tables = run("benchmarks/summarise_bench.py").strip().split("\n\n")
     assert len(tables) == 3
@@ -123,7 +143,7 @@ def test_speed_tables_are_the_records():
         assert table in pages
 
 
-def test_results_tables_are_the_records():
+def test_results_tables_are_the_records(run):
     table = run("benchmarks/summarise_books_and_code.py").strip()
     assert table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     sys.path.insert(0, str(ROOT / "benchmarks"))
