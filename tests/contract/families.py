@@ -272,6 +272,10 @@ def adapted(
     return model
 
 
+ONE_LAYER = {"num_hidden_layers": 1}
+"""For what is compiled, where every layer takes seconds."""
+
+
 def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
     """Random ids without the padding token."""
     return torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(100 + seed))

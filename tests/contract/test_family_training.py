@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from contract.families import BUILDERS, TARGETS, C, adapted, logits, one_target_each, plain, tokens
+from contract.families import BUILDERS, ONE_LAYER, TARGETS, C, adapted, logits, one_target_each, plain, tokens
 from torch.testing import assert_close
 
 import inplace_ttt as ittt
@@ -127,7 +127,7 @@ def test_autocast_is_close_to_float32(model_type, target):
 
 @pytest.mark.parametrize(("model_type", "target"), [("llama", "input_embed"), ("gpt2", "hidden_states")])
 def test_compiled_training_step(model_type, target):
-    model, ids = adapted(model_type, torch.float32, target=target).train(), tokens(2, 2 * C + 3)
+    model, ids = adapted(model_type, torch.float32, ONE_LAYER, target=target).train(), tokens(2, 2 * C + 3)
     want = step(model, ids)
     torch._dynamo.reset()
     with contextlib.ExitStack() as stack:
