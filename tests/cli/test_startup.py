@@ -42,7 +42,7 @@ MISTAKES = {
     "train tiny-cpu optimizer.lr=7": "optimizer.lr: 7.0 must lie between 0 and 1",
     "train tiny-cpu ttt.chunk_size=0": "ttt: chunk_size must be at least 1, got 0",
     "train tiny-cpu data.train.text=jsonl:none.jsonl": "none.jsonl: no such file",
-    "train tiny-cpu model.base=none/at/all model.config=null tokenizer.train=null": "model.base: there is no directory none/at/all",
+    "train tiny-cpu model.base=./none model.config=null tokenizer.train=null": "there is no directory ./none",
     "train tiny-cpu parallel.shard=7": "batch_size",
     "train tiny-cpu --plan --tflops 0": "--tflops and --bandwidth must be above 0",
     "read none.txt --session s": "none.txt: no such file",
@@ -80,7 +80,8 @@ MISTAKES = {
 def test_mistakes_are_told_before_torch_is_imported(tmp_path):
     """All in one new process, which then looks at what was imported."""
     program = (
-        "import io, json, sys\nfrom contextlib import redirect_stderr, redirect_stdout\nfrom inplace_ttt.cli import main\n"
+        "import io, json, sys\nfrom contextlib import redirect_stderr, redirect_stdout\n"
+        "from inplace_ttt.cli import main\n"
         "found = {}\n"
         "for line in json.loads(sys.argv[1]):\n"
         "    sys.argv, said = ['inplace-ttt', *line.split()], io.StringIO()\n"
