@@ -1,8 +1,12 @@
 """The examples of README and of the first pages run as printed, and the tables are the records'."""
 
+import contextlib
+import io
 import re
-import subprocess
+import runpy
 import sys
+import warnings
+from collections.abc import Callable
 
 import pytest
 from locations import ROOT
@@ -16,13 +20,29 @@ def examples(path):
     return re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def run(*command):
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(monkeypatch) -> Callable[..., str]:
+    """``run(*command)``: what ``python COMMAND`` prints, run here: a process of its own imports for ten seconds."""
+    monkeypatch.chdir(ROOT)
+
+    def python(*command: str) -> str:
+        printed, last = io.StringIO(), command[-1]
+        with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            patch.setattr(sys, "argv", [last])
+            if command[0] == "-c":
+                exec(compile(last, "example", "exec"), {"__name__": "__main__"})
+            elif command[0] == "-m":
+                warnings.simplefilter("ignore", RuntimeWarning)  # the module was imported already
+                runpy.run_module(last, run_name="__main__")
+            else:
+                patch.syspath_prepend(str(ROOT / "benchmarks"))
+                runpy.run_path(last, run_name="__main__")
+        return printed.getvalue()
+
+    return python
 
 
-def test_first_example_prints_what_it_says():
+def test_first_example_prints_what_it_says(run):
     printed = re.search(r"```text\n(\d+ tokens: loss .*?)```", START, re.DOTALL)[1]
     out = run("-c", examples(DOCS / "start.md")[0])
     pattern = r"\d+ tokens: loss (\d+\.\d+) with updates, (\d+\.\d+) without\n"
@@ -52,7 +72,7 @@ def local(tmp_path_factory):
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/adapt.md"])
-def test_a_model_of_the_hub_learns_as_it_reads(page, local):
+def test_a_model_of_the_hub_learns_as_it_reads(run, page, local):
     code = examples(ROOT / page)[0].replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(local / "model"))
     code = code.replace('"book.', f'"{local}/book.')
     code = re.sub(r'generate\("Chapter".*\)\)', 'generate("Chapter", max_new_tokens=4))', code)
@@ -61,7 +81,7 @@ def test_a_model_of_the_hub_learns_as_it_reads(page, local):
     assert (local / "book.session").exists()
 
 
-def test_the_papers_objective_on_a_model_of_the_hub(local):
+def test_the_papers_objective_on_a_model_of_the_hub(run, local):
     code = examples(DOCS / "adapt.md")[2].replace("Qwen/Qwen3-4B-Base", str(local / "model"))
     trained = "[n for n, p in model.named_parameters() if p.requires_grad]"
     code = code.replace('"out"', f'"{local}/out"').replace("...  #", f"print({trained})  #")
@@ -70,7 +90,7 @@ def test_the_papers_objective_on_a_model_of_the_hub(local):
     assert out[-1] == "[0, 6]"
 
 
-def test_session_example_prints_what_it_says(tmp_path):
+def test_session_example_prints_what_it_says(run, tmp_path):
     code = examples(DOCS / "start.md")[1]
     printed = START[START.index(code) :]
     code = code.replace('"argparse', f'"{tmp_path}/argparse')
@@ -85,11 +105,11 @@ def test_session_example_prints_what_it_says(tmp_path):
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_examples_of_the_page_about_sessions_run(number):
+def test_examples_of_the_page_about_sessions_run(run, number):
     assert run("-c", examples(DOCS / "sessions.md")[number])
 
 
-def test_the_example_of_a_chat_prompt_reads_special_tokens():
+def test_the_example_of_a_chat_prompt_reads_special_tokens(run):
     """Beside the rendered string, in which they are text."""
     found = examples(DOCS / "sessions.md")
     (example,) = [code for code in found if "apply_chat_template" in code]
@@ -104,26 +124,26 @@ print(tokenizer.eos_token_id in ids, tokenizer.eos_token_id in as_text[1:], type
     assert run("-c", found[0] + setting + example + check).endswith("True False str\n")
 
 
-def test_session_tables_are_the_records():
+def test_session_tables_are_the_records(run):
     results = (DOCS / "results.md").read_text(encoding="utf-8")
     for script in ("summarise_long_stream.py", "summarise_sessions.py"):
         for table in run(f"benchmarks/{script}").strip().split("\n\n"):
             assert table in results
 
 
-def test_reading_table_is_the_records():
+def test_reading_table_is_the_records(run):
     page = (DOCS / "reading.md").read_text(encoding="utf-8")
     tables = [block for block in run("benchmarks/summarise_reading.py").split("\n\n") if block.startswith("| ")]
     assert tables
     assert [table for table in tables if table.strip() not in page] == []
 
 
-def test_families_table_is_the_code_s():
+def test_families_table_is_the_code_s(run):
     table = run("-m", "inplace_ttt.hf.families").strip()
     assert table in (DOCS / "families.md").read_text(encoding="utf-8")
 
 
-def test_speed_tables_are_the_records():
+def test_speed_tables_are_the_records(run):
     pages = "\n".join((DOCS / name).read_text(encoding="utf-8") for name in ("results.md", "parallel.md"))
     tables = run("benchmarks/summarise_bench.py").strip().split("\n\n")
     assert len(tables) == 3
@@ -131,7 +151,7 @@ def test_speed_tables_are_the_records():
         assert table in pages
 
 
-def test_results_tables_are_the_records():
+def test_results_tables_are_the_records(run):
     table = run("benchmarks/summarise_books_and_code.py").strip()
     assert table in (DOCS / "results.md").read_text(encoding="utf-8")
     sys.path.insert(0, str(ROOT / "benchmarks"))

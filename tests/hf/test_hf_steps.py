@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from contract.families import C, adapted, logits, padded, tokens
+from contract.families import ONE_LAYER, C, adapted, logits, padded, tokens
 from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 from transformers import CompileConfig, GenerationConfig
@@ -169,7 +169,7 @@ def test_a_step_that_breaks_off_can_be_tried_again():
 @pytest.mark.parametrize(("model_type", "rows"), [("llama", 1), ("gpt2", 2)])
 def test_a_compiled_step_serves_every_token(model_type, rows, dynamo):
     """No compilation after the first steps: neither for a later token nor when a chunk is complete."""
-    model, ids = adapted(model_type), tokens(rows, 4 * C + 2)
+    model, ids = adapted(model_type, changes=ONE_LAYER), tokens(rows, 4 * C + 2)
     counter, cache = CompileCounter(), empty(model, "static")
     compiled = torch.compile(model, backend=counter)
     with torch.no_grad():

@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 import torch
-from contract.families import TARGETS, C, adapted, logits, plain, tokens
+from contract.families import ONE_LAYER, TARGETS, C, adapted, logits, plain, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -275,7 +275,7 @@ def dynamo():
 @targets
 def test_a_training_step_compiles_without_graph_breaks(target, dynamo):
     """fullgraph: the whole model in one graph, so no break inside the fast layers either."""
-    model = adapted("llama", torch.float32, target=target).train()
+    model = adapted("llama", torch.float32, ONE_LAYER, target=target).train()
     want = gradients(model, use_cache=False)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     model.zero_grad(set_to_none=True)
@@ -289,7 +289,7 @@ def test_a_training_step_compiles_without_graph_breaks(target, dynamo):
 @pytest.mark.parametrize("kind", ["packed", "padded"])
 def test_a_packed_or_padded_step_compiles(kind, dynamo):
     """Documents and padding are read on the host, so the graph breaks there: before the first layer, not in any."""
-    model = adapted("llama", torch.float32).train()
+    model = adapted("llama", torch.float32, ONE_LAYER).train()
     positions, mask = torch.cat([torch.arange(C + 1), torch.arange(IDS.shape[1] - C - 1)])[None], torch.ones_like(IDS)
     mask[1, :3] = 0
     keywords = {"position_ids": positions.expand(2, -1)} if kind == "packed" else {"attention_mask": mask}

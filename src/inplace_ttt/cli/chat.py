@@ -12,7 +12,7 @@ import typer
 from ..errors import UserError, in_one_line
 from .inspect_session import nothing_learned, stats_lines
 from .read import Saver, Source, deferred_interrupt, next_line, read_one
-from .sessions import Device, Model, Objective, State, Window, check_place, open_session
+from .sessions import Device, Model, Objective, State, Window, check_place, check_session, open_session
 from .usage import tell
 
 HELP = """\
@@ -53,7 +53,12 @@ def chat(
     """Talk to a session that remembers: it learns from what you and it write."""
     from rich.console import Console
 
-    log = Console(stderr=True)
+    log, options = Console(stderr=True), {"window": window, "state": state}
+    if not 0 < top_p <= 1:
+        raise UserError(f"--top-p {top_p:g}: above 0, at most 1")
+    if repetition_penalty <= 0:
+        raise UserError(f"--repetition-penalty {repetition_penalty:g}: above 0")
+    check_session(session, model, options)
     with ExitStack() as held:
         with log.status("loading the model"):
             from ..session.sampling import Sampling
@@ -62,7 +67,7 @@ def chat(
 
             choice = Sampling(temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed)
             held.enter_context(holding(session))
-            opened = open_session(session, model, device, {"window": window, "state": state}, objective=objective)
+            opened = open_session(session, model, device, options, objective=objective)
             template = None if plain else Template.of(opened)
         if sys.stdin.isatty():
             with suppress(ImportError):

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
+from ..hub import check_model
 from ..shipped import DEFAULT_MODEL
 from .usage import PlainObjective, PlainWindow, check_picture, check_writable, quiet_libraries
 
@@ -36,6 +37,8 @@ def demo(
 
     check_picture(plot)
     check_writable(json)
+    if model is not None:
+        check_model(model)
     source = read_text(file or library_file(), max_tokens)
     log, console = Console(stderr=True), Console()
     with log.status("loading the model"):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from ..errors import UserError
+from ..hub import check_model
 from ..shipped import DEFAULT_MODEL
 from .usage import PlainObjective, PlainWindow, quiet_libraries, tell
 
@@ -137,11 +138,21 @@ def evaluate(
         raise UserError(
             f"--data: name at least one text file, directory or .jsonl file to read ({reading[0]} needs it)"
         )
+    from ..eval.suites.texts import check_source, load_texts
+
+    for source in data or ():
+        check_source(source)
+    for text in sweep or ():
+        _settings(text)
+    for given in (model, named, baseline):
+        if given is not None:
+            check_model(given)
+    if out.is_file():
+        raise UserError(f"{out} is a file: name a directory")
     log = Console(file=sys.stderr)
     with log.status("loading the model"):
         from ..eval import report
         from ..eval.runner import run
-        from ..eval.suites.texts import load_texts
         from ..hf.attach import UNTRAINED, is_trained
         from ..hf.load import load
         from ..session.files import identity

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
+from ..hub import check_model
 from ..shipped import DEFAULT_MODEL
 from .usage import quiet_libraries, size, tell
 
@@ -41,10 +42,15 @@ def inspect(
     if model is not None and _is_lost_file(Path(model)):
         raise UserError(f"{model}: no such file")
     _refuse({"plot": plot, "model": of, "device": device}, "session files")
-    from .preview import preview
-
-    quiet_libraries()
     given["layers"] = layers and _layers(layers)
+    if model is not None:
+        check_model(model)
+    from rich.console import Console
+
+    with Console(stderr=True).status("loading"):
+        from .preview import preview
+
+        quiet_libraries()
     name = model or str(DEFAULT_MODEL)
     found = preview(name, {key: value for key, value in given.items() if value is not None})
     if json:

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from ..errors import UserError
-from .sessions import open_session
+from .sessions import check_session, open_session
 from .usage import check_picture, size, tell
 
 
@@ -15,11 +15,12 @@ def inspect_session(path: Path, json: bool, plot: Path | None, model: str | None
     """Prints where a session stands and what its fast weights are like; draws how that came about."""
     from rich.console import Console
 
-    from ..session.plots import diagnostics_table, save_diagnostics
-
     if plot is not None:
         check_picture(plot)
+    check_session(path, model, {}, write=False)
     with Console(stderr=True).status("loading the model"):
+        from ..session.plots import diagnostics_table, save_diagnostics
+
         session = open_session(path, model, device, {}, write=False)
     timeline, layers = session.timeline, session.diagnostics()
     every = f"one every {timeline.every:,} tokens"

@@ -14,7 +14,7 @@ import typer
 
 from ..errors import UserError
 from .inspect_session import stats_lines
-from .sessions import ChunkSize, Decay, Device, Model, Objective, Sinks, State, Window, open_session
+from .sessions import ChunkSize, Decay, Device, Model, Objective, Sinks, State, Window, check_session, open_session
 from .usage import INTERRUPTED, tell
 
 FIRST, SMALLEST, LARGEST = 2048, 512, 1 << 15
@@ -43,12 +43,15 @@ def read(
     if not any(source.size is None or source.size for source in sources):
         raise UserError(f"{files[0]} is empty" if len(files) == 1 else "these files are all empty")
     options = {"window": window, "sinks": sinks, "decay": decay, "chunk_size": chunk_size, "state": state}
+    check_session(session, model, options)
     from rich.console import Console
 
-    from ..session.writers import holding
+    log = Console(stderr=True)
+    with log.status("loading the model"):
+        from ..session.writers import holding
 
     with holding(session):
-        read_all(sources, session, model, device, options, Console(stderr=True), objective, study)
+        read_all(sources, session, model, device, options, log, objective, study)
 
 
 def read_all(
