@@ -54,7 +54,7 @@ def save_picture(
     gains.annotate("first update", (chunk_size, gains.get_ylim()[1]), (4, -8), textcoords="offset points", fontsize=8)
     gains.set_xlim(0, len(on))
     gains.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=18)
-    gains.text(0, 1.03, subtitle, transform=gains.transAxes, fontsize=8.5, color="0.35")
+    gains.text(0, 1.03, subtitle, transform=gains.transAxes, fontsize=8, color="0.35")
     save(figure, path)
 
 

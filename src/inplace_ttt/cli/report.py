@@ -41,14 +41,14 @@ def picture(result: DemoResult, path: Path) -> None:
     """Writes the picture."""
     c = result.comparison
     width = smoothing(c.tokens, c.chunk_size)
-    reader = "the shipped model" if result.model == DEFAULT_MODEL.name else result.model
+    reader = "the shipped model" if result.model == DEFAULT_MODEL.name else Path(result.model.removesuffix(".gguf")).name
     save_picture(
         path,
         c.on,
         c.off,
         c.chunk_size,
-        title=f"{result.source.path.name}, read by {reader}: what updates gain",
-        subtitle=f"mean loss {c.on.mean():.2f} with updates on, {c.off.mean():.2f} off; smoothed over {width:,} tokens",
+        title=f"{result.source.path.name}: what updates gain",
+        subtitle=f"{reader}: {c.on.mean():.2f} with updates, {c.off.mean():.2f} without, smoothed over {width:,} tokens",
         width=width,
     )
 
