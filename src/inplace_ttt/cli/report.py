@@ -41,14 +41,15 @@ def picture(result: DemoResult, path: Path) -> None:
     """Writes the picture."""
     c = result.comparison
     width = smoothing(c.tokens, c.chunk_size)
-    reader = "the shipped model" if result.model == DEFAULT_MODEL.name else Path(result.model.removesuffix(".gguf")).name
+    shipped, name = result.model == DEFAULT_MODEL.name, Path(result.model.removesuffix(".gguf")).name
+    losses = f"{c.on.mean():.2f} with updates, {c.off.mean():.2f} without"
     save_picture(
         path,
         c.on,
         c.off,
         c.chunk_size,
         title=f"{result.source.path.name}: what updates gain",
-        subtitle=f"{reader}: {c.on.mean():.2f} with updates, {c.off.mean():.2f} without, smoothed over {width:,} tokens",
+        subtitle=f"{'the shipped model' if shipped else name}: {losses}, smoothed over {width:,} tokens",
         width=width,
     )
 

@@ -32,12 +32,15 @@ def curves(
     """
     found: dict[str, tuple[list[Any], dict[str, list[Mean]]]] = {}
     for row in rows:
-        title = row[panel] if count is None else f"{row[panel]}, n = {row[count]}"
-        places, lines = found.setdefault(title, ([], {}))
+        places, lines = found.setdefault(row[panel], ([], {}))
         if row[x] not in places:
             places.append(row[x])
         lines.setdefault(row["variant"], []).append(mean_of(row, of))
-    return found
+    if count is None:
+        return found
+    counts = {title: {row[count] for row in rows if row[panel] == title} for title in found}
+    said = {title: " to ".join(f"{n}" for n in sorted({min(ns), max(ns)})) for title, ns in counts.items()}
+    return {f"{title}, n = {said[title]}": curve for title, curve in found.items()}
 
 
 def gaps(rows: Rows, x: str) -> dict[str, tuple[list[Any], dict[str, list[Mean]]]]:
