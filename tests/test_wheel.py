@@ -13,6 +13,12 @@ import inplace_ttt as ittt
 
 MODEL = "inplace_ttt/models/books-and-code"
 LIMIT = 20_000_000
+PLACES = """
+import yaml, inplace_ttt as i
+from inplace_ttt.train.recipe import find_recipe
+print(i.DEFAULT_MODEL, i.DEFAULT_MODEL.is_dir())
+print(find_recipe("tiny-cpu"), yaml.safe_load(find_recipe("tiny-cpu").read_text())["name"])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +71,7 @@ def test_installs_the_command(wheel, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     where = subprocess.run(
-        [sys.executable, "-c", "import inplace_ttt as i; print(i.DEFAULT_MODEL, i.DEFAULT_MODEL.is_dir())"],
-        capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120,
-    )  # fmt: skip
-    assert where.stdout.split() == [str(target / MODEL), "True"]
-    planned = subprocess.run(
-        [sys.executable, str(command), "train", "tiny-cpu", "--plan"],
-        capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120,
-    )  # fmt: skip
-    assert "GFLOP a token" in planned.stdout, planned.stderr
+        [sys.executable, "-c", PLACES], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120
+    )
+    recipe = target / "inplace_ttt" / "recipes" / "tiny-cpu.yaml"
+    assert where.stdout.split() == [str(target / MODEL), "True", str(recipe), "tiny-cpu"], where.stderr

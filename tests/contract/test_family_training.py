@@ -125,6 +125,7 @@ def test_autocast_is_close_to_float32(model_type, target):
             assert torch.nn.functional.cosine_similarity(g.flatten(), w.flatten(), 0) > 0.95
 
 
+@pytest.mark.xdist_group("compile")
 @pytest.mark.parametrize(("model_type", "target"), [("llama", "input_embed"), ("gpt2", "hidden_states")])
 def test_compiled_training_step(model_type, target):
     model, ids = adapted(model_type, torch.float32, ONE_LAYER, target=target).train(), tokens(2, 2 * C + 3)

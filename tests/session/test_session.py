@@ -101,8 +101,11 @@ class TestEqualsTheModel:
 class TestCutting:
     """Any split into reads, any interleaving of fork, snapshot, restore, save and load: the logits of one pass."""
 
-    @pytest.mark.parametrize("options", [{}, SMALL, {"state": "auto"}, {**SMALL, "state": "auto"}], ids=str)
-    @pytest.mark.parametrize("name", ["llama", "glm"])
+    @pytest.mark.parametrize(
+        ("name", "options"),
+        [("llama", SMALL), ("llama", {"state": "auto"}), ("glm", {}), ("glm", {**SMALL, "state": "auto"})],
+        ids=str,
+    )
     @settings(max_examples=6, deadline=None)
     @given(data=st.data())
     def test_any_split_and_any_interleaving(self, name, options, tmp_path_factory, data):

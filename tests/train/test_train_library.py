@@ -99,7 +99,7 @@ def test_the_first_command_trains_without_a_corpus(tmp_path: Path, monkeypatch: 
     """In an empty directory, without environment variables."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("INPLACE_TTT_DATA", raising=False)
-    settings = ["steps=12", "eval_every=0", "save_every=0", "optimizer.warmup_steps=2", "evaluation.windows=1"]
+    settings = ["steps=4", "eval_every=0", "save_every=0", "optimizer.warmup_steps=2", "evaluation.windows=1"]
     done = CliRunner().invoke(app, ["train", "tiny-cpu", *settings])
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines()[-1] == "done: out/tiny-cpu"
