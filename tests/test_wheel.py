@@ -6,10 +6,19 @@ import sys
 import zipfile
 
 import pytest
+import yaml
 from locations import ROOT
+
+import inplace_ttt as ittt
 
 MODEL = "inplace_ttt/models/books-and-code"
 LIMIT = 20_000_000
+PLACES = """
+import yaml, inplace_ttt as i
+from inplace_ttt.train.recipe import find_recipe
+print(i.DEFAULT_MODEL, i.DEFAULT_MODEL.is_dir())
+print(find_recipe("tiny-cpu"), yaml.safe_load(find_recipe("tiny-cpu").read_text())["name"])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +45,14 @@ def test_carries_recipes_and_what_a_model_in_memory_is_named_after(wheel):
         names = set(archive.namelist())
     recipes = {f"inplace_ttt/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
     assert len(recipes) > 10
-    assert recipes | {"inplace_ttt/hf/unsaved/config.json"} <= names
+    assert recipes | {"inplace_ttt/hf/unsaved/config.json", "inplace_ttt/py.typed"} <= names
+
+
+def test_one_version_everywhere(wheel):
+    """In the wheel, the changelog and the citation."""
+    assert wheel.name.startswith(f"inplace_ttt-{ittt.__version__}-")
+    assert f"\n## [{ittt.__version__}] - 20" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == ittt.__version__
 
 
 def test_installs_the_command(wheel, tmp_path):
@@ -55,12 +71,7 @@ def test_installs_the_command(wheel, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     where = subprocess.run(
-        [sys.executable, "-c", "import inplace_ttt as i; print(i.DEFAULT_MODEL, i.DEFAULT_MODEL.is_dir())"],
-        capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120,
-    )  # fmt: skip
-    assert where.stdout.split() == [str(target / MODEL), "True"]
-    planned = subprocess.run(
-        [sys.executable, str(command), "train", "tiny-cpu", "--plan"],
-        capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120,
-    )  # fmt: skip
-    assert "GFLOP a token" in planned.stdout, planned.stderr
+        [sys.executable, "-c", PLACES], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120
+    )
+    recipe = target / "inplace_ttt" / "recipes" / "tiny-cpu.yaml"
+    assert where.stdout.split() == [str(target / MODEL), "True", str(recipe), "tiny-cpu"], where.stderr

@@ -7,6 +7,8 @@ PLACE is a dataset's id on the hub, a folder of data files, or a folder that ``s
 * ``text`` (text): the column of the documents; ``id`` (none; evaluation: id): a column that names them (else their
   number does);
 * ``streaming`` (true): false downloads all of it first.
+
+And the names of models: what can be told of them before anything loads.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,7 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from .errors import SourceError, in_one_line
+from .errors import SourceError, UserError, in_one_line
+from .shipped import SHIPPED
 
 PREFIX = "hf:"
 
@@ -110,3 +113,30 @@ def hub_dataset(spec: str, **defaults: str) -> HubDataset:
     if find_spec("datasets") is None:
         raise SourceError(f"{spec}: needs the datasets library: pip install datasets")
     return dataset
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def check_model(name: str | Path) -> None:
+    """Raise UserError where no model can be: no such directory or GGUF file here, and no id of the hub either."""
+    if name == SHIPPED or Path(name).expanduser().is_dir():
+        return
+    if Path(name).suffix == ".gguf":
+        check_gguf(name)
+    else:
+        require_hub_id(str(name))
+
+
+def require_hub_id(name: str) -> None:
+    """Raise UserError unless a name that is no directory here can be one on the hub (OWNER/NAME)."""
+    if Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(f"no model directory at {name}")
+
+
+def check_gguf(file: str | Path) -> None:
+    """Raise UserError when there is no such file, or the package that reads it is missing."""
+    if not Path(file).is_file():
+        raise UserError(f"{file}: no such file")
+    if find_spec("gguf") is None:
+        raise UserError("reading a GGUF file needs the package gguf: pip install gguf")

@@ -13,7 +13,7 @@ def test_one_line_an_option(cli, command):
     options = printed.split("Options:\n")[1].rstrip("\n").splitlines()
     assert len(options) >= 7
     for line in options:
-        assert re.match(r"  --[a-z-]+ +(<[a-z ]+> +)?\S", line), line
+        assert re.match(r"  (-h, )?--[a-z-]+ +(<[a-z ]+> +)?\S", line), line
         assert len(line) <= 80
 
 

@@ -193,7 +193,7 @@ def test_settings_out_of_range(cli, read, folder, path):
     options = ("--session", path, "--model", folder.model)
     assert "decay must be in [0, 1)" in line(cli("read", folder.text, *options, "--decay", 7))
     assert "leave window out" in line(cli("read", folder.text, *options, "--window", 2))
-    assert "top_p 3.0" in line(cli("chat", *options, "--top-p", 3))
+    assert "--top-p 3: above 0, at most 1" in line(cli("chat", *options, "--top-p", 3))
     assert not path.exists()
 
 

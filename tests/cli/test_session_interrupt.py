@@ -4,7 +4,6 @@ import os
 import re
 import select
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -13,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked
 from tiny_models import fed, opened
 
 import inplace_ttt as ittt
+from inplace_ttt.cli import main
+from inplace_ttt.session.sampling import Sampler
 
 module = import_module("inplace_ttt.cli.read")
 TEXT = "the file is read and then it is written after the block.\n"
@@ -209,15 +211,21 @@ class TestChat:
         TestRead().check(folder, path, 5)
 
 
+def run_command(arguments: list[str]) -> None:
+    sys.argv = ["inplace-ttt", *arguments]
+    main()
+
+
 def test_killed_while_reading(folder, path, tmp_path):
     """kill -9 while it reads and saves all the time: the file is whole, and the next saving leaves nothing behind."""
     (tmp_path / "text").write_text(TEXT * 20_000)
-    program = (
-        "from inplace_ttt.cli.read import Saver\nfrom inplace_ttt.cli import main\n"
-        "Saver.LEAST, Saver.SHARE = 0.0, 1e9\nmain()"
-    )
     command = ["read", str(tmp_path / "text"), "--session", str(path), "--model", str(folder.model)]
-    process = subprocess.Popen([sys.executable, "-c", program, *command], stdout=subprocess.DEVNULL)
+
+    def read_and_save_all_the_time() -> None:
+        module.Saver.LEAST, module.Saver.SHARE = 0.0, 1e9
+        run_command(command)
+
+    process = Forked(read_and_save_all_the_time)
     try:
         wait_for(path.exists)
         first = path.stat().st_ino
@@ -242,11 +250,6 @@ def wait_for(condition, seconds: float = 60.0) -> None:
 class Terminal:
     """A command in a terminal of its own; what the model writes is an endless word."""
 
-    PROGRAM = (
-        "import time\nfrom inplace_ttt.cli import main\nfrom inplace_ttt.session.sampling import Sampler\n"
-        "Sampler.__call__ = lambda *_: time.sleep(0.01) or 70\nmain()"
-    )
-
     def __init__(self, *arguments: object) -> None:
         import fcntl
         import pty
@@ -254,19 +257,13 @@ class Terminal:
 
         self.master, slave = pty.openpty()
 
-        def own_terminal() -> None:
+        def work() -> None:
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.environ |= {"TERM": "xterm", "COLUMNS": "100", "NO_COLOR": "1", "INPUTRC": os.devnull}
+            Sampler.__call__ = lambda *_: time.sleep(0.01) or 70  # type: ignore[method-assign]
+            run_command([str(argument) for argument in arguments])
 
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", self.PROGRAM, *map(str, arguments)],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            start_new_session=True,
-            preexec_fn=own_terminal,
-            env={**os.environ, "TERM": "xterm", "COLUMNS": "100", "NO_COLOR": "1", "INPUTRC": os.devnull},
-        )
+        self.process = Forked(work, slave)
         os.close(slave)
         self.seen = ""
 
@@ -301,7 +298,7 @@ class Terminal:
             while select.select([self.master], [], [], 0)[0] and self.pump(0):
                 pass
         os.close(self.master)
-        return self.process.wait(30), self.seen
+        return self.process.wait(), self.seen
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """The command is there, names itself, and does not make people wait for --help."""
 
+import json
+import os
 import subprocess
 import sys
 import time
@@ -34,11 +36,77 @@ def test_help_is_fast_and_loads_no_torch():
         assert f"\n  {name} " in printed
 
 
-def test_names_of_the_command():
-    from importlib.metadata import version
+MISTAKES = {
+    "train tiny-gpu": "tiny-gpu: no such file, nor a recipe of that name",
+    "train tiny-cpu stepz=3": "stepz: no such setting, did you mean steps?",
+    "train tiny-cpu optimizer.lr=7": "optimizer.lr: 7.0 must lie between 0 and 1",
+    "train tiny-cpu ttt.chunk_size=0": "ttt: chunk_size must be at least 1, got 0",
+    "train tiny-cpu data.train.text=jsonl:none.jsonl": "none.jsonl: no such file",
+    "train tiny-cpu model.base=./none model.config=null tokenizer.train=null": "there is no directory ./none",
+    "train tiny-cpu parallel.shard=7": "batch_size",
+    "train tiny-cpu --plan --tflops 0": "--tflops and --bandwidth must be above 0",
+    "read none.txt --session s": "none.txt: no such file",
+    "read text --session s --state sparse": "--state sparse: dense, auto, or a rank",
+    "read text --session none/s": "there is no directory",
+    "read text --session text --window 8": "text exists, and --window is for a new session",
+    "read text --session s --model ./none": "no model directory at ./none",
+    "read text --session s --model none.gguf": "none.gguf: no such file",
+    "chat --session none/s": "there is no directory",
+    "chat --model ./none": "no model directory at ./none",
+    "chat --top-p 3": "--top-p 3: above 0, at most 1",
+    "chat --repetition-penalty 0": "--repetition-penalty 0: above 0",
+    "eval": "--data: name at least one text file",
+    "eval --data none.txt": "none.txt: no such file",
+    "eval --data hf:x?splits=test": "no setting 'splits'",
+    "eval --data text --suite nil": "--suite nil: choose from",
+    "eval --data text --sweep lr=fast": "--sweep lr=fast",
+    "eval --data text --baseline ./none": "no model directory at ./none",
+    "eval --data text --out text": "text is a file: name a directory",
+    "demo none.txt": "none.txt: no such file",
+    "demo --plot x.gif": "the name must end in .png",
+    "demo --model ./none": "no model directory at ./none",
+    "inspect none.gguf": "none.gguf: no such file",
+    "inspect ./none": "no model directory at ./none",
+    "serve --state sparse": "--state sparse: dense, auto, or a rank",
+    "serve ./none": "no model directory at ./none",
+    "-h": "Usage: inplace-ttt",
+    "read -h": "--session",
+    "--version": "inplace-ttt ",
+    "--show-completion": "",
+}
+"""Command lines, and what they are told."""
 
+
+def test_mistakes_are_told_before_torch_is_imported(tmp_path):
+    """All in one new process, which then looks at what was imported."""
+    program = (
+        "import io, json, sys\nfrom contextlib import redirect_stderr, redirect_stdout\n"
+        "from inplace_ttt.cli import main\n"
+        "found = {}\n"
+        "for line in json.loads(sys.argv[1]):\n"
+        "    sys.argv, said = ['inplace-ttt', *line.split()], io.StringIO()\n"
+        "    with redirect_stdout(said), redirect_stderr(said):\n"
+        "        try: main()\n"
+        "        except SystemExit as end: code = end.code\n"
+        "    slow = sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules))\n"
+        "    found[line] = [code, said.getvalue(), slow]\n"
+        "print(json.dumps(found))"
+    )
+    (tmp_path / "text").write_text("some text")
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(list(MISTAKES))],
+        capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"COLUMNS": "200", "SHELL": "/bin/bash"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for line, (code, said, slow) in json.loads(done.stdout).items():
+        assert slow == [], line
+        assert MISTAKES[line] in said, line
+        assert code == (0 if MISTAKES[line] in ("", "Usage: inplace-ttt", "--session", "inplace-ttt ") else 2), line
+
+
+def test_names_of_the_command():
     assert run(COMMAND, "--version") == run(sys.executable, "-m", "inplace_ttt", "--version")
-    assert run(COMMAND, "--version") == f"inplace-ttt {version('inplace-ttt')}\n"
+    assert run(COMMAND, "--version") == f"inplace-ttt {ittt.__version__}\n"
 
 
 def test_public_names():

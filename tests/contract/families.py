@@ -1,10 +1,11 @@
 """A tiny random model of every family in the table, and fast weights large enough to matter."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -178,6 +179,16 @@ BUILDERS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
 }
 """Configurations by ``model_type``."""
 
+
+def one_target_each(first: int = 0, among: Collection[str] = BUILDERS) -> pytest.MarkDecorator:
+    """Parametrise over families, each with one target, every other family with the other one.
+
+    Tests take turns in ``first``, so that every family meets both targets, and every test does.
+    """
+    cases = [(model_type, TARGETS[(first + i) % 2]) for i, model_type in enumerate(sorted(among))]
+    return pytest.mark.parametrize(("model_type", "target"), cases)
+
+
 PADDED_DTYPE = {"gemma2": torch.float32}
 """float64 elsewhere. Gemma 2's own attention turns padding into NaN there: its mask overflows a softmax in float32."""
 
@@ -259,6 +270,10 @@ def adapted(
     ittt.attach(model, ittt.InPlaceTTTConfig(**values))
     randomise(model)
     return model
+
+
+ONE_LAYER = {"num_hidden_layers": 1}
+"""For what is compiled, where every layer takes seconds."""
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> Tensor:

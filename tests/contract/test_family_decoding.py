@@ -7,10 +7,10 @@ from contract.families import (
     LINEAR,
     PADDED_DTYPE,
     RECURRENT,
-    TARGETS,
     C,
     adapted,
     logits,
+    one_target_each,
     padded,
     tokens,
     tolerance,
@@ -21,9 +21,7 @@ from transformers.cache_utils import DynamicCache
 import inplace_ttt as ittt
 from inplace_ttt.core import FastWeights
 
-families = pytest.mark.parametrize("model_type", sorted(BUILDERS))
-targets = pytest.mark.parametrize("target", TARGETS)
-drafted = pytest.mark.parametrize("model_type", sorted(set(BUILDERS) - LINEAR))
+DRAFTED = set(BUILDERS) - LINEAR
 """Transformers itself refuses to draft for the others."""
 
 
@@ -50,8 +48,7 @@ def rollbacks(monkeypatch):
     return counts
 
 
-@families
-@targets
+@one_target_each()
 def test_beam_search(model_type, target):
     model, prompt = adapted(model_type, target=target), tokens(2, C + 2)
     keywords = {"num_beams": 3, "output_scores": True, "return_dict_in_generate": True}
@@ -63,8 +60,7 @@ def test_beam_search(model_type, target):
     assert len({tuple(row.tolist()) for row in moved}) > 1
 
 
-@drafted
-@targets
+@one_target_each(1, DRAFTED)
 def test_assisted_by_a_model(model_type, target, rollbacks):
     """The assistants adapt too; one is mostly right, the other mostly wrong.
 
@@ -83,40 +79,37 @@ def test_assisted_by_a_model(model_type, target, rollbacks):
     assert rollbacks["tokens"] > 0
 
 
-@drafted
-@targets
+@one_target_each(0, DRAFTED)
 def test_assisted_by_prompt_lookup(model_type, target):
     model, prompt = adapted(model_type, target=target), tokens(1, C + 2).repeat(1, 3)
     want = greedy(model, prompt, 3 * C, use_cache=False)
     assert torch.equal(greedy(model, prompt, 3 * C, prompt_lookup_num_tokens=C + 1), want)
 
 
-@families
-@targets
-@pytest.mark.parametrize("drop", [0, 1, C - 1, C, 2 * C + 1, 3 * C + 1])
-def test_crop(model_type, target, drop, rollbacks):
-    model, ids = adapted(model_type, target=target), tokens(2, 3 * C + 1)
-    cache = DynamicCache(config=model.config)
-    cache.activate_past_recording()
-    with torch.no_grad():
-        model(ids, past_key_values=cache)
-        if model_type in LINEAR and drop:
-            with pytest.raises(NotImplementedError, match="linear attention cannot take tokens back"):
-                cache.crop(-drop)
-            return
-        cache.crop(-drop)
-        if cache.get_seq_length() == 0:
-            assert all(state.seen == (0, 0) for state in ittt.fast_weights(cache).values())
-            return
-        other = tokens(2, 2 * C + 1, seed=1)
-        got = model(other, past_key_values=cache).logits
-    kept = ids[:, : ids.shape[1] - drop]
-    assert_close(got, logits(model, torch.cat([kept, other], 1))[:, kept.shape[1] :], **tolerance(model_type))
-    assert (rollbacks["chunks"] > 0) == (drop > 1)
+@one_target_each()
+def test_crop(model_type, target, rollbacks):
+    model, ids, other = adapted(model_type, target=target), tokens(2, 3 * C + 1), tokens(2, 2 * C + 1, seed=1)
+    for drop in (0, 1, C - 1, C, 2 * C + 1, 3 * C + 1):
+        cache = DynamicCache(config=model.config)
+        cache.activate_past_recording()
+        rollbacks["chunks"] = 0
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+            if model_type in LINEAR and drop:
+                with pytest.raises(NotImplementedError, match="linear attention cannot take tokens back"):
+                    cache.crop(-drop)
+                continue
+            cache.crop(-drop)
+            if cache.get_seq_length() == 0:
+                assert all(state.seen == (0, 0) for state in ittt.fast_weights(cache).values())
+                continue
+            got = model(other, past_key_values=cache).logits
+        kept = ids[:, : ids.shape[1] - drop]
+        assert_close(got, logits(model, torch.cat([kept, other], 1))[:, kept.shape[1] :], **tolerance(model_type))
+        assert (rollbacks["chunks"] > 0) == (drop > 1)
 
 
-@families
-@targets
+@one_target_each(1)
 def test_rows_follow_the_cache(model_type, target):
     """reorder_cache, batch_select_indices and batch_repeat_interleave, with every row at another place in its chunk."""
     dtype = PADDED_DTYPE.get(model_type, torch.float64)

@@ -32,8 +32,7 @@ def test_every_family_of_the_table_is_built_here():
 
 
 @families
-@targets
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("target", "dtype"), list(zip(TARGETS, (torch.float32, torch.bfloat16), strict=True)))
 def test_identity_bit_for_bit(model_type, target, dtype):
     model = plain(model_type, dtype)
     ids, mask = tokens(2, 3 * C + 1), torch.ones(2, 3 * C + 1, dtype=torch.int64)

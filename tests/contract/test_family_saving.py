@@ -2,16 +2,14 @@
 
 import pytest
 import torch
-from contract.families import BUILDERS, TARGETS, C, adapted, logits, plain, tokens
+from contract.families import BUILDERS, C, adapted, logits, one_target_each, plain, tokens
 
 import inplace_ttt as ittt
 
 families = pytest.mark.parametrize("model_type", sorted(BUILDERS))
-targets = pytest.mark.parametrize("target", TARGETS)
 
 
-@families
-@targets
+@one_target_each()
 def test_whole_model_round_trip(model_type, target, tmp_path):
     model, ids = adapted(model_type, torch.float32, target=target), tokens(2, 3 * C)
     ittt.save_pretrained(model, tmp_path)

@@ -13,6 +13,7 @@ from contract.families import (
     C,
     adapted,
     logits,
+    one_target_each,
     padded,
     plain,
     tokens,
@@ -97,23 +98,22 @@ def check_against_specification(model, ids, documents=None, **keywords):
 
 @families
 @targets
-@pytest.mark.parametrize("length", LENGTHS)
-def test_layers_equal_the_specification(model_type, target, length):
-    check_against_specification(adapted(model_type, target=target), tokens(2, length))
+def test_layers_equal_the_specification(model_type, target):
+    model = adapted(model_type, target=target)
+    for length in LENGTHS:
+        check_against_specification(model, tokens(2, length))
 
 
-@families
-@targets
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_layers_equal_the_specification(model_type, target, side):
+@one_target_each(1)
+def test_padded_layers_equal_the_specification(model_type, target):
     model = adapted(model_type, PADDED_DTYPE.get(model_type, torch.float64), target=target)
-    batch = padded([tokens(1, n, n) for n in (3 * C, C + 2, 3)], side)
-    documents = torch.where(batch["attention_mask"] > 0, 0, -1)
-    check_against_specification(model, batch.pop("input_ids"), documents, **batch)
+    for side in ("left", "right"):
+        batch = padded([tokens(1, n, n) for n in (3 * C, C + 2, 3)], side)
+        documents = torch.where(batch["attention_mask"] > 0, 0, -1)
+        check_against_specification(model, batch.pop("input_ids"), documents, **batch)
 
 
-@families
-@targets
+@one_target_each()
 def test_the_state_equals_the_specification(model_type, target):
     model, ids = adapted(model_type, target=target), tokens(2, 2 * C + 3)
     cuts = [Cut(model, site) for site in runtime_of(model).sites]
@@ -131,8 +131,7 @@ def test_the_state_equals_the_specification(model_type, target):
         assert_close(state.u[:, :3], cut.u[:, 2 * C :])
 
 
-@families
-@targets
+@one_target_each(1)
 def test_any_pieces_equal_one_call(model_type, target):
     model, ids = adapted(model_type, target=target), tokens(2, 2 * C + 3)
     want = logits(model, ids)
@@ -147,8 +146,7 @@ def test_any_pieces_equal_one_call(model_type, target):
         )
 
 
-@families
-@targets
+@one_target_each()
 def test_generate_equals_one_call(model_type, target):
     model, prompt = adapted(model_type, target=target), tokens(2, C + 2)
     out = model.generate(
@@ -160,38 +158,36 @@ def test_generate_equals_one_call(model_type, target):
     assert all(state.updates == (3, 3) for state in ittt.fast_weights(out.past_key_values).values())
 
 
-@families
-@targets
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_rows_are_independent_and_padding_changes_nothing(model_type, target, side):
+@one_target_each(1)
+def test_rows_are_independent_and_padding_changes_nothing(model_type, target):
     model = adapted(model_type, PADDED_DTYPE.get(model_type, torch.float64), target=target)
     rows = [tokens(1, n, n) for n in (3 * C, C + 2, 3, 2 * C)]
     wants = [logits(model, row) for row in rows]
-    batch = padded(rows, side)
-    ids, mask, positions = batch["input_ids"], batch["attention_mask"].bool(), batch["position_ids"]
-    got = logits(model, **batch)
-    for row, want, real in zip(got, wants, mask, strict=True):
-        assert_close(row[real], want[0], **tolerance(model_type, want.dtype))
-    cache, parts, at = DynamicCache(config=model.config), [], 0
-    for n in (3 * C - 2, 1, 1) if model_type in RECURRENT else (C - 1, 1, C + 2, C - 2):
-        with torch.no_grad():
-            parts.append(
-                model(
-                    ids[:, at : at + n],
-                    attention_mask=mask[:, : at + n].long(),
-                    position_ids=positions[:, at : at + n],
-                    past_key_values=cache,
-                ).logits
-            )
-        at += n
-    for row, want, real in zip(torch.cat(parts, 1), wants, mask, strict=True):
-        assert_close(row[real], want[0], **tolerance(model_type, want.dtype))
-    for state in ittt.fast_weights(cache).values():
-        assert state.seen == tuple(len(row[0]) for row in rows)
+    for side in ("left", "right"):
+        batch = padded(rows, side)
+        ids, mask, positions = batch["input_ids"], batch["attention_mask"].bool(), batch["position_ids"]
+        got = logits(model, **batch)
+        for row, want, real in zip(got, wants, mask, strict=True):
+            assert_close(row[real], want[0], **tolerance(model_type, want.dtype))
+        cache, parts, at = DynamicCache(config=model.config), [], 0
+        for n in (3 * C - 2, 1, 1) if model_type in RECURRENT else (C - 1, 1, C + 2, C - 2):
+            with torch.no_grad():
+                parts.append(
+                    model(
+                        ids[:, at : at + n],
+                        attention_mask=mask[:, : at + n].long(),
+                        position_ids=positions[:, at : at + n],
+                        past_key_values=cache,
+                    ).logits
+                )
+            at += n
+        for row, want, real in zip(torch.cat(parts, 1), wants, mask, strict=True):
+            assert_close(row[real], want[0], **tolerance(model_type, want.dtype))
+        for state in ittt.fast_weights(cache).values():
+            assert state.seen == tuple(len(row[0]) for row in rows)
 
 
-@families
-@targets
+@one_target_each(1)
 def test_packed_documents_equal_separate_ones(model_type, target):
     """Logits and every gradient, with another packing in each row."""
     model, ids = adapted(model_type, target=target), tokens(2, 16)
@@ -225,8 +221,7 @@ def test_packed_documents_equal_separate_ones(model_type, target):
     assert float((joined - packed.detach())[:, C + 1 :].abs().max()) > 1e-2
 
 
-@families
-@targets
+@one_target_each()
 def test_a_later_token_changes_nothing_earlier(model_type, target):
     model, ids = adapted(model_type, target=target), tokens(1, 3 * C)
     want = logits(model, ids)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contract.families import TARGETS, C, adapted, logits, padded, tokens
+from contract.families import TARGETS, C, adapted, logits, one_target_each, padded, tokens
 from torch.testing import assert_close
 from transformers import set_seed
 from transformers.cache_utils import DynamicCache, StaticCache
@@ -38,8 +38,7 @@ def greedy(model, *args, n=NEW, **keywords):
     return model.generate(*args, max_new_tokens=n, do_sample=False, **keywords)
 
 
-@families
-@targets
+@one_target_each(0, FAMILIES)
 def test_positional_keyword_and_without_cache(model_type, target):
     model, prompt = adapted(model_type, target=target), tokens(2, C + 2)
     want = by_hand(model, prompt)
@@ -54,8 +53,7 @@ def test_positional_keyword_and_without_cache(model_type, target):
     assert torch.equal(greedy(model, prompt), want)
 
 
-@families
-@targets
+@one_target_each(1, FAMILIES)
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_left_padded_batch_equals_its_rows(model_type, target, chunk):
     model = adapted(model_type, target=target)
@@ -110,8 +108,7 @@ def test_assisted_by_its_own_early_layers():
     assert torch.equal(greedy(model, prompt, assistant_early_exit=1), by_hand(model, prompt))
 
 
-@families
-@targets
+@one_target_each(0, FAMILIES)
 @pytest.mark.parametrize("make", ["with config", "without config", "none"])
 def test_a_cache_continued_over_two_calls(model_type, target, make):
     model, prompt = adapted(model_type, target=target), tokens(1, C + 2)
@@ -125,8 +122,7 @@ def test_a_cache_continued_over_two_calls(model_type, target, make):
     assert torch.equal(greedy(model, turn, past_key_values=cache), by_hand(model, turn))
 
 
-@families
-@targets
+@one_target_each(0, FAMILIES)
 def test_a_cache_continued_in_a_padded_batch(model_type, target):
     """Two turns; the second pads too, so a row's text has a hole in the middle (which a sliding window counts)."""
     model = adapted(model_type, target=target)
@@ -144,10 +140,8 @@ def test_a_cache_continued_in_a_padded_batch(model_type, target):
         assert torch.equal(got[b, ids.shape[1] :], by_hand(model, text)[0, text.shape[1] :])
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mistral", "qwen3"])
-@targets
-@pytest.mark.parametrize("pad", [False, True])
-@pytest.mark.parametrize("chunk", [None, 1, 3])
+@one_target_each(1, ("llama", "gemma3_text", "mistral", "qwen3"))
+@pytest.mark.parametrize(("pad", "chunk"), [(False, None), (False, 1), (True, None), (True, 3)])
 def test_static_cache(model_type, target, pad, chunk):
     model = adapted(model_type, target=target)
     rows = [tokens(1, n, n) for n in ((2 * C + 1, 2, C + 1) if pad else (C + 2, C + 2))]
@@ -168,8 +162,7 @@ def test_static_cache_object_in_pieces(model_type):
     assert cache.is_compileable, "transformers leaves out the mask of a decoding step for other static caches"
 
 
-@families
-@targets
+@one_target_each(1, FAMILIES)
 def test_inputs_embeds(model_type, target):
     model, prompt = adapted(model_type, target=target), tokens(2, 2 * C + 1)
     embeds = model.get_input_embeddings()(prompt).detach()

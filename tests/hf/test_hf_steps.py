@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from contract.families import C, adapted, logits, padded, tokens
+from contract.families import ONE_LAYER, C, adapted, logits, padded, tokens
 from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 from transformers import CompileConfig, GenerationConfig
@@ -166,10 +166,11 @@ def test_a_step_that_breaks_off_can_be_tried_again():
     assert_close(got, logits(model, ids)[:, -1:], atol=1e-6, rtol=0)
 
 
+@pytest.mark.xdist_group("compile")
 @pytest.mark.parametrize(("model_type", "rows"), [("llama", 1), ("gpt2", 2)])
 def test_a_compiled_step_serves_every_token(model_type, rows, dynamo):
     """No compilation after the first steps: neither for a later token nor when a chunk is complete."""
-    model, ids = adapted(model_type), tokens(rows, 4 * C + 2)
+    model, ids = adapted(model_type, changes=ONE_LAYER), tokens(rows, 4 * C + 2)
     counter, cache = CompileCounter(), empty(model, "static")
     compiled = torch.compile(model, backend=counter)
     with torch.no_grad():
@@ -195,6 +196,7 @@ def test_static_buffers_stay_where_they_are_when_a_cache_is_used_again():
     assert found[0] == found[1]
 
 
+@pytest.mark.xdist_group("compile")
 def test_generate_compiles_single_steps_only(dynamo):
     """transformers compiles decoding with a static cache by itself (where it would pay, or where it is told to)."""
     model, prompt = adapted("llama"), tokens(2, C + 1)

@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 import torch
-from contract.families import TARGETS, C, adapted, logits, plain, tokens
+from contract.families import ONE_LAYER, TARGETS, C, adapted, logits, plain, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -272,10 +272,11 @@ def dynamo():
     torch._dynamo.reset()
 
 
+@pytest.mark.xdist_group("compile")
 @targets
 def test_a_training_step_compiles_without_graph_breaks(target, dynamo):
     """fullgraph: the whole model in one graph, so no break inside the fast layers either."""
-    model = adapted("llama", torch.float32, target=target).train()
+    model = adapted("llama", torch.float32, ONE_LAYER, target=target).train()
     want = gradients(model, use_cache=False)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     model.zero_grad(set_to_none=True)
@@ -286,10 +287,11 @@ def test_a_training_step_compiles_without_graph_breaks(target, dynamo):
         assert_close(compiled(IDS, use_cache=False).logits, logits(ittt.detach(model), IDS), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.xdist_group("compile")
 @pytest.mark.parametrize("kind", ["packed", "padded"])
 def test_a_packed_or_padded_step_compiles(kind, dynamo):
     """Documents and padding are read on the host, so the graph breaks there: before the first layer, not in any."""
-    model = adapted("llama", torch.float32).train()
+    model = adapted("llama", torch.float32, ONE_LAYER).train()
     positions, mask = torch.cat([torch.arange(C + 1), torch.arange(IDS.shape[1] - C - 1)])[None], torch.ones_like(IDS)
     mask[1, :3] = 0
     keywords = {"position_ids": positions.expand(2, -1)} if kind == "packed" else {"attention_mask": mask}
@@ -302,11 +304,13 @@ def test_a_packed_or_padded_step_compiles(kind, dynamo):
     assert counter.frame_count <= 3
 
 
-@pytest.mark.parametrize("where", ["mlp", "self_attn"])
-def test_a_graph_that_breaks_inside_a_layer(where, dynamo):
-    model = adapted("llama", torch.float32)
+@pytest.mark.xdist_group("compile")
+def test_a_graph_that_breaks_inside_a_layer(dynamo):
+    """Before the MLP, and behind it."""
+    model = adapted("llama", torch.float32, ONE_LAYER)
     want = logits(model, IDS)
-    getattr(model.model.layers[1], where).register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    for name in ("self_attn", "mlp"):
+        getattr(model.model.layers[0], name).register_forward_hook(lambda *_: torch._dynamo.graph_break())
     with torch.no_grad():
         assert_close(torch.compile(model, backend="eager")(IDS, use_cache=False).logits, want, atol=1e-5, rtol=1e-5)
 

@@ -159,8 +159,15 @@ def test_rows_are_independent(size):
     close(logits(model, IDS), torch.cat([logits(model, row[None]) for row in IDS]))
 
 
-@kinds
-@pytest.mark.parametrize(("learn", "size"), [("read", SIZE), ("all", SIZE), ("all", "auto")])
+@pytest.mark.parametrize(
+    ("kind", "learn", "size"),
+    [
+        *((kind, "read", SIZE) for kind in KINDS),
+        ("llama", "all", "auto"),
+        ("gemma3", "all", SIZE),
+        ("gpt2", "all", SIZE),
+    ],
+)
 def test_generate_in_all_modes(kind, learn, size):
     model = reader(kind, learn=learn, update_size=size)
     found, cache = pieces(model, IDS, [45])

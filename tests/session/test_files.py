@@ -4,15 +4,13 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from contract.families import adapted
-from locations import ROOT
+from forked import Forked
 from safetensors.torch import safe_open, save_file
 from session.models import TEXT, tiny, tokenizer
 
@@ -254,19 +252,17 @@ class TestAtomic:
 
     def test_kill_at_any_moment_leaves_a_whole_file(self, tmp_path):
         path = tmp_path / "a.session"
-        script = (
-            "import sys, torch; torch.set_num_threads(1)\n"
-            "from session.models import *; from inplace_ttt import Session\n"
-            "s = Session(tiny('llama'), tokenizer(), decay=0)\n"
-            "print('ready', flush=True)\n"
-            "while True:\n"
-            "    s.read(TEXT[:100]); s.save(sys.argv[1]); print(s.stats().tokens, flush=True)\n"
-        )
+
+        def save_again_and_again():
+            torch.set_num_threads(1)
+            s = Session(tiny("llama"), tokenizer(), decay=0)
+            while True:
+                s.read(TEXT[:100])
+                s.save(path)
+                print(s.stats().tokens, flush=True)
+
         generator = random.Random(0)
-        env = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
-        child = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, env=env, cwd=ROOT)
-        assert child.stdout is not None
-        child.stdout.readline()
+        child = Forked(save_again_and_again)
         child.stdout.readline()
         for _ in range(4):
             time.sleep(generator.random() * 0.1)

@@ -101,8 +101,11 @@ class TestEqualsTheModel:
 class TestCutting:
     """Any split into reads, any interleaving of fork, snapshot, restore, save and load: the logits of one pass."""
 
-    @pytest.mark.parametrize("options", [{}, SMALL, {"state": "auto"}, {**SMALL, "state": "auto"}], ids=str)
-    @pytest.mark.parametrize("name", ["llama", "glm"])
+    @pytest.mark.parametrize(
+        ("name", "options"),
+        [("llama", SMALL), ("llama", {"state": "auto"}), ("glm", {}), ("glm", {**SMALL, "state": "auto"})],
+        ids=str,
+    )
     @settings(max_examples=6, deadline=None)
     @given(data=st.data())
     def test_any_split_and_any_interleaving(self, name, options, tmp_path_factory, data):
@@ -442,6 +445,13 @@ def test_a_stream_decays_by_default():
 def test_wrong_settings(wrong):
     with pytest.raises((UserError, ValueError)):
         Session(tiny("llama"), tokenizer(), **wrong)
+
+
+def test_repr_says_where_it_stands():
+    s = session("llama", **SMALL)
+    s.read(ids_of(TEXT)[: 2 * C + 1])
+    stands = f"{2 * C + 1} tokens, 2 updates, 1 tokens pending; window 28, chunk_size {C}"
+    assert repr(s) == f"<Session of LlamaForCausalLM: {stands}>"
 
 
 def test_needs_fast_weights():

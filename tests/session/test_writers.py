@@ -1,10 +1,10 @@
 """Two writers of one session file: nothing that either of them learned is lost without a word."""
 
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
+from forked import Forked
 from session.models import TEXT, tiny, tokenizer
 from typer.testing import CliRunner
 
@@ -13,12 +13,11 @@ from inplace_ttt.cli import app
 from inplace_ttt.cli.chat import Chat
 from inplace_ttt.session import writers
 
-HOLD = (
-    "import sys, time\n"
-    "from inplace_ttt.session.writers import holding\n"
-    "with holding(__import__('pathlib').Path(sys.argv[1])):\n"
-    "    print('held', flush=True); time.sleep(600)\n"
-)
+
+def hold(path: Path) -> None:
+    with writers.holding(path):
+        print("held", flush=True)
+        time.sleep(600)
 
 
 def session(text: str = TEXT) -> Session:
@@ -40,8 +39,7 @@ def saved(tmp_path):
 @pytest.fixture
 def holder(saved):
     """Another process that holds the file."""
-    child = subprocess.Popen([sys.executable, "-c", HOLD, str(saved)], stdout=subprocess.PIPE)
-    assert child.stdout is not None
+    child = Forked(lambda: hold(saved))
     assert child.stdout.readline() == b"held\n"
     yield child
     child.kill()

@@ -1,8 +1,5 @@
 """The standard library as text, and the recipe that needs nothing else: the first commands of a newcomer."""
 
-import os
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -98,13 +95,13 @@ def test_a_plan_needs_what_is_not_data(values: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_the_first_command_trains_without_a_corpus(tmp_path: Path) -> None:
+def test_the_first_command_trains_without_a_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an empty directory, without environment variables."""
-    environment = {name: value for name, value in os.environ.items() if name != "INPLACE_TTT_DATA"}
-    command = [sys.executable, "-m", "inplace_ttt", "train", "tiny-cpu", "steps=12", "eval_every=0", "save_every=0"]
-    settings = ["optimizer.warmup_steps=2", "evaluation.windows=1"]
-    done = subprocess.run([*command, *settings], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("INPLACE_TTT_DATA", raising=False)
+    settings = ["steps=4", "eval_every=0", "save_every=0", "optimizer.warmup_steps=2", "evaluation.windows=1"]
+    done = CliRunner().invoke(app, ["train", "tiny-cpu", *settings])
+    assert done.exit_code == 0, done.output
     assert done.stdout.splitlines()[-1] == "done: out/tiny-cpu"
     card = (tmp_path / "out/tiny-cpu/model/README.md").read_text()
     assert "| loss, nats per token | updates on | updates off |" in card

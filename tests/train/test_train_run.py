@@ -101,6 +101,9 @@ def test_resuming_is_refused_where_it_would_mix_runs(values: dict[str, Any]) -> 
         train(values)
     with pytest.raises(UserError, match="cannot resume: optimizer changed"):
         train(values | {"optimizer": {"lr": 1e-3}}, resume=True)
+    (Path(values["output"]) / "recipe.json").unlink()
+    with pytest.raises(UserError, match=r"cannot resume: .*recipe\.json, the recipe .* is missing: put it back"):
+        train(values, resume=True)
 
 
 @pytest.mark.parametrize(

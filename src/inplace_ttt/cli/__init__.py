@@ -1,6 +1,7 @@
 """The command ``inplace-ttt``.
 
-Commands import what they need when they run, so that ``--help`` does not wait for torch.
+Commands import what they need when they run, and check what they were given before they import torch: neither
+``--help`` nor a mistyped name waits for it.
 """
 
 from typing import Annotated
@@ -23,7 +24,7 @@ app = typer.Typer(
     cls=Commands,
     help="Test-time training for Hugging Face causal language models: they adapt as they read.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
+from ..hub import check_model
 from ..shipped import DEFAULT_MODEL
 from .usage import PlainObjective, PlainWindow, check_picture, check_writable, quiet_libraries
 
@@ -36,6 +37,8 @@ def demo(
 
     check_picture(plot)
     check_writable(json)
+    if model is not None:
+        check_model(model)
     source = read_text(file or library_file(), max_tokens)
     log, console = Console(stderr=True), Console()
     with log.status("loading the model"):
@@ -63,6 +66,6 @@ def demo(
     if json is not None:
         write_json(json, result.to_dict())
     written = [f"{label}: {path}" for label, path in (("Picture", plot), ("Figures", json)) if path]
-    console.print("\n".join(written), highlight=False, soft_wrap=True)
+    console.print("\n".join(written), highlight=False, soft_wrap=not console.is_terminal)
     if model is None:
         console.print("A real pretrained model, with nothing trained: make demo-llm", highlight=False)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from ..errors import UserError
+from ..hub import check_model
 from ..shipped import DEFAULT_MODEL
-from .usage import PlainObjective, PlainWindow, quiet_libraries
+from .usage import PlainObjective, PlainWindow, quiet_libraries, tell
 
 if TYPE_CHECKING:
     from ..eval.runner import Variant
@@ -137,11 +138,21 @@ def evaluate(
         raise UserError(
             f"--data: name at least one text file, directory or .jsonl file to read ({reading[0]} needs it)"
         )
+    from ..eval.suites.texts import check_source, load_texts
+
+    for source in data or ():
+        check_source(source)
+    for text in sweep or ():
+        _settings(text)
+    for given in (model, named, baseline):
+        if given is not None:
+            check_model(given)
+    if out.is_file():
+        raise UserError(f"{out} is a file: name a directory")
     log = Console(file=sys.stderr)
     with log.status("loading the model"):
         from ..eval import report
         from ..eval.runner import run
-        from ..eval.suites.texts import load_texts
         from ..hf.attach import UNTRAINED, is_trained
         from ..hf.load import load
         from ..session.files import identity
@@ -160,7 +171,7 @@ def evaluate(
         suites, notes = build(options, texts, tokenizer, loaded)
     useless = [] if is_trained(loaded) else [UNTRAINED]
     for note in notes + useless:
-        log.print(note, soft_wrap=True, markup=False)
+        tell(note, err=True)
     plan = {
         "model": Path(name).name,
         "identity": identity(loaded),
@@ -172,10 +183,9 @@ def evaluate(
     }
     plan |= {key: value for key, value in (("objective", objective), ("window", window)) if value is not None}
     records = run(suites, variants, out, plan, fresh=fresh, console=log)
-    console = Console(highlight=False)
     for line in report.write(out, records, plan, useless):
-        console.print(line, soft_wrap=True, markup=False)
-    console.print(f"Report: {out / 'report.html'} (figures: summary.json, summary.csv, plots/)", soft_wrap=True)
+        tell(line)
+    tell(f"Report: {out / 'report.html'} (figures: summary.json, summary.csv, plots/)")
 
 
 def build(options: Options, texts: Sequence[Any], tokenizer: Any, model: Any) -> tuple[list[Any], list[str]]:

@@ -7,19 +7,20 @@ from typing import Any
 import typer
 
 from ..errors import UserError
-from .sessions import open_session
-from .usage import check_picture, size
+from .sessions import check_session, open_session
+from .usage import check_picture, size, tell
 
 
 def inspect_session(path: Path, json: bool, plot: Path | None, model: str | None, device: str | None) -> None:
     """Prints where a session stands and what its fast weights are like; draws how that came about."""
     from rich.console import Console
 
-    from ..session.plots import diagnostics_table, save_diagnostics
-
     if plot is not None:
         check_picture(plot)
+    check_session(path, model, {}, write=False)
     with Console(stderr=True).status("loading the model"):
+        from ..session.plots import diagnostics_table, save_diagnostics
+
         session = open_session(path, model, device, {}, write=False)
     timeline, layers = session.timeline, session.diagnostics()
     every = f"one every {timeline.every:,} tokens"
@@ -31,14 +32,14 @@ def inspect_session(path: Path, json: bool, plot: Path | None, model: str | None
         found = {"model": session.origin, "stats": session.stats().to_dict(), "layers": [asdict(x) for x in layers]}
         typer.echo(dumps(found | {"timeline": timeline.to_list()}, indent=2))
     else:
-        typer.echo("\n".join([f"{path}: model {session.origin}", *stats_lines(session)]))
+        tell("\n".join([f"{path}: model {session.origin}", *stats_lines(session)]))
         if layers:
             Console(highlight=False).print(diagnostics_table(layers))
-        typer.echo(f"Losses with and without updates: {len(timeline.samples)} samples, {every}")
+        tell(f"Losses with and without updates: {len(timeline.samples)} samples, {every}")
     if plot is not None:
         plot.parent.mkdir(parents=True, exist_ok=True)
         save_diagnostics(plot, timeline, f"{path.name}: {session.stats().tokens:,} tokens")
-        typer.echo(f"Picture: {plot}", err=json)
+        tell(f"Picture: {plot}", err=json)
 
 
 def nothing_learned(session: Any) -> str | None:

@@ -18,9 +18,8 @@ from ..hf.attach import LayerInfo, inspect, install, is_trained
 from ..hf.auto import base_config
 from ..hf.checkpoint import is_added
 from ..hf.directory import BASE, SETTINGS
-from ..hf.hub_files import require_hub_id
-from ..hf.load import check_gguf
 from ..hf.release import is_release, load_release
+from ..hub import check_gguf, require_hub_id
 
 
 @dataclass(frozen=True)

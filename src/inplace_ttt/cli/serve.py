@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
+from ..hub import check_model
 
 
 def serve(
@@ -40,13 +41,20 @@ def serve(
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda. Default: the GPU, if any.")] = None,
 ) -> None:
     """Serve a model over HTTP as OpenAI does, with sessions that keep learning."""
-    try:
-        from ..serve.run import serve as run
-    except ModuleNotFoundError as error:
-        raise UserError(f"serving needs {error.name}: pip install 'inplace-ttt[serve]'") from None
-    from ..serve.settings import Limits
+    from rich.console import Console
+
     from .sessions import parse_state
     from .usage import quiet_libraries
+
+    form = parse_state(state)
+    if model is not None:
+        check_model(model)
+    with Console(stderr=True).status("loading"):
+        try:
+            from ..serve.run import serve as run
+        except ModuleNotFoundError as error:
+            raise UserError(f"serving needs {error.name}: pip install 'inplace-ttt[serve]'") from None
+        from ..serve.settings import Limits
 
     quiet_libraries()
     limits = Limits(
@@ -58,6 +66,6 @@ def serve(
         model, host=host, port=port, api_keys=api_keys, state=state_dir, limits=limits,
         log=lambda text: typer.echo(text), device=device, objective=objective,
         settings={"layers": layers, "chunk_size": chunk_size, "lr": lr}, served_name=name, adapters=adapter_dir,
-        state_form=parse_state(state), probe_every=probe_every,
+        state_form=form, probe_every=probe_every,
         **{key: value for key, value in options.items() if value is not None},
     )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
+from ..hub import check_model
 from ..shipped import SHIPPED
 from .usage import quiet_libraries
 
@@ -23,6 +24,26 @@ State = Annotated[str | None, typer.Option(help="New session: dense, auto or a r
 # -- session files -----------------------------------------------------------------------------------------------------
 
 
+def check_session(path: Path | None, model: str | None, options: dict[str, Any], write: bool = True) -> dict[str, Any]:
+    """Return the options that were given. Raise UserError on what can be told before anything loads."""
+    if path is not None and write:
+        check_place(path)
+    options = {name: value for name, value in options.items() if value is not None}
+    if "state" in options:
+        options["state"] = parse_state(options["state"])
+    if path is not None and path.exists():
+        _refuse(path, options)
+    if model is not None:
+        check_model(model)
+    return options
+
+
+def _refuse(path: Path, options: dict[str, Any]) -> None:
+    if options:
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in options)
+        raise UserError(f"{path} exists, and {given} is for a new session: leave that out, or name a new file")
+
+
 def open_session(
     path: Path | None,
     model: str | None,
@@ -37,11 +58,7 @@ def open_session(
     session only, as is another ``objective`` than its own. UserError on everything that does not fit, and, with
     ``write``, when the file could not be saved.
     """
-    if path is not None and write:
-        check_place(path)
-    options = {name: value for name, value in options.items() if value is not None}
-    if "state" in options:
-        options["state"] = parse_state(options["state"])
+    options = check_session(path, model, options, write)
     if path is None or not path.exists():
         session = _begin(model or SHIPPED, device, options, objective)
         if path is not None and write:
@@ -53,10 +70,7 @@ def open_session(
         from ..session.files import objective_of
 
         if objective != objective_of(path):
-            options["objective"] = objective
-    if options:
-        given = ", ".join(f"--{name.replace('_', '-')}" for name in options)
-        raise UserError(f"{path} exists, and {given} is for a new session: leave that out, or name a new file")
+            _refuse(path, {"objective": objective})
     return _go_on(path, model, device)
 
 

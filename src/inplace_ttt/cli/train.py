@@ -30,16 +30,18 @@ def train(
     from rich.console import Console
 
     from inplace_ttt.train.recipe import load_recipe
-    from inplace_ttt.train.run import run
 
     from .usage import quiet_libraries
 
-    quiet_libraries()
+    if plan and (tflops <= 0 or bandwidth <= 0):
+        raise UserError(f"--tflops and --bandwidth must be above 0, got {tflops:g} and {bandwidth:g}")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # the recipe's last checks import it
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
-    checked = load_recipe(recipe, overrides or [], data=not plan)
+    with console.status("loading"):
+        checked = load_recipe(recipe, overrides or [], data=not plan)
+        quiet_libraries()
+        from inplace_ttt.train.run import run
     if plan:
-        if tflops <= 0 or bandwidth <= 0:
-            raise UserError(f"--tflops and --bandwidth must be above 0, got {tflops:g} and {bandwidth:g}")
         from inplace_ttt.train.plan import plan as planned
 
         for line in planned(checked).lines(tflops, bandwidth):

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, in_one_line
+from ..hub import require_hub_id
 
 FETCHING = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 UPLOADING = ("repo_id", "token", "private", "commit_message", "revision", "create_pr")
@@ -38,12 +39,6 @@ def fetch(directory: str | Path, subfolder: str = "", **hub: Any) -> Path:
     if not (path / subfolder).is_dir():
         raise UserError(f"{directory} has no directory {subfolder}")
     return path / subfolder
-
-
-def require_hub_id(name: str) -> None:
-    """UserError unless a name that is no directory here can be one on the hub (OWNER/NAME)."""
-    if Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(f"no model directory at {name}")
 
 
 def upload(

@@ -3,7 +3,6 @@
 The one loader of the whole command line.
 """
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, PreTr
 
 from ..config import InPlaceTTTConfig
 from ..errors import UserError
+from ..hub import check_gguf, require_hub_id
 from ..shipped import DEFAULT_MODEL, SHIPPED
 from .attach import PLAIN, install, is_attached, runtime_of
 from .checkpoint import from_pretrained, has_fast_weights, load_plain
 from .directory import tokenizer_places
-from .hub_files import require_hub_id
 
 WORDS = 200
 """How many words of a converted tokenizer's vocabulary are looked at."""
@@ -109,14 +108,6 @@ def _plain(model: str | Path, device: str | None, window: int | None) -> PreTrai
         slides.load_state_dict(loaded.state_dict())
         slides.generation_config, loaded = loaded.generation_config, slides
     return loaded.to(place).eval()  # type: ignore[no-any-return]
-
-
-def check_gguf(file: str | Path) -> None:
-    """UserError when there is no such file, or the package that reads it is missing."""
-    if not Path(file).is_file():
-        raise UserError(f"{file}: no such file")
-    if find_spec("gguf") is None:
-        raise UserError("reading a GGUF file needs the package gguf: pip install gguf")
 
 
 def load_tokenizer(model: str | Path, loaded: PreTrainedModel) -> Any:

@@ -211,6 +211,8 @@ def restore_record(stream: Stream, tensors: dict[str, Tensor], values: Any, read
     if values is None:
         _check(not tensors, "pending columns without their header")
         return
+    if not stream.cache.get_seq_length():
+        return  # versions before 0.2.0 wrote what drop_context had left of a context
     base, starts = values["base"], values["starts"]
     ids, n = tensors["ids"], tensors["ids"].shape[1]
     _check(_is_number(base, int) and base + n == stream.cache.get_seq_length(), "the pending columns' place")

@@ -61,6 +61,9 @@ def make_recipe(values: Mapping[str, Any], *, data: bool = True) -> Recipe:
     config = _check_ttt(recipe)
     if recipe.parallel is not None:
         _check_parallel(recipe, recipe.parallel, config)
+    if config is not None:
+        _check_target(recipe, config)
+    _check_shape(recipe.model, config)
     return recipe
 
 
@@ -134,9 +137,6 @@ def _check_model(model: ModelSpec, tokenizer: TokenizerSpec) -> None:
     _check_place("tokenizer.path" if path else "tokenizer", path or base, ("*token*", "vocab*"), "tokenizer")
     if model.settings and base is None:
         raise RecipeError("model.settings: only a base has settings to replace, write them in model.config")
-    _check_rope("model.settings", model.settings)
-    if model.config is not None:
-        _check_config(model.config)
 
 
 def _check_place(name: str, place: str | None, files: Sequence[str], what: str) -> None:
@@ -150,12 +150,29 @@ def _check_place(name: str, place: str | None, files: Sequence[str], what: str) 
         raise RecipeError(f"{name}: there is no {what} in {place}, give a directory that holds one")
 
 
-def _check_rope(where: str, values: Mapping[str, Any]) -> None:
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+def _check_shape(model: ModelSpec, config: InPlaceTTTConfig | None) -> None:
+    """Check what transformers knows. The last check: importing it takes seconds."""
+    _check_rope("model.settings", model.settings)
+    if (shape := model.config) is None:
+        return
+    _check_config(shape)
+    if config is not None and (config.layers_path is None or config.projection_path is None):
+        from inplace_ttt.hf.families import FAMILIES
 
-    known = sorted({"default", *ROPE_INIT_FUNCTIONS})
+        if shape["model_type"] not in FAMILIES:
+            raise RecipeError(
+                f"ttt: {shape['model_type']} is not in the table of families: say where its projections are with "
+                "ttt.layers_path and ttt.projection_path"
+            )
+
+
+def _check_rope(where: str, values: Mapping[str, Any]) -> None:
     for name in ("rope_parameters", "rope_scaling"):
-        kind = values[name].get("rope_type", "default") if isinstance(values.get(name), Mapping) else "default"
+        if not isinstance(values.get(name), Mapping):
+            continue
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        known, kind = sorted({"default", *ROPE_INIT_FUNCTIONS}), values[name].get("rope_type", "default")
         if kind not in known:
             raise RecipeError(f"{where}.{name}.rope_type: {kind!r} is none of {', '.join(known)}")
 
@@ -239,14 +256,6 @@ def _check_ttt(recipe: Recipe) -> InPlaceTTTConfig | None:
     except UserError as error:
         raise RecipeError(f"ttt: {error}") from None
     _check_learning(recipe, config)
-    if shape is not None and (config.layers_path is None or config.projection_path is None):
-        from inplace_ttt.hf.families import FAMILIES
-
-        if shape["model_type"] not in FAMILIES:
-            raise RecipeError(
-                f"ttt: {shape['model_type']} is not in the table of families: say where its projections are with "
-                "ttt.layers_path and ttt.projection_path"
-            )
     if recipe.sequence_length <= config.chunk_size:
         raise RecipeError(
             f"sequence_length: {recipe.sequence_length} tokens never see an update with ttt.chunk_size "
@@ -261,8 +270,8 @@ _ALONE = "teach_alone: the target would learn from nothing: give teach (1.0, say
 _ALIGNED = "align_documents: needs ttt, and a sequence_length that is a multiple of ttt.chunk_size"
 
 
-def _check_learning(recipe: Recipe, config: InPlaceTTTConfig) -> None:
-    """Refuse settings of what the target learns that would do nothing, or that a run could not follow."""
+def _check_target(recipe: Recipe, config: InPlaceTTTConfig) -> None:
+    """Check the target and what needs one that learns. Late, because it imports torch."""
     owns_parameters, starts_at_zero = True, False
     if config.objective in OBJECTIVES:
         from inplace_ttt.core import make_target
@@ -278,6 +287,17 @@ def _check_learning(recipe: Recipe, config: InPlaceTTTConfig) -> None:
     for name, given in (("optimizer.ttt_lr", recipe.optimizer.ttt_lr is not None), ("teach", recipe.teach > 0)):
         if given and not owns_parameters:
             raise RecipeError(f"{name}: objective {config.objective!r} has no parameters that could learn")
+    base = recipe.model.base
+    is_fresh = base is None or (Path(base).is_dir() and not (Path(base) / "inplace_ttt.json").exists())
+    if recipe.ttt_relative_update is not None and starts_at_zero and is_fresh:
+        raise RecipeError(
+            "ttt_relative_update: this target begins with P at zero, and so with updates of size zero: "
+            "set ttt.lr instead, or ttt.update_size"
+        )
+
+
+def _check_learning(recipe: Recipe, config: InPlaceTTTConfig) -> None:
+    """Refuse settings of what the target learns that would do nothing, or that a run could not follow."""
     if recipe.optimizer.ttt_lr is not None and recipe.trainable == "adapter":
         raise RecipeError("optimizer.ttt_lr: with trainable: adapter nothing else is trained, set optimizer.lr instead")
     if recipe.teach_alone and not recipe.teach:
@@ -298,13 +318,6 @@ def _check_learning(recipe: Recipe, config: InPlaceTTTConfig) -> None:
             raise RecipeError(f"{name}: ttt.rule_options.lr fixes the inner learning rate, write ttt.lr instead")
         if given and config.update_size == "auto":
             raise RecipeError(f'{name}: ttt.update_size "auto" finds the same sizes whatever ttt.lr is: give a number')
-    base = recipe.model.base
-    is_fresh = base is None or (Path(base).is_dir() and not (Path(base) / "inplace_ttt.json").exists())
-    if recipe.ttt_relative_update is not None and starts_at_zero and is_fresh:
-        raise RecipeError(
-            "ttt_relative_update: this target begins with P at zero, and so with updates of size zero: "
-            "set ttt.lr instead, or ttt.update_size"
-        )
     if recipe.ttt_relative_update is not None and config.update_size is not None:
         raise RecipeError(
             "ttt_relative_update: ttt.update_size sets the size of an update already, leave one of them out"

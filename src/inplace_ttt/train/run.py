@@ -168,6 +168,11 @@ def _start_from(recipe: Recipe, checkpoints: Path, resume: bool) -> str | None:
         return None
     if last is None and not (output / "recipe.json").exists():
         raise UserError(f"nothing to resume: there is no checkpoint in {checkpoints} (save_every sets how often)")
+    if not (output / "recipe.json").exists():
+        raise UserError(
+            f"cannot resume: {output / 'recipe.json'}, the recipe that the checkpoints were made with, is missing: put "
+            "it back, or choose another output=..."
+        )
     before = json.loads((output / "recipe.json").read_text(encoding="utf-8"))
     now = json.loads(json.dumps(recipe.raw, default=str))
     changed = {name for name in before | now if before.get(name) != now.get(name)} - _FREE_ON_RESUME

@@ -6,9 +6,10 @@ records: ``tables``, ``verdicts`` and ``figures``.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 Record = dict[str, Any]
 """One row of figures, JSON-ready. Every record of a unit has ``document``, the cluster that intervals resample over."""
@@ -34,6 +35,6 @@ class Suite(Protocol):
         """All units, the same ones in every run."""
         ...
 
-    def measure(self, model: nn.Module, unit: Unit) -> list[Record]:
+    def measure(self, model: "nn.Module", unit: Unit) -> list[Record]:
         """The figures of one unit, by the model as it is set at the moment (updates on or off, any settings)."""
         ...

@@ -61,6 +61,14 @@ def load_texts(
     return list(found.values())
 
 
+def check_source(source: Path | str) -> None:
+    """Raise UserError for a source that is not there. Reads nothing."""
+    if str(source).startswith(PREFIX):
+        hub_dataset(str(source), split="test", id="id")
+    elif not Path(source).exists():
+        raise UserError(f"{source}: no such file")
+
+
 def tokenize(tokenizer: Any, text: str) -> np.ndarray:
     """Token ids int32 [n] of a text alone: nothing added, nothing in it special."""
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
