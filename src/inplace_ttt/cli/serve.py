@@ -1,5 +1,6 @@
 """``inplace-ttt serve``."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -40,15 +41,13 @@ def serve(
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda. Default: the GPU, if any.")] = None,
 ) -> None:
     """Serve a model over HTTP as OpenAI does, with sessions that keep learning."""
-    try:
-        from ..serve.run import serve as run
-    except ModuleNotFoundError as error:
-        raise UserError(f"serving needs {error.name}: pip install 'inplace-ttt[serve]'") from None
+    if missing := [p for p in ("fastapi", "prometheus_client", "python_multipart", "uvicorn") if not find_spec(p)]:
+        raise UserError(f"serving needs {missing[0]}: pip install 'inplace-ttt[serve]'")
+    from ..serve.run import serve as run
     from ..serve.settings import Limits
     from .sessions import parse_state
     from .usage import quiet_libraries
 
-    quiet_libraries()
     limits = Limits(
         batch=batch, queue=queue, memory=None if memory is None else int(memory * 2**30), sessions=max_sessions,
         body=int(max_body * 2**20), prompt=max_prompt, new_tokens=max_new_tokens, rate=rate, grace=grace,
@@ -56,7 +55,7 @@ def serve(
     options = {"window": window, "decay": decay}
     run(
         model, host=host, port=port, api_keys=api_keys, state=state_dir, limits=limits,
-        log=lambda text: typer.echo(text), device=device, objective=objective,
+        log=lambda text: typer.echo(text), quiet=quiet_libraries, device=device, objective=objective,
         settings={"layers": layers, "chunk_size": chunk_size, "lr": lr}, served_name=name, adapters=adapter_dir,
         state_form=parse_state(state), probe_every=probe_every,
         **{key: value for key, value in options.items() if value is not None},

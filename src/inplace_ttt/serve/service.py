@@ -1,4 +1,4 @@
-"""What the routes share: the engine, how prompts are rendered, the numbers."""
+"""What the routes share: the engine, how prompts are rendered, the numbers; and how it is made of a model's name."""
 
 import time
 from pathlib import Path
@@ -6,9 +6,15 @@ from typing import Any
 
 from fastapi import Request
 
+from ..errors import UserError
+from ..hf.load import load
+from ..shipped import DEFAULT_MODEL
 from .engine import Engine
+from .files import LocalFiles
 from .metrics import Metrics
 from .prompts import Prompts
+from .settings import Limits
+from .store import Store
 
 
 class Service:
@@ -35,3 +41,27 @@ class Service:
         if token not in self._texts:
             self._texts[token] = self._decode([token], skip_special_tokens=False)
         return self._texts[token]
+
+
+def load_model(name: str | None, device: str | None = None, objective: str | None = None, **settings: Any) -> Any:
+    """Model and tokenizer; a plain model gets fast weights with ``objective``. UserError where that does not fit."""
+    given = {key: value for key, value in settings.items() if value is not None}
+    if objective is None and given:
+        raise UserError(f"{', '.join(given)}: for a plain model only, which needs an objective too")
+    return load(name or DEFAULT_MODEL, device, objective=objective, **given)
+
+
+def make_service(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    state: Path,
+    limits: Limits,
+    adapters: Path | None = None,
+    state_form: str | int = "dense",
+    **options: Any,
+) -> Service:
+    """A service on a loaded model that keeps its sessions below ``state``. ``options``: as for ``Session``."""
+    metrics = Metrics()
+    engine = Engine(model, tokenizer, Store(LocalFiles(state)), limits, metrics, state=state_form, **options)
+    return Service(engine, metrics, tokenizer, name, adapters)
