@@ -27,14 +27,14 @@ LIMITS: dict[str, Any] = {"rate": 100_000, "memory": 1 << 30, "grace": 3}
 
 
 @cache
-def model() -> Any:
+def model(objective: str = "learned") -> Any:
     """The tiny model that most tests serve."""
-    return tiny("llama")
+    return tiny("llama") if objective == "learned" else tiny("llama", objective=objective, update_size=0.1)
 
 
-def session(**changes: Any) -> Session:
+def session(objective: str = "learned", **changes: Any) -> Session:
     """What the library does alone."""
-    return Session(model(), tokenizer(), **(OPTIONS | changes))
+    return Session(model(objective), tokenizer(), **(OPTIONS | changes))
 
 
 class Running:
@@ -42,9 +42,10 @@ class Running:
 
     def __init__(
         self, state: Path, keys: dict[str, str] | None = None, shipped_model: bool = False,
-        limits: dict[str, Any] | None = None, load: Any = None, **changes: Any,
+        limits: dict[str, Any] | None = None, load: Any = None, objective: str = "learned",
+        **changes: Any,
     ) -> None:  # fmt: skip
-        served, options = (shipped(torch.float32), {}) if shipped_model else (model(), OPTIONS)
+        served, options = (shipped(torch.float32), {}) if shipped_model else (model(objective), OPTIONS)
         self.service = make_service(
             served, tokenizer(), "tiny", state, Limits(**(LIMITS | (limits or {}))),
             **(options | changes),

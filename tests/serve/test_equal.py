@@ -16,8 +16,8 @@ def texts(i: int) -> list[str]:
     return [text[: 11 + 3 * i], text[11 + 3 * i :]][: 1 + i % 2]
 
 
-def alone(i: int, rounds: int = 2) -> list[str]:
-    s = session()
+def alone(i: int, rounds: int = 2, **changes) -> list[str]:
+    s = session(**changes)
     for part in texts(i):
         s.read(part)
     return [s.generate(PROMPTS[(i + n) % 5], max_new_tokens=4 + i % 5) for n in range(rounds)]

@@ -28,6 +28,9 @@ def serve(
     window: Annotated[int | None, typer.Option(help="Tokens that attention keeps.", min=1)] = None,
     decay: Annotated[float | None, typer.Option(help="Share forgotten per update.")] = None,
     state: Annotated[str, typer.Option(help="Form of the fast weights: dense, auto or a rank.")] = "dense",
+    learn: Annotated[
+        str | None, typer.Option(help="New sessions learn: all, read, written, none (objective loss), or frozen.")
+    ] = None,
     probe_every: Annotated[int, typer.Option(help="Tokens between two looks at the gain; 0: none.", min=0)] = 4096,
     batch: Annotated[int, typer.Option(help="Sessions that write at the same time.", min=1)] = 32,
     queue: Annotated[int, typer.Option(help="Requests that wait besides; more get 429.", min=0)] = 64,
@@ -52,7 +55,7 @@ def serve(
         batch=batch, queue=queue, memory=None if memory is None else int(memory * 2**30), sessions=max_sessions,
         body=int(max_body * 2**20), prompt=max_prompt, new_tokens=max_new_tokens, rate=rate, grace=grace,
     )  # fmt: skip
-    options = {"window": window, "decay": decay}
+    options = {"window": window, "decay": decay, "learn": learn}
     run(
         model, host=host, port=port, api_keys=api_keys, state=state_dir, limits=limits,
         log=lambda text: typer.echo(text), quiet=quiet_libraries, device=device, objective=objective,

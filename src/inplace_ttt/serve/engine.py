@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..hf.attach import inspect
+from ..hf.attach import inspect, runtime_of
 from ..session import Session, SessionPool
 from .jobs import Job
 from .journal import REMEMBERED, pieces_of
 from .scheduler import Scheduler, StoppedError
-from .settings import BusyError, Limits, NotFoundError, StoppingError, VersionError
+from .settings import LEARN, BusyError, Limits, NotFoundError, StoppingError, VersionError
 from .store import ConflictError, Record, Store
 
 TRIM_EVERY = 5.0
@@ -50,6 +50,8 @@ class Live:
     active: bool = False
     """Whether a request works on it; otherwise it may go to disk."""
     frozen: bool = False
+    learn: str = "all"
+    """What it learns unless a request says otherwise: a name in ``LEARN``."""
     history: list[str] = field(default_factory=list)
     storing: asyncio.Task[None] | None = None
     users: int = 0
@@ -57,7 +59,7 @@ class Live:
 
     def values(self) -> dict[str, Any]:
         """What is stored beside the session's own file."""
-        return {"history": self.history, "frozen": self.frozen}
+        return {"history": self.history, "frozen": self.frozen, "learn": self.learn}
 
     @property
     def loaded(self) -> Session:
@@ -69,6 +71,7 @@ class Live:
 class Engine:
     """Sessions of many owners on one model. ``options``: how sessions read, as for ``Session``.
 
+    ``learn``: what new sessions learn (a name in ``LEARN``), or "frozen"; None: as the model's configuration says.
     Methods that take an owner and an id raise NotFoundError for a session of somebody else just as for none.
     """
 
@@ -79,6 +82,7 @@ class Engine:
         store: Store,
         limits: Limits | None = None,
         watch: Any = None,
+        learn: str | None = None,
         **options: Any,
     ) -> None:
         self.limits, self.store = limits or Limits(), store
@@ -87,6 +91,11 @@ class Engine:
         self.pool = SessionPool(model, tokenizer, batch=self.limits.batch, **options)
         self.blank = self.pool.open("blank")
         self.chunk_size: int = self.blank.stats().settings["chunk_size"]
+        config = runtime_of(model).config
+        self.frozen = learn == "frozen"
+        self._chooses = config.objective == "loss"
+        self.learn = (config.learn if self._chooses else "all") if learn in (None, "frozen") else str(learn)
+        self.learning(self.learn)
         self.scheduler = Scheduler(self.pool, watch)
         self.jobs: set[Job] = set()
         self.stopping = False
@@ -100,6 +109,17 @@ class Engine:
         self._admitting = asyncio.Lock()
         self._shrinking: asyncio.Future[None] | None = None
         self._trimmed = 0.0
+
+    def learning(self, learn: str) -> tuple[bool, bool]:
+        """Return whether what is read and what is written is learned. UserError where this model cannot choose."""
+        if learn not in LEARN:
+            raise UserError(f"learn {learn!r}: one of {', '.join(LEARN)} or frozen")
+        if learn != "all" and not self._chooses:
+            raise UserError(
+                f'learn {learn!r} needs a model with objective "loss": this one learns all that a session reads and '
+                "writes. Freeze the session, or answer on a fork"
+            )
+        return LEARN[learn]
 
     # -- life -----------------------------------------------------------------------------------------------------
 
@@ -303,7 +323,7 @@ class Engine:
 
     async def _load(self, live: Live, record: Record) -> None:
         live.version = live.stored = live.unsaved = 0
-        live.history, live.frozen = [], False
+        live.history, live.frozen, live.learn = [], False, self.learn
         await self._restore(live, record.state)
         live.tokens = (await self.piece(live.loaded.stats)).tokens
         for entry in record.entries:
@@ -325,6 +345,7 @@ class Engine:
                 raise VersionError(f"session {live.id} does not fit this server: {reason}") from None
         live.version = live.stored = state.version
         live.history, live.frozen = list(state.values["history"]), bool(state.values["frozen"])
+        live.learn = state.values.get("learn", self.learn)
 
     def _from_file(self, path: Any) -> Session:
         session = self.pool.load("loading", path)

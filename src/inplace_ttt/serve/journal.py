@@ -21,12 +21,16 @@ IDS = 512
 
 @dataclass
 class Prompt:
-    """What is read before an answer: a text, or ids (``exact``: without BOS), and digests of new messages."""
+    """What is read before an answer: a text, or ids (``exact``: without BOS), and digests of new messages.
+
+    What is not to be learned is ids.
+    """
 
     text: str | None = None
     ids: list[int] | None = None
     exact: bool = False
     messages: list[str] = field(default_factory=list)
+    learn: bool = True
 
     def entry(self) -> dict[str, Any]:
         """As a journal entry."""
@@ -41,18 +45,17 @@ def pieces_of(entry: dict[str, Any], session: Session, piece: int) -> Iterator[C
     elif op == "wrote":
         ids = entry["ids"]
         for at in range(0, max(len(ids), 1), IDS):
-            yield lambda at=at: replay(session, ids[at : at + IDS])  # type: ignore[misc]
+            yield lambda at=at: replay(session, ids[at : at + IDS], entry.get("learn"))  # type: ignore[misc]
     elif entry.get("text") is not None:
         text = entry["text"]
         for at in range(0, len(text), piece):
             yield lambda at=at: session.read(text[at : at + piece])  # type: ignore[misc]
     elif entry.get("ids") is not None:
-        ids, exact = entry["ids"], entry.get("exact")
+        ids, learn = entry["ids"], entry.get("learn", True)
         for at in range(0, len(ids), IDS):
-            part = ids[at : at + IDS]
-            exactly = exact or at > 0
-            yield lambda part=part, exactly=exactly: (  # type: ignore[misc]
-                read_exactly(session, part) if exactly else session.read(part)
+            begins = at == 0 and not entry.get("exact")
+            yield lambda part=ids[at : at + IDS], begins=begins: (  # type: ignore[misc]
+                read_exactly(session, part, learn, begins)
             )
 
 

@@ -12,7 +12,7 @@ from ..session.pool import Writer
 from . import work
 from .journal import message_digest
 from .scheduler import Finish
-from .schemas import ID, Chat, Completion, OpenAI
+from .schemas import ID, Chat, Completion, Learn, OpenAI
 from .service import Service
 from .settings import NotFoundError, ServeError
 from .sse import outcome, streamed
@@ -20,6 +20,7 @@ from .sse import outcome, streamed
 router = APIRouter()
 SessionId = Annotated[str | None, Header(pattern=ID, description="The session that reads, answers and learns.")]
 Version = Annotated[int | None, Header(description="Compare and set: the session must be at this version.")]
+Learning = Annotated[Learn | None, Header(description="What of this request is learned; left out: as the session.")]
 
 
 @router.get("/v1/models")
@@ -38,7 +39,13 @@ async def model(name: str, request: Request) -> dict[str, Any]:
 
 
 @router.post("/v1/chat/completions")
-async def chat(body: Chat, request: Request, x_session_id: SessionId = None, x_session_version: Version = None) -> Any:
+async def chat(
+    body: Chat,
+    request: Request,
+    x_session_id: SessionId = None,
+    x_session_version: Version = None,
+    x_session_learn: Learning = None,
+) -> Any:
     """Answers a conversation. A session reads the messages that it has not read yet."""
     service = Service.of(request)
     messages = [message.plain() for message in body.messages]
@@ -50,24 +57,28 @@ async def chat(body: Chat, request: Request, x_session_id: SessionId = None, x_s
     reply = _Reply(service, body, "chat", top, x_session_id)
     return await _answer(
         service, request, reply, [service.prompts.chat(messages)], service.engine.limits.new_tokens,
-        x_session_version, lambda text: message_digest("assistant", text),
+        x_session_version, x_session_learn, lambda text: message_digest("assistant", text),
     )  # fmt: skip
 
 
 @router.post("/v1/completions")
 async def completions(
-    body: Completion, request: Request, x_session_id: SessionId = None, x_session_version: Version = None
+    body: Completion,
+    request: Request,
+    x_session_id: SessionId = None,
+    x_session_version: Version = None,
+    x_session_learn: Learning = None,
 ) -> Any:
     """Continues texts, or one session."""
     service = Service.of(request)
     renders = [service.prompts.plain(prompt, service.vocabulary) for prompt in body.prompts()]
     reply = _Reply(service, body, "text", body.logprobs, x_session_id)
-    return await _answer(service, request, reply, renders, 16, x_session_version, None)
+    return await _answer(service, request, reply, renders, 16, x_session_version, x_session_learn, None)
 
 
 async def _answer(
     service: Service, request: Request, reply: "_Reply", renders: list[Any], default: int, version: int | None,
-    remember: Any,
+    learn: str | None, remember: Any,
 ) -> Any:  # fmt: skip
     body, limits = reply.body, service.engine.limits
     _check_model(service, body.model)
@@ -82,7 +93,7 @@ async def _answer(
     async def answer(job: Any) -> Any:
         return await work.answer(
             service.engine, job, owner, reply.session, renders, options,
-            choices=choices, version=version, look=look, remember=remember,
+            choices=choices, version=version, look=look, remember=remember, learn=learn,
         )  # fmt: skip
 
     job = service.engine.begin(answer)

@@ -7,6 +7,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What a session may be called."""
+Learn = Literal["all", "read", "written", "none"]
+"""The names in ``settings.LEARN``."""
 
 
 class Body(BaseModel):
@@ -134,7 +136,8 @@ class NewSession(Body):
     """``POST /v1/sessions``."""
 
     id: Annotated[str, Field(pattern=ID)] | None = None
-    frozen: bool = False
+    frozen: bool | None = None
+    learn: Learn | None = None
 
 
 class AtVersion(Body):
@@ -166,6 +169,7 @@ class Read(AtVersion):
 
     text: str
     stream: bool = False
+    learn: Literal["all", "read", "none"] | None = None
 
 
 class Score(Body):

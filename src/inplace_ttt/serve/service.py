@@ -61,7 +61,7 @@ def make_service(
     state_form: str | int = "dense",
     **options: Any,
 ) -> Service:
-    """A service on a loaded model that keeps its sessions below ``state``. ``options``: as for ``Session``."""
+    """A service on a loaded model that keeps its sessions below ``state``. ``options``: as for ``Engine``."""
     metrics = Metrics()
     engine = Engine(model, tokenizer, Store(LocalFiles(state)), limits, metrics, state=state_form, **options)
     return Service(engine, metrics, tokenizer, name, adapters)

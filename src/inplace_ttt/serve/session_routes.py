@@ -36,9 +36,10 @@ async def create(request: Request) -> dict[str, Any]:
             if file is not None:
                 path = Path(place) / "session"
                 path.write_bytes(await file.read())
-            job = engine.begin(lambda job: work.create(engine, owner, id, body.frozen, path))
+            frozen = engine.frozen if body.frozen is None else body.frozen
+            job = engine.begin(lambda job: work.create(engine, owner, id, frozen, body.learn, path))
             version = await outcome(job, request)
-    return {"id": id, "object": "session", "version": version, "frozen": body.frozen}
+    return {"id": id, "object": "session", "version": version, "frozen": frozen, "learn": body.learn or engine.learn}
 
 
 @router.get("")
@@ -75,7 +76,7 @@ async def read(id: Id, request: Request) -> Any:
     body = _body(Read, values)
 
     async def reading(job: Any) -> Any:
-        found = await work.read(engine, job, owner, id, body.text, body.if_version)
+        found = await work.read(engine, job, owner, id, body.text, body.if_version, body.learn)
         service.metrics.read.inc(found["tokens"])
         return found
 

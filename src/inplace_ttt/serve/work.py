@@ -10,7 +10,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,18 @@ class Answered:
 # -- a session's life --------------------------------------------------------------------------------------------------
 
 
-async def create(engine: Engine, owner: str, id: str, frozen: bool = False, file: Path | None = None) -> int:
+async def create(
+    engine: Engine, owner: str, id: str, frozen: bool = False, learn: str | None = None, file: Path | None = None
+) -> int:
     """Makes a session, empty or with what a session file holds; its version. UserError for a file that does not fit."""
+    learn = learn or engine.learn
+    engine.learning(learn)
     await _check_count(engine, owner)
     session = None
     if file is not None:
         async with engine.room(1):
             session = await engine.piece(_checked, engine, file)
-    return await _new(engine, owner, id, session, {"history": [], "frozen": frozen})
+    return await _new(engine, owner, id, session, {"history": [], "frozen": frozen, "learn": learn})
 
 
 async def fork(engine: Engine, owner: str, id: str, new: str, version: int | None = None) -> int:
@@ -86,6 +90,7 @@ async def describe(engine: Engine, owner: str, id: str, diagnostics: bool = True
             "object": "session",
             "version": live.version,
             "frozen": live.frozen,
+            "learn": live.learn,
             "saved": record.saved if record else [],
             "stats": found.to_dict(),
             "diagnostics": [layer.__dict__ for layer in layers],
@@ -152,17 +157,29 @@ async def download(engine: Engine, owner: str, id: str) -> bytes:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-async def read(engine: Engine, job: Job, owner: str, id: str, text: str, version: int | None = None) -> dict[str, Any]:
-    """Reads a text into a session, piece by piece; stopped, it ends after the present one."""
+async def read(
+    engine: Engine, job: Job, owner: str, id: str, text: str, version: int | None = None, learn: str | None = None
+) -> dict[str, Any]:
+    """Reads a text into a session, piece by piece; stopped, it ends after the present one.
+
+    A text that is not to be learned is tokenised on its own.
+    """
     async with engine.use(owner, id, version) as live:
         _check_thawed(live)
         began, before, done = time.perf_counter(), live.tokens, 0
-        for at in range(0, len(text), engine.limits.piece):
+        is_learned, _ = engine.learning(learn or live.learn)
+        source: Any = text
+        if not is_learned:
+            source = await engine.with_tokenizer(lambda tokenizer: _plain_ids(tokenizer, text))
+        size = engine.limits.piece if is_learned else IDS
+        for at in range(0, len(source), size):
             if job.stopped:
                 break
-            await engine.do(live, {"op": "read", "text": text[at : at + engine.limits.piece]})
+            part = source[at : at + size]
+            what = {"text": part} if is_learned else {"ids": part, "exact": at > 0, "learn": False}
+            await engine.do(live, {"op": "read", **what})
             await engine.keep_up(live)
-            done = min(at + engine.limits.piece, len(text))
+            done = len(text) * min(at + size, len(source)) // len(source)
             progress: dict[str, Any] = {"characters": done, "of": len(text), "tokens": live.tokens - before}
             progress |= {"seconds": time.perf_counter() - began, "version": live.version, "bytes": live.held}
             if samples := live.loaded.timeline.samples:
@@ -217,31 +234,35 @@ async def answer(
     look: Any = None,
     remember: Callable[[str], str] | None = None,
     context: bool = True,
+    learn: str | None = None,
 ) -> list[Answered]:
     """Answers prompts, each ``choices`` times, and tells (index, piece of text, ids, looked) and (index, Finish).
 
     With ``id`` the session reads and learns what it reads and writes, unless it is frozen or ``context`` is False
     (from its fast weights alone): then copies answer, as new sessions do without ``id``. ``remember`` makes the digest
-    of the answer that the session knows from then on. A job that is stopped ends its answers, with what they have.
+    of the answer that the session knows from then on. ``learn``: a name in ``LEARN``; None: as the session. A
+    job that is stopped ends its answers, with what they have.
     """
     check_options(options)
     count = len(renders) * choices
     if id is None:
+        reads, options["learn"] = engine.learning(learn or engine.learn)
         async with engine.room(count):
             starts = [await engine.piece(engine.blank.fork) for _ in renders]
-            pairs = [(s, await _rendered(engine, r, s, None)) for s, r in zip(starts, renders, strict=True)]
+            pairs = [(s, await _rendered(engine, r, s, None, reads)) for s, r in zip(starts, renders, strict=True)]
             return await _answers(engine, job, pairs, options, choices, look)
     async with engine.use(owner, id, version, copies=count) as live:
+        reads, options["learn"] = engine.learning(learn or live.learn)
         if context and not live.frozen:
             if count > 1:
                 raise ServeError("a session that learns gives one answer at a time: n and the number of prompts are 1")
-            return [await _learning(engine, job, live, renders[0], options, look, remember)]
+            return [await _learning(engine, job, live, renders[0], options, look, remember, reads)]
         copy: Session = await engine.piece(live.loaded.fork)
         if not context:
             await engine.piece(copy.drop_context)
         starts = [copy, *[await engine.piece(copy.fork) for _ in renders[1:]]]
         known = live if context else None
-        pairs = [(s, await _rendered(engine, r, s, known)) for s, r in zip(starts, renders, strict=True)]
+        pairs = [(s, await _rendered(engine, r, s, known, reads)) for s, r in zip(starts, renders, strict=True)]
         found = await _answers(engine, job, pairs, options, choices, look)
         for each in found:
             each.version = live.version
@@ -249,10 +270,10 @@ async def answer(
 
 
 async def _learning(
-    engine: Engine, job: Job, live: Live, render: Render, options: dict[str, Any], look: Any, remember: Any
+    engine: Engine, job: Job, live: Live, render: Render, options: dict[str, Any], look: Any, remember: Any, reads: bool
 ) -> Answered:
     session, before = live.loaded, live.tokens
-    prompt = await _rendered(engine, render, session, live)
+    prompt = await _rendered(engine, render, session, live, reads)
     if prompt.text or prompt.ids:
         await engine.do(live, prompt.entry())
     await engine.keep_up(live)
@@ -263,7 +284,7 @@ async def _learning(
         nonlocal noted
         ids, noted = found.ids[noted:], len(found.ids)
         try:
-            await engine.note(live, {"op": "wrote", "ids": ids, **values})
+            await engine.note(live, {"op": "wrote", "ids": ids, "learn": options["learn"], **values})
         except (ServeError, OSError) as error:
             await engine.forget(live)  # it holds what the journal does not
             job.stop()
@@ -364,7 +385,7 @@ def _plain_ids(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-async def _rendered(engine: Engine, render: Render, session: Session, live: Live | None) -> Prompt:
+async def _rendered(engine: Engine, render: Render, session: Session, live: Live | None, learn: bool) -> Prompt:
     """What is read before an answer; ServeError when that is too long."""
     prompt: Prompt = await engine.with_tokenizer(lambda tokenizer: render(session, live))
     ids = prompt.ids
@@ -376,7 +397,7 @@ async def _rendered(engine: Engine, render: Render, session: Session, live: Live
             "session",
             code="context_length_exceeded",
         )
-    return prompt
+    return prompt if learn else replace(prompt, text=None, ids=ids, learn=False)
 
 
 async def _check_count(engine: Engine, owner: str) -> None:
