@@ -41,7 +41,7 @@ class Running:
     """A running server. ``keys``: owner by key."""
 
     def __init__(
-        self, state: Path, keys: dict[str, str] | None = None, shipped_model: bool = False,
+        self, state: Path | str, keys: dict[str, str] | None = None, shipped_model: bool = False,
         limits: dict[str, Any] | None = None, load: Any = None, objective: str = "learned",
         **changes: Any,
     ) -> None:  # fmt: skip

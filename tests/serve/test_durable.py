@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from typer.testing import CliRunner
 
 import inplace_ttt as ittt
 from inplace_ttt.cli import app
-from inplace_ttt.serve.files import ExistsError, LocalFiles
+from inplace_ttt.serve.files import ExistsError, LocalFiles, open_files
 from inplace_ttt.serve.store import KEPT_STATES, ConflictError, Store
 
 
@@ -203,8 +204,27 @@ def test_export_as_lora(start, tmp_path):
     PeftModel.from_pretrained(base, found["path"])
 
 
-def test_journal_and_states_on_disk(tmp_path):
-    store = Store(LocalFiles(tmp_path))
+@pytest.fixture(params=["directory", "memory", "precondition"])
+def files(request, tmp_path, monkeypatch):
+    """A directory, an object store, and one that says "precondition failed" as S3 does."""
+    if request.param == "directory":
+        return open_files(tmp_path)
+    found = open_files(f"memory://{tmp_path.name}")
+    if request.param == "precondition":
+        own = found.system.pipe_file
+
+        def pipe(path, value, mode="overwrite"):
+            try:
+                own(path, value, mode)
+            except FileExistsError:
+                raise OSError(22, "Precondition failed") from None
+
+        monkeypatch.setattr(found.system, "pipe_file", pipe)
+    return found
+
+
+def test_journal_and_states(files, tmp_path):
+    store = Store(files)
     key = store.create("ada", "../../etc/passwd", {})
     assert re.fullmatch(r"[0-9a-f]{40}/[0-9a-f]{40}", key)
     with pytest.raises(ConflictError):
@@ -217,8 +237,9 @@ def test_journal_and_states_on_disk(tmp_path):
         store.append(key, 82, {})
     record = store.record(key)
     assert (record.version, record.state, [e["n"] for e in record.entries]) == (80, None, list(range(1, 81)))
-    (tmp_path / key / ".killed.part").write_bytes(b"half")
-    (tmp_path / key / "state-000000000081-abc.session").write_bytes(b"killed before it was named")
+    if isinstance(files, LocalFiles):
+        (tmp_path / key / ".killed.part").write_bytes(b"half")
+    files.put(f"{key}/state-000000000081-abc.session", lambda path: path.write_bytes(b"killed before it was named"))
     assert store.record(key).version == 80
     store.add_state(key, 80, lambda path: path.write_bytes(b"state 80"), {"history": []})
     store.append(key, 81, {"n": 81})
@@ -234,6 +255,47 @@ def test_journal_and_states_on_disk(tmp_path):
     store.delete(key)
     assert store.record(key) is None
     assert store.version(key) is None
+
+
+def test_where_sessions_can_be_kept(tmp_path):
+    for place in (tmp_path, str(tmp_path), f"file://{tmp_path}", f"local://{tmp_path}"):
+        assert open_files(place).root == tmp_path
+    with pytest.raises(ittt.UserError, match="sftp:// cannot create a file only if there is none"):
+        open_files("sftp://host/sessions")
+    if find_spec("s3fs") is None:
+        with pytest.raises(ittt.UserError, match="s3fs"):
+            open_files("s3://bucket/sessions")
+
+
+def test_of_two_who_create_one_succeeds(files):
+    def create(n: int) -> bool:
+        try:
+            files.create("folder/blob", b"%d" % n)
+        except ExistsError:
+            return False
+        return True
+
+    made = [create(n) for n in range(8)]
+    assert made == [True, *[False] * 7]
+    assert files.read("folder/blob") == b"0"
+
+
+def test_sessions_in_an_object_store(start, tmp_path):
+    """Two servers on one, restarts, states and the journal."""
+    want, place = session(), f"memory://{tmp_path.name}"
+    first, second = start(place), start(place)
+    first.http().post("/v1/sessions", json={"id": "s"})
+    for server, text in ((first, TEXT[:50]), (second, TEXT[50:90]), (first, TEXT[90:130])):
+        assert server.http().post("/v1/sessions/s/read", json={"text": text}).status_code == 200
+        want.read(text)
+    assert write(second, "s") == want.generate("It was", max_new_tokens=5)
+    second.http().post("/v1/sessions/s/save")
+    first.stop()
+    second.stop()
+    third = start(place)
+    assert write(third, "s") == want.generate("It was", max_new_tokens=5)
+    third.http().delete("/v1/sessions/s")
+    assert third.http().get("/v1/sessions").json()["data"] == []
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

@@ -22,7 +22,9 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8000,
     api_keys: Annotated[Path | None, typer.Option(help="File with owner:key, one a line.")] = None,
-    state_dir: Annotated[Path | None, typer.Option(help="Where sessions are kept. Left out: until the end.")] = None,
+    state_dir: Annotated[
+        str | None, typer.Option(help="Where sessions are kept: directory or s3://. Left out: until the end.")
+    ] = None,
     adapter_dir: Annotated[Path | None, typer.Option(help="Where exported LoRA adapters go.")] = None,
     name: Annotated[str | None, typer.Option(help="Name under which clients ask for the model.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens that attention keeps.", min=1)] = None,

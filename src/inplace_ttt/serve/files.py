@@ -1,4 +1,8 @@
-"""Where the state of sessions is kept: named blobs in one folder, on a local disk or NFS."""
+"""Where the state of sessions is kept: named blobs in one folder, on a disk, NFS or an object store.
+
+A blob that is there is never overwritten. Of several who create one, one succeeds: only file systems that can promise
+this are taken.
+"""
 
 import os
 import shutil
@@ -7,6 +11,31 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+EXCLUSIVE = ("abfs", "abfss", "az", "gcs", "gs", "memory", "s3", "s3a")
+"""fsspec's protocols that create a blob only where there is none (``pipe_file(mode="create")``), as one operation."""
+
+
+def open_files(place: str | Path) -> "LocalFiles | RemoteFiles":
+    """Blobs below a directory or URL. UserError for a file system that cannot compare and set, or is not installed."""
+    protocol, found, rest = str(place).partition("://")
+    if not found or protocol in ("file", "local"):
+        return LocalFiles(Path(rest if found else place))
+    if protocol not in EXCLUSIVE:
+        raise UserError(
+            f"{place}: two servers could overwrite each other's sessions there, because {protocol}:// cannot create a "
+            f"file only if there is none. Take a directory (NFS too) or {', '.join(f'{p}://' for p in EXCLUSIVE)}"
+        )
+    import fsspec
+
+    try:
+        system, root = fsspec.core.url_to_fs(str(place), use_listings_cache=False)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{place}: {error}") from None
+    return RemoteFiles(system, root)
 
 
 class ExistsError(Exception):
@@ -72,6 +101,63 @@ class LocalFiles:
     def local(self, name: str) -> Iterator[Path]:
         """A large blob as a local file, for as long as the context lasts."""
         yield self.root / name
+
+
+class RemoteFiles:
+    """As ``LocalFiles``, on a file system of fsspec."""
+
+    def __init__(self, system: Any, root: str) -> None:
+        self.system, self.root = system, root.rstrip("/")
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def create(self, name: str, data: bytes) -> None:
+        """As ``LocalFiles.create``."""
+        path = self._path(name)
+        try:
+            self.system.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            raise ExistsError(name) from None
+        except OSError:  # S3's "precondition failed" has no error of its own
+            if self.system.exists(path):
+                raise ExistsError(name) from None
+            raise
+
+    def read(self, name: str) -> bytes:
+        """As ``LocalFiles.read``."""
+        found: bytes = self.system.cat_file(self._path(name))
+        return found
+
+    def names(self, folder: str) -> list[str]:
+        """As ``LocalFiles.names``."""
+        path = self._path(folder)
+        self.system.invalidate_cache(path)
+        try:
+            return [found.rstrip("/").rpartition("/")[2] for found in self.system.ls(path, detail=False)]
+        except FileNotFoundError:
+            return []
+
+    def remove(self, name: str) -> None:
+        """As ``LocalFiles.remove``."""
+        with suppress(FileNotFoundError):
+            self.system.rm(self._path(name), recursive=True)
+
+    def sweep(self, folder: str) -> None:
+        """Nothing to do: blobs appear as a whole."""
+
+    def put(self, name: str, write: Callable[[Path], None]) -> None:
+        """As ``LocalFiles.put``."""
+        with tempfile.TemporaryDirectory() as place:
+            write(Path(place) / "blob")
+            self.system.put_file(str(Path(place) / "blob"), self._path(name))
+
+    @contextmanager
+    def local(self, name: str) -> Iterator[Path]:
+        """As ``LocalFiles.local``; a copy."""
+        with tempfile.TemporaryDirectory() as place:
+            self.system.get_file(self._path(name), str(Path(place) / "blob"))
+            yield Path(place) / "blob"
 
 
 def _sync(folder: Path) -> None:

@@ -52,7 +52,7 @@ def serve(
     host: str,
     port: int,
     api_keys: Path | None,
-    state: Path | None,
+    state: str | Path | None,
     limits: Limits,
     log: Callable[[str], None],
     quiet: Callable[[], None] = lambda: None,

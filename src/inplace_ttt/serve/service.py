@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..hf.load import load
 from ..shipped import DEFAULT_MODEL
 from .engine import Engine
-from .files import LocalFiles
+from .files import open_files
 from .metrics import Metrics
 from .prompts import Prompts
 from .settings import Limits
@@ -55,7 +55,7 @@ def make_service(
     model: Any,
     tokenizer: Any,
     name: str,
-    state: Path,
+    state: str | Path,
     limits: Limits,
     adapters: Path | None = None,
     state_form: str | int = "dense",
@@ -63,5 +63,5 @@ def make_service(
 ) -> Service:
     """A service on a loaded model that keeps its sessions below ``state``. ``options``: as for ``Engine``."""
     metrics = Metrics()
-    engine = Engine(model, tokenizer, Store(LocalFiles(state)), limits, metrics, state=state_form, **options)
+    engine = Engine(model, tokenizer, Store(open_files(state)), limits, metrics, state=state_form, **options)
     return Service(engine, metrics, tokenizer, name, adapters)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .files import ExistsError, LocalFiles
+from .files import ExistsError, LocalFiles, RemoteFiles
 
 KEPT_ENTRIES = 64
 """Entries that stay when a newer state covers them: one who is that far behind still notices that he is."""
@@ -55,7 +55,7 @@ def digest(text: str) -> str:
 class Store:
     """Sessions of owners. Keys are "OWNER/SESSION", both hashed."""
 
-    def __init__(self, files: LocalFiles) -> None:
+    def __init__(self, files: LocalFiles | RemoteFiles) -> None:
         self.files = files
 
     @staticmethod
