@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi import Path as InPath
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 
 from . import work
@@ -191,6 +192,9 @@ async def _form(request: Request) -> AsyncIterator[tuple[dict[str, Any], UploadF
     """A body in JSON, or a form with an optional ``file``."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
+        boundary = parse_options_header(request.headers["content-type"])[1].get(b"boundary", b"")
+        if b"--%s--" % boundary not in await request.body():  # the parser takes what there is
+            raise ServeError("the form ends too early: its closing boundary is missing")
         async with request.form(max_files=1, max_fields=8) as form:
             values: dict[str, Any] = {name: value for name, value in form.items() if isinstance(value, str)}
             file = form.get("file")
