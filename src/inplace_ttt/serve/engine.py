@@ -191,7 +191,8 @@ class Engine:
 
         Raises VersionError unless it is at ``version`` (None: any), BusyError when there is no room.
         """
-        live = self._live_of(owner, id)
+        key = self.store.key(owner, id)
+        live = self._live.setdefault(key, Live(key, id))
         if live.users > self.limits.queue:
             raise BusyError(f"too many requests wait for session {id} already", 2)
         live.users += 1
@@ -248,7 +249,7 @@ class Engine:
         try:
             await asyncio.to_thread(self.store.append, live.key, live.version + 1, entry)
         except ConflictError:
-            await self.forget(live)
+            self.forget(live)
             raise VersionError(f"session {live.id} was changed by somebody else meanwhile: look at it again") from None
         live.version += 1
 
@@ -289,21 +290,17 @@ class Engine:
         await self._add_state(live, twin, live.version, live.values())
         live.unsaved = 0
 
-    async def forget(self, live: Live) -> None:
+    def forget(self, live: Live) -> None:
         """Forgets what is in memory; what is on disk counts."""
         live.session, live.held, live.tokens = None, 0, 0
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    def _live_of(self, owner: str, id: str) -> Live:
-        key = self.store.key(owner, id)
-        return self._live.setdefault(key, Live(key, id))
-
     async def _newest(self, live: Live) -> int:
         """A session's version on disk. NotFoundError when there is no such session."""
         newest = await asyncio.to_thread(self.store.version, live.key)
         if newest is None or await asyncio.to_thread(self.store.about, live.key) is None:
-            await self.forget(live)
+            self.forget(live)
             raise NotFoundError(GONE.format(live.id))
         return newest
 
@@ -311,14 +308,14 @@ class Engine:
         """Loads the session unless it is in memory at its newest version."""
         if live.session is not None and live.version == newest:
             return
-        await self.forget(live)
+        self.forget(live)
         try:
             record = await asyncio.to_thread(self.store.record, live.key)
             if record is None:
                 raise NotFoundError(GONE.format(live.id))
             await self._load(live, record)
         except BaseException:
-            await self.forget(live)
+            self.forget(live)
             raise
 
     async def _load(self, live: Live, record: Record) -> None:
@@ -423,7 +420,7 @@ class Engine:
                     return
                 live = min(idle, key=lambda live: live.used)
                 await self.store_now(live)
-                await self.forget(live)
+                self.forget(live)
                 self._forget_if_empty(live)
                 if time.monotonic() - self._trimmed > TRIM_EVERY:
                     self._trimmed = time.monotonic()

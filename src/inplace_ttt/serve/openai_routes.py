@@ -12,15 +12,14 @@ from ..session.pool import Writer
 from . import work
 from .journal import message_digest
 from .scheduler import Finish
-from .schemas import ID, Chat, Completion, Learn, OpenAI
+from .schemas import Chat, Completion, OpenAI, SessionHeaders
 from .service import Service
 from .settings import NotFoundError, ServeError
 from .sse import outcome, streamed
 
 router = APIRouter()
-SessionId = Annotated[str | None, Header(pattern=ID, description="The session that reads, answers and learns.")]
-Version = Annotated[int | None, Header(description="Compare and set: the session must be at this version.")]
-Learning = Annotated[Learn | None, Header(description="What of this request is learned; left out: as the session.")]
+
+Of = Annotated[SessionHeaders, Header()]
 
 
 @router.get("/v1/models")
@@ -39,13 +38,7 @@ async def model(name: str, request: Request) -> dict[str, Any]:
 
 
 @router.post("/v1/chat/completions")
-async def chat(
-    body: Chat,
-    request: Request,
-    x_session_id: SessionId = None,
-    x_session_version: Version = None,
-    x_session_learn: Learning = None,
-) -> Any:
+async def chat(body: Chat, request: Request, session: Of) -> Any:
     """Answers a conversation. A session reads the messages that it has not read yet."""
     service = Service.of(request)
     messages = [message.plain() for message in body.messages]
@@ -54,49 +47,38 @@ async def chat(
     top = (body.top_logprobs or 0) if body.logprobs else None
     if body.top_logprobs and not body.logprobs:
         raise ServeError("top_logprobs needs logprobs: true")
-    reply = _Reply(service, body, "chat", top, x_session_id)
-    return await _answer(
-        service, request, reply, [service.prompts.chat(messages)], service.engine.limits.new_tokens,
-        x_session_version, x_session_learn, lambda text: message_digest("assistant", text),
-    )  # fmt: skip
+    reply = _Reply(service, body, "chat", top, session.x_session_id)
+    default, remember = service.engine.limits.new_tokens, lambda text: message_digest("assistant", text)
+    return await _answer(request, reply, [service.prompts.chat(messages)], default, session, remember)
 
 
 @router.post("/v1/completions")
-async def completions(
-    body: Completion,
-    request: Request,
-    x_session_id: SessionId = None,
-    x_session_version: Version = None,
-    x_session_learn: Learning = None,
-) -> Any:
+async def completions(body: Completion, request: Request, session: Of) -> Any:
     """Continues texts, or one session."""
     service = Service.of(request)
     renders = [service.prompts.plain(prompt, service.vocabulary) for prompt in body.prompts()]
-    reply = _Reply(service, body, "text", body.logprobs, x_session_id)
-    return await _answer(service, request, reply, renders, 16, x_session_version, x_session_learn, None)
+    reply = _Reply(service, body, "text", body.logprobs, session.x_session_id)
+    return await _answer(request, reply, renders, 16, session)
 
 
 async def _answer(
-    service: Service, request: Request, reply: "_Reply", renders: list[Any], default: int, version: int | None,
-    learn: str | None, remember: Any,
-) -> Any:  # fmt: skip
-    body, limits = reply.body, service.engine.limits
+    request: Request, reply: "_Reply", renders: list[Any], default: int, session: SessionHeaders, remember: Any = None
+) -> Any:
+    service, body = reply.service, reply.body
+    limits = service.engine.limits
     _check_model(service, body.model)
     choices = body.n or 1
     if choices * len(renders) > limits.choices:
         raise ServeError(f"{choices * len(renders)} answers wanted, this server gives at most {limits.choices} at once")
     options = body.options(limits.new_tokens, default)
     work.check_options(options)
-    owner = request.scope["owner"]
-    look = None if reply.top is None else _look(reply.top)
-
-    async def answer(job: Any) -> Any:
-        return await work.answer(
-            service.engine, job, owner, reply.session, renders, options,
-            choices=choices, version=version, look=look, remember=remember, learn=learn,
-        )  # fmt: skip
-
-    job = service.engine.begin(answer)
+    job = service.engine.begin(
+        lambda job: work.answer(
+            service.engine, job, request.scope["owner"], reply.session, renders, options, choices=choices,
+            version=session.x_session_version, learn=session.x_session_learn, remember=remember,
+            look=None if reply.top is None else _look(reply.top),
+        )
+    )  # fmt: skip
     if body.stream:
         return await streamed(job, request, reply.chunks, reply.last)
     answers = await outcome(job, request)

@@ -132,6 +132,14 @@ class Completion(OpenAI):
         return prompt if several else [prompt]
 
 
+class SessionHeaders(BaseModel):
+    """Headers of OpenAI's routes: a session, the version it must be at, and what it learns of this request."""
+
+    x_session_id: Annotated[str, Field(pattern=ID)] | None = None
+    x_session_version: int | None = None
+    x_session_learn: Learn | None = None
+
+
 class NewSession(Body):
     """``POST /v1/sessions``."""
 

@@ -28,7 +28,7 @@ Id = Annotated[str, InPath(pattern=ID)]
 @router.post("", status_code=201)
 async def create(request: Request) -> dict[str, Any]:
     """Makes a session; with a ``file`` (a form), from a session file."""
-    engine, owner = Service.of(request).engine, request.scope["owner"]
+    engine = Service.of(request).engine
     async with _form(request) as (values, file):
         body = _body(NewSession, values)
         id = body.id or new_id()
@@ -38,9 +38,8 @@ async def create(request: Request) -> dict[str, Any]:
                 path = Path(place) / "session"
                 path.write_bytes(await file.read())
             frozen = engine.frozen if body.frozen is None else body.frozen
-            job = engine.begin(lambda job: work.create(engine, owner, id, frozen, body.learn, path))
-            version = await outcome(job, request)
-    return {"id": id, "object": "session", "version": version, "frozen": frozen, "learn": body.learn or engine.learn}
+            made = await _versioned(request, id, work.create, frozen, body.learn, path)
+    return {**made, "frozen": frozen, "learn": body.learn or engine.learn}
 
 
 @router.get("")
@@ -52,17 +51,13 @@ async def index(request: Request) -> dict[str, Any]:
 @router.get("/{id}")
 async def describe(id: Id, request: Request, diagnostics: bool = True) -> Any:
     """Where a session stands: statistics, diagnostics, versions to go back to."""
-    engine, owner = Service.of(request).engine, request.scope["owner"]
-    return JSONResponse(
-        _finite(await outcome(engine.begin(lambda _: work.describe(engine, owner, id, diagnostics)), request))
-    )
+    return JSONResponse(_finite(await _done(request, work.describe, id, diagnostics)))
 
 
 @router.delete("/{id}")
 async def delete(id: Id, request: Request) -> dict[str, Any]:
     """Removes a session and all its versions."""
-    engine, owner = Service.of(request).engine, request.scope["owner"]
-    await outcome(engine.begin(lambda _: work.delete(engine, owner, id)), request)
+    await _done(request, work.delete, id)
     return {"id": id, "object": "session", "deleted": True}
 
 
@@ -120,47 +115,41 @@ async def ask(id: Id, body: Ask, request: Request) -> Any:
 async def fork(id: Id, request: Request, body: Fork | None = None) -> dict[str, Any]:
     """Makes an independent session in the same state."""
     body = body or Fork()
-    engine, owner, new = Service.of(request).engine, request.scope["owner"], body.id or new_id()
-    job = engine.begin(lambda _: work.fork(engine, owner, id, new, body.if_version))
-    return {"id": new, "object": "session", "version": await outcome(job, request), "from": id}
+    new = body.id or new_id()
+    made = await _versioned(request, id, work.fork, new, body.if_version)
+    return {**made, "id": new, "from": id}
 
 
 @router.post("/{id}/reset")
 async def reset(id: Id, request: Request, body: AtVersion | None = None) -> dict[str, Any]:
     """Forgets everything."""
-    return await _change(id, request, {"op": "reset"}, body)
+    return await _versioned(request, id, work.change, {"op": "reset"}, body and body.if_version)
 
 
 @router.post("/{id}/freeze")
 async def freeze(id: Id, request: Request, body: Freeze | None = None) -> dict[str, Any]:
     """Lets a session answer without learning, or learn again."""
     body = body or Freeze()
-    return await _change(id, request, {"op": "freeze", "frozen": body.frozen}, body)
+    return await _versioned(request, id, work.change, {"op": "freeze", "frozen": body.frozen}, body.if_version)
 
 
 @router.post("/{id}/save")
 async def save(id: Id, request: Request, body: AtVersion | None = None) -> dict[str, Any]:
     """Keeps the present state as one to go back to."""
-    engine, owner, at = Service.of(request).engine, request.scope["owner"], body.if_version if body else None
-    job = engine.begin(lambda _: work.save(engine, owner, id, at))
-    return {"id": id, "object": "session", "version": await outcome(job, request)}
+    return await _versioned(request, id, work.save, body and body.if_version)
 
 
 @router.post("/{id}/rollback")
 async def rollback(id: Id, request: Request, body: Rollback | None = None) -> dict[str, Any]:
     """Goes back to a saved version."""
     body = body or Rollback()
-    engine, owner = Service.of(request).engine, request.scope["owner"]
-    job = engine.begin(lambda _: work.rollback(engine, owner, id, body.version, body.if_version))
-    return {"id": id, "object": "session", "version": await outcome(job, request)}
+    return await _versioned(request, id, work.rollback, body.version, body.if_version)
 
 
 @router.post("/{id}/export")
 async def export(id: Id, request: Request, body: Export | None = None) -> Any:
     """What was learned as a LoRA adapter: a zip file, or its path where the server has a folder for adapters."""
-    service, owner, rank = Service.of(request), request.scope["owner"], (body or Export()).rank
-    job = service.engine.begin(lambda _: work.export(service.engine, owner, id, rank, service.adapters))
-    found = await outcome(job, request)
+    found = await _done(request, work.export, id, (body or Export()).rank, Service.of(request).adapters)
     if "path" in found:
         return JSONResponse(found)
     name = {"content-disposition": f'attachment; filename="{found["name"]}.zip"', "x-adapter-name": found["name"]}
@@ -170,10 +159,8 @@ async def export(id: Id, request: Request, body: Export | None = None) -> Any:
 @router.get("/{id}/file")
 async def file(id: Id, request: Request) -> Response:
     """The session as a file, for ``Session.load`` or another server."""
-    engine, owner = Service.of(request).engine, request.scope["owner"]
-    data = await outcome(engine.begin(lambda _: work.download(engine, owner, id)), request)
     name = {"content-disposition": f'attachment; filename="{id}.session"'}
-    return Response(data, media_type="application/octet-stream", headers=name)
+    return Response(await _done(request, work.download, id), media_type="application/octet-stream", headers=name)
 
 
 def new_id() -> str:
@@ -181,10 +168,15 @@ def new_id() -> str:
     return f"sess-{secrets.token_hex(12)}"
 
 
-async def _change(id: str, request: Request, entry: dict[str, Any], body: AtVersion | None) -> dict[str, Any]:
-    engine, owner, at = Service.of(request).engine, request.scope["owner"], body.if_version if body else None
-    job = engine.begin(lambda _: work.change(engine, owner, id, entry, at))
-    return {"id": id, "object": "session", "version": await outcome(job, request)}
+async def _done(request: Request, function: Any, *arguments: Any) -> Any:
+    """Run ``function(engine, owner, *arguments)`` as a job and return its result."""
+    engine, owner = Service.of(request).engine, request.scope["owner"]
+    return await outcome(engine.begin(lambda _: function(engine, owner, *arguments)), request)
+
+
+async def _versioned(request: Request, id: str, function: Any, *arguments: Any) -> dict[str, Any]:
+    """Do something to a session that returns its version."""
+    return {"id": id, "object": "session", "version": await _done(request, function, id, *arguments)}
 
 
 @asynccontextmanager

@@ -4,11 +4,9 @@ Functions that may take long get the ``Job`` they run in and tell through it how
 """
 
 import asyncio
-import io
 import shutil
 import tempfile
 import time
-import zipfile
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,7 +64,7 @@ async def delete(engine: Engine, owner: str, id: str) -> None:
     """Removes a session for good."""
     async with engine.use(owner, id) as live:
         await asyncio.to_thread(engine.store.delete, live.key)
-        await engine.forget(live)
+        engine.forget(live)
 
 
 async def index(engine: Engine, owner: str) -> list[dict[str, Any]]:
@@ -138,9 +136,10 @@ async def export(engine: Engine, owner: str, id: str, rank: int | None, folder: 
         layers = await asyncio.to_thread(copy.export_lora, Path(place) / name, rank)
         found: dict[str, Any] = {"name": name, "version": version, "layers": [layer.__dict__ for layer in layers]}
         if folder is None:
-            return {**found, "zip": await asyncio.to_thread(_zip, Path(place))}
+            packed = await asyncio.to_thread(shutil.make_archive, f"{place}/zip", "zip", place, name)
+            return {**found, "zip": Path(packed).read_bytes()}
         target = folder / f"{key.replace('/', '-')}-v{version}"
-        await asyncio.to_thread(_move, Path(place) / name, target)
+        await asyncio.to_thread(shutil.copytree, Path(place) / name, target, dirs_exist_ok=True)
         return {**found, "path": str(target.resolve())}
 
 
@@ -277,32 +276,28 @@ async def _learning(
     if prompt.text or prompt.ids:
         await engine.do(live, prompt.entry())
     await engine.keep_up(live)
-    found = Answered("", "stop", live.tokens - before, [], [])
-    noted, failure = 0, None
+    found, noted = Answered("", "stop", live.tokens - before, [], []), 0
 
-    async def note(**values: Any) -> Exception | None:
+    async def note(at_least: int, **values: Any) -> None:
         nonlocal noted
-        ids, noted = found.ids[noted:], len(found.ids)
+        ids = found.ids[noted:]
+        if live.session is None or len(ids) < at_least:
+            return
+        noted = len(found.ids)
         try:
             await engine.note(live, {"op": "wrote", "ids": ids, "learn": options["learn"], **values})
-        except (ServeError, OSError) as error:
-            await engine.forget(live)  # it holds what the journal does not
+        except Exception:
+            engine.forget(live)  # it holds what the journal does not
             job.stop()
-            return error
-        return None
+            raise
 
     try:
-        async for event in _writing(engine, job, session, 0, look, options, found):
-            job.emit(event)
-            if failure is None and len(found.ids) - noted >= engine.chunk_size:
-                failure = await note()
+        await _write(engine, job, session, found, look, options, after=lambda: note(engine.chunk_size))
     finally:
-        if failure is None and found.ids:
+        if found.ids:
             messages = [remember(found.text)] if remember else []
-            failure = await note(messages=messages)
+            await note(0, messages=messages)
             live.history += messages
-    if failure is not None:
-        raise failure
     found.version = live.version
     return found
 
@@ -312,57 +307,44 @@ async def _answers(
 ) -> list[Answered]:
     """Answers of sessions that nobody keeps."""
     running: list[Awaitable[Answered]] = []
-    for number, (session, prompt) in enumerate(prompts):
+    for session, prompt in prompts:
         before = (await engine.piece(session.stats)).tokens
         for work in pieces_of(prompt.entry(), session, engine.limits.piece):
             await engine.piece(work)
         tokens = (await engine.piece(session.stats)).tokens - before
-        twins = [session, *[await engine.piece(session.fork) for _ in range(choices - 1)]]
         for twin in range(choices):
-            index, own = number * choices + twin, dict(options)
+            own, index = dict(options), len(running)
             if own.get("seed") is not None:
                 own["seed"] += twin  # answers to one prompt differ
-            found = Answered("", "stop", tokens, [], [])
-            running.append(_tell(engine, job, twins[twin], index, look, own, found))
-    return list(await _all(running))
-
-
-async def _all(running: list[Awaitable[Answered]]) -> list[Answered]:
-    """Waits for all of them, also when one fails; then raises the first failure."""
+            writer = session if twin == choices - 1 else await engine.piece(session.fork)
+            running.append(_write(engine, job, writer, Answered("", "stop", tokens, [], []), look, own, index))
     results = await asyncio.gather(*running, return_exceptions=True)
-    for result in results:
+    for result in results:  # when all have ended
         if isinstance(result, BaseException):
             raise result
-    return [result for result in results if isinstance(result, Answered)]
+    return results  # type: ignore[return-value]
 
 
-async def _tell(
-    engine: Engine, job: Job, session: Session, index: int, look: Any, options: dict[str, Any], found: Answered
-) -> Answered:
-    async for event in _writing(engine, job, session, index, look, options, found):
-        job.emit(event)
-    return found
-
-
-async def _writing(
-    engine: Engine, job: Job, session: Session, index: int, look: Any, options: dict[str, Any], found: Answered
-) -> Any:
-    """Lets a session write; fills in ``found`` and gives what to tell."""
+async def _write(
+    engine: Engine, job: Job, session: Session, found: Answered, look: Any, options: dict[str, Any], index: int = 0,
+    after: Any = None,
+) -> Answered:  # fmt: skip
+    """Let a session write: tell the job what comes and fill in ``found``; ``after()`` is awaited each time."""
     writing = job.follow(engine.scheduler.write(session, look, **options))
-    while True:
-        event = await writing.events.get()
-        if isinstance(event, Finish):
-            break
+    while not isinstance(event := await writing.events.get(), Finish):
         piece, ids, looked = event
         found.text += piece
         found.ids += ids
         found.looked += [looked] if ids else []
         if piece or ids:
-            yield index, piece, ids, looked
+            job.emit((index, piece, ids, looked))
+        if after is not None:
+            await after()
     if event.error is not None:
         raise event.error
     found.reason = event.reason
-    yield index, event
+    job.emit((index, event))
+    return found
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -423,18 +405,3 @@ def _checked(engine: Engine, file: Path) -> Session:
         raise UserError(str(error).replace(str(file), "the session file")) from None
     engine.pool.close("uploaded")
     return session
-
-
-def _zip(folder: Path) -> bytes:
-    data = io.BytesIO()
-    with zipfile.ZipFile(data, "w", zipfile.ZIP_STORED) as archive:
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                archive.write(path, path.relative_to(folder))
-    return data.getvalue()
-
-
-def _move(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists():
-        shutil.copytree(source, target, dirs_exist_ok=True)
