@@ -388,6 +388,9 @@ def test_stopped_in_order(start):
         (["--state", "sparse"], "--state sparse"),
         (["--window", "3"], "window"),
         (["nowhere/at/all/model"], "model"),
+        (["--learn", "some"], "one of all, read, written, none or frozen"),
+        (["--learn", "read"], 'needs a model with objective "loss"'),
+        (["--state-dir", "sftp://host/place"], "cannot create a file only if there is none"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else None,
 )

@@ -17,8 +17,6 @@ from ..errors import UserError
 from .guard import Guard, read_keys
 from .settings import Limits
 
-ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-
 
 class Arguments(BaseModel):
     """What ``serve run`` or a configuration file gives. ``limits``: fields of ``Limits``; memory in bytes."""
@@ -49,18 +47,16 @@ def application(arguments: Arguments) -> Any:
     def build() -> Guard:
         return _load(arguments, limits)  # in the replica: before it has loaded it gets no requests
 
-    return (
-        serve.deployment(serve.ingress(build)())
-        .options(
-            name="inplace-ttt",
-            num_replicas=arguments.replicas,
-            max_ongoing_requests=limits.batch + limits.queue,
-            graceful_shutdown_timeout_s=limits.grace + 30,
-            request_router_config=RequestRouterConfig(request_router_class=ROUTER),
-            ray_actor_options={"num_gpus": arguments.gpus},
-        )
-        .bind()
+    router: Any = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+    deployed = serve.deployment(
+        name="inplace-ttt",
+        num_replicas=arguments.replicas,
+        max_ongoing_requests=limits.batch + limits.queue,
+        graceful_shutdown_timeout_s=limits.grace + 30,
+        request_router_config=RequestRouterConfig(request_router_class=router),
+        ray_actor_options={"num_gpus": arguments.gpus},
     )
+    return deployed(serve.ingress(build)()).bind()
 
 
 def _load(arguments: Arguments, limits: Limits) -> Guard:
@@ -70,7 +66,7 @@ def _load(arguments: Arguments, limits: Limits) -> Guard:
 
     keys = None if arguments.api_keys is None else read_keys(Path(arguments.api_keys))
     model, tokenizer = load_model(arguments.model, arguments.device, arguments.objective)
-    given = {"window": arguments.window, "learn": arguments.learn}
+    given: dict[str, Any] = {"window": arguments.window, "learn": arguments.learn}
     service = make_service(
         model,
         tokenizer,
