@@ -19,7 +19,7 @@ from .settings import Limits, ServeError, StoppingError
 
 log = logging.getLogger("inplace_ttt.serve")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-LOADING = 120.0
+LOADING = 300.0
 """Seconds that a request waits for the model to be loaded; then it is told to come again."""
 Message = dict[str, Any]
 
