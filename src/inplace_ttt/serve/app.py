@@ -20,7 +20,7 @@ POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inli
 
 
 def make_app(service: Service) -> FastAPI:
-    """The routes of a service, to be put behind a ``Guard``."""
+    """Make the routes of a service, to be put behind a ``Guard``."""
     app = FastAPI(title="inplace-ttt", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
     app.include_router(openai_routes.router)

@@ -19,7 +19,7 @@ from .settings import Limits
 
 
 class Arguments(BaseModel):
-    """What ``serve run`` or a configuration file gives. ``limits``: fields of ``Limits``; memory in bytes."""
+    """Arguments of ``serve run`` or of a configuration file. ``limits``: fields of ``Limits``; memory in bytes."""
 
     model_config = ConfigDict(extra="forbid")
     state_dir: str

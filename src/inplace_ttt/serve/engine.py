@@ -58,12 +58,12 @@ class Live:
     used: float = 0.0
 
     def values(self) -> dict[str, Any]:
-        """What is stored beside the session's own file."""
+        """Return what is stored beside the session's own file."""
         return {"history": self.history, "frozen": self.frozen, "learn": self.learn}
 
     @property
     def loaded(self) -> Session:
-        """The session; only while it is in use."""
+        """Return the session; only while it is in use."""
         assert self.session is not None
         return self.session
 
@@ -124,12 +124,12 @@ class Engine:
     # -- life -----------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Starts the scheduler."""
+        """Start the scheduler."""
         self._loop = asyncio.get_running_loop()
         self.scheduler.start()
 
     def begin_stop(self) -> None:
-        """Takes no more requests; ends those that still run after ``limits.grace`` seconds. From any thread."""
+        """Take no more requests; end those that still run after ``limits.grace`` seconds. From any thread."""
         self.stopping = True
 
         loop = self._loop
@@ -141,7 +141,7 @@ class Engine:
             job.stop()
 
     async def stop(self) -> None:
-        """Lets running jobs finish for ``limits.grace`` seconds, ends the others in order, stores every session."""
+        """Let running jobs finish for ``limits.grace`` seconds, end the others in order, store every session."""
         self.stopping = True
         for patience in (self.limits.grace, 10.0):
             if self.jobs:
@@ -158,7 +158,7 @@ class Engine:
             await asyncio.wait([job.task for job in self.jobs], timeout=5)
 
     def begin(self, work: Callable[[Job], Awaitable[Any]]) -> Job:
-        """Begins a job. BusyError when too many run, StoppingError when the server stops."""
+        """Begin a job. BusyError when too many run, StoppingError when the server stops."""
         if self.stopping:
             raise StoppingError
         if len(self.jobs) >= self.limits.batch + self.limits.queue:
@@ -175,19 +175,19 @@ class Engine:
 
     @property
     def loaded(self) -> list[Live]:
-        """Sessions in memory."""
+        """Return the sessions in memory."""
         return [live for live in self._live.values() if live.session is not None]
 
     @property
     def bytes(self) -> int:
-        """Memory of all sessions: what idle ones hold, and what running requests may come to hold."""
+        """Return the memory of all sessions: what idle ones hold, and what running requests may come to hold."""
         return self._active + sum(live.held for live in self.loaded if not live.active)
 
     # -- one session ----------------------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def use(self, owner: str, id: str, version: int | None = None, copies: int = 0) -> AsyncIterator[Live]:
-        """A session in memory, for one request at a time, and room for copies of it.
+        """Load a session for one request at a time, and hold room for copies of it.
 
         Raises VersionError unless it is at ``version`` (None: any), BusyError when there is no room.
         """
@@ -220,7 +220,7 @@ class Engine:
 
     @asynccontextmanager
     async def room(self, sessions: int, live: Live | None = None) -> AsyncIterator[None]:
-        """Memory for so many sessions, ``live`` among them, as long as the context lasts. BusyError after some time.
+        """Hold memory for so many sessions, ``live`` among them. BusyError when there is none for some time.
 
         Nobody asks for more while he has some, so those who wait do not wait for each other.
         """
@@ -240,12 +240,12 @@ class Engine:
                 self._freed.notify_all()
 
     async def do(self, live: Live, entry: dict[str, Any]) -> None:
-        """Notes an entry in the journal, then does it."""
+        """Note an entry in the journal, then do it."""
         await self.note(live, entry)
         await self._apply(live, entry)
 
     async def note(self, live: Live, entry: dict[str, Any]) -> None:
-        """Notes in the journal what was done or is about to be done, which makes a new version."""
+        """Note in the journal what was done or is about to be done, which makes a new version."""
         try:
             await asyncio.to_thread(self.store.append, live.key, live.version + 1, entry)
         except ConflictError:
@@ -254,12 +254,12 @@ class Engine:
         live.version += 1
 
     async def save(self, live: Live) -> None:
-        """Stores the present state as one to come back to."""
+        """Store the present state as one to come back to."""
         await self.store_now(live)
         await asyncio.to_thread(self.store.mark_saved, live.key, live.stored)
 
     async def keep_up(self, live: Live) -> None:
-        """Takes stock of a session; stores its state, while work goes on, when much is in the journal alone."""
+        """Take stock of a session; store its state, while work goes on, when much is in the journal alone."""
         await self._measure(live)
         if live.unsaved < self.limits.unsaved or (live.storing and not live.storing.done()) or live.session is None:
             return
@@ -268,7 +268,7 @@ class Engine:
         live.storing = asyncio.create_task(self._add_state(live, twin, version, live.values()))
 
     async def with_tokenizer(self, function: Callable[[Any], Any]) -> Any:
-        """Runs ``function(tokenizer)`` aside; the tokenizer is a copy that nobody else uses at the same time."""
+        """Run ``function(tokenizer)`` aside; the tokenizer is a copy that nobody else uses at the same time."""
 
         def run() -> Any:
             with self._tokenizer_lock:
@@ -277,11 +277,11 @@ class Engine:
         return await asyncio.to_thread(run)
 
     async def piece(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Runs a piece of work on a session in the scheduler's thread."""
+        """Run a piece of work on a session in the scheduler's thread."""
         return await self.scheduler.call(function, *arguments)
 
     async def store_now(self, live: Live, again: bool = False) -> None:
-        """Stores the present state, unless its version is stored."""
+        """Store the present state, unless its version is stored."""
         if live.stored == live.version and not again and live.version:
             return
         if live.storing is not None:
@@ -291,13 +291,13 @@ class Engine:
         live.unsaved = 0
 
     def forget(self, live: Live) -> None:
-        """Forgets what is in memory; what is on disk counts."""
+        """Forget what is in memory; what is on disk counts."""
         live.session, live.held, live.tokens = None, 0, 0
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
     async def _newest(self, live: Live) -> int:
-        """A session's version on disk. NotFoundError when there is no such session."""
+        """Return a session's version on disk. NotFoundError when there is no such session."""
         newest = await asyncio.to_thread(self.store.version, live.key)
         if newest is None or await asyncio.to_thread(self.store.about, live.key) is None:
             self.forget(live)
@@ -305,7 +305,7 @@ class Engine:
         return newest
 
     async def _make_ready(self, live: Live, newest: int) -> None:
-        """Loads the session unless it is in memory at its newest version."""
+        """Load the session unless it is in memory at its newest version."""
         if live.session is not None and live.version == newest:
             return
         self.forget(live)
@@ -330,7 +330,7 @@ class Engine:
         await self._measure(live)
 
     async def _restore(self, live: Live, state: Any) -> None:
-        """Puts a stored state in place of the session."""
+        """Put a stored state in place of the session."""
         if state is None:
             live.session = await self.piece(self.blank.fork)
             return
@@ -350,7 +350,7 @@ class Engine:
         return session
 
     async def _apply(self, live: Live, entry: dict[str, Any]) -> None:
-        """Does what an entry says. When that fails midway the state of that moment is stored: it counts."""
+        """Do what an entry says. When that fails midway the state of that moment is stored: it counts."""
         if entry["op"] == "freeze":
             live.frozen = entry["frozen"]
             return
@@ -382,7 +382,7 @@ class Engine:
         self._largest = max(self._largest, live.held)
 
     async def _admit(self, need: int, live: Live | None) -> None:
-        """Waits until ``need`` bytes more may be in use (a request alone may use any), then makes room for them."""
+        """Wait until ``need`` bytes more may be in use (a request alone may use any), then make room for them."""
         until = time.monotonic() + self.limits.patience
         while True:
             async with self._admitting:
@@ -408,7 +408,7 @@ class Engine:
             self._waiting -= 1
 
     async def _evict_idle(self) -> None:
-        """Writes idle sessions back, the longest idle first, until all fit.
+        """Write idle sessions back, the longest idle first, until all fit.
 
         A request that waits for memory does not touch its session, so that may go, too; while it goes nobody is
         admitted.
@@ -432,13 +432,13 @@ class Engine:
 
 
 def _give_back() -> None:
-    """Lets the C library return freed memory to the system: what states leave behind is in pieces all over its heap."""
+    """Let the C library return freed memory to the system: what states leave behind is in pieces all over its heap."""
     with suppress(OSError, AttributeError):  # only glibc has this
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _memory(model: Any) -> int:
-    """Bytes for sessions: half of what is free on a GPU, a quarter of what is free elsewhere."""
+    """Return the bytes for sessions: half of what is free on a GPU, a quarter of what is free elsewhere."""
     device = next(model.parameters()).device
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) // 2

@@ -20,7 +20,7 @@ EXCLUSIVE = ("abfs", "abfss", "az", "gcs", "gs", "memory", "s3", "s3a")
 
 
 def open_files(place: str | Path) -> "LocalFiles | RemoteFiles":
-    """Blobs below a directory or URL. UserError for a file system that cannot compare and set, or is not installed."""
+    """Open a directory or URL. UserError for a file system that cannot compare and set, or is not installed."""
     protocol, found, rest = str(place).partition("://")
     if not found or protocol in ("file", "local"):
         return LocalFiles(Path(rest if found else place))
@@ -50,7 +50,7 @@ class LocalFiles:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def create(self, name: str, data: bytes) -> None:
-        """Writes a new blob to disk. Raises ExistsError when there is one: of several who try, one succeeds."""
+        """Write a new blob to disk. Raises ExistsError when there is one: of several who try, one succeeds."""
         target = self.root / name
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle, part = tempfile.mkstemp(prefix=".", suffix=".part", dir=target.parent)
@@ -68,18 +68,18 @@ class LocalFiles:
         _sync(target.parent)
 
     def read(self, name: str) -> bytes:
-        """A blob's content. Raises FileNotFoundError."""
+        """Return a blob's content. Raises FileNotFoundError."""
         return (self.root / name).read_bytes()
 
     def names(self, folder: str) -> list[str]:
-        """Names of the blobs and folders in a folder, without those that are being written."""
+        """List the blobs and folders in a folder, without those that are being written."""
         try:
             return [entry.name for entry in os.scandir(self.root / folder) if not entry.name.startswith(".")]
         except FileNotFoundError:
             return []
 
     def remove(self, name: str) -> None:
-        """Deletes a blob, or a folder with all that is in it; harmless when it is not there."""
+        """Delete a blob, or a folder with all that is in it; harmless when it is not there."""
         path = self.root / name
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -87,19 +87,19 @@ class LocalFiles:
             path.unlink(missing_ok=True)
 
     def sweep(self, folder: str) -> None:
-        """Deletes what processes that were killed while they wrote have left, when it is an hour old."""
+        """Delete what processes that were killed while they wrote have left, when it is an hour old."""
         with suppress(FileNotFoundError):
             for entry in os.scandir(self.root / folder):
                 if entry.name.startswith(".") and time.time() - entry.stat().st_mtime > 3600:
                     self.remove(f"{folder}/{entry.name}")
 
     def put(self, name: str, write: Callable[[Path], None]) -> None:
-        """Lets ``write`` make a large blob, given a path; it must be durable when ``write`` returns."""
+        """Let ``write`` make a large blob, given a path; it must be durable when ``write`` returns."""
         write(self.root / name)
 
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:
-        """A large blob as a local file, for as long as the context lasts."""
+        """Yield a large blob as a local file, for as long as the context lasts."""
         yield self.root / name
 
 
@@ -113,7 +113,7 @@ class RemoteFiles:
         return f"{self.root}/{name}"
 
     def create(self, name: str, data: bytes) -> None:
-        """As ``LocalFiles.create``."""
+        """Write a new blob, as ``LocalFiles`` does."""
         path = self._path(name)
         try:
             self.system.pipe_file(path, data, mode="create")
@@ -125,12 +125,12 @@ class RemoteFiles:
             raise
 
     def read(self, name: str) -> bytes:
-        """As ``LocalFiles.read``."""
+        """Return a blob's content, as ``LocalFiles`` does."""
         found: bytes = self.system.cat_file(self._path(name))
         return found
 
     def names(self, folder: str) -> list[str]:
-        """As ``LocalFiles.names``."""
+        """List a folder, as ``LocalFiles`` does."""
         path = self._path(folder)
         self.system.invalidate_cache(path)
         try:
@@ -139,22 +139,22 @@ class RemoteFiles:
             return []
 
     def remove(self, name: str) -> None:
-        """As ``LocalFiles.remove``."""
+        """Delete a blob or a folder, as ``LocalFiles`` does."""
         with suppress(FileNotFoundError):
             self.system.rm(self._path(name), recursive=True)
 
     def sweep(self, folder: str) -> None:
-        """Nothing to do: blobs appear as a whole."""
+        """Do nothing: a blob appears as a whole."""
 
     def put(self, name: str, write: Callable[[Path], None]) -> None:
-        """As ``LocalFiles.put``."""
+        """Let ``write`` make a blob, as ``LocalFiles`` does."""
         with tempfile.TemporaryDirectory() as place:
             write(Path(place) / "blob")
             self.system.put_file(str(Path(place) / "blob"), self._path(name))
 
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:
-        """As ``LocalFiles.local``; a copy."""
+        """Copy a blob to a local file, for as long as the context lasts."""
         with tempfile.TemporaryDirectory() as place:
             self.system.get_file(self._path(name), str(Path(place) / "blob"))
             yield Path(place) / "blob"

@@ -25,7 +25,7 @@ Message = dict[str, Any]
 
 
 def read_keys(path: Path) -> dict[str, str]:
-    """Owners by the digest of their key, from a file with one ``owner:key`` a line; empty lines and # are skipped.
+    """Read owners by the digest of their key from a file with one ``owner:key`` a line; empty lines and # are skipped.
 
     Raises UserError on a file that cannot be read, a line of another form, a short key, and a key given twice.
     """
@@ -50,12 +50,12 @@ def read_keys(path: Path) -> dict[str, str]:
 
 
 def key_digest(key: str) -> str:
-    """Keys are looked up by digest, so the time that takes says nothing about them."""
+    """Hash a key: keys are looked up by digest, so the time that takes says nothing about them."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def error_body(error: ServeError) -> dict[str, Any]:
-    """OpenAI's form of an error."""
+    """Return OpenAI's form of an error."""
     return {"error": {"message": str(error), "type": error.kind, "param": None, "code": error.code}}
 
 
@@ -76,7 +76,7 @@ class Guard:
 
     @property
     def service(self) -> Any:
-        """The service, or None before it is loaded."""
+        """Return the service, or None before it is loaded."""
         task = self.loading
         return task.result().state.service if task and task.done() and not task.exception() else None
 
@@ -150,7 +150,7 @@ class Guard:
         return 200, {"status": "ready"}
 
     async def _routes(self) -> Any:
-        """The routes, as soon as they are loaded."""
+        """Wait for the routes."""
         assert self.loading is not None
         if self.stopping and self.service is None:
             raise StoppingError
@@ -165,7 +165,7 @@ class Guard:
             raise StoppingError from None  # whoever runs the server is told why
 
     def _admit(self, scope: Message) -> str:
-        """The owner of a request. ServeError when there is none, or too many requests of his come."""
+        """Return the owner of a request. ServeError when there is none, or too many requests of his come."""
         headers = {name.lower(): value for name, value in scope["headers"]}
         host = headers.get(b"host", b"").decode("latin-1")
         origin = headers.get(b"origin", b"").decode("latin-1")
@@ -189,7 +189,7 @@ class Guard:
         return owner
 
     def _count(self, owner: str) -> None:
-        """One token a request, ``rate`` of them a minute."""
+        """Let ``rate`` requests a minute pass."""
         now, rate = time.monotonic(), self.limits.rate / 60
         left, since = self._rates.get(owner, (float(self.limits.rate), now))
         left = min(left + (now - since) * rate, self.limits.rate)
@@ -218,7 +218,7 @@ class _Body:
         return self.error
 
     async def receive(self) -> Message:
-        """The next message. ServeError where it does not come or is too much."""
+        """Return the next message. ServeError where it does not come or is too much."""
         if self.error is not None:
             raise self.error
         if self._complete:
@@ -235,12 +235,12 @@ class _Body:
 
 
 def internal() -> ServeError:
-    """What a client is told about a bug."""
+    """Return what a client is told about a bug."""
     return ServeError("something failed inside the server; its log says more", status=500, kind="server_error")
 
 
 def secure(message: Message) -> None:
-    """Adds what browsers should keep to."""
+    """Add headers that browsers should keep to."""
     message["headers"] = [
         *message.get("headers", []),
         (b"x-content-type-options", b"nosniff"),

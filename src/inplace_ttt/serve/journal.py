@@ -21,7 +21,7 @@ IDS = 512
 
 @dataclass
 class Prompt:
-    """What is read before an answer: a text, or ids (``exact``: without BOS), and digests of new messages.
+    """A text to be read before an answer, or ids (``exact``: without BOS), and digests of new messages.
 
     What is not to be learned is ids.
     """
@@ -33,12 +33,12 @@ class Prompt:
     learn: bool = True
 
     def entry(self) -> dict[str, Any]:
-        """As a journal entry."""
+        """Return a journal entry."""
         return {"op": "prompt", **self.__dict__}
 
 
 def pieces_of(entry: dict[str, Any], session: Session, piece: int) -> Iterator[Callable[[], Any]]:
-    """An entry's work on a session, in pieces of bounded time. ``piece``: characters read in one."""
+    """Yield an entry's work on a session, in pieces of bounded time. ``piece``: characters read in one."""
     op = entry["op"]
     if op == "reset":
         yield session.reset
@@ -60,12 +60,12 @@ def pieces_of(entry: dict[str, Any], session: Session, piece: int) -> Iterator[C
 
 
 def message_digest(role: str, content: str) -> str:
-    """What a session remembers of a message."""
+    """Return what a session remembers of a message."""
     return hashlib.sha256(json.dumps([role, content]).encode()).hexdigest()[:24]
 
 
 def known(history: list[str], digests: list[str]) -> int:
-    """How many messages at the beginning of a request the session has read already.
+    """Count the messages at the beginning of a request that the session has read already.
 
     Clients send the whole conversation, its last part, or the new message alone: the longest end of what was read
     that begins the request is left out.

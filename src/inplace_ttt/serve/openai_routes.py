@@ -24,14 +24,14 @@ Of = Annotated[SessionHeaders, Header()]
 
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
-    """The one model of this server."""
+    """List the one model of this server."""
     service = Service.of(request)
     return {"object": "list", "data": [_model(service)]}
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, request: Request) -> dict[str, Any]:
-    """The model by name."""
+    """Return the model by name."""
     service = Service.of(request)
     _check_model(service, name)
     return _model(service)
@@ -39,7 +39,7 @@ async def model(name: str, request: Request) -> dict[str, Any]:
 
 @router.post("/v1/chat/completions")
 async def chat(body: Chat, request: Request, session: Of) -> Any:
-    """Answers a conversation. A session reads the messages that it has not read yet."""
+    """Answer a conversation. A session reads the messages that it has not read yet."""
     service = Service.of(request)
     messages = [message.plain() for message in body.messages]
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -54,7 +54,7 @@ async def chat(body: Chat, request: Request, session: Of) -> Any:
 
 @router.post("/v1/completions")
 async def completions(body: Completion, request: Request, session: Of) -> Any:
-    """Continues texts, or one session."""
+    """Continue texts, or one session."""
     service = Service.of(request)
     renders = [service.prompts.plain(prompt, service.vocabulary) for prompt in body.prompts()]
     reply = _Reply(service, body, "text", body.logprobs, session.x_session_id)
@@ -86,7 +86,7 @@ async def _answer(
 
 
 def _look(top: int) -> Any:
-    """Finds log-probabilities of a token just chosen, and of the ``top`` likeliest ones; runs beside the model."""
+    """Find log-probabilities of a token just chosen, and of the ``top`` likeliest ones; runs beside the model."""
 
     def look(writer: Writer) -> Any:
         assert writer.logits is not None
@@ -115,7 +115,7 @@ class _Reply:
         return {"id": self.id, "object": name, "created": self.created, "model": self.body.model, "choices": choices}
 
     def whole(self, answers: list[work.Answered]) -> dict[str, Any]:
-        """The body of an answer that does not stream."""
+        """Return the body of an answer that does not stream."""
         choices = []
         for index, found in enumerate(answers):
             choice: dict[str, Any] = {"index": index, "finish_reason": _reason(found.reason)}
@@ -129,7 +129,7 @@ class _Reply:
         return {**self._frame(choices), "usage": self._usage(answers), **self._session(answers)}
 
     def chunks(self, event: Any) -> list[dict[str, Any]]:
-        """What one event is to a client."""
+        """Return what one event is to a client."""
         if self.first:
             self.first = False
             self.service.metrics.first.observe(time.perf_counter() - self.began)
@@ -153,7 +153,7 @@ class _Reply:
         return self._frame([choice], ".chunk")
 
     def last(self, answers: list[work.Answered]) -> list[dict[str, Any]]:
-        """What comes after all chunks."""
+        """Return what comes after all chunks."""
         self._count(answers)
         if not (self.body.stream_options and self.body.stream_options.include_usage):
             return []

@@ -20,7 +20,7 @@ from .settings import Limits
 
 
 class _Protocol(H11Protocol):
-    """Cuts off clients that send no whole request head in time, or do not take their answer; uvicorn would wait."""
+    """A protocol that cuts off clients that send no whole request head in time, or do not take their answer."""
 
     patience = 30.0
 
@@ -104,7 +104,7 @@ def serve(
 
 
 class Server(uvicorn.Server):
-    """Calls ``ready(port)`` when it listens, and lets the engine know at once when it is to stop.
+    """A server that calls ``ready(port)`` when it listens, and lets the engine know at once when it is to stop.
 
     Stops when the model cannot be loaded; ``failure`` says why.
     """

@@ -32,19 +32,19 @@ class Service:
 
     @classmethod
     def of(cls, request: Request) -> "Service":
-        """That of a request."""
+        """Return the service of a request."""
         service: Service = request.app.state.service
         return service
 
     def token_text(self, token: int) -> str:
-        """A token by itself, for log-probabilities."""
+        """Return a token's text by itself, for log-probabilities."""
         if token not in self._texts:
             self._texts[token] = self._decode([token], skip_special_tokens=False)
         return self._texts[token]
 
 
 def load_model(name: str | None, device: str | None = None, objective: str | None = None, **settings: Any) -> Any:
-    """Model and tokenizer; a plain model gets fast weights with ``objective``. UserError where that does not fit."""
+    """Load model and tokenizer; a plain model gets fast weights with ``objective``. UserError where it does not fit."""
     given = {key: value for key, value in settings.items() if value is not None}
     if objective is None and given:
         raise UserError(f"{', '.join(given)}: for a plain model only, which needs an objective too")
@@ -61,7 +61,7 @@ def make_service(
     state_form: str | int = "dense",
     **options: Any,
 ) -> Service:
-    """A service on a loaded model that keeps its sessions below ``state``. ``options``: as for ``Engine``."""
+    """Make a service on a loaded model that keeps its sessions below ``state``. ``options``: as for ``Engine``."""
     metrics = Metrics()
     engine = Engine(model, tokenizer, Store(open_files(state)), limits, metrics, state=state_form, **options)
     return Service(engine, metrics, tokenizer, name, adapters)

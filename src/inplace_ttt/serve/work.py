@@ -41,7 +41,7 @@ class Answered:
 async def create(
     engine: Engine, owner: str, id: str, frozen: bool = False, learn: str | None = None, file: Path | None = None
 ) -> int:
-    """Makes a session, empty or with what a session file holds; its version. UserError for a file that does not fit."""
+    """Make a session, empty or from a session file; return its version. UserError for a file that does not fit."""
     learn = learn or engine.learn
     engine.learning(learn)
     await _check_count(engine, owner)
@@ -53,7 +53,7 @@ async def create(
 
 
 async def fork(engine: Engine, owner: str, id: str, new: str, version: int | None = None) -> int:
-    """Makes a copy of a session under another id; its version."""
+    """Copy a session under another id; return its version."""
     await _check_count(engine, owner)
     async with engine.use(owner, id, version) as live:
         copy = await engine.piece(live.loaded.fork)
@@ -61,14 +61,14 @@ async def fork(engine: Engine, owner: str, id: str, new: str, version: int | Non
 
 
 async def delete(engine: Engine, owner: str, id: str) -> None:
-    """Removes a session for good."""
+    """Remove a session for good."""
     async with engine.use(owner, id) as live:
         await asyncio.to_thread(engine.store.delete, live.key)
         engine.forget(live)
 
 
 async def index(engine: Engine, owner: str) -> list[dict[str, Any]]:
-    """An owner's sessions, oldest first."""
+    """List an owner's sessions, oldest first."""
     found = await asyncio.to_thread(engine.store.of_owner, owner)
     loaded = {live.key for live in engine.loaded}
     return [
@@ -78,7 +78,7 @@ async def index(engine: Engine, owner: str) -> list[dict[str, Any]]:
 
 
 async def describe(engine: Engine, owner: str, id: str, diagnostics: bool = True) -> dict[str, Any]:
-    """Where a session stands, and what the updates did to each layer."""
+    """Describe where a session stands, and what the updates did to each layer."""
     async with engine.use(owner, id) as live:
         found = await engine.piece(live.loaded.stats)
         layers = await engine.piece(live.loaded.diagnostics) if diagnostics else []
@@ -97,7 +97,7 @@ async def describe(engine: Engine, owner: str, id: str, diagnostics: bool = True
 
 
 async def change(engine: Engine, owner: str, id: str, entry: dict[str, Any], version: int | None = None) -> int:
-    """Resets, freezes or thaws a session; its version."""
+    """Reset, freeze or thaw a session; return its version."""
     async with engine.use(owner, id, version) as live:
         if entry["op"] != "freeze":
             _check_thawed(live)
@@ -106,14 +106,14 @@ async def change(engine: Engine, owner: str, id: str, entry: dict[str, Any], ver
 
 
 async def save(engine: Engine, owner: str, id: str, version: int | None = None) -> int:
-    """Stores the present state as one to come back to; its version."""
+    """Store the present state as one to come back to; return its version."""
     async with engine.use(owner, id, version) as live:
         await engine.save(live)
         return live.version
 
 
 async def rollback(engine: Engine, owner: str, id: str, to: int | None, version: int | None = None) -> int:
-    """Goes back to a saved version (the last one, if not said), which makes a new version."""
+    """Go back to a saved version (the last one, if not said), which makes a new version."""
     async with engine.use(owner, id, version) as live:
         _check_thawed(live)
         record = await asyncio.to_thread(engine.store.record, live.key)
@@ -128,7 +128,7 @@ async def rollback(engine: Engine, owner: str, id: str, to: int | None, version:
 
 
 async def export(engine: Engine, owner: str, id: str, rank: int | None, folder: Path | None) -> dict[str, Any]:
-    """What a session learned as a LoRA adapter: below ``folder`` ("path"), or as a zip file ("zip")."""
+    """Export what a session learned as a LoRA adapter: below ``folder`` ("path"), or as a zip file ("zip")."""
     async with engine.use(owner, id, copies=1) as live:
         copy, version, key = await engine.piece(live.loaded.fork), live.version, live.key
     name = f"{id}-v{version}"
@@ -144,7 +144,7 @@ async def export(engine: Engine, owner: str, id: str, rank: int | None, folder: 
 
 
 async def download(engine: Engine, owner: str, id: str) -> bytes:
-    """A session's file."""
+    """Return a session's file."""
     async with engine.use(owner, id) as live:
         copy = await engine.piece(live.loaded.fork)
     with tempfile.TemporaryDirectory() as place:
@@ -159,7 +159,7 @@ async def download(engine: Engine, owner: str, id: str) -> bytes:
 async def read(
     engine: Engine, job: Job, owner: str, id: str, text: str, version: int | None = None, learn: str | None = None
 ) -> dict[str, Any]:
-    """Reads a text into a session, piece by piece; stopped, it ends after the present one.
+    """Read a text into a session, piece by piece; stopped, it ends after the present one.
 
     A text that is not to be learned is tokenised on its own.
     """
@@ -198,7 +198,7 @@ async def read(
 
 
 async def score(engine: Engine, job: Job, owner: str, id: str, text: str, losses: bool) -> dict[str, Any]:
-    """Loss of a text as a session's continuation; the session stays as it was."""
+    """Score a text as a session's continuation; the session stays as it was."""
     ids = await engine.with_tokenizer(lambda tokenizer: _plain_ids(tokenizer, text))
     found: list[float] = []
     async with engine.use(owner, id, copies=1) as live:
@@ -235,7 +235,7 @@ async def answer(
     context: bool = True,
     learn: str | None = None,
 ) -> list[Answered]:
-    """Answers prompts, each ``choices`` times, and tells (index, piece of text, ids, looked) and (index, Finish).
+    """Answer prompts, each ``choices`` times, and tell (index, piece of text, ids, looked) and (index, Finish).
 
     With ``id`` the session reads and learns what it reads and writes, unless it is frozen or ``context`` is False
     (from its fast weights alone): then copies answer, as new sessions do without ``id``. ``remember`` makes the digest
@@ -305,7 +305,7 @@ async def _learning(
 async def _answers(
     engine: Engine, job: Job, prompts: list[tuple[Session, Prompt]], options: dict[str, Any], choices: int, look: Any
 ) -> list[Answered]:
-    """Answers of sessions that nobody keeps."""
+    """Answer on sessions that nobody keeps."""
     running: list[Awaitable[Answered]] = []
     for session, prompt in prompts:
         before = (await engine.piece(session.stats)).tokens
@@ -348,7 +348,7 @@ async def _write(
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """UserError for sampling settings out of range and empty stop strings, before anything is read."""
+    """Raise UserError for sampling settings out of range and empty stop strings, before anything is read."""
     sampling = {name: value for name, value in options.items() if name not in ("max_new_tokens", "stop")}
     StopText(options.get("stop", ()))
     Sampling(**sampling)
@@ -368,7 +368,7 @@ def _plain_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 async def _rendered(engine: Engine, render: Render, session: Session, live: Live | None, learn: bool) -> Prompt:
-    """What is read before an answer; ServeError when that is too long."""
+    """Render what is read before an answer; ServeError when that is too long."""
     prompt: Prompt = await engine.with_tokenizer(lambda tokenizer: render(session, live))
     ids = prompt.ids
     if ids is None:
@@ -388,7 +388,7 @@ async def _check_count(engine: Engine, owner: str) -> None:
 
 
 async def _new(engine: Engine, owner: str, id: str, session: Session | None, values: dict[str, Any]) -> int:
-    """A new stored session in a state; its version."""
+    """Store a new session in a state; return its version."""
     try:
         key = await asyncio.to_thread(engine.store.create, owner, id, {"created": time.time()})
     except ConflictError as error:
