@@ -78,7 +78,8 @@ class Guard:
     def service(self) -> Any:
         """Return the service, or None before it is loaded."""
         task = self.loading
-        return task.result().state.service if task and task.done() and not task.exception() else None
+        has_loaded = task and task.done() and not task.cancelled() and not task.exception()
+        return task.result().state.service if task and has_loaded else None
 
     def begin_stop(self) -> None:
         """Take no more requests."""
@@ -97,6 +98,7 @@ class Guard:
         self.loading = asyncio.create_task(self._load())
         await send({"type": "lifespan.startup.complete"})
         await receive()
+        self.stopping = True
         if self.service is not None:
             await self.service.engine.stop()
         await send({"type": "lifespan.shutdown.complete"})
