@@ -253,11 +253,6 @@ class Engine:
             raise VersionError(f"session {live.id} was changed by somebody else meanwhile: look at it again") from None
         live.version += 1
 
-    async def save(self, live: Live) -> None:
-        """Store the present state as one to come back to."""
-        await self.store_now(live)
-        await asyncio.to_thread(self.store.mark_saved, live.key, live.stored)
-
     async def keep_up(self, live: Live) -> None:
         """Take stock of a session; store its state, while work goes on, when much is in the journal alone."""
         await self._measure(live)

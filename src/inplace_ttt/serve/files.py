@@ -134,7 +134,8 @@ class RemoteFiles:
         path = self._path(folder)
         self.system.invalidate_cache(path)
         try:
-            return [found.rstrip("/").rpartition("/")[2] for found in self.system.ls(path, detail=False)]
+            found = {name.rstrip("/") for name in self.system.ls(path, detail=False)} - {path}  # S3 may list the folder
+            return [name.rpartition("/")[2] for name in found]
         except FileNotFoundError:
             return []
 

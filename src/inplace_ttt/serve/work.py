@@ -108,7 +108,8 @@ async def change(engine: Engine, owner: str, id: str, entry: dict[str, Any], ver
 async def save(engine: Engine, owner: str, id: str, version: int | None = None) -> int:
     """Store the present state as one to come back to; return its version."""
     async with engine.use(owner, id, version) as live:
-        await engine.save(live)
+        await engine.store_now(live)
+        await asyncio.to_thread(engine.store.mark_saved, live.key, live.stored)
         return live.version
 
 
