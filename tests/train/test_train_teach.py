@@ -79,17 +79,20 @@ def two_passes(reader: Any, given: dict[str, Tensor], chunks: list[list[int]]) -
     cosines = []
     for site in runtime_of(reader).sites:
         target = copy.copy(site.bound_target())
-        target.ridge, g, pairs = None, outputs[site.index].grad, []
+        target.ridge, g = None, outputs[site.index].grad
         assert g is not None
         for b, starts in enumerate(chunks):
+            pairs = []
             for start in starts:
                 v, beta, gamma = naive_target(target, sources[site.index][b, start : start + C], None)
                 for t in range(C):
                     factor = 1.0 if beta is None else beta[t] * gamma[t + 1 :].prod()
                     pairs.append((factor * v[t], -g[b, start + t]))
-        size = torch.stack([w for _, w in pairs]).square().mean().sqrt()
-        sum((WEIGHT * (v - w / size).square().mean() for v, w in pairs), torch.zeros(())).div(len(pairs)).backward()
-        cosines += [float((v @ w / (v.norm() * w.norm())).detach()) for v, w in pairs if v.any() and w.any()]
+            size = torch.stack([w for _, w in pairs]).square().mean().sqrt()
+            sum(((v - w / size).square().mean() for v, w in pairs), torch.zeros(())).mul(
+                WEIGHT / len(pairs) / len(chunks)
+            ).backward(retain_graph=True)
+            cosines += [float((v @ w / (v.norm() * w.norm())).detach()) for v, w in pairs if v.any() and w.any()]
     for name, parameter in reader.named_parameters():
         if parameter.grad is not None:
             assert ".ttt_" in name
@@ -226,16 +229,15 @@ def train(values: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
 
 
 def test_accumulated_batches_teach_as_one(values: dict[str, Any]) -> None:
-    """A step of two equal rows, apart and together."""
+    """Also where the rows differ."""
     curves: list[Any] = []
-    row: Any = None
+    plan: Any = None
     for rows, accumulated in ((2, 1), (1, 2)):
         changes = {"ttt": TTT, "teach": 5.0, "batch_size": rows, "gradient_accumulation": accumulated, "steps": 3}
         changes["optimizer"] = {"lr": 5e-3}
         recipe = make_recipe(values | changes)
         trainer, packed = build_trainer(recipe, prepare(recipe), values["output"])
-        row = row or packed.plan[0]
-        packed.plan = [row] * len(packed.plan)
+        plan = packed.plan = plan or packed.plan
         trainer.train()
         logged = [entry for entry in trainer.state.log_history if "loss" in entry]
         assert "ttt_cosine" not in logged[0], "v is zero before the first step"

@@ -123,6 +123,16 @@ def values_of(
 # -- the shipped targets -----------------------------------------------------------------------------------------------
 
 
+def _assign(weight: Any, value: Tensor) -> None:
+    """Copy a whole value into a parameter; where it is sharded, all ranks take the first one's."""
+    value = value.to(weight.dtype)
+    if hasattr(weight, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements)
+    weight.copy_(value)
+
+
 class TargetConv(nn.Module):
     """kappa: depthwise convolution over time, ``weight`` [D, 1, K], applied by ``convolve``.
 
@@ -140,7 +150,7 @@ class TargetConv(nn.Module):
         """Set kappa to its initial value."""
         nn.init.zeros_(self.weight)
         if self.tap is not None:
-            self.weight += torch.nn.functional.one_hot(torch.tensor(self.tap), self.weight.shape[-1]).to(self.weight)
+            _assign(self.weight, torch.eye(self.weight.shape[2], device="cpu")[self.tap].expand(self.weight.shape))
 
     def forward(self) -> Tensor:
         """Return the weight, so that hooks (accelerate's, say) can fetch one that is offloaded."""
@@ -162,13 +172,7 @@ class TargetProjection(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the diagonal anew, with the CPU's random numbers whatever the default device is."""
-        weight: Any = self.weight
-        value = torch.diag(torch.randn(weight.shape[0], device="cpu") * self.std).to(weight.dtype)
-        if hasattr(weight, "device_mesh"):  # all ranks take the first one's
-            from torch.distributed.tensor import distribute_tensor
-
-            value = distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements)
-        weight.copy_(value)
+        _assign(self.weight, torch.diag(torch.randn(self.weight.shape[0], device="cpu") * self.std))
 
     def forward(self) -> Tensor:
         """Return the weight, as ``TargetConv`` does."""

@@ -36,9 +36,10 @@ class Teacher:
         return torch.is_grad_enabled() and (self.weight > 0 or self.measures)
 
     def gradient(self, g_BTD: Tensor, v_BND: Tensor, table: ChunkTable) -> Tensor:
-        """Return the gradient of ``weight * mean_t |v_t - w_t|^2 / D``, w = -dL/do scaled to unit RMS, for v [B, N, D].
+        """Return the gradient of ``weight * mean_b mean_t |v_t - w_t|^2 / D`` for v [B, N, D].
 
-        The mean and the RMS are over the call's tokens whose chunk updates, in float32 at least.
+        w is -dL/do scaled to unit RMS. The RMS and the mean over t are over a row's tokens whose chunk updates, so that
+        it does not matter which rows are read together. In float32 at least.
         """
         B, T, D = g_BTD.shape
         dtype, past = state_dtype(g_BTD.dtype), g_BTD.new_zeros(B, table.prefix, D) if table.prefix else None
@@ -47,13 +48,14 @@ class Teacher:
             counts = counts * table.update[:, : table.updates].repeat_interleave(table.chunk_size, 1)[..., None]
         counts, v = counts.to(dtype), v_BND.to(dtype)
         wanted = -chunked(g_BTD, past, table).to(dtype) * counts
-        size = wanted.abs().amax().clamp(min=torch.finfo(dtype).tiny)  # squares of small gradients would vanish
-        wanted = wanted / size
-        numbers = counts.sum().clamp(min=1) * D
-        wanted = wanted / (wanted.square().sum() / numbers).clamp(min=torch.finfo(dtype).tiny).sqrt()
+        tiny, all_but_rows = torch.finfo(dtype).tiny, (1, 2)
+        wanted = wanted / wanted.abs().amax(all_but_rows, True).clamp(min=tiny)  # squares of small ones would vanish
+        numbers = counts.sum(all_but_rows, True).clamp(min=1) * D
+        wanted = wanted / (wanted.square().sum(all_but_rows, True) / numbers).clamp(min=tiny).sqrt()
         if self.measures:
             self._measure(v * counts, wanted)
-        return (2 * self.weight / numbers * (v - wanted) * counts).to(v_BND.dtype)
+        grad: Tensor = 2 * self.weight / (B * numbers) * (v - wanted) * counts
+        return grad.to(v_BND.dtype)
 
     def _measure(self, v: Tensor, wanted: Tensor) -> None:
         cosines = torch.nn.functional.cosine_similarity(v, wanted, dim=-1, eps=torch.finfo(v.dtype).tiny)
@@ -97,7 +99,7 @@ class _Taught(torch.autograd.Function):
         return out_BTD.view_as(out_BTD)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g_BTD: Tensor) -> Any:
         (v,) = ctx.saved_tensors
         grad = ctx.teacher.gradient(g_BTD, v, ctx.table)

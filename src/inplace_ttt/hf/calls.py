@@ -46,7 +46,9 @@ class WholeCall:
         split = z if is_split(z) else None
         lesson = None if site.teacher is None or not site.teacher.is_needed else Lesson(site.teacher, target)
         if lesson is not None and split is not None:
-            raise UserError("a target cannot be taught by the loss under tensor parallelism: set teach to 0")
+            if lesson.teacher.weight > 0:
+                raise UserError("a target cannot be taught by the loss under tensor parallelism: set teach to 0")
+            lesson = None
         if split is not None:
             check_split(rule)
             z, target = local_input(split), SplitTarget(target, split)

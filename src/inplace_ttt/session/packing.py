@@ -137,6 +137,7 @@ def unpack_fast(
 ) -> FastWeights:
     """Return the inverse of ``pack_fast``, checked against what this reader's model would have made."""
     D, F = shape
+    source = 2 * D if reader.runtime.sites[0].target.source == "both" else D
     settings = reader.settings
     C = settings.config.chunk_size
     fast = fast_weights(1, C, settings.rule, reader.form, gates=reader.gates)
@@ -160,12 +161,12 @@ def unpack_fast(
     state = settings.rule.init(1, D, F, like)
     wanted: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
         "z": ((1, C, F), None),
-        "u": ((1, C, D), None),
+        "u": ((1, C, source), None),
         "left": ((1, count, D), state_dtype(reader.root.dtype)),
         "right": ((1, count, F), None),
         **{f"tensors.{name}": (tuple(x.shape), x.dtype) for name, x in state.items()},
     }
-    rows = {"z": F, "u": D, "v": D}
+    rows = {"z": F, "u": source, "v": D}
     for name in [name for name in left if name.startswith("history.")]:
         inner = name.removeprefix("history.")
         if inner.startswith("state."):

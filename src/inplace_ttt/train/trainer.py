@@ -135,7 +135,8 @@ class PackedTrainer(Trainer):
         if self.ttt_lr is not None:
             assert isinstance(self.model, nn.Module)
             added = {id(p) for name, p in self.model.named_parameters() if is_added(name)}
-            others, own = [], []
+            others: list[dict[str, Any]] = []
+            own: list[dict[str, Any]] = []
             for group in optimizer.param_groups:
                 for groups, is_own, lr in ((others, False, group["lr"]), (own, True, self.ttt_lr)):
                     if parameters := [p for p in group["params"] if (id(p) in added) is is_own]:
@@ -164,8 +165,8 @@ class PackedTrainer(Trainer):
             if memory := peak_memory():
                 logs["peak_memory_gib"] = memory / 2**30
             logs |= {} if self.monitor is None else self.monitor.entries()
-            if self.ttt_lr is not None and self.lr_scheduler is not None:
-                logs["ttt_learning_rate"] = self.lr_scheduler.get_last_lr()[-1]  # type: ignore[attr-defined]
+            if self.ttt_lr is not None and "learning_rate" in logs:  # one schedule for both
+                logs["ttt_learning_rate"] = logs["learning_rate"] * self.ttt_lr / self.args.learning_rate
             self._clock, self._paused = (step, now), 0.0
             if not math.isfinite(logs["loss"]):
                 advice = "lower optimizer.lr or ttt.lr, or set ttt_lr_warmup_steps"
@@ -295,5 +296,7 @@ def log_line(logs: Mapping[str, float]) -> str:
         for name, what in (("update_norm/", "update"), ("state_norm/", "S")):
             if sizes := [value for key, value in logs.items() if key.startswith(name)]:
                 parts.append(f"{what}/W0 {max(sizes):.1e}")
+        if "ttt_cosine" in logs:
+            parts.append(f"cosine {logs['ttt_cosine']:.3f}")
     parts += [f"{name.removeprefix('eval_')} {value:.4f}" for name, value in logs.items() if name.startswith("eval_")]
     return "  ".join(parts)
