@@ -66,7 +66,9 @@ class Run:
 
     def checked(self, scratch: Path) -> Recipe:
         """The recipe of this run. RecipeError where it is wrong."""
-        named = {**self.settings, "name": self.name, "output": str(scratch / self.name / "train")}
+        plain = "ttt" in self.settings and self.settings["ttt"] is None  # and stays so, whatever --set says of ttt
+        given = {key: value for key, value in self.settings.items() if not (plain and key.startswith("ttt."))}
+        named = {**given, "name": self.name, "output": str(scratch / self.name / "train")}
         return load_recipe(self.recipe, [f"{key}={json.dumps(value)}" for key, value in named.items()])
 
 

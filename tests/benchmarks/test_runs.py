@@ -241,9 +241,11 @@ def test_what_would_not_fit_does_not_begin(tmp_path: Path, capsys: Any) -> None:
 # -- measurements ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_prompts_side_by_side_are_answered_as_alone(family: str) -> None:
-    model, prompts = tiny(family, chunk_size=8), [text(seed, 10 + 7 * seed) for seed in range(3)]
+@pytest.mark.parametrize(
+    ("family", "settings"), [("llama", {}), ("gemma3_text", {}), ("llama", {"objective": "next_error"})]
+)
+def test_prompts_side_by_side_are_answered_as_alone(family: str, settings: dict[str, Any]) -> None:
+    model, prompts = tiny(family, chunk_size=8, **settings), [text(seed, 10 + 7 * seed) for seed in range(3)]
     batch = [{"prompt": prompt, "tokens": 5 + i} for i, prompt in enumerate(prompts)]
     together = measure_trained.generate(model, tokenizer(), batch)
     assert together == [measure_trained.generate(model, tokenizer(), [line])[0] for line in batch]
@@ -268,6 +270,30 @@ def test_what_fails_after_the_losses_stops_nothing_else(tmp_path: Path, monkeypa
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 
 
+def test_every_run_of_the_smollm2_table_can_be_run(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its settings are right, and all runs of one base read the same rows."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("INPLACE_TTT_DATA", str(shared / "data"))
+    monkeypatch.setenv("INPLACE_TTT_CODE", str(tmp_path))
+    (tmp_path / "train.jsonl").touch()
+    found = {run.name: run.checked(tmp_path) for run in runs.read_table(ROOT / "benchmarks" / "smollm2.yaml")}
+    assert len(found) > 25
+    (again,) = runs.read_table(ROOT / "benchmarks" / "smollm2.yaml", ["ttt.chunk_size=512", "seed=3"])[:1]
+    assert again.checked(tmp_path).ttt is None
+    assert again.checked(tmp_path).seed == 3
+    for name in ("window", "full"):
+        control = found[f"control-{name}"]
+        assert control.ttt is None
+        alike = [recipe for recipe in found.values() if recipe.model == control.model]
+        assert len(alike) > 2
+        for recipe in alike:
+            assert (recipe.data, recipe.tokenizer, recipe.seed) == (control.data, control.tokenizer, control.seed)
+            assert (recipe.steps, recipe.tokens_per_step, recipe.batch_size) == (600, 65536, 8)
+            assert recipe.cut_multiple == 1, "else the chunk size decides where documents are cut"
+
+
 def test_mistakes_are_told_in_a_line_before_anything_runs(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,6 +311,8 @@ def test_mistakes_are_told_in_a_line_before_anything_runs(
     values["runs"]["paper"]["settings"]["ttt.chunk"] = 5
     table.write_text(yaml.safe_dump(values))
     assert "ttt.chunk: no such setting" in main()
+    assert "'steps': write key=value" in main("--set", "steps")
+    assert "stepps: no such setting" in main("--only", "control", "--set", "stepps=2")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"evaluation\.token: no such setting"):
         measure_trained.measure_trained(tmp_path, {"token": 5}, print)
