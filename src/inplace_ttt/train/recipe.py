@@ -263,7 +263,7 @@ _ALIGNED = "align_documents: needs ttt, and a sequence_length that is a multiple
 
 def _check_learning(recipe: Recipe, config: InPlaceTTTConfig) -> None:
     """Refuse settings of what the target learns that would do nothing, or that a run could not follow."""
-    owns_parameters = True
+    owns_parameters, starts_at_zero = True, False
     if config.objective in OBJECTIVES:
         from inplace_ttt.core import make_target
 
@@ -272,6 +272,7 @@ def _check_learning(recipe: Recipe, config: InPlaceTTTConfig) -> None:
         except UserError as error:
             raise RecipeError(f"ttt: {error}") from None
         owns_parameters = any(True for _ in target.parameters())
+        starts_at_zero = hasattr(target, "proj") and not target.proj.weight.any()
         if config.init_std is not None and config.objective_options.get("start") == "next_token":
             raise RecipeError("ttt.init_std: with start: next_token P begins at zero, leave it out")
     for name, given in (("optimizer.ttt_lr", recipe.optimizer.ttt_lr is not None), ("teach", recipe.teach > 0)):
@@ -281,6 +282,8 @@ def _check_learning(recipe: Recipe, config: InPlaceTTTConfig) -> None:
         raise RecipeError("optimizer.ttt_lr: with trainable: adapter nothing else is trained, set optimizer.lr instead")
     if recipe.teach_alone and not recipe.teach:
         raise RecipeError(_ALONE)
+    if recipe.teach_alone and config.objective_options.get("gates"):
+        raise RecipeError("teach_alone: teaching turns values and does not size them, so gates would learn nothing")
     if recipe.teach and recipe.compile:
         raise RecipeError("teach: not supported together with compile, leave one of them out")
     if recipe.teach and recipe.parallel is not None:
@@ -295,6 +298,13 @@ def _check_learning(recipe: Recipe, config: InPlaceTTTConfig) -> None:
             raise RecipeError(f"{name}: ttt.rule_options.lr fixes the inner learning rate, write ttt.lr instead")
         if given and config.update_size == "auto":
             raise RecipeError(f'{name}: ttt.update_size "auto" finds the same sizes whatever ttt.lr is: give a number')
+    base = recipe.model.base
+    is_fresh = base is None or (Path(base).is_dir() and not (Path(base) / "inplace_ttt.json").exists())
+    if recipe.ttt_relative_update is not None and starts_at_zero and is_fresh:
+        raise RecipeError(
+            "ttt_relative_update: this target begins with P at zero, and so with updates of size zero: "
+            "set ttt.lr instead, or ttt.update_size"
+        )
     if recipe.ttt_relative_update is not None and config.update_size is not None:
         raise RecipeError(
             "ttt_relative_update: ttt.update_size sets the size of an update already, leave one of them out"
