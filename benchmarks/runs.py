@@ -137,7 +137,10 @@ def do(run: Run, out: Path, scratch: Path) -> bool:
         traceback.print_exc()
         record["failed"] = str(error) if isinstance(error, UserError) else in_one_line(error)
         record.setdefault("curve", progress(out / run.name / "log.txt"))
-    write_json(out / run.name / "run.json", record | about(started))
+    plain = json.loads(
+        json.dumps(record | about(started), default=str), parse_constant=lambda _: None
+    )  # nan is no JSON
+    write_json(out / run.name / "run.json", plain)
     return record["failed"] is None
 
 
