@@ -61,7 +61,8 @@ def _unit(x: Tensor) -> Tensor:
     """Return the rows of x at length 1, zero where they are zero, however small they are."""
     tiny = torch.finfo(x.dtype).tiny
     x = x / x.abs().amax(-1, keepdim=True).clamp(min=tiny)
-    return x / x.norm(dim=-1, keepdim=True).clamp(min=tiny)
+    unit: Tensor = x / x.norm(dim=-1, keepdim=True).clamp(min=tiny)
+    return unit
 
 
 class Lesson:

@@ -268,7 +268,7 @@ def _check_learning(recipe: Recipe, config: InPlaceTTTConfig) -> None:
         from inplace_ttt.core import make_target
 
         try:
-            target = make_target(config.objective, 1, config.objective_options, config.settings)
+            target: Any = make_target(config.objective, 1, config.objective_options, config.settings)
         except UserError as error:
             raise RecipeError(f"ttt: {error}") from None
         owns_parameters = any(True for _ in target.parameters())
