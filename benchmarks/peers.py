@@ -28,7 +28,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, Mistra
 
 from inplace_ttt.config import InPlaceTTTConfig
 from inplace_ttt.errors import UserError
+from inplace_ttt.hf.attach import inspect, is_attached
 from inplace_ttt.train.attention import document_bounds
+from inplace_ttt.train.model import count_parameters
 
 # -- recurrences -------------------------------------------------------------------------------------------------------
 
@@ -107,10 +109,11 @@ class HeadNorm(nn.Module):
 
     def __init__(self, heads: int, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(heads, width))
+        self.weight = nn.Parameter(torch.ones(heads * width))  # one vector, so that it does not decay
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        x = precise(x) * torch.rsqrt(precise(x).square().mean(-1, keepdim=True) + 1e-6) * self.weight
+        x = precise(x) * torch.rsqrt(precise(x).square().mean(-1, keepdim=True) + 1e-6)
+        x = x * self.weight.view(x.shape[-2:])
         return x if gate is None else x * silu(precise(gate).view_as(x))
 
 
@@ -123,12 +126,12 @@ class ShortConv(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
         """x [B, T, W], positions [B, T] in the document, past [B, taps - 1, W]; the last inputs for the next call."""
-        taps, T = len(self.weight), x.shape[1]
+        taps, T, weight = len(self.weight), x.shape[1], self.weight.to(x.dtype)
         whole = pad(x, (0, 0, taps - 1, 0)) if past is None else torch.cat([past.to(x.dtype), x], 1)
-        out = x * self.weight[-1]
+        out = x * weight[-1]
         for back in range(1, taps):
             seen = (positions >= back)[..., None]
-            out = out + torch.where(seen, whole[:, taps - 1 - back : taps - 1 - back + T], 0) * self.weight[-1 - back]
+            out = out + torch.where(seen, whole[:, taps - 1 - back : taps - 1 - back + T], 0) * weight[-1 - back]
         return silu(out), whole[:, T:].detach()
 
 
@@ -163,13 +166,20 @@ class Mixer(nn.Module):
         """The output [B, T, D] and the state that a call leaves; ``ids``: positions as the model was given them."""
         raise NotImplementedError
 
+    def flops(self) -> float:
+        """FLOPs of a token, forward, without the products of `nn.Linear`: by chunks, a linear recurrence's."""
+        K, V = self.K, self.V  # type: ignore[attr-defined]
+        by_chunk = 4 * K * V + KERNEL_CHUNK * (K + V)
+        solved = 2 * K * V + KERNEL_CHUNK * (K + V) if isinstance(self, Delta) else 0  # what the keys read already
+        return float(self.heads * (by_chunk + solved))
+
     def recur(
         self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, state: Any, ids: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Outputs and the last state, by the fastest way there is here."""
         B, T = q.shape[:2]
         S = state.get("S")
-        if q.is_cuda:
+        if q.is_cuda and T > 16:  # a step of decoding is not worth a kernel's chunk
             if S is None:
                 bounds = document_bounds(ids, B, T, q.device)
             else:
@@ -268,15 +278,17 @@ class TTTLinear(Mixer):
     The gradients of ``batch`` tokens are all taken at the weights before the first of them.
     """
 
-    def __init__(self, config: Any, layer: int, batch: int = 64, lr: float = 0.1) -> None:
+    def __init__(self, config: Any, layer: int, batch: int = 64, lr: float = 0.1, heads: int | None = None) -> None:
         super().__init__(config, layer)
+        self.heads = heads or self.heads
         self.K, self.batch, self.lr = self.width // self.heads, batch, lr
         self.q, self.k, self.v, self.g = (self.linear(self.width) for _ in range(4))
         self.eta = nn.Linear(self.width, self.heads)
         self.conv = ShortConv(2 * self.width)
         self.W = nn.Parameter(torch.randn(self.heads, self.K, self.K) * 0.02)
-        self.b = nn.Parameter(torch.zeros(self.heads, 1, self.K))
-        self.scale, self.shift = (nn.Parameter(f(self.heads, 1, self.K)) for f in (torch.ones, torch.zeros))
+        self.scale, self.shift, self.b = (
+            nn.Parameter(f(self.heads * self.K)) for f in (torch.ones, *[torch.zeros] * 2)
+        )
         self.norm, self.o = HeadNorm(self.heads, self.K), self.linear(self.width)
 
     def mix(self, x: Tensor, positions: Tensor, state: dict[str, Any], ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -296,7 +308,7 @@ class TTTLinear(Mixer):
         if before:  # the tokens since the last update, once more
             q, k, v, eta = (torch.cat([old, x], 2) for old, x in zip(state["pending"], (q, k, v, eta), strict=True))
             new = torch.cat([state["new"], new], 1)
-        W0, b0 = self.W.expand(len(q), -1, -1, -1), self.b.expand(len(q), -1, -1, -1)
+        W0, b0 = self.W.expand(len(q), -1, -1, -1), self.by_head(self.b).expand(len(q), -1, -1, -1)
         W, b = (state["W"], state["b"]) if state else (W0, b0)
         out, packed = [], bool(new[:, 1:].any())
         pending: tuple[Tensor, ...] = ()
@@ -335,16 +347,24 @@ class TTTLinear(Mixer):
         kept = new[:, new.shape[1] - left :]
         return torch.cat(out, 2)[:, :, before:][:, :, :tokens], {"W": W, "b": b, "pending": pending, "new": kept}
 
+    def flops(self) -> float:
+        return float(self.heads * (6 * self.K * self.K + 2 * self.batch * self.K))
+
+    def by_head(self, x: Tensor) -> Tensor:
+        return x.view(self.heads, 1, self.K)
+
     def normed(self, y: Tensor) -> Tensor:
         centred = y - y.mean(-1, keepdim=True)
-        return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-6) * self.scale + self.shift
+        hat = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-6)
+        return hat * self.by_head(self.scale) + self.by_head(self.shift)
 
     def gradient(self, k: Tensor, v: Tensor, y: Tensor) -> Tensor:
         """d/dy of |k + norm(y) - v|^2 / 2."""
         centred = y - y.mean(-1, keepdim=True)
         rate = torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-6)
         hat = centred * rate
-        g = (k + hat * self.scale + self.shift - v) * self.scale
+        scale, shift = self.by_head(self.scale), self.by_head(self.shift)
+        g = (k + hat * scale + shift - v) * scale
         return rate * (g - g.mean(-1, keepdim=True) - hat * (g * hat).mean(-1, keepdim=True))
 
 
@@ -352,10 +372,10 @@ def ttt_linear_reference(mixer: TTTLinear, q: Tensor, k: Tensor, v: Tensor, eta:
     """What `TTTLinear.learn` computes for one row without a state, token by token, its gradients by autograd."""
     out, T = torch.zeros_like(q), q.shape[2]
     for h in range(q.shape[1]):
-        scale, shift = mixer.scale[h, 0], mixer.shift[h, 0]
+        scale, shift, first = (mixer.by_head(x)[h, 0] for x in (mixer.scale, mixer.shift, mixer.b))
         for t in range(T):
             if new[0, t]:
-                W, b = mixer.W[h], mixer.b[h, 0]
+                W, b = mixer.W[h], first
                 anchor = W, b
             elif t % mixer.batch == 0:
                 anchor = W, b
@@ -370,13 +390,13 @@ def ttt_linear_reference(mixer: TTTLinear, q: Tensor, k: Tensor, v: Tensor, eta:
 
 
 class LaCT(Mixer):
-    """A SwiGLU MLP f as fast weights beside window attention: after a chunk W' = |W0| unit(W + sum_t eta_t d(f(k_t) v_t)).
+    """A SwiGLU MLP f as fast weights beside a window; after a chunk W' = |W0| unit(W + sum eta_t d(f(k_t) v_t)).
 
     ``unit`` and the norms are those of columns. Every token reads the weights of before its chunk; what its chunk holds
     it sees through the window, whose queries, keys and values both parts share.
     """
 
-    def __init__(self, config: Any, layer: int, chunk: int = 512, inner: int = 64, lr: float = 0.01) -> None:
+    def __init__(self, config: Any, layer: int, chunk: int = 512, inner: int = 48, lr: float = 0.01) -> None:
         from transformers.models.mistral.modeling_mistral import MistralAttention
 
         super().__init__(config, layer)
@@ -386,11 +406,15 @@ class LaCT(Mixer):
         self.W1, self.W3 = (nn.Parameter(torch.randn(self.heads, self.K, inner) * self.K**-0.5) for _ in range(2))
         self.W2 = nn.Parameter(torch.randn(self.heads, inner, self.K) * inner**-0.5)
         self.o = self.linear(self.width)
+        self.shared: list[Tensor] = []
+        for project in (self.attention.q_proj, self.attention.k_proj, self.attention.v_proj):
+            project.register_forward_hook(lambda _, __, out: self.shared.append(out))
 
     def forward(self, hidden_states: Tensor, position_ids: Tensor | None = None, **given: Any) -> tuple[Tensor, None]:
         B, T, _ = hidden_states.shape
         cache = given.get("cache") if given.get("cache") is not None else given.get("past_key_values")
         state = {}
+        self.shared.clear()
         if cache is not None and cache.get_seq_length(self.layer):
             state = cache.layers[self.layer].__dict__.get("peer", {})
         seen, _ = self.attention(hidden_states, position_ids=position_ids, **given)
@@ -401,15 +425,19 @@ class LaCT(Mixer):
             cache.layers[self.layer].peer = left
         return seen + out, None
 
+    def flops(self) -> float:
+        return float(18 * self.W1.numel())
+
     def mix(self, x: Tensor, positions: Tensor, state: dict[str, Any], ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
         found = []
-        for project in (self.attention.q_proj, self.attention.k_proj, self.attention.v_proj):
-            y = silu(precise(project(x))).unflatten(-1, (-1, self.K)).transpose(1, 2)
+        for projected in self.shared:
+            y = silu(precise(projected)).unflatten(-1, (-1, self.K)).transpose(1, 2)
             found.append(y.repeat_interleave(self.heads // y.shape[1], 1))
         q, k = (normalize(y, dim=-1) for y in found[:2])
         eta = self.lr * softplus(precise(self.eta(x))).unflatten(-1, (3, self.heads)).permute(2, 0, 3, 1)[..., None]
         with torch.autocast(x.device.type, enabled=False):
             out, left = self.learn(q, k, found[2], eta, starts(positions, bool(state)), state)
+        self.shared.clear()
         return self.o(self.norm(out.transpose(1, 2)).flatten(-2).to(x.dtype)), left
 
     def learn(
@@ -433,6 +461,8 @@ class LaCT(Mixer):
             at += room
             if held[0].shape[2] == self.chunk:
                 W, held = self.update(W, W0, *held), None
+        if held is not None:  # numbers of documents count from the last one, which the next call goes on with
+            held = (*held[:4], held[4] - document[:, None, -1:, None])
         return torch.cat(out, 2), {"W": W, "held": held}
 
     def update(self, W: Any, W0: Any, k: Tensor, v: Tensor, eta: Tensor, fresh: Tensor, document: Tensor) -> Any:
@@ -517,3 +547,28 @@ class PeerForCausalLM(MistralForCausalLM):
 
 AutoConfig.register("peer", PeerConfig, exist_ok=True)
 AutoModelForCausalLM.register(PeerConfig, PeerForCausalLM, exist_ok=True)
+
+
+# -- what they cost ----------------------------------------------------------------------------------------------------
+
+KERNEL_CHUNK = 64
+"""Tokens of a chunk in flash-linear-attention's kernels."""
+
+
+def cost(model: Any, length: int) -> tuple[int, float]:
+    """Parameters, and FLOPs of a trained token in rows of ``length``: forward and twice as much backward.
+
+    Of fast weights of In-Place TTT as `inplace_ttt.train.plan` counts them. Convolutions, norms and gates are left out.
+    """
+    products, other = 0, 0.0
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            products += 2 * module.weight.numel()
+        elif isinstance(module, Mixer):
+            other += module.flops()
+        elif type(module).__name__ == "MistralAttention":
+            window = module.config.sliding_window
+            seen = length / 2 if not window or window >= length else window
+            other += 4 * seen * module.config.num_attention_heads * module.head_dim
+    scan = 8 * sum(math.prod(layer.shape) for layer in inspect(model)) if is_attached(model) else 0
+    return count_parameters(model), 3 * (products + other) + scan

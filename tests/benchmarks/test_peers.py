@@ -1,16 +1,25 @@
 """Peers of In-Place TTT: what they compute, documents in a row, pieces, their size, and training by a recipe."""
 
+import json
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from locations import ROOT
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import inplace_ttt as ittt
+from inplace_ttt.errors import UserError
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import peer_gradients
 import peers
+import runs
 from peers import MIXERS, PeerConfig, PeerForCausalLM
 
 TOKEN_BY_TOKEN = {"ttt_linear": peers.ttt_linear_reference, "lact": peers.lact_reference}
@@ -108,3 +117,130 @@ def test_chunks_equal_token_by_token_with_all_gradients(mixer: str) -> None:
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
         assert a.abs().max() > 1e-3
+
+
+# -- the kernels' surroundings, with token-by-token ones in their place ------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gla", "mamba2", "deltanet", "gated_deltanet"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_surrounds_the_kernels(kind: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are flattened, documents named by their bounds, and the last state is that of each row's last document."""
+    calls: list[str] = []
+
+    def kernel(name: str) -> Any:
+        def run(q: Tensor, k: Tensor, v: Tensor, *, scale: float, initial_state: Any, output_final_state: bool,
+                g: Any = None, beta: Any = None, cu_seqlens: Any = None) -> Any:  # fmt: skip
+            calls.append(name)
+            assert scale == 1.0
+            assert output_final_state
+            assert {x.dtype for x in (q, k, v)} == {torch.bfloat16}
+            if cu_seqlens is None:
+                new = torch.zeros(q.shape[:2], dtype=torch.bool)
+                return peers.recurrence(q, k, v, g, beta, initial_state, new)
+            assert len(q) == 1
+            found = []
+            for low, high in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+                part = [None if x is None else x[:, low:high] for x in (q, k, v, g, beta)]
+                found.append(peers.recurrence(*part, None, torch.zeros(1, high - low, dtype=torch.bool)))  # type: ignore[arg-type]
+            return torch.cat([out for out, _ in found], 1), torch.cat([last for _, last in found])
+
+        return run
+
+    for module, name in (
+        ("delta_rule", "chunk_delta_rule"), ("gated_delta_rule", "chunk_gated_delta_rule"), ("gla", "chunk_gla"),
+        ("simple_gla", "chunk_simple_gla"),
+    ):  # fmt: skip
+        monkeypatch.setitem(sys.modules, f"fla.ops.{module}", SimpleNamespace(**{name: kernel(name)}))
+    for parent in ("fla", "fla.ops"):
+        monkeypatch.setitem(sys.modules, parent, SimpleNamespace())
+    errors = peer_gradients.compare(kind, 48, packed, "cpu")
+    assert max(errors.values()) < 0.005
+    assert {"dq", "dk", "dv"} <= errors.keys()
+    expected = {"gla": "chunk_gla", "mamba2": "chunk_simple_gla", "deltanet": "chunk_delta_rule"}
+    assert calls == [expected.get(kind, "chunk_gated_delta_rule")]
+
+
+def test_without_the_kernels_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fla", None)
+    with pytest.raises(UserError, match=r"pip install '\.\[peers\]'"):
+        peer_gradients.compare("gla", 48, False, "cpu")
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+MORE_FLOPS = {"full": 3.80, "in-place-ttt": 1.11, "window-wide": 1.11}
+"""Over those of the sliding window."""
+
+
+def replica(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("INPLACE_TTT_DATA", str(shared / "data"))
+    monkeypatch.setenv("INPLACE_TTT_CODE", str(tmp_path))
+    (tmp_path / "train.jsonl").touch()
+    return {run.name: run.checked(tmp_path) for run in runs.read_table(ROOT / "benchmarks" / "replica.yaml")}
+
+
+def test_parameters_and_flops_are_alike(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for name, recipe in replica(shared, tmp_path, monkeypatch).items():
+        if name.endswith("-seed2"):  # peers have three seeds, ablations one
+            with torch.device("meta"):
+                values = dict(recipe.model.config)
+                made = AutoModelForCausalLM.from_config(
+                    AutoConfig.for_model(values.pop("model_type"), vocab_size=8192, **values)
+                )
+                if recipe.ttt is not None:
+                    ittt.attach(made, recipe.ttt_config())
+            found[name.removesuffix("-seed2")] = peers.cost(made, recipe.sequence_length)
+    assert len(found) == 15
+    parameters, flops = found["window"]
+    for name, (size, speed) in found.items():
+        assert size == pytest.approx(parameters, rel=0.03), name
+        assert speed / flops == pytest.approx(MORE_FLOPS.get(name, 1), rel=0.03), name
+    assert found["window-wide"][1] == pytest.approx(found["in-place-ttt"][1], rel=0.01)
+
+
+def test_all_read_the_same_rows(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = replica(shared, tmp_path, monkeypatch)
+    first = found["window-seed0"]
+    assert len({name for name in found if name.endswith("-seed0")}) > 35
+    for name, recipe in found.items():
+        assert (recipe.data, recipe.tokenizer, recipe.steps) == (first.data, first.tokenizer, first.steps)
+        assert (recipe.sequence_length, recipe.batch_size, recipe.cut_multiple) == (16384, 8, 1)
+        assert str(recipe.seed) == name[-1]
+    known: dict[str, float] = {}
+    assert runs.cost(found["full-seed0"], known) > runs.cost(found["window-gla-seed0"], known) > 0
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_peer_is_trained_saved_and_measured(mixer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("inplace_ttt.train.run.plot_losses", lambda *_: None)
+    text = "".join(json.dumps({"text": f"{i} " + "a whale and a ship " * 300}) + "\n" for i in range(3))
+    (tmp_path / "train.jsonl").write_text(text, encoding="utf-8")
+    config = {**json.loads(model(mixer).config.to_json_string()), "max_position_embeddings": 256}
+    kept = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    )
+    shape = {name: config[name] for name in kept} | {"model_type": "peer", "mixer": mixer, "mixer_layers": "0::2"}
+    recipe = {
+        "name": mixer, "output": str(tmp_path / "unused"), "sequence_length": 64, "steps": 3, "batch_size": 2,
+        "model": {"config": shape | {"mixer_options": OPTIONS.get(mixer), "sliding_window": 16}},
+        "tokenizer": "src/inplace_ttt/models/books-and-code", "optimizer": {"lr": 1e-3}, "log_every": 1,
+        "data": {"train": {"text": f"jsonl:{tmp_path / 'train.jsonl'}"}, "cache": str(tmp_path.parent / "tokens")},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    evaluation = {"tokens": 48, "documents": 1, "needle": None, "mqar": {"lengths": [48], "pairs": [2], "trials": 1}}
+    run = runs.Run(str(tmp_path / "recipe.yaml"), evaluation=evaluation, name=mixer)
+    assert runs.do(run, tmp_path / "out", tmp_path / "scratch")
+    record = json.loads((tmp_path / "out" / mixer / "run.json").read_text())
+    losses = [entry["loss"] for entry in record["curve"]]
+    assert losses[-1] < losses[0]
+    assert record["evaluation"]["losses"]["code"]["on"] > 5
+    assert record["evaluation"]["failed"] == {}
