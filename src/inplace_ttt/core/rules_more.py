@@ -18,6 +18,7 @@ class Delta(Rule):
 
     decay: float = 0.0
     linear = True
+    needs_weight = False
 
     def update(self, state: State, z: Tensor, v: Tensor, W0: Tensor | None) -> State:
         error = v.to(z.dtype) - self.apply(state, z)
@@ -34,6 +35,7 @@ class Momentum(Rule):
     decay: float = 0.0
     beta: float = 0.9
     linear = True
+    needs_weight = False
 
     def init(self, B: int, D: int, F: int, like: Tensor) -> State:
         zero = super().init(B, D, F, like)["S"]
@@ -53,6 +55,7 @@ class Muon(Rule):
 
     decay: float = 0.0
     additive = True
+    needs_weight = False
 
     @property
     def keep(self) -> float:
@@ -86,7 +89,7 @@ class NormPreserving(Rule):
 
     def update(self, state: State, z: Tensor, v: Tensor, W0: Tensor | None) -> State:
         if W0 is None:
-            raise NotImplementedError("rule 'norm_preserving' needs a dense weight, and this model's is quantised")
+            raise NotImplementedError("norm_preserving needs the whole weight, and it is split over ranks")
         T = (1 - self.decay) * state["T"] + outer(v.to(z.dtype), z)
         W0 = W0.to(T.dtype)
         lr, old = self.lr, W0.square().sum(-1)

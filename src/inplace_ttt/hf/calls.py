@@ -63,7 +63,7 @@ class WholeCall:
             state=None if slot is None else slot.fast,
             weight=module.weight.to(z.dtype) if fuses else None,
             bias=None if not fuses or module.bias is None else module.bias.to(z.dtype),
-            slow=site.slow_weight(module),
+            slow=site.slow_weight(module, rule),
         )
         if lesson is not None:
             out = lesson.given(out, table)

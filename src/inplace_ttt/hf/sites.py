@@ -11,11 +11,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from ..core import Target, Teacher
+from ..core import Rule, Target, Teacher
 from ..errors import UserError
-from .linear import FastWeight, innermost, transforms
+from .linear import FastWeight, dense_weight, innermost, is_dense, transforms
 from .settings import PerThread, Settings
 
 CONTEXT = "inplace_ttt_context"
@@ -246,12 +245,12 @@ class LayerSite:
         parameters = [p for p in self.bound_target().parameters() if p.requires_grad]
         return Anchor.apply(out, *parameters) if parameters else out  # type: ignore[no-untyped-call]
 
-    def slow_weight(self, module: Any) -> Tensor | None:
-        """Return W0 [D, F]; None where there is no dense one."""
+    def slow_weight(self, module: Any, rule: Rule) -> Tensor | None:
+        """Return W0 [D, F] for a rule's update; None where it is split, or quantised and the rule needs none."""
         weight: Tensor = module.weight
-        if not weight.is_floating_point() or hasattr(weight, "device_mesh"):
+        if hasattr(weight, "device_mesh") or not (rule.needs_weight or is_dense(weight)):
             return None
-        return weight.mT if type(module).slow_class is Conv1D else weight
+        return dense_weight(module)
 
 
 _WATCHING = threading.Lock()

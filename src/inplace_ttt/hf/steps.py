@@ -97,7 +97,7 @@ class Step:
         for i, site in self.sites.items():
             fast = self.slots[i].fast
             if rows := fast.end_step():
-                slow = site.slow_weight(site.projection())
+                slow = site.slow_weight(site.projection(), self.settings.rule)
                 complete(fast, rows, site.bound_target(), self.settings.rule, slow)
 
 

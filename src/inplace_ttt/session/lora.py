@@ -79,7 +79,7 @@ def export(session: Session, directory: str | Path, rank: int | None = RANK) -> 
         prefix = f"base_model.model.{name}"
         tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = A.float(), B.float()
         if rule.dora is not None:
-            slow = site.slow_weight(module)
+            slow = site.slow_weight(module, rule)
             assert slow is not None  # its rule reads nothing without one
             tensors[f"{prefix}.lora_magnitude_vector"] = torch.linalg.vector_norm(slow.detach().float(), dim=1)
         layers.append(ExportedLayer(site.index, name, len(A), full, error))

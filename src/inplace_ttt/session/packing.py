@@ -254,7 +254,7 @@ def upgrade(tensors: dict[str, Tensor], header: dict[str, Any], reader: Reader) 
         if rule.outer and rule.whole and v is not None:  # targets were kept as they came
             site, C = sites[int(index)], config.chunk_size
             z, chunks = tensors[prefix + "history.z"].reshape(-1, C, tensors[prefix + "history.z"].shape[-1]), v.shape
-            slow = site.slow_weight(site.projection())
+            slow = site.slow_weight(site.projection(), rule)
             values_ = rule.values(z, v.reshape(-1, C, v.shape[-1]).to(z.dtype), slow)
             tensors[prefix + "history.v"] = values_.reshape(chunks)
 

@@ -98,7 +98,7 @@ def _row_sizes(site: Any, module: Any, z: Tensor, u: Tensor, probe: bool, states
     v, keep = values_of(target, u, z, table, (None, None))
     if v is None or not settings.rule.outer:
         return None
-    weight = site.slow_weight(module)
+    weight = site.slow_weight(module, settings.rule)
     slow = None if weight is None else weight.float()
     own = written(settings.rule, z, v, replace(table, prefix=0), None, slow)
     keys, updates = chunked(z, None, table), []
