@@ -119,6 +119,29 @@ def test_chunks_equal_token_by_token_with_all_gradients(mixer: str) -> None:
         assert a.abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("mixer", TOKEN_BY_TOKEN)
+def test_padding_before_a_prompt_and_what_follows_it(mixer: str) -> None:
+    """Padding counts as documents of one token; the prompt's last chunk ends in the next call."""
+    torch.manual_seed(0)
+    layer = MIXERS[mixer](model(mixer).config, 0, **OPTIONS[mixer]).double()
+    q, k, v = (torch.randn(1, layer.heads, 30, layer.K, dtype=torch.double) for _ in range(3))
+    eta = torch.rand(3, 1, layer.heads, 30, 1, dtype=torch.double)
+    new = torch.zeros(1, 30, dtype=torch.bool)
+    new[0, :4] = True
+    part = (
+        (lambda x, at: x[..., at, :])
+        if mixer == "lact"
+        else (lambda x, at: x[0][..., at, :] if x is eta else x[..., at, :])
+    )
+    whole = slice(None)
+    expected, _ = layer.learn(*(part(x, whole) for x in (q, k, v, eta)), new, {})
+    found, state = [], dict[str, Any]()
+    for at in (slice(0, 11), slice(11, 12), slice(12, 30)):
+        out, state = layer.learn(*(part(x, at) for x in (q, k, v, eta)), new[:, at], state)
+        found.append(out)
+    torch.testing.assert_close(torch.cat(found, 2), expected)
+
+
 # -- the kernels' surroundings, with token-by-token ones in their place ------------------------------------------------
 
 
