@@ -24,7 +24,7 @@ HELP = """\
 /drop            forget the context, keep what was learned
 /forget          forget everything: context and fast weights
 /undo            take back the last turn, /read, /drop or /forget
-/fork [FILE]     go on with a copy, kept in FILE; the session's file stays as it is now
+/fork [FILE]     continue with a copy, kept in FILE; the session's file stays as it is now
 /save [FILE]     save now; with FILE: there, from now on
 /quit            save and leave, as does Ctrl-D
 Ctrl-C ends an answer; what was written stays learned. Anything else is read and answered."""
@@ -84,7 +84,7 @@ class Chat:
         """Keeps other processes from writing the session's file."""
         self.saver = Saver(session, path)
         self.by_loss = session._reader.by_loss
-        """Whether a turn can be learned when it ends, as a chunk that is not full."""
+        """True where a turn is learned when it ends, as a chunk that is not full."""
         self.messages: list[dict[str, str]] = []
         self.undo: list[tuple[Any, list[dict[str, str]]]] = []
 
@@ -150,7 +150,7 @@ class Chat:
             raise
 
     def prompt(self, session: Any, words: str, messages: list[dict[str, str]]) -> Any:
-        """What is fed for a turn."""
+        """Return the text or token ids that a turn feeds."""
         if self.template is not None:
             return self.template.feed(session, messages, words)
         stats = session.stats()
