@@ -33,9 +33,10 @@ from inplace_ttt.errors import UserError, in_one_line
 from inplace_ttt.eval.nll import position_edges
 from inplace_ttt.eval.paired import bootstrap_mean, means
 from inplace_ttt.eval.runner import Variant, run
-from inplace_ttt.eval.suites import mqar, needle
+from inplace_ttt.eval.suites import mqar, needle, nll
 from inplace_ttt.eval.suites.mqar import RecallSuite
 from inplace_ttt.eval.suites.needle import NeedleSuite
+from inplace_ttt.eval.suites.nll import NllSuite
 from inplace_ttt.eval.suites.texts import Document, load_texts
 from inplace_ttt.hf.attach import runtime_of
 from inplace_ttt.session.diagnostics import measure
@@ -50,6 +51,7 @@ TOKENS_AT_ONCE = 1 << 18
 class Evaluation:
     """``books``: JSON lines of held-out books. ``tokens``: of a text; ``documents``: of each domain, at most.
 
+    ``contexts``: for sliding-window perplexity, the loss of a document's last 256 tokens after so many before them.
     ``needle``, ``mqar``: settings of the suites (null: left out). ``ruler``: a file of texts, of each task and length
     ``ruler_texts`` at most, and of each answer ``ruler_tokens``. ``reading``: measure a plain model with the loss as
     objective, with these settings.
@@ -58,6 +60,7 @@ class Evaluation:
     books: tuple[str, ...] = ()
     tokens: int = 8192
     documents: int | None = None
+    contexts: tuple[int, ...] = ()
     needle: dict[str, Any] | None = field(default_factory=dict)
     mqar: dict[str, Any] | None = field(default_factory=dict)
     ruler: str | None = None
@@ -96,7 +99,7 @@ def measure_trained(directory: Path, settings: Mapping[str, Any], say: Callable[
             raise UserError(f"evaluation.tokens: no text of {domain} has {given.tokens:,} tokens")
         data[domain] = ids.to(device)
     part("losses", lambda: {domain: losses(model, ids) for domain, ids in data.items()})
-    if given.needle is not None or given.mqar is not None:
+    if given.contexts or given.needle is not None or given.mqar is not None:
         part("recall", lambda: recall(model, tokenizer, given))
     if given.ruler is not None:
         part("ruler", lambda: ruler(model, tokenizer, Path(str(given.ruler)), given.ruler_texts, given.ruler_tokens))
@@ -159,19 +162,20 @@ def readings(model: Any) -> list[Variant]:
 
 
 def recall(model: Any, tokenizer: Any, given: Evaluation) -> dict[str, Any]:
-    """Needles and associative recall in the books (without any: in the modules): tables of right answers."""
+    """Perplexity by context, needles and associative recall in the books (without any: in the modules): tables."""
     books = load_texts(given.books, tokenizer, domain="books") if given.books else [
         Document(str(i), "code", np.array(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, np.int32))
         for i, text in enumerate(texts("code", [], {}))
     ]  # fmt: skip
-    suites: list[Any] = []
+    suites: list[Any] = [NllSuite(books, 2, 0, contexts=given.contexts)] if given.contexts else []
     if given.needle is not None:
         suites.append(NeedleSuite(tokenizer, books, **given.needle))
     if given.mqar is not None:
         suites.append(RecallSuite(tokenizer, books, **given.mqar))
     with TemporaryDirectory() as folder:
         records = run(suites, readings(model), Path(folder) / "run", {}, console=Console(quiet=True))
-    return {**needle.tables(records), **mqar.tables(records)}
+    found = [suite.tables(records) for suite in (nll, needle, mqar)]
+    return {name: rows for tables in found for name, rows in tables.items()}
 
 
 @torch.no_grad()

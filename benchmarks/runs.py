@@ -5,10 +5,11 @@
 
 The table names runs::
 
+    imports: [peers]                 # modules that make models known, if any
     settings: {data.test: {}}        # of all runs, as `inplace-ttt train RECIPE key=value` takes them
     evaluation: {books: [FILE]}      # of all runs, see measure_trained.py
     runs:
-      NAME: {recipe: recipes/smollm2-window.yaml, settings: {ttt.chunk_size: 512}, evaluation: {...}}
+      NAME: {recipe: recipes/smollm2-window.yaml, settings: {ttt.chunk_size: 512}, evaluation: {...}, seeds: [0, 1]}
 
 The tokens are made first, once for all. A run is a process of its own; what it prints is in OUT/NAME/log.txt, its
 record in OUT/NAME/run.json: settings, curve, tokens, speed, evaluation, commit, hardware, versions, date. A run that
@@ -16,10 +17,12 @@ fails or diverges leaves a record with ``failed``, the reason, and does not stop
 run again (delete the record to repeat it). The longest begin first. ``--seconds``: after so many nothing begins, and
 what is running is ended without a record; a run that would not fit, by the speed of those before it, does not begin.
 ``--scratch``: where models are written, OUT unless given. ``--set``, ``--measure``: settings and settings of the
-evaluation for all runs, over the table's.
+evaluation for all runs, over the table's. With ``seeds`` a run becomes NAME-seed0, NAME-seed1; ``--only NAME`` means
+all of them.
 """
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -62,11 +65,14 @@ class Run:
     recipe: str
     settings: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = ()
     name: str = ""
 
     def checked(self, scratch: Path) -> Recipe:
         """The recipe of this run. RecipeError where it is wrong."""
-        named = {**self.settings, "name": self.name, "output": str(scratch / self.name / "train")}
+        plain = "ttt" in self.settings and self.settings["ttt"] is None  # and stays so, whatever --set says of ttt
+        given = {key: value for key, value in self.settings.items() if not (plain and key.startswith("ttt."))}
+        named = {**given, "name": self.name, "output": str(scratch / self.name / "train")}
         return load_recipe(self.recipe, [f"{key}={json.dumps(value)}" for key, value in named.items()])
 
 
@@ -75,6 +81,8 @@ class Table:
     """The file: what all runs share, and the runs by name."""
 
     runs: dict[str, Run]
+    imports: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
 
@@ -86,10 +94,15 @@ def read_table(path: Path, settings: Sequence[str] = (), evaluation: Sequence[st
         table = build(Table, load_yaml(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from None
-    return [
-        Run(run.recipe, table.settings | run.settings | over[0], table.evaluation | run.evaluation | over[1], name)
-        for name, run in table.runs.items()
-    ]
+    for module in table.imports:
+        importlib.import_module(module)
+    found = []
+    for name, run in table.runs.items():
+        shared, evaluation = table.settings | run.settings, table.evaluation | run.evaluation | over[1]
+        seeds = run.seeds or table.seeds
+        for settings, label in [({"seed": n}, f"{name}-seed{n}") for n in seeds] or [({}, name)]:
+            found.append(Run(run.recipe, shared | settings | over[0], evaluation, name=label))
+    return found
 
 
 def key_and_value(text: str) -> tuple[str, Any]:
@@ -135,7 +148,10 @@ def do(run: Run, out: Path, scratch: Path) -> bool:
         traceback.print_exc()
         record["failed"] = str(error) if isinstance(error, UserError) else in_one_line(error)
         record.setdefault("curve", progress(out / run.name / "log.txt"))
-    write_json(out / run.name / "run.json", record | about(started))
+    plain = json.loads(
+        json.dumps(record | about(started), default=str), parse_constant=lambda _: None
+    )  # nan is no JSON
+    write_json(out / run.name / "run.json", plain)
     return record["failed"] is None
 
 
@@ -265,11 +281,12 @@ def main() -> None:
     given.scratch = given.scratch or given.out
     runs = read_table(given.table, given.set, given.measure)
     known = [run.name for run in runs]
-    if unknown := sorted({*given.only, *([given.one] if given.one else [])} - set(known)):
+    family = {name: re.sub(r"-seed\d+$", "", name) for name in known}
+    if unknown := sorted({*given.only, *([given.one] if given.one else [])} - {*known, *family.values()}):
         raise UserError(f"--only {unknown[0]}: {given.table} has no such run, only {', '.join(known)}")
     if given.one:
         sys.exit(not do(runs[known.index(given.one)], given.out, given.scratch))
-    runs = [run for run in runs if not given.only or run.name in given.only]
+    runs = [run for run in runs if not given.only or {run.name, family[run.name]} & set(given.only)]
     there = [run.name for run in runs if (given.out / run.name / "run.json").exists()]
     if there:
         print("have a record:", " ".join(there), flush=True)

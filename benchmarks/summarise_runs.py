@@ -1,15 +1,18 @@
 """What each run of a table did, as a table and a picture.
 
     python benchmarks/summarise_runs.py benchmarks/results/smollm2 [--plot docs/images/smollm2.png]
+    python benchmarks/summarise_runs.py benchmarks/results/replica --control window
 
 Reads DIRECTORY/NAME/run.json as runs.py writes them. By domain: *on* and *off*, losses with and without updates; *own
-gain*, off - on; *control*, the loss of the run named ``control-...`` that read the same rows less this one's with
-updates. Intervals: 95%, paired, over documents. *sizes*: ||eta S z|| / ||W0 z|| at the end of a text, the largest of
-all layers; *cosine*: of v and -dL/do, when last logged.
+gain*, off - on; *below control*, the loss of the control of the same base, budget and seed less this one's with updates
+(``--control``: its name, without the seed; left out: whatever is named ``control-...``). Intervals: 95%, paired, over
+documents. *sizes*: ||eta S z|| / ||W0 z|| at the end of a text, the largest of all layers; *cosine*: of v and -dL/do,
+when last logged. Where runs have seeds a second table has their means, and the lowest and highest.
 """
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,25 +23,33 @@ from inplace_ttt.eval.paired import Mean, bootstrap_mean
 
 ROOT = Path(__file__).resolve().parents[1]
 DOMAINS = ("books", "code")
+CONTROL = "control"
 Record = dict[str, Any]
 
 
 def read(folder: Path) -> list[Record]:
     """All records of a directory, controls first."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*/run.json")]
-    return sorted(found, key=lambda r: (not is_control(r), r["name"]))
+    return sorted(found, key=lambda r: (not is_control(r, CONTROL), r["name"]))
 
 
-def is_control(record: Record) -> bool:
-    return bool(record["name"].startswith("control"))
+def family(record: Record) -> str:
+    """The name without the seed."""
+    return re.sub(r"-seed\d+$", "", record["name"])
 
 
-def control_of(record: Record, records: Sequence[Record]) -> Record | None:
-    """The control on the same rows: of the same base and budget."""
-    if record["failed"]:
-        return None
-    same = lambda r: (r["recipe_as_run"]["model"], r["tokens_seen"], r["recipe_as_run"].get("seed"))  # noqa: E731
-    fitting = [r for r in records if is_control(r) and not r["failed"] and same(r) == same(record)]
+def is_control(record: Record, control: str) -> bool:
+    return family(record) == control or (control == CONTROL and record["name"].startswith(f"{CONTROL}-"))
+
+
+def control_of(record: Record, records: Sequence[Record], control: str) -> Record | None:
+    """The control on the same rows: of the same base, budget and seed."""
+
+    def same(r: Record) -> tuple[Any, ...]:
+        recipe = r["recipe_as_run"]
+        return recipe["model"].get("base"), r["tokens_seen"], recipe.get("seed"), r["data"]["train"]
+
+    fitting = [r for r in records if is_control(r, control) and not r["failed"] and same(r) == same(record)]
     return fitting[0] if fitting else None
 
 
@@ -58,7 +69,7 @@ def own(record: Record, domain: str) -> Mean | None:
 
 
 def below(record: Record, control: Record | None, domain: str) -> Mean | None:
-    if control is None or control is record:
+    if control is None or control is record or domain not in record["evaluation"]["losses"]:
         return None
     upper, lower = (r["evaluation"]["losses"][domain]["on_by_document"] for r in (control, record))
     return gap(upper, lower) if len(upper) == len(lower) else None
@@ -86,7 +97,7 @@ def scores(record: Record, what: str, label: str) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def table(records: Sequence[Record]) -> str:
+def table(records: Sequence[Record], control: str = CONTROL) -> str:
     """Markdown: a row for each run, and a line for each that failed."""
     names = ["variant", *(f"{d} {n}" for d in DOMAINS for n in ("on", "off", "own gain", "below control"))]
     names += ["sizes", "cosine", "needle on / off", "recall on / off", "RULER on / off", "tokens/s"]
@@ -95,14 +106,14 @@ def table(records: Sequence[Record]) -> str:
     for record in records:
         if record["failed"]:
             continue
-        control, row = control_of(record, records), [record["name"]]
+        beside, row = control_of(record, records, control), [record["name"]]
         for domain in DOMAINS:
             found = record["evaluation"]["losses"].get(domain)
             if found is None:
                 row += [""] * 4
                 continue
             off = f"{found['off']:.4f}" if "off" in found else ""
-            row += [f"{found['on']:.4f}", off, cell(own(record, domain)), cell(below(record, control, domain))]
+            row += [f"{found['on']:.4f}", off, cell(own(record, domain)), cell(below(record, beside, domain))]
         cosine = cosines(record)
         row += [number(size(record), ".3f"), number(cosine[-1][1] if cosine else None, ".3f")]
         for what in ("needle", "recall", "ruler"):
@@ -113,18 +124,44 @@ def table(records: Sequence[Record]) -> str:
     return "\n".join([*lines, *([""] if failures else []), *failures])
 
 
-def draw(records: Sequence[Record], path: Path) -> None:
+def over_seeds(records: Sequence[Record], control: str) -> str:
+    """Markdown: means over seeds with the lowest and highest; empty where no run has two."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        if not record["failed"]:
+            groups.setdefault(family(record), []).append(record)
+    names = ["variant", "seeds", *(f"{d} {n}" for d in DOMAINS for n in ("on", "own gain", "below control"))]
+    lines = [f"| {' | '.join(names)} |", f"| {' | '.join(['---'] * len(names))} |"]
+    for name, members in groups.items():
+        row = [name, str(len(members))]
+        for domain in DOMAINS:
+            rows = [r["evaluation"]["losses"].get(domain) for r in members]
+            gaps = [below(r, control_of(r, records, control), domain) for r in members]
+            row.append(spread([found["on"] for found in rows if found], ".4f"))
+            row.append(spread([found["gain"] for found in rows if found and "gain" in found], "+.3f"))
+            row.append(spread([gap.value for gap in gaps if gap is not None], "+.3f"))
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines) if any(len(members) > 1 for members in groups.values()) else ""
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    if len(values) < 2:
+        return "".join(format(value, form) for value in values)
+    return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def draw(records: Sequence[Record], path: Path, control: str = CONTROL) -> None:
     """Gain by variant, own and against the control, and the cosine over training."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = [record for record in records if not record["failed"] and not is_control(record)]
+    shown = [record for record in records if not record["failed"] and not is_control(record, control)]
     figure = Figure(figsize=(12, max(3.2, 0.5 + 0.32 * len(shown))), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3)
     for axis, title, of in (
         (axes[0], "own gain: off - on", lambda r, d: own(r, d)),
-        (axes[1], "below the control: control - on", lambda r, d: below(r, control_of(r, records), d)),
+        (axes[1], "below the control: control - on", lambda r, d: below(r, control_of(r, records, control), d)),
     ):
         for i, domain in enumerate(DOMAINS):
             for at, record in enumerate(shown):
@@ -152,12 +189,15 @@ def draw(records: Sequence[Record], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "benchmarks" / "results" / "smollm2")
+    parser.add_argument("--control", default=CONTROL)
     parser.add_argument("--plot", type=Path, default=None)
     given = parser.parse_args()
     records = read(given.folder)
-    print(table(records))
+    print(table(records, given.control))
+    if by_seed := over_seeds(records, given.control):
+        print(f"\n{by_seed}")
     if given.plot:
-        draw(records, given.plot)
+        draw(records, given.plot, given.control)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     evaluation = {
         "books": [str(tmp_path / "books.jsonl.xz")], "tokens": 192, "documents": 2,
         "ruler": str(tmp_path / "ruler.jsonl"), "ruler_texts": 2,
+        "contexts": [64, 128],
         "needle": {"lengths": [128], "depths": [0.5], "kinds": ["single"], "trials": 2, "mentions": 2},
         "mqar": {"lengths": [128], "pairs": [4], "trials": 2},
         "reading": {"layers": "0::1", "chunk_size": 32, "update_size": 0.001},
@@ -86,7 +87,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def load(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
 def test_a_table_becomes_records_tables_and_pictures(table: Path, tmp_path: Path, capfd: Any) -> None:
@@ -104,6 +105,7 @@ def test_a_table_becomes_records_tables_and_pictures(table: Path, tmp_path: Path
     control, paper = (load(out / name / "run.json") for name in ("control", "paper"))
     for record in (control, paper):
         assert record["failed"] is None
+        assert record["evaluation"]["failed"] == {}
         assert record["tokens_seen"] == 6 * 2 * 128
         assert [entry["step"] for entry in record["curve"]] == [2, 4, 6]
         assert record["tokens_per_second"] > 0
@@ -128,6 +130,7 @@ def test_a_table_becomes_records_tables_and_pictures(table: Path, tmp_path: Path
         assert control["evaluation"]["reading"][domain]["off"] == pytest.approx(
             control["evaluation"]["losses"][domain]["on"], abs=1e-4
         )
+    assert [row["context"] for row in measured["recall"]["nll by sliding"] if row["variant"] == "on"] == [64, 128]
     for name in ("needle", "recall"):
         assert {row["variant"] for row in measured["recall"][name]} == {"on", "off"}
         assert {row["variant"] for row in control["evaluation"]["recall"][name]} == {"on"}
@@ -172,7 +175,7 @@ def test_a_run_whose_gradients_overflow_counts_as_failed(table: Path, tmp_path: 
     assert runs.do(stuck, tmp_path, tmp_path) is False
     record = load(tmp_path / "stuck" / "run.json")
     assert record["failed"] == "the gradient was not finite in 3 of 3 logged steps: such steps change nothing"
-    assert len(record["curve"]) == 3
+    assert [entry["grad_norm"] for entry in record["curve"]] == [None] * 3
 
 
 # -- the queue, with small programs in place of trainings --------------------------------------------------------------
@@ -182,7 +185,7 @@ def queue(
     tmp_path: Path, programs: dict[str, str], costs: dict[str, float], seconds: float = 60, slots: int = 1
 ) -> Any:
     given = argparse.Namespace(out=tmp_path, scratch=tmp_path, table=tmp_path / "table.yaml", seconds=seconds)
-    waiting = [(runs.Run("recipe", {}, {}, name), costs[name]) for name in programs]
+    waiting = [(runs.Run("recipe", name=name), costs[name]) for name in programs]
 
     class Small(runs.Queue):
         def command(self, run: runs.Run) -> list[str]:
@@ -238,12 +241,48 @@ def test_what_would_not_fit_does_not_begin(tmp_path: Path, capsys: Any) -> None:
     assert "short: begins" in said
 
 
+# -- the summary -------------------------------------------------------------------------------------------------------
+
+
+def record(name: str, on: list[float], off: list[float] | None = None, **more: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {"on": sum(on) / len(on), "on_by_document": on}
+    if off is not None:
+        row |= {"off": sum(off) / len(off), "off_by_document": off, "gain": sum(off) / len(off) - row["on"]}
+    seed = int(name[-1]) if "-seed" in name else 0
+    run = {"name": name, "failed": None, "tokens_seen": 5, "data": {"train": {}}, "curve": [], "tokens_per_second": 7.0}
+    run |= {"recipe_as_run": {"model": {"base": None}, "seed": seed}, "evaluation": {"losses": {"books": row}}}
+    return run | more
+
+
+def test_a_run_is_compared_with_the_control_of_its_seed_and_rows() -> None:
+    records = [
+        record("window-seed0", [3.0, 3.2]), record("window-seed1", [3.1, 3.3]), record("window-gla-seed0", [2.9, 3.0]),
+        record("ttt-seed0", [2.8, 3.0], [2.9, 3.2]), record("ttt-seed1", [2.8, 3.0], [3.0, 3.2]),
+        record("other", [1.0, 1.0], tokens_seen=6), record("broken", [1.0], failed="the loss is nan at step 3"),
+    ]  # fmt: skip
+    lines = summarise_runs.table(records, "window").splitlines()
+    cells = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in lines if line.startswith("| ")}
+    assert cells["ttt-seed0"][1:5] == ["2.9000", "3.0500", "+0.150 (+0.100 to +0.200)", "+0.200 (+0.200 to +0.200)"]
+    assert cells["ttt-seed1"][4] == "+0.300 (+0.300 to +0.300)"
+    assert cells["window-gla-seed0"][4] == "+0.150 (+0.100 to +0.200)"
+    assert cells["window-seed0"][3:5] == cells["other"][3:5] == ["", ""], "no updates; no control of that budget"
+    assert lines[-1] == "* broken failed: the loss is nan at step 3"
+    seeds = summarise_runs.over_seeds(records, "window").splitlines()
+    (line,) = [line for line in seeds if line.startswith("| ttt ")]
+    assert line.split(" | ")[1:5] == [
+        "2", "2.9000 (2.9000 to 2.9000)", "+0.175 (+0.150 to +0.200)", "+0.250 (+0.200 to +0.300)",
+    ]  # fmt: skip
+    assert summarise_runs.over_seeds([records[0]], "window") == ""
+
+
 # -- measurements ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_prompts_side_by_side_are_answered_as_alone(family: str) -> None:
-    model, prompts = tiny(family, chunk_size=8), [text(seed, 10 + 7 * seed) for seed in range(3)]
+@pytest.mark.parametrize(
+    ("family", "settings"), [("llama", {}), ("gemma3_text", {}), ("llama", {"objective": "next_error"})]
+)
+def test_prompts_side_by_side_are_answered_as_alone(family: str, settings: dict[str, Any]) -> None:
+    model, prompts = tiny(family, chunk_size=8, **settings), [text(seed, 10 + 7 * seed) for seed in range(3)]
     batch = [{"prompt": prompt, "tokens": 5 + i} for i, prompt in enumerate(prompts)]
     together = measure_trained.generate(model, tokenizer(), batch)
     assert together == [measure_trained.generate(model, tokenizer(), [line])[0] for line in batch]
@@ -268,6 +307,41 @@ def test_what_fails_after_the_losses_stops_nothing_else(tmp_path: Path, monkeypa
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 
 
+def test_every_run_of_the_smollm2_table_can_be_run(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its settings are right, and all runs of one base read the same rows."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("INPLACE_TTT_DATA", str(shared / "data"))
+    monkeypatch.setenv("INPLACE_TTT_CODE", str(tmp_path))
+    (tmp_path / "train.jsonl").touch()
+    found = {run.name: run.checked(tmp_path) for run in runs.read_table(ROOT / "benchmarks" / "smollm2.yaml")}
+    assert len(found) > 25
+    (again,) = runs.read_table(ROOT / "benchmarks" / "smollm2.yaml", ["ttt.chunk_size=512", "seed=3"])[:1]
+    assert again.checked(tmp_path).ttt is None
+    assert again.checked(tmp_path).seed == 3
+    for name in ("window", "full"):
+        control = found[f"control-{name}"]
+        assert control.ttt is None
+        alike = [recipe for recipe in found.values() if recipe.model == control.model]
+        assert len(alike) > 2
+        for recipe in alike:
+            assert (recipe.data, recipe.tokenizer, recipe.seed) == (control.data, control.tokenizer, control.seed)
+            assert (recipe.steps, recipe.tokens_per_step, recipe.batch_size) == (600, 65536, 8)
+            assert recipe.cut_multiple == 1, "else the chunk size decides where documents are cut"
+
+
+def test_seeds_make_runs_of_their_own(table: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load(table.read_text())
+    values["seeds"] = [0, 4]
+    values["runs"]["paper"]["seeds"] = [1]
+    table.write_text(yaml.safe_dump(values | {"imports": ["peers"]}))
+    found = {run.name: run.checked(tmp_path).seed for run in runs.read_table(table)}
+    assert {name: seed for name, seed in found.items() if name.startswith(("control", "paper"))} == {
+        "control-seed0": 0, "control-seed4": 4, "paper-seed1": 1,
+    }  # fmt: skip
+
+
 def test_mistakes_are_told_in_a_line_before_anything_runs(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,6 +359,8 @@ def test_mistakes_are_told_in_a_line_before_anything_runs(
     values["runs"]["paper"]["settings"]["ttt.chunk"] = 5
     table.write_text(yaml.safe_dump(values))
     assert "ttt.chunk: no such setting" in main()
+    assert "'steps': write key=value" in main("--set", "steps")
+    assert "stepps: no such setting" in main("--only", "control", "--set", "stepps=2")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"evaluation\.token: no such setting"):
         measure_trained.measure_trained(tmp_path, {"token": 5}, print)

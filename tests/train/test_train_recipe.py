@@ -128,6 +128,10 @@ LEARNS = {"ttt": {"layers": "0::1", "chunk_size": 16}}
         ),
         ({"teach": 1, "ttt": {"objective": "next_token", "projection": False}}, "teach: objective 'next_token' has no"),
         ({"teach_alone": True}, "teach_alone: the target would learn from nothing: give teach"),
+        (
+            {"teach": 1, "teach_alone": True, "ttt": {"objective_options": {"gates": True}}},
+            "teach_alone: teaching turns values and does not size them, so gates",
+        ),
         ({"teach": 1, "compile": True}, "teach: not supported together with compile"),
         (
             {"teach": 1, "parallel": {"context": 2}, "align_documents": True},
@@ -153,6 +157,10 @@ LEARNS = {"ttt": {"layers": "0::1", "chunk_size": 16}}
             "ttt_relative_update: ttt.rule_opt",
         ),
         ({"ttt_lr_warmup_steps": 2, "ttt": {"objective": "loss"}}, 'ttt_lr_warmup_steps: ttt.update_size "auto"'),
+        (
+            {"ttt_relative_update": 0.01, "ttt": {"objective": "next_error"}},
+            "ttt_relative_update: this target begins with P at zero",
+        ),
         (
             {"ttt_relative_update": 0.01, "ttt": {"update_size": 0.1}},
             "ttt_relative_update: ttt.update_size sets",

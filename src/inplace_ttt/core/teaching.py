@@ -36,32 +36,33 @@ class Teacher:
         return torch.is_grad_enabled() and (self.weight > 0 or self.measures)
 
     def gradient(self, g_BTD: Tensor, v_BND: Tensor, table: ChunkTable) -> Tensor:
-        """Return the gradient of ``weight * mean_b mean_t |v_t - w_t|^2 / D`` for v [B, N, D].
+        """Return the gradient of ``weight * mean_b mean_t |v_t| (1 - cos(v_t, -g_t))`` for v [B, N, D], |v_t| constant.
 
-        w is -dL/do scaled to unit RMS. The RMS and the mean over t are over a row's tokens whose chunk updates, so that
-        it does not matter which rows are read together. In float32 at least.
+        The factor ``|v_t|`` takes the pole away that a cosine has where v is zero, as it is at the start: there the
+        gradient is that of ``-<v_t, w_t>``, w_t the unit vector along ``-g_t``. The mean over t is over a row's tokens
+        whose chunk updates, so that it does not matter which rows are read together. In float32 at least.
         """
         B, T, D = g_BTD.shape
         dtype, past = state_dtype(g_BTD.dtype), g_BTD.new_zeros(B, table.prefix, D) if table.prefix else None
         counts = chunked(g_BTD.new_ones(B, T, 1), None if past is None else past[..., :1], table)
         if table.update is not None:
             counts = counts * table.update[:, : table.updates].repeat_interleave(table.chunk_size, 1)[..., None]
-        counts, v = counts.to(dtype), v_BND.to(dtype)
-        wanted = -chunked(g_BTD, past, table).to(dtype) * counts
-        tiny, all_but_rows = torch.finfo(dtype).tiny, (1, 2)
-        wanted = wanted / wanted.abs().amax(all_but_rows, True).clamp(min=tiny)  # squares of small ones would vanish
-        numbers = counts.sum(all_but_rows, True).clamp(min=1) * D
-        wanted = wanted / (wanted.square().sum(all_but_rows, True) / numbers).clamp(min=tiny).sqrt()
+        counts = counts.to(dtype)
+        wanted, v = _unit(-chunked(g_BTD, past, table).to(dtype)) * counts, _unit(v_BND.to(dtype)) * counts
+        cosines = (v * wanted).sum(-1, keepdim=True)
         if self.measures:
-            self._measure(v * counts, wanted)
-        grad: Tensor = 2 * self.weight / (B * numbers) * (v - wanted) * counts
+            found = torch.stack([cosines.sum(), (v.any(-1) & wanted.any(-1)).sum()])
+            self.total = found if self.total is None else self.total + found.to(self.total)
+        grad: Tensor = self.weight / (B * counts.sum(1, keepdim=True).clamp(min=1)) * (cosines * v - wanted)
         return grad.to(v_BND.dtype)
 
-    def _measure(self, v: Tensor, wanted: Tensor) -> None:
-        cosines = torch.nn.functional.cosine_similarity(v, wanted, dim=-1, eps=torch.finfo(v.dtype).tiny)
-        some = v.any(-1) & wanted.any(-1)
-        found = torch.stack([torch.where(some, cosines, 0).sum(), some.sum()])
-        self.total = found if self.total is None else self.total + found.to(self.total)
+
+def _unit(x: Tensor) -> Tensor:
+    """Return the rows of x at length 1, zero where they are zero, however small they are."""
+    tiny = torch.finfo(x.dtype).tiny
+    x = x / x.abs().amax(-1, keepdim=True).clamp(min=tiny)
+    unit: Tensor = x / x.norm(dim=-1, keepdim=True).clamp(min=tiny)
+    return unit
 
 
 class Lesson:
@@ -73,7 +74,6 @@ class Lesson:
 
     def __call__(self, u: Tensor, z: Tensor | None) -> Any:
         """Return what the target's ``forward`` does."""
-        # Not under no_grad: autocast would remember its copies of the parameters without their graph.
         v = self.target.taught(u.detach(), None if z is None else z.detach()).flatten(1, 2)
         self.v = v if self.teacher.weight > 0 else v.detach()
         found = self.target.forward(u, z)

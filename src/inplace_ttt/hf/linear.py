@@ -185,7 +185,8 @@ def dense_weight(module: Any) -> Tensor:
         # Any other quantiser: the product with the identity.
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
         eye = torch.eye(module.in_features, device=weight.device, dtype=dtype)
-        dense = torch.cat([module.slow_class.forward(module, rows) for rows in eye.split(1024)])
+        parts = eye.split(1024)  # type: ignore[no-untyped-call]
+        dense = torch.cat([module.slow_class.forward(module, rows) for rows in parts])
         return (dense if module.bias is None else dense - module.bias).mT
 
 

@@ -272,20 +272,28 @@ _ALIGNED = "align_documents: needs ttt, and a sequence_length that is a multiple
 
 def _check_target(recipe: Recipe, config: InPlaceTTTConfig) -> None:
     """Check the target and what needs one that learns. Late, because it imports torch."""
-    owns_parameters = True
+    owns_parameters, starts_at_zero = True, False
     if config.objective in OBJECTIVES:
         from inplace_ttt.core import make_target
 
         try:
-            target = make_target(config.objective, 1, config.objective_options, config.settings)
+            target: Any = make_target(config.objective, 1, config.objective_options, config.settings)
         except UserError as error:
             raise RecipeError(f"ttt: {error}") from None
         owns_parameters = any(True for _ in target.parameters())
+        starts_at_zero = hasattr(target, "proj") and not target.proj.weight.any()
         if config.init_std is not None and config.objective_options.get("start") == "next_token":
             raise RecipeError("ttt.init_std: with start: next_token P begins at zero, leave it out")
     for name, given in (("optimizer.ttt_lr", recipe.optimizer.ttt_lr is not None), ("teach", recipe.teach > 0)):
         if given and not owns_parameters:
             raise RecipeError(f"{name}: objective {config.objective!r} has no parameters that could learn")
+    base = recipe.model.base
+    is_fresh = base is None or (Path(base).is_dir() and not (Path(base) / "inplace_ttt.json").exists())
+    if recipe.ttt_relative_update is not None and starts_at_zero and is_fresh:
+        raise RecipeError(
+            "ttt_relative_update: this target begins with P at zero, and so with updates of size zero: "
+            "set ttt.lr instead, or ttt.update_size"
+        )
 
 
 def _check_learning(recipe: Recipe, config: InPlaceTTTConfig) -> None:
@@ -294,6 +302,8 @@ def _check_learning(recipe: Recipe, config: InPlaceTTTConfig) -> None:
         raise RecipeError("optimizer.ttt_lr: with trainable: adapter nothing else is trained, set optimizer.lr instead")
     if recipe.teach_alone and not recipe.teach:
         raise RecipeError(_ALONE)
+    if recipe.teach_alone and config.objective_options.get("gates"):
+        raise RecipeError("teach_alone: teaching turns values and does not size them, so gates would learn nothing")
     if recipe.teach and recipe.compile:
         raise RecipeError("teach: not supported together with compile, leave one of them out")
     if recipe.teach and recipe.parallel is not None:

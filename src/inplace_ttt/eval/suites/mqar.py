@@ -94,7 +94,7 @@ class RecallSuite:
         ids = torch.tensor([row for _, row, _ in made], device=input_device(unwrap(model)))
         cache, records = new_cache(model), list[Record]()
         with evaluating(model):
-            for part in ids[:, : -2 * pairs].split(piece_size(model, self.piece), 1):
+            for part in torch.split(ids[:, : -2 * pairs], piece_size(model, self.piece), 1):
                 model(input_ids=part, use_cache=True, logits_to_keep=1, **{cache_name(model): cache})
             logits = model(input_ids=ids[:, -2 * pairs :], use_cache=True, **{cache_name(model): cache}).logits
         scores = logits[:, ::2].float().log_softmax(-1).cpu().numpy()
