@@ -30,15 +30,16 @@ from transformers import AutoTokenizer
 
 import inplace_ttt as ittt
 from inplace_ttt.errors import UserError, in_one_line
-from inplace_ttt.eval.nll import position_edges
+from inplace_ttt.eval.nll import new_cache, position_edges
 from inplace_ttt.eval.paired import bootstrap_mean, means
 from inplace_ttt.eval.runner import Variant, run
 from inplace_ttt.eval.suites import mqar, needle, nll
 from inplace_ttt.eval.suites.mqar import RecallSuite
 from inplace_ttt.eval.suites.needle import NeedleSuite
-from inplace_ttt.eval.suites.nll import NllSuite
+from inplace_ttt.eval.suites.nll import PIECE, NllSuite, piece_size
 from inplace_ttt.eval.suites.texts import Document, load_texts
 from inplace_ttt.hf.attach import runtime_of
+from inplace_ttt.hf.cache import cache_name
 from inplace_ttt.session.diagnostics import measure
 from inplace_ttt.train.model import load_saved
 from inplace_ttt.train.schema import build, load_yaml
@@ -54,7 +55,7 @@ class Evaluation:
     ``contexts``: for sliding-window perplexity, the loss of a document's last 256 tokens after so many before them.
     ``needle``, ``mqar``: settings of the suites (null: left out). ``ruler``: a file of texts, of each task and length
     ``ruler_texts`` at most, and of each answer ``ruler_tokens``. ``reading``: measure a plain model with the loss as
-    objective, with these settings.
+    objective, with these settings. ``speed``: time one row of so many tokens.
     """
 
     books: tuple[str, ...] = ()
@@ -67,6 +68,7 @@ class Evaluation:
     ruler_texts: int | None = None
     ruler_tokens: int = 128
     reading: dict[str, Any] | None = None
+    speed: int | None = None
 
 
 def measure_trained(directory: Path, settings: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
@@ -103,6 +105,8 @@ def measure_trained(directory: Path, settings: Mapping[str, Any], say: Callable[
         part("recall", lambda: recall(model, tokenizer, given))
     if given.ruler is not None:
         part("ruler", lambda: ruler(model, tokenizer, Path(str(given.ruler)), given.ruler_texts, given.ruler_tokens))
+    if given.speed is not None:
+        part("speed", lambda: speed(model, int(given.speed or 0)))
     if given.reading is not None and not ittt.is_attached(model):
         options = given.reading
         part("reading", lambda: {domain: by_loss(model, ids, options) for domain, ids in data.items()})
@@ -220,6 +224,46 @@ def generate(model: Any, tokenizer: Any, batch: list[dict[str, Any]]) -> list[st
     )  # fmt: skip
     written = out[:, width:].tolist()
     return [tokenizer.decode(row[:n], skip_special_tokens=True) for row, n in zip(written, new, strict=True)]
+
+
+@torch.no_grad()
+def speed(model: Any, tokens: int, decoded: int = 32) -> dict[str, float]:
+    """One row of random tokens: tokens per second of reading it, seconds of a token after it, bytes of the cache."""
+    device = next(model.parameters()).device
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, tokens + decoded), generator=draw).to(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for _ in range(2):  # the first time is for compiling
+        cache = new_cache(model)
+        wait()
+        begin = time.perf_counter()
+        for piece in torch.split(ids[:, :tokens], piece_size(model, PIECE), 1):
+            model(piece, use_cache=True, logits_to_keep=1, **{cache_name(model): cache})
+        wait()
+        middle = time.perf_counter()
+        for piece in torch.split(ids[:, tokens:], 1, 1):
+            model(piece, use_cache=True, **{cache_name(model): cache})
+        wait()
+        end = time.perf_counter()
+    size = tensor_bytes([layer.__dict__ for layer in cache.layers], set())
+    return {"tokens": tokens, "prefill_tokens_per_second": tokens / (middle - begin),
+            "decode_seconds": (end - middle) / decoded, "cache_bytes": size}  # fmt: skip
+
+
+def tensor_bytes(value: Any, seen: set[int]) -> int:
+    """Bytes of all tensors in containers and in fast weights: the state, not W0 nor the chunks kept for undoing."""
+    if isinstance(value, torch.Tensor):
+        place = value.untyped_storage().data_ptr()
+        is_new = place not in seen
+        seen.add(place)
+        return value.numel() * value.element_size() if is_new else 0
+    if isinstance(value, list | tuple):
+        return sum(tensor_bytes(part, seen) for part in value)
+    if type(value).__module__.startswith(("inplace_ttt.core", "inplace_ttt.fast")):
+        value = getattr(value, "__dict__", {})
+    if not isinstance(value, dict):
+        return 0
+    return sum(tensor_bytes(part, seen) for name, part in value.items() if name not in ("slow", "history", "_key"))
 
 
 def by_loss(model: Any, ids: torch.Tensor, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,8 @@
 The (Gated) DeltaNet backward of some versions was wrong on Hopper, so this goes before every training of the peers.
 Queries, keys, values are rounded to bf16 first, so that both sides get the same numbers. Rows of several documents are
 read without an initial state, whole ones with one. Ends with status 1 where an output or a gradient is off by more than
-``LIMIT`` of its norm.
+``LIMIT`` of its norm. TTT-Linear and LaCT, whose kernels are PyTorch's own products, are compared with autograd's
+gradients token by token, in float32 with products in TF32, as they are trained.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import fast_recurrence, recurrence
+from peers import MIXERS, PeerConfig, fast_recurrence, lact_reference, recurrence, ttt_linear_reference
 from torch import Tensor
 from torch.nn.functional import logsigmoid, normalize
 
@@ -57,9 +58,29 @@ def compare(kind: str, tokens: int, packed: bool, device: str = "cuda") -> dict[
         results.append([out, last, *torch.autograd.grad(loss, trained)])
     names = ["out", "last", *(f"d{name}" for name, x in given.items() if x is not None)]
     return {
-        name: float((a.float() - b.float()).norm() / b.float().norm())
+        name: float(((a.float() - b.float()).norm() / b.float().norm()).detach())
         for name, a, b in zip(names, *results, strict=True)
     }
+
+
+def compare_learned(kind: str, device: str = "cuda") -> dict[str, float]:
+    """The error of the outputs and every gradient of a mixer that learns by steps; one row of three documents."""
+    torch.manual_seed(0)
+    T, options = 48, {"ttt_linear": {"batch": 16}, "lact": {"chunk": 16, "inner": 24, "lr": 0.1}}[kind]
+    config = PeerConfig(hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32, vocab_size=8)
+    layer = MIXERS[kind](config, 0, **options).to(device)
+    given = [torch.randn(1, 2, T, 32, device=device).requires_grad_() for _ in range(3)]
+    eta = torch.rand((3, 1, 2, T, 1) if kind == "lact" else (1, 2, T, 1), device=device).requires_grad_()
+    new = torch.zeros(1, T, dtype=torch.bool, device=device)
+    new[0, [0, 20, 27]] = True
+    weights, trained = torch.randn(1, 2, T, 32, device=device), [*given, eta]
+    trained += [x for name, x in layer.named_parameters() if name in ("W", "b", "scale", "shift", "W1", "W2", "W3")]
+    expected = (lact_reference(layer, *given, eta, new) if kind == "lact"
+                else ttt_linear_reference(layer, *given, eta[..., 0], new))  # fmt: skip
+    outputs = (layer.learn(*given, eta, new, {})[0], expected)
+    found, right = ([out, *torch.autograd.grad((out * weights).sum(), trained)] for out in outputs)
+    names = ["out", "dq", "dk", "dv", "deta", *(f"dW{i}" for i in range(len(trained) - 4))]
+    return {name: float(((a - b).norm() / b.norm()).detach()) for name, a, b in zip(names, found, right, strict=True)}
 
 
 def main() -> None:
@@ -74,6 +95,11 @@ def main() -> None:
             found[f"{kind}, {'packed' if packed else 'with a state'}"] = errors
             verdict = "ok" if max(errors.values()) < LIMIT else "WRONG"
             print(f"{kind:15} packed={packed}: {verdict}", {n: round(x, 5) for n, x in errors.items()}, flush=True)
+    torch.set_float32_matmul_precision("high")
+    for kind in ("ttt_linear", "lact"):
+        found[kind] = errors = compare_learned(kind)
+        verdict = "ok" if max(errors.values()) < LIMIT else "WRONG"
+        print(f"{kind:15} {verdict}", {n: round(x, 5) for n, x in errors.items()}, flush=True)
     if given.out:
         write_json(given.out, {"limit": LIMIT, "errors": found, **about()})
     sys.exit(any(not max(errors.values()) < LIMIT for errors in found.values()))

@@ -184,6 +184,19 @@ def test_what_surrounds_the_kernels(kind: str, packed: bool, monkeypatch: pytest
     assert calls == [expected.get(kind, "chunk_gated_delta_rule")]
 
 
+@pytest.mark.parametrize("mixer", TOKEN_BY_TOKEN)
+def test_mixers_that_learn_are_compared_too(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert max(peer_gradients.compare_learned(mixer, "cpu").values()) < 1e-4
+    wrong = {"ttt_linear": "gradient", "lact": "update"}[mixer]
+    own = getattr(MIXERS[mixer], wrong)
+    monkeypatch.setattr(MIXERS[mixer], wrong, lambda self, *given: turned(own(self, *given)))
+    assert max(peer_gradients.compare_learned(mixer, "cpu").values()) > peer_gradients.LIMIT
+
+
+def turned(value: Any) -> Any:
+    return tuple(map(turned, value)) if isinstance(value, tuple) else value.roll(1, -1)
+
+
 def test_without_the_kernels_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fla", None)
     with pytest.raises(UserError, match=r"pip install '\.\[peers\]'"):
@@ -259,7 +272,13 @@ def test_a_peer_is_trained_saved_and_measured(mixer: str, tmp_path: Path, monkey
         "data": {"train": {"text": f"jsonl:{tmp_path / 'train.jsonl'}"}, "cache": str(tmp_path.parent / "tokens")},
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
-    evaluation = {"tokens": 48, "documents": 1, "needle": None, "mqar": {"lengths": [48], "pairs": [2], "trials": 1}}
+    evaluation = {
+        "tokens": 48,
+        "documents": 1,
+        "speed": 40,
+        "needle": None,
+        "mqar": {"lengths": [48], "pairs": [2], "trials": 1},
+    }
     run = runs.Run(str(tmp_path / "recipe.yaml"), evaluation=evaluation, name=mixer)
     assert runs.do(run, tmp_path / "out", tmp_path / "scratch")
     record = json.loads((tmp_path / "out" / mixer / "run.json").read_text())
@@ -267,3 +286,6 @@ def test_a_peer_is_trained_saved_and_measured(mixer: str, tmp_path: Path, monkey
     assert losses[-1] < losses[0]
     assert record["evaluation"]["losses"]["code"]["on"] > 5
     assert record["evaluation"]["failed"] == {}
+    assert record["evaluation"]["speed"]["decode_seconds"] > 0
+    keys = 4 * 2 * 8 * 15  # of the one layer of attention: float32 keys and values, one head of 8, a window less one
+    assert record["evaluation"]["speed"]["cache_bytes"] > keys

@@ -63,7 +63,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     evaluation = {
         "books": [str(tmp_path / "books.jsonl.xz")], "tokens": 192, "documents": 2,
         "ruler": str(tmp_path / "ruler.jsonl"), "ruler_texts": 2,
-        "contexts": [64, 128],
+        "contexts": [64, 128], "speed": 96,
         "needle": {"lengths": [128], "depths": [0.5], "kinds": ["single"], "trials": 2, "mentions": 2},
         "mqar": {"lengths": [128], "pairs": [4], "trials": 2},
         "reading": {"layers": "0::1", "chunk_size": 32, "update_size": 0.001},
@@ -131,6 +131,9 @@ def test_a_table_becomes_records_tables_and_pictures(table: Path, tmp_path: Path
             control["evaluation"]["losses"][domain]["on"], abs=1e-4
         )
     assert [row["context"] for row in measured["recall"]["nll by sliding"] if row["variant"] == "on"] == [64, 128]
+    more = measured["speed"]["cache_bytes"] - control["evaluation"]["speed"]["cache_bytes"]
+    state, pending = 2 * 32 * 64 * 4, 2 * 32 * (64 + 32) * 4  # two layers: S, and a chunk's z and u
+    assert state + pending <= more <= 2 * (state + pending), "S, S folded into W0, and pending tokens"
     for name in ("needle", "recall"):
         assert {row["variant"] for row in measured["recall"][name]} == {"on", "off"}
         assert {row["variant"] for row in control["evaluation"]["recall"][name]} == {"on"}
