@@ -1,8 +1,8 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Both create and reuse .venv.
+# Commands for a fresh machine: `make demo`, `make test`, `make docs`. They create and reuse .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-llm test lint clean
+.PHONY: demo demo-llm test lint docs clean
 
 demo: .venv/.core
 	$(BIN)/inplace-ttt demo
@@ -26,6 +26,9 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 .venv/.python:
 	$(PYTHON) -m venv .venv
 	touch $@
@@ -34,9 +37,13 @@ lint: .venv/.dev
 	$(BIN)/pip install -q -e .
 	touch $@
 
+.venv/.docs: .venv/.python pyproject.toml
+	$(BIN)/pip install -q -e '.[docs]'
+	touch $@ .venv/.core
+
 .venv/.dev: .venv/.python pyproject.toml
 	$(BIN)/pip install -q -e '.[dev]'
-	touch $@ .venv/.core
+	touch $@ .venv/.core .venv/.docs
 
 clean:
 	rm -rf .venv build dist

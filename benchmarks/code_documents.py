@@ -4,8 +4,9 @@
 
 writes ``train.jsonl``, ``validation.jsonl``, ``test.jsonl`` and ``packages.json``, the list of what they are made of.
 The recipes read them from ``$INPLACE_TTT_CODE``, here ``out/code``; ``inplace-ttt eval --data`` reads ``test.jsonl``.
-Held-out distributions that are not installed are skipped, all others are trained on. In ``test.jsonl`` the first
-document of every distribution comes first, then the second of each, so that the first few are of different ones.
+Held-out distributions that are not installed are skipped (the file of a split without any is empty), all others are
+trained on. In ``test.jsonl`` the first document of every distribution comes first, then the second of each, so that
+the first few are of different ones.
 """
 
 import json
@@ -38,8 +39,9 @@ def spread(documents: Sequence[Document]) -> list[Document]:
 def main(out: Path) -> None:
     corpus = collect(SPLITS_OF_THE_RECIPES)
     write_json(out / "packages.json", corpus.manifest_dicts())
-    for split in corpus.documents:
-        documents = corpus.of(split)
+    for split, documents in corpus.documents.items():
+        if split == "train":
+            corpus.of(split)  # none to train on is a mistake
         with open(out / f"{split}.jsonl", "w", encoding="utf-8") as file:
             for d in spread(documents) if split == "test" else documents:
                 record = {"id": d.id, "domain": "code", "source": d.source, "license": d.licence, "text": d.text}

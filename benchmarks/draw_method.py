@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/method.md: a document in chunks, and the way from ``model.forward`` to the fast weights.
+"""Draw the method: for the first page in one picture; for docs/method.md a document in chunks, and a forward call.
 
 python benchmarks/draw_method.py [--out docs/images]
 """
@@ -62,6 +62,36 @@ def arrow(
         "shrinkB": 1,
     }
     axes.annotate("", end, start, arrowprops=style)
+
+
+def overview() -> plt.Figure:
+    """Draw how three chunks of a text are read and learned, one after another."""
+    figure, axes = canvas(10.0, 4.35)
+    texts = (
+        "It was the best of times,\nit was the worst of times,",
+        "it was the age of wisdom,\nit was the age of ...",
+        "it was the epoch of belief,\nit was the epoch of ...",
+    )
+    width, gap, left, layer, text, state = 2.42, 0.62, 0.5, 1.68, 3.32, 0.5
+    for i, words in enumerate(texts):
+        x = left + i * (width + gap)
+        middle = x + width / 2
+        box(axes, x, text, width, 0.62, words, BLUE, 9)
+        axes.text(middle, text + 0.76, f"chunk {i + 1}", ha="center", size=9.5, color=BLUE)
+        box(axes, x, layer, width, 1.32, "", GREY)
+        axes.text(middle, layer + 1.11, "the model, as it is", ha="center", va="center", size=9, color="0.3")
+        box(axes, x + 0.28, layer + 0.14, width - 0.56, 0.74, f"last MLP projection\n$W_0 + \\eta\\,S_{i}$", ORANGE, 10)
+        arrow(axes, (middle, text), (middle, layer + 1.34), BLUE)
+        box(axes, x + 0.28, state, 0.92, 0.52, "$S_0 = 0$" if i == 0 else f"$S_{i}$", GREEN, 11)
+        arrow(axes, (x + 0.74, state + 0.52), (x + 0.74, layer + 0.12), GREEN)
+        end = (x + width + gap + 0.26, state + 0.26)
+        axes.plot([x + width - 0.62, x + width - 0.62], [layer + 0.14, state + 0.26], color=ORANGE, lw=1.3)
+        arrow(axes, (x + width - 0.62, state + 0.26), (end[0] - (0.25 if i == 2 else 0), end[1]), ORANGE)
+        axes.text(x + width - 0.52, layer - 0.3, "one gradient\nstep", size=8.5, color=ORANGE, va="center")
+        axes.plot([x + 1.2, x + width - 0.62], [state + 0.26] * 2, color=GREEN, lw=1.3)
+    axes.text(left + 3 * (width + gap) + 0.02, state + 0.26, "...", size=13, color=GREEN, va="center")
+    axes.text(left, 0.14, "Each chunk is read with what the chunks before it wrote; then it writes its own.", size=9.5)
+    return figure
 
 
 def chunk() -> plt.Figure:
@@ -207,11 +237,11 @@ def call() -> plt.Figure:
 
 
 def main() -> None:
-    """Draw both pictures."""
+    """Draw the pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "images")
     out = parser.parse_args().out
-    for name, draw in (("chunk", chunk), ("call", call)):
+    for name, draw in (("overview", overview), ("chunk", chunk), ("call", call)):
         draw().savefig(out / f"{name}.png", dpi=130)
 
 

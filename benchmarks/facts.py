@@ -37,7 +37,18 @@ from inplace_ttt.hf.attach import runtime_of
 from inplace_ttt.hf.cache import cache_name, install
 from inplace_ttt.hf.load import load
 from inplace_ttt.records import about, write_json
-from inplace_ttt.session.study import STARTS, Example, Examples, Pair, batches, in_sentences, learn, pairs_of, sentences
+from inplace_ttt.session.study import (
+    STARTS,
+    Example,
+    Examples,
+    Pair,
+    batches,
+    in_sentences,
+    learn,
+    pairs_of,
+    picked,
+    sentences,
+)
 from inplace_ttt.session.template import Template
 from inplace_ttt.session.writing import end_tokens
 
@@ -165,7 +176,8 @@ class Way:
     the model with the sentence before it), "both" (sentences and questions), "names" (sentences as answers to what is
     known about a name in them), "all" (sentences, names and questions). ``replies``: answers in a sentence instead
     of the fewest words; ``soft``: the model's own predictions with the sentence before it instead of what it wrote.
-    ``tokens``: of one update; ``fade``: its size goes down to 0.
+    ``tokens``: of one update; ``fade``: its size goes down to 0. ``keep``: for each of its tokens so many of ordinary
+    text, on which the model is held to its own predictions without fast weights.
     """
 
     name: str
@@ -178,6 +190,7 @@ class Way:
     soft: bool = False
     fade: bool = True
     chunk: int = 128
+    keep: float = 0.0
 
 
 WAYS = [
@@ -187,6 +200,12 @@ WAYS = [
     Way("both-soft", "both", replies=True, soft=True),
     Way("sentences", "sentences"),
     Way("questions", "questions"),
+    Way("questions-keep", "questions", keep=1.0),
+    Way("questions-keep-3", "questions", keep=3.0),
+    Way("questions-r0.001", "questions", size=1e-3),
+    Way("questions-keep-r0.004", "questions", size=4e-3, keep=1.0),
+    Way("questions-16", "questions", passes=16),
+    Way("questions-keep-16", "questions", passes=16, keep=1.0),
     Way("read-8", "read"),
     Way("names", "names"),
     Way("both-replies", "both", replies=True),
@@ -309,12 +328,17 @@ class Bench:
         if not sum(rate):
             raise SystemExit(f"{way.name}: the model wrote no question about any sentence")
         streams = [self.endless(way, d, shuffle) for d in range(self.B)]
+        ordinary = [self.examples.ordinary(text) for text in self.data.texts]
         while used < budget * self.B:  # of all documents together: those of longer examples get a few tokens more
             left = 1 - used / (budget * self.B)
             config = replace(runtime.config, update_size=way.size * (left if way.fade else 1))
             step = [next(stream) for stream in streams]
+            if way.keep:
+                step = [
+                    x + picked(own, way.keep * sum(map(len, x)), shuffle) for x, own in zip(step, ordinary, strict=True)
+                ]
             losses.append(learn(self.model, states, step, config))
-            used += sum(map(len, (x for row in step for x in row)))
+            used += sum(len(x) for row in step for x in row if not x.keeps)
             updates += 1
         return states, {
             "tokens": used / self.B, "updates": updates, "examples": sum(map(len, pools)) / self.B,

@@ -191,6 +191,8 @@ def measure(model: Any, data: dict[str, Tensor], off: dict[str, Tensor], job: di
         if ittt.is_attached(model):
             ittt.detach(model)
         ittt.attach(model, ittt.InPlaceTTTConfig(**{"objective": "loss", **settings}))
+    elif not ittt.is_attached(model) or runtime_of(model).config.objective != "learned":
+        raise UserError("the model's own fast weights are gone: put the job with objective: learned first")
     found: dict[str, Any] = {}
     for domain, ids in data.items():
         start = time.perf_counter()

@@ -32,6 +32,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 import inplace_ttt as ittt
+from inplace_ttt.plots import ON, save, styled
 from inplace_ttt.records import git_commit, hardware, versions, write_json
 
 PLAIN = ("import os\n\ndef ", "class Reader:\n", "Call me Ishmael.")
@@ -170,9 +171,15 @@ def load(url: str, clients: int, seconds: float, process: int) -> tuple[list[Cli
         "garbage_sent": sum(count for count, _ in garbage), "wrong_status": wrong[:20],
         "lost_sessions": [c.id for c in everybody if c.id not in there], "told_to_wait": sum(c.busy for c in everybody),
         "first_token_seconds": quantiles(first), "between_tokens_seconds": quantiles(between),
-        "tokens_written": len(between) + len(first), "resident_bytes": memory,
+        "tokens_written": len(between) + len(first), "resident_bytes": memory, "memory_growth": growth(memory),
         "metrics": {k: float(v) for k, v in re.findall(r"^(inplace_ttt_\w+) ([\d.e+-]+)$", numbers, re.M)},
     }  # fmt: skip
+
+
+def growth(memory: Sequence[int | None]) -> float:
+    """Memory of the last quarter of the time over that of the second one."""
+    known, quarter = [x for x in memory if x], max(1, len(memory) // 4)
+    return float(np.mean(known[-quarter:]) / np.mean(known[quarter : 2 * quarter] or known[:1]))
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
@@ -202,8 +209,8 @@ def check(clients: Sequence[Client], model: Any, tokenizer: Any) -> tuple[int, l
     return compared, wrong
 
 
-def start(state: str, memory: float) -> tuple[Any, str, float]:
-    """The server's process and address, and the seconds until it answered the line that it printed."""
+def start(state: str, memory: float) -> tuple[Any, str, dict[str, float]]:
+    """The server's process and address, and seconds: until it listened, was loaded, answered the line it printed."""
     program = [sys.executable, "-m", "inplace_ttt", "serve", "--port", "0", "--state-dir", state, "--rate", "1000000"]
     began = time.monotonic()
     process = subprocess.Popen([*program, "--memory", str(memory)], stdout=subprocess.PIPE, text=True)
@@ -211,9 +218,32 @@ def start(state: str, memory: float) -> tuple[Any, str, float]:
     while not lines or not lines[-1].startswith("curl "):
         lines.append(process.stdout.readline())  # type: ignore[union-attr]
         assert lines[-1], "the server did not start"
-    seconds = time.monotonic() - began
-    subprocess.run(lines[-1], shell=True, check=True, capture_output=True)
-    return process, re.search(r"http://127.0.0.1:\d+", lines[0]).group(), seconds  # type: ignore[union-attr]
+    found = {"listening": time.monotonic() - began, "listening_cpu": processor_time(process.pid)}
+    url = re.search(r"http://127.0.0.1:\d+", lines[0]).group()  # type: ignore[union-attr]
+    httpx.get(f"{url}/health", trust_env=False).raise_for_status()
+    found["health"] = time.monotonic() - began
+    said = subprocess.run(lines[-1], shell=True, check=True, capture_output=True).stdout
+    assert json.loads(said)["usage"]["completion_tokens"] == 24
+    found |= {"answered": time.monotonic() - began, "answered_cpu": processor_time(process.pid)}
+    return process, url, found
+
+
+def processor_time(process: int) -> float:
+    """Seconds of processor time that a process has used."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Memory over time."""
+    figure, axes = styled(6.0, 2.6)
+    axis, memory = axes[0, 0], found["resident_bytes"]
+    axis.plot(np.linspace(0, found["seconds"], len(memory)), np.array(memory) / 2**20, color=ON, lw=1.6)
+    axis.set_ylim(0)
+    axis.set_xlabel("seconds")
+    axis.set_ylabel("resident memory (MiB)")
+    axis.set_title(f"{found['clients']} clients on one server", loc="left", fontsize=11, fontweight="bold")
+    save(figure, path)
 
 
 def main() -> None:
@@ -221,16 +251,18 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--memory", type=float, default=0.25, help="GiB for sessions")
-    parser.add_argument("--check", type=int, default=8, help="clients whose answers are compared with the library's")
+    parser.add_argument("--check", type=int, default=32, help="clients whose answers are compared with the library's")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
 
     console, started = Console(stderr=True), datetime.now(UTC)
     with tempfile.TemporaryDirectory() as state:
         process, url, startup = start(state, given.memory)
-        console.print(f"up after {startup:.1f} s; {given.clients} clients for {given.seconds:.0f} s")
+        console.print(f"{startup}; {given.clients} clients for {given.seconds:.0f} s")
         try:
+            used = processor_time(process.pid)
             clients, found = load(url, given.clients, given.seconds, process.pid)
+            found["cpu_seconds"] = processor_time(process.pid) - used
         finally:
             process.send_signal(signal.SIGTERM)
             code = process.wait(120)
@@ -242,6 +274,7 @@ def main() -> None:
         "memory_gib": given.memory, "exit_code": code, "answers_compared": compared, "wrong_answers": wrong, **found,
     }  # fmt: skip
     write_json(given.out, record)
+    draw(record, given.out.with_suffix(".png"))
     left_out = ("resident_bytes", "metrics", "hardware", "versions")
     console.print({key: value for key, value in record.items() if key not in left_out})
 

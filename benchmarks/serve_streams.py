@@ -6,12 +6,12 @@ Qwen3's 0.6B and 4B shapes with random weights, a window of 1,024 tokens, six ad
 whose chunks end at different tokens. ``dense``: the state is S; ``pairs``: the pairs of keys and targets, at a chunk
 size and length where they are the smaller form. "bytes allow" is what n streams in a batch could gain if a step took
 as long as it takes to read the weights, the states and the context from memory: n (W + s) / (W + n s). On one H100
-about four minutes. ``--shapes tiny`` tries the script without a GPU.
+about four minutes; the record is written after every row. ``--shapes tiny`` tries the script without a GPU.
 """
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -78,10 +78,8 @@ def plain(model: Any, streams: int, prompt: int, tokens: int, device: torch.devi
 
 def measure(
     shape: str, streams: Sequence[int], tokens: int, window: int, device: torch.device, dtype: torch.dtype,
-    log: Callable[[str], None],
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     """All rows of one shape."""
-    rows: list[dict[str, Any]] = []
     layers = "0::6" if shape != "tiny" else "0::2"
     for state in ("dense", "pairs"):
         C, prompt = SETTINGS[shape, state]
@@ -97,33 +95,27 @@ def measure(
             written(found, tokens)
             rate = n * tokens / seconds
             one = one or rate
-            rows.append(
-                {
-                    "shape": shape, "state": state, "streams": n, "chunk_size": C, "prompt": prompt, "tokens": tokens,
-                    "tokens_per_second": rate, "ms_per_token": 1000 * seconds / tokens, "times_one": rate / one,
-                    "bytes_allow": n * (weights + held) / (weights + n * held), "weight_bytes": weights,
-                    "state_bytes": held, "peak_bytes": peak,
-                }
-            )  # fmt: skip
-            log(f"{shape}, {state}, {n} streams: {rate:,.1f} tokens/s, {rate / one:.2f} times one")
+            yield {
+                "shape": shape, "state": state, "streams": n, "chunk_size": C, "prompt": prompt, "tokens": tokens,
+                "tokens_per_second": rate, "ms_per_token": 1000 * seconds / tokens, "times_one": rate / one,
+                "bytes_allow": n * (weights + held) / (weights + n * held), "weight_bytes": weights,
+                "state_bytes": held, "peak_bytes": peak,
+            }  # fmt: skip
         if state == "dense":
             n = min(8, max(streams))
             pool = open_pool(model, state, n, prompt)
             few = max(8, tokens // 3)
             seconds, peak = timed(lambda p=pool, k=few: [p.generate([x], max_new_tokens=k) for x in p], device)
-            rows.append(_simple(shape, "dense, one after another", n, few, n * few / seconds, peak))
-            log(f"{shape}, {n} streams one after another: {n * few / seconds:,.1f} tokens/s")
+            yield _simple(shape, "dense, one after another", n, few, n * few / seconds, peak)
             twin = plain_twin(model)
             plain(twin, 1, prompt, 4, device)
             for n in streams:
                 seconds, peak = plain(twin, n, prompt, tokens, device)
-                rows.append(_simple(shape, "no fast weights", n, tokens, n * tokens / seconds, peak))
-                log(f"{shape}, no fast weights, {n} streams: {n * tokens / seconds:,.1f} tokens/s")
+                yield _simple(shape, "no fast weights", n, tokens, n * tokens / seconds, peak)
             del twin
         del model, pool
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return rows
 
 
 def _simple(shape: str, state: str, n: int, tokens: int, rate: float, peak: int | None) -> dict[str, Any]:
@@ -145,7 +137,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="0.6b,4b")
+    parser.add_argument("--shapes", default="4b,0.6b")
     parser.add_argument("--streams", default=",".join(map(str, STREAMS)))
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--window", type=int, default=1024)
@@ -157,17 +149,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     console = Console(stderr=True)
     rows: list[dict[str, Any]] = []
+    record = {
+        "what": "decoding of many streams in one batch", "date": started.isoformat(timespec="seconds"),
+        "commit": git_commit(), "hardware": hardware(), "versions": versions(), "dtype": str(dtype),
+        "window": given.window, "rows": rows,
+    }  # fmt: skip
+    began = time.perf_counter()
     for shape in given.shapes.split(","):
         torch.manual_seed(0)
-        rows += measure(
-            shape, [int(n) for n in given.streams.split(",")], given.tokens, given.window, device, dtype, console.print
-        )
-        record = {
-            "what": "decoding of many streams in one batch", "date": started.isoformat(timespec="seconds"),
-            "commit": git_commit(), "hardware": hardware(), "versions": versions(), "dtype": str(dtype),
-            "window": given.window, "rows": rows,
-        }  # fmt: skip
-        write_json(given.out, record)  # after each shape: what was measured is kept
+        streams = [int(n) for n in given.streams.split(",")]
+        for row in measure(shape, streams, given.tokens, given.window, device, dtype):
+            rows.append(row)
+            write_json(given.out, record | {"seconds": time.perf_counter() - began})
+            console.print(f"{row['shape']}, {row['state']}, {row['streams']}: {row['tokens_per_second']:,.1f} tokens/s")
     show(rows, Console())
 
 

@@ -29,7 +29,6 @@ NAMES = {
     "continual-26M": "all weights, lr 5e-4",
     "continual-79M": "all weights, lr 1e-3",
 }
-DRAWN = {"adapter-118M": "C0", "projections-79M": "C2", "continual-79M": "C1"}
 
 
 def load(path: Path) -> Any:
@@ -81,37 +80,36 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(path: Path) -> None:
-    """Gain by updates on validation text over the tokens trained on."""
-    from matplotlib import pyplot as plt
+def plot(path: Path, found: list[dict[str, Any]]) -> None:
+    """Draw the share of joint training's advantage that each run recovers."""
+    from inplace_ttt.plots import OFF, ON, save, styled
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", sharey=True)
-    joint = load(ENDS / "ttt-seed0" / "run.json")["curve"]
-    curves = [("from scratch, jointly", "0.5", joint)]
-    curves += [
-        (NAMES[run].removesuffix(", lr 1e-3"), colour, load(RUNS / run / "run.json")["curve"])
-        for run, colour in DRAWN.items()
-    ]
-    for axis, domain in zip(axes, DOMAINS, strict=True):
-        for label, colour, curve in curves:
-            points = [
-                (e["tokens"] / 1e6, e[f"eval_{domain}_off"] - e[f"eval_{domain}"])
-                for e in curve
-                if f"eval_{domain}" in e
-            ]
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, color=colour, label=label)
-        axis.axhline(0, color="0.8", linewidth=1, zorder=0)
-        axis.set(title=domain, xlabel="million tokens trained on")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("validation: gain by updates (nats per token)")
-    axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    figure, ((axis,),) = styled(7.0, 3.9)
+    names = [f"{r['name']}, {r['tokens'] / 1e6:.0f}M tokens" for r in found]
+    for domain, colour, shift in (("code", ON, 0.19), ("books", OFF, -0.19)):
+        shares = [100 * r[domain]["recovered"] for r in found]
+        at = [len(found) - 1 - i + shift for i in range(len(found))]
+        axis.barh(at, shares, 0.36, color=colour, label=domain)
+        for y, share in zip(at, shares, strict=True):
+            axis.text(share + 1.5, y, f"{share:.0f}", va="center", fontsize=7.5, color=colour)
+    axis.axvline(100, color="0.25", lw=1, ls=(0, (3, 2)))
+    axis.text(98, len(found) - 0.6, "trained jointly", ha="right", fontsize=8)
+    axis.set_xlim(0, 150)
+    axis.set_yticks(range(len(found)), names[::-1])
+    axis.grid(visible=False, axis="y")
+    axis.grid(axis="x", color="0.9", lw=0.7)
+    axis.set_xlabel("recovered of joint training's advantage in test loss (%)", fontsize=8.5)
+    title = "Training on top of the trained baseline: an adapter recovers a seventh"
+    axis.set_title(title, loc="left", fontsize=10.5, fontweight="bold", x=-0.42)
+    axis.legend(frameon=False, fontsize=8, loc="center right")
+    save(figure, path)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plot", action="store_true")
     given = parser.parse_args()
-    print(table(rows()))
+    found = rows()
+    print(table(found))
     if given.plot:
-        plot(ROOT / "docs" / "images" / "adapter.png")
+        plot(ROOT / "docs" / "images" / "adapter.png", found)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks" / "results" / "books-and-code"
 IMAGES = ROOT / "docs" / "images"
 SEEDS, DOMAINS = (0, 1), ("code", "books")
-COLOURS = {"window": "#5b6b82", "off": "#d9a441", "on": "#c2410c"}
+COLOURS = {"window": "#0c4a6e", "off": "#64748b", "on": "#c2410c"}
 
 
 def load(name: str) -> Any:
@@ -46,46 +46,56 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def plots() -> None:
-    from matplotlib import pyplot as plt
+def below_window(seed: int, domain: str, way: str) -> tuple[list[float], list[float]]:
+    """Return positions (tokens), and the loss there of the shipped reading less that of the window-only model."""
+    shipped = load(f"reading-seed{seed}.json")["rows"][1]["results"][domain][f"position_{way}"]
+    window = load(f"window-seed{seed}/evaluation.json")[domain]["position_on"]
+    if [(b["start"], b["tokens"]) for b in shipped] != [(b["start"], b["tokens"]) for b in window]:
+        raise SystemExit(f"seed {seed}, {domain}: the two were not measured on the same tokens")
+    x = [(b["start"] + b["end"]) / 2 for b in window]
+    return x, [ours["loss"] - theirs["loss"] for ours, theirs in zip(shipped, window, strict=True)]
 
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+
+def plots() -> None:
+    from inplace_ttt.plots import save, styled
+
+    figure, (axes,) = styled(8.0, 3.5, 1, 2, sharey=True)
     for axis, domain in zip(axes, DOMAINS, strict=True):
+        axis.axhline(0, color="0.25", lw=1.0, ls=(0, (3, 2)), label="window only")
         for seed, style in zip(SEEDS, ("-", "--"), strict=True):
-            shipped = load(f"reading-seed{seed}.json")["rows"][1]["results"][domain]
-            window = load(f"window-seed{seed}/evaluation.json")[domain]
-            for key, buckets, label in (
-                ("window", window["position_on"], "window only"),
-                ("off", shipped["position_off"], "TTT, updates off"),
-                ("on", shipped["position_on"], "TTT, updates on"),
-            ):
-                x = [(b["start"] + b["end"]) / 2 for b in buckets]
-                y = [b["loss"] for b in buckets]
-                axis.plot(x, y, style, color=COLOURS[key], marker="o", markersize=3, label=f"{label}, seed {seed}")
-        axis.set(title=f"{domain}, test split", xlabel="position (tokens)", ylabel="loss (nats per token)")
+            for way in ("off", "on"):
+                x, y = below_window(seed, domain, way)
+                label = f"updates {way}, seed {seed}"
+                axis.plot(x, y, style, color=COLOURS[way], marker="o", ms=3.5, lw=1.5, label=label)
+        documents = len(load("window-seed0/evaluation.json")[domain]["document_names"])
+        axis.set_title(f"{domain}, test split, n = {documents} documents", loc="left", fontsize=10, fontweight="bold")
+        axis.set_xlabel("position (tokens)", fontsize=8.5)
         axis.set_xscale("log", base=2)
         axis.set_xticks([128, 512, 2048, 8192], ["128", "512", "2k", "8k"])
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8, frameon=False)
-    figure.savefig(IMAGES / "books-and-code-position.png", dpi=130)
+    axes[0].set_ylabel("loss less window only (nats per token)", fontsize=8.5)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    save(figure, IMAGES / "books-and-code-position.png")
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    figure, (axes,) = styled(8.0, 3.5, 1, 2)
     for axis, domain in zip(axes, DOMAINS, strict=True):
         for seed, style in zip(SEEDS, ("-", "--"), strict=True):
             for kind, name, key, label in (
                 ("window", f"eval_{domain}", "window", "window only"),
-                ("ttt", f"eval_{domain}_off", "off", "TTT, updates off"),
-                ("ttt", f"eval_{domain}", "on", "TTT, updates on"),
+                ("ttt", f"eval_{domain}_off", "off", "updates off"),
+                ("ttt", f"eval_{domain}", "on", "updates on"),
             ):
                 curve = [e for e in load(f"{kind}-seed{seed}/run.json")["curve"] if name in e]
                 x = [e["step"] * 0.131072 for e in curve]
                 y = [e[name] for e in curve]
-                axis.plot(x, y, style, color=COLOURS[key], marker="o", markersize=3, label=f"{label}, seed {seed}")
-        axis.set(title=f"{domain}, validation", xlabel="training tokens (millions)", ylabel="loss (nats per token)")
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8, frameon=False)
-    figure.savefig(IMAGES / "books-and-code-training.png", dpi=130)
+                label = f"{label}, seed {seed}"
+                axis.plot(x, y, style, color=COLOURS[key], marker="o", ms=3.5, lw=1.5, label=label)
+        axis.set_title(f"{domain}, validation", loc="left", fontsize=10, fontweight="bold")
+        axis.set_xlabel("training tokens (millions)", fontsize=8.5)
+    axes[0].set_ylabel("loss (nats per token)", fontsize=8.5)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    save(figure, IMAGES / "books-and-code-training.png")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from inplace_ttt.plots import save, styled
 from inplace_ttt.session.diagnostics import Timeline
 from inplace_ttt.session.plots import save_diagnostics
 
@@ -101,20 +102,20 @@ def plots() -> None:
 
     record = load("code", "on", 1_000_000)
     x = column(record, "tokens")
-    figure, axes = plt.subplots(1, 2, figsize=(9, 2.9), layout="constrained")
-    axes[0].plot(x, column(record, "resident_bytes") / 2**20, color="#334155", lw=1.5, label="process")
-    axes[0].plot(x, column(record, "session_bytes") / 2**20, color=COLOURS["on"], lw=1.5, label="session")
-    axes[0].set_ylabel("memory (MiB)")
-    axes[0].legend(frameon=False, loc="center right")
-    axes[1].plot(x, 1e6 * column(record, "seconds") / 5000, color="#334155", lw=1.0)
-    axes[1].set_ylabel("time per token (microseconds)")
-    for axis in axes:
-        axis.set_ylim(bottom=0)
+    figure, (axes,) = styled(9.0, 2.7, 1, 3)
+    for axis, title, unit, values in (
+        (axes[0], "the session's memory", "MiB", column(record, "session_bytes") / 2**20),
+        (axes[1], "the process's memory", "MiB", column(record, "resident_bytes") / 2**20),
+        (axes[2], "time per token", "microseconds", 1e6 * column(record, "seconds") / 5000),
+    ):
+        axis.plot(x, values, color=COLOURS["on"], lw=1.2)
+        axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
+        axis.set_ylabel(unit, fontsize=8.5)
+        axis.set_ylim(0, 1.15 * values.max())
         axis.set_xlim(0, x[-1])
-        axis.set_xlabel("tokens read")
+        axis.set_xlabel("tokens read", fontsize=8.5)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.grid(axis="y", color="0.9", lw=0.7)
-    figure.savefig(IMAGES / "long-stream-cost.png", dpi=150)
+    save(figure, IMAGES / "long-stream-cost.png")
 
     timeline = Timeline.from_list(load("books", "on")["timeline"])
     save_diagnostics(IMAGES / "long-stream-diagnostics.png", timeline, "500,000 tokens of held-out books")

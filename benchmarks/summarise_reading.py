@@ -148,31 +148,32 @@ def cost(r: dict[str, Any]) -> list[str]:
 
 def draw(path: Path) -> None:
     """Loss by position, updates on and off with a window, and with full attention."""
-    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    from inplace_ttt.plots import OFF, ON, save, styled
 
     window, full, long = (
         json.loads((RESULTS / f"smollm2-{name}.json").read_text())
         for name in ("window-c64-r2e-3", "full-c64-r1e-3", "window-long-c128-r2e-3")
     )
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    panels = figure.subplots(2, 2)
+    figure, panels = styled(8.0, 5.6, 2, 2)
     for row, domain in enumerate(("books", "code")):
         for panel, curves, title in (
             (
                 panels[row][0],
                 (
-                    (window, "off_by_position", "window 512, updates off", "tab:gray", "-"),
-                    (window, "on_by_position", "window 512, learning", "tab:blue", "-"),
-                    (full, "off_by_position", "full attention, updates off", "tab:gray", ":"),
-                    (full, "on_by_position", "full attention, learning", "tab:blue", ":"),
+                    (window, "off_by_position", "window 512, updates off", OFF, "-"),
+                    (window, "on_by_position", "window 512, learning", ON, "-"),
+                    (full, "off_by_position", "full attention, updates off", OFF, ":"),
+                    (full, "on_by_position", "full attention, learning", ON, ":"),
                 ),
                 f"{domain}, 8,192 tokens",
             ),
             (
                 panels[row][1],
                 (
-                    (long, "off_by_position", "window 512, updates off", "tab:gray", "-"),
-                    (long, "on_by_position", "window 512, learning", "tab:blue", "-"),
+                    (long, "off_by_position", "window 512, updates off", OFF, "-"),
+                    (long, "on_by_position", "window 512, learning", ON, "-"),
                 ),
                 f"{domain}, 32,768 tokens",
             ),
@@ -182,13 +183,16 @@ def draw(path: Path) -> None:
                 step = max(len(values) // 16, 1)
                 means = [sum(values[i : i + step]) / len(values[i : i + step]) for i in range(0, len(values), step)]
                 places = [512 * step * (i + 0.5) for i in range(len(means))]
-                panel.plot(places, means, style, color=colour, label=label)
-            panel.set_title(title, loc="left", fontsize=10, fontweight="bold")
-            panel.set_xlabel("position in the text (tokens)")
-            panel.set_ylabel("loss (nats per token)")
-            panel.grid(alpha=0.3)
-        panels[row][0].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+                panel.plot(places, means, style, color=colour, lw=1.5, label=label)
+            count = len(curves[0][0]["domains"][domain]["gain_by_document"])
+            panel.set_title(f"{title}, n = {count}", loc="left", fontsize=10, fontweight="bold")
+            panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+        panels[row][0].set_ylabel("loss (nats per token)", fontsize=8.5)
+    for panel in panels[1]:
+        panel.set_xlabel("position in the text (tokens)", fontsize=8.5)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    save(figure, path)
 
 
 def main() -> None:

@@ -75,13 +75,12 @@ def ranks() -> str:
 
 
 def plots() -> None:
-    from matplotlib import pyplot as plt
+    from inplace_ttt.plots import save, styled
 
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(2, 3, figsize=(9, 5), layout="constrained", sharex=True, sharey=True)
+    figure, axes = styled(9.0, 5.4, 2, 3, sharex=True, sharey=True)
     for row, (text, name) in zip(axes, TEXTS.items(), strict=True):
         for axis, distance in zip(row, DISTANCES, strict=True):
-            axis.axhline(0.1, color="black", lw=0.8, ls=(0, (2, 2)))
+            axis.axhline(0.1, color="0.25", lw=1.0, ls=(0, (3, 2)), label="chance")
             for condition in CONDITIONS:
                 points = [share([a["preferred"][condition] for a in answers(text, m, distance)]) for m in MENTIONS]
                 value, low, high = zip(*points, strict=True)
@@ -90,14 +89,15 @@ def plots() -> None:
             axis.set_xscale("log", base=2)
             axis.set_xticks(MENTIONS, [str(m) for m in MENTIONS])
             axis.set_ylim(0, 1.02)
-            axis.grid(axis="y", color="0.9", lw=0.7)
-            axis.set_title(f"{name}\n{distance:,} tokens since the last mention", loc="left", fontsize=9)
-        row[0].set_ylabel("right of 10 candidates")
+            title = f"{name}\n{distance:,} tokens since the last mention"
+            axis.set_title(title, loc="left", fontsize=9, fontweight="bold")
+        trials = len(answers(text, MENTIONS[0], DISTANCES[0]))
+        row[0].set_ylabel(f"right of 10 candidates ({trials} trials)", fontsize=8.5)
     for axis in axes[-1]:
-        axis.set_xlabel("mentions in 2,048 tokens")
+        axis.set_xlabel("mentions in 2,048 tokens", fontsize=8.5)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(IMAGES / "read-then-ask.png", dpi=150)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
+    save(figure, IMAGES / "read-then-ask.png")
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ RULE_CASES = {
     "delta": ("delta", {"decay": DECAY}),
     "momentum": ("momentum", {"decay": DECAY, "beta": 0.7}),
     "muon": ("muon", {"decay": DECAY}),
+    "norm_preserving": ("norm_preserving", {"decay": DECAY}),
     "adaptive": (
         "adaptive",
         {"decay": DECAY, "decrease": 0.01, "largest": 0.02, "tolerance": 0.0, "slope": 0.5, "width": 2.0},
@@ -24,7 +25,7 @@ RULE_CASES = {
 }
 TARGET_CASES = {
     f"{name} {extra or 'plain'}": (name, {} if not extra else {extra: 0.3 if extra == "ridge" else True})
-    for name in ("learned", "next_token", "reconstruction")
+    for name in ("learned", "next_token", "reconstruction", "next_error")
     for extra in ("", "gates", "ridge")
 }
 LAYOUTS = ("whole", "packed", "left", "left and packed")
@@ -66,6 +67,11 @@ def naive_update(name, options, state, W0, z, v):
     if name == "momentum":
         M = options["beta"] * state["M"] + v.T @ z
         return {"S": keep * S + M, "M": M}
+    if name == "norm_preserving":
+        T = keep * state["T"] + v.T @ z
+        grown = W0 + LR * T
+        W = torch.stack([W0[r].norm() / grown[r].norm() * grown[r] for r in range(D)])
+        return {"S": (W - W0) / LR, "T": T}
     if name == "adaptive":
         return naive_adaptive(options, state, W0.detach(), z, v)
     return {"S": keep * S + naive_write(name, options, W0, z, v)}
@@ -91,6 +97,13 @@ def naive_target(target, u, z):
     """v [C, D] and the gates beta, gamma [C] of one complete chunk."""
     rows = []
     for t in range(C):
+        if target.name == "next_error":
+            if t + 1 == C:
+                rows.append(torch.zeros_like(target.proj.weight[0]))
+            else:
+                width = u.shape[-1] // 2
+                rows.append(u[t + 1, :width] @ target.proj.weight + u[t, width:] @ target.input_proj.weight)
+            continue
         c = torch.zeros_like(u[0])
         if target.name == "learned":
             for k in range(K):
@@ -115,7 +128,11 @@ def naive(name, options, target, z, u, W0, documents=None):
     out, after = torch.zeros(*z.shape[:2], D, dtype=z.dtype), []
     for b in range(z.shape[0]):
         zero = torch.zeros(D, F, dtype=z.dtype)
-        more = {"momentum": {"M": zero}, "adaptive": dict.fromkeys(("size", "gain", "norm"), zero[0, 0])}
+        more = {
+            "momentum": {"M": zero},
+            "norm_preserving": {"T": zero},
+            "adaptive": dict.fromkeys(("size", "gain", "norm"), zero[0, 0]),
+        }
         start = {"S": zero, **more.get(name, {})}
         state, pending, document, rows = start, [], None, []
         for t in range(z.shape[1]):
@@ -150,11 +167,11 @@ def naive(name, options, target, z, u, W0, documents=None):
 # -- the library on the same tensors -----------------------------------------------------------------------------------
 
 
-def inputs(B, T):
+def inputs(B, T, source=D):
     def make(*shape):
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
-    return make(B, T, F), make(B, T, D), make(D, F)
+    return make(B, T, F), make(B, T, source), make(D, F)
 
 
 def the_target(name="learned", options=None):

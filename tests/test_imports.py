@@ -10,6 +10,7 @@ import inplace_ttt
 Graph = dict[str, set[str]]
 ROOT = Path(inplace_ttt.__file__).parent
 LAYERS = (
+    {"version"},
     {"errors", "plots", "records", "shipped"},
     {"hub", "text_files"},
     {"core"},

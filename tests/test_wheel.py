@@ -6,7 +6,10 @@ import sys
 import zipfile
 
 import pytest
+import yaml
 from locations import ROOT
+
+import inplace_ttt as ittt
 
 MODEL = "inplace_ttt/models/books-and-code"
 LIMIT = 20_000_000
@@ -42,7 +45,14 @@ def test_carries_recipes_and_what_a_model_in_memory_is_named_after(wheel):
         names = set(archive.namelist())
     recipes = {f"inplace_ttt/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
     assert len(recipes) > 10
-    assert recipes | {"inplace_ttt/hf/unsaved/config.json"} <= names
+    assert recipes | {"inplace_ttt/hf/unsaved/config.json", "inplace_ttt/py.typed"} <= names
+
+
+def test_one_version_everywhere(wheel):
+    """In the wheel, the changelog and the citation."""
+    assert wheel.name.startswith(f"inplace_ttt-{ittt.__version__}-")
+    assert f"\n## [{ittt.__version__}] - 20" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == ittt.__version__
 
 
 def test_installs_the_command(wheel, tmp_path):

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__
+
 if TYPE_CHECKING:
     from .config import InPlaceTTTConfig
     from .core import Rule, Target, register_rule, register_target
@@ -36,6 +38,7 @@ __all__ = [
     "SessionPool",
     "Target",
     "UserError",
+    "__version__",
     "attach",
     "configure",
     "detach",

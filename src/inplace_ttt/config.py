@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 TARGETS = ("input_embed", "hidden_states")
-OBJECTIVES = ("learned", "loss", "next_token", "reconstruction")
-RULES = ("adaptive", "delta", "momentum", "muon", "sum")
+OBJECTIVES = ("learned", "loss", "next_error", "next_token", "reconstruction")
+RULES = ("adaptive", "delta", "momentum", "muon", "norm_preserving", "sum")
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {"layers": "0::6", "chunk_size": 1024, "lr": 0.1, "decay": 0.0, "update_size": None}
 )
@@ -61,12 +61,14 @@ class InPlaceTTTConfig:
     target: str = "input_embed"
     """u: "input_embed" (token embeddings) or "hidden_states" (the MLP's own input, unit RMS: needs far less lr)."""
     objective: str = "learned"
-    """The target: "learned" (convolution), a fixed shift ("next_token", "reconstruction"), "loss" (the gradient of the
-    next-token loss itself: nothing to train), or the name of a registered one."""
+    """The target: "learned" (convolution), a fixed shift ("next_token", "reconstruction"), "next_error" (next token and
+    MLP's input together), "loss" (the gradient of the next-token loss itself: nothing to train), or a registered one's
+    name."""
     objective_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """Options of the target, checked by it: "gates", "ridge" of the shipped ones."""
+    """Options of the target, checked by it: "gates", "ridge" of the shipped ones, "start" of "learned"."""
     rule: str = "sum"
-    """How fast weights are read and written: "sum" (the paper), "delta", "momentum", "muon", or a registered one."""
+    """How fast weights are read and written: "sum" (the paper), "delta", "momentum", "muon", "norm_preserving", or a
+    registered one."""
     rule_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Options of the rule, checked by it: "soft_cap" of "sum", "beta" of "momentum"."""
     projection: bool = True

@@ -28,33 +28,33 @@ def smooth(values: np.ndarray, cut: int, width: int) -> np.ndarray:
 def save_picture(
     path: Path, on: np.ndarray, off: np.ndarray, chunk_size: int, title: str, subtitle: str, width: int | None = None
 ) -> None:
-    """Writes the losses [N] of tokens 1 to N, smoothed over ``width`` tokens, and below them their difference."""
+    """Write what updates gain for tokens 1 to N, smoothed over ``width`` tokens, and below it both losses [N]."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     width = width or smoothing(len(on), chunk_size)
     on, off = (smooth(values, chunk_size, width) for values in (on, off))
     gap, x = off - on, np.arange(1, len(on) + 1)
-    figure, axes = styled(6.0, 4.2, 2, sharex=True, height_ratios=(2.6, 1))
-    upper, lower = axes.flat
-    upper.plot(x, off, color=OFF, lw=1.6, label="updates off")
-    upper.plot(x, on, color=ON, lw=1.6, label="updates on")
-    upper.set_ylabel("loss (nats per token)")
-    upper.legend(frameon=False, ncols=2, loc="upper right", borderaxespad=0.2)
+    figure, axes = styled(6.0, 4.2, 2, sharex=True, height_ratios=(1.5, 1))
+    gains, losses = axes.flat
+    losses.plot(x, off, color=OFF, lw=1.6, label="updates off")
+    losses.plot(x, on, color=ON, lw=1.6, label="updates on")
+    losses.set_ylabel("loss (nats)", fontsize=9)
+    losses.legend(frameon=False, ncols=2, loc="upper right", borderaxespad=0.2, fontsize=8)
     low, high = min(on.min(), off.min()), max(on.max(), off.max())
-    upper.set_ylim(low - 0.06 * (high - low), high + 0.2 * (high - low))
-    lower.fill_between(x, gap, where=gap >= 0, color=ON, alpha=0.35, lw=0, interpolate=True)
-    lower.fill_between(x, gap, where=gap <= 0, color=OFF, alpha=0.45, lw=0, interpolate=True)
-    lower.axhline(0, color="black", lw=0.7)
-    lower.set_ylabel("gain (nats)")
-    lower.set_xlabel("position in the file (tokens)")
-    lower.yaxis.set_major_locator(MaxNLocator(4))
-    lower.xaxis.set_major_formatter(EngFormatter(sep=""))
-    for axis in (upper, lower):
+    losses.set_ylim(low - 0.06 * (high - low), high + 0.2 * (high - low))
+    gains.fill_between(x, gap, where=gap >= 0, color=ON, alpha=0.35, lw=0, interpolate=True)
+    gains.fill_between(x, gap, where=gap <= 0, color=OFF, alpha=0.45, lw=0, interpolate=True)
+    gains.axhline(0, color="black", lw=0.7)
+    gains.set_ylabel("gain (nats per token)", fontsize=9)
+    losses.set_xlabel("position in the file (tokens)", fontsize=9)
+    gains.yaxis.set_major_locator(MaxNLocator(4))
+    gains.xaxis.set_major_formatter(EngFormatter(sep=""))
+    for axis in (losses, gains):
         axis.axvline(chunk_size, color="black", lw=0.8, ls=(0, (2, 2)))
-    upper.annotate("first update", (chunk_size, upper.get_ylim()[0]), (4, 4), textcoords="offset points", fontsize=8)
-    lower.set_xlim(0, len(on))
-    upper.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=18)
-    upper.text(0, 1.03, subtitle, transform=upper.transAxes, fontsize=8.5, color="0.35")
+    gains.annotate("first update", (chunk_size, gains.get_ylim()[1]), (4, -8), textcoords="offset points", fontsize=8)
+    gains.set_xlim(0, len(on))
+    gains.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=18)
+    gains.text(0, 1.03, subtitle, transform=gains.transAxes, fontsize=8, color="0.35")
     save(figure, path)
 
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-VERSIONS = ("inplace-ttt", "torch", "transformers", "accelerate", "tokenizers", "numpy", "triton")
+from .version import __version__
+
+VERSIONS = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "triton")
 
 
 def about(started: datetime | None = None) -> dict[str, Any]:
@@ -59,8 +61,8 @@ def hardware() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return those of Python and of the libraries that decide the result."""
-    found = {name: _version(name) for name in VERSIONS}
-    return {"python": sys.version.split()[0]} | {name: text for name, text in found.items() if text}
+    found = {"python": sys.version.split()[0], "inplace-ttt": __version__}
+    return found | {name: text for name in VERSIONS if (text := _version(name))}
 
 
 def peak_memory() -> int:

@@ -1,6 +1,7 @@
 """A user's mistake is one plain line on stderr and exit code 2; Ctrl-C is 130; a bug keeps its traceback."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import torch
 from tiny_models import CHUNK
 
 import inplace_ttt as ittt
+from inplace_ttt.cli.chat import HELP
+from inplace_ttt.cli.usage import tell
 
 
 def line(result) -> str:
@@ -180,3 +183,20 @@ def test_as_processes(tmp_path):
         [sys.executable, "-c", program, "demo", "x.txt"], capture_output=True, text=True, check=False, timeout=20
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_sentences_break_between_words_on_a_terminal(capsys, monkeypatch):
+    sentence = "out/eval: " + "updates help by a quarter, " * 4 + "in /a/path/that-is-longer-than-the-terminal-is-wide"
+    tell(sentence)
+    assert capsys.readouterr().out == sentence + "\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((40, 24)))
+    tell(sentence)
+    lines = capsys.readouterr().out.splitlines()
+    assert " ".join(lines) == sentence
+    assert all(len(line) <= 40 for line in lines[:-1])
+    assert lines[-1] == "/a/path/that-is-longer-than-the-terminal-is-wide"
+
+
+def test_the_help_of_a_chat_fits_80_columns():
+    assert max(map(len, HELP.splitlines())) <= 79

@@ -16,9 +16,9 @@ def losses(gap: float, n: int = 600, cut: int = 100) -> tuple[np.ndarray, np.nda
 
 
 def height(image: np.ndarray, colour: tuple[int, int, int], column: int) -> float:
-    """Mean row of a curve's colour in the upper panel at a column."""
+    """Mean row of a curve's colour in the lower panel at a column."""
     pixels = (image[:, :, :3] * 255).round().astype(int)
-    rows = np.flatnonzero((np.abs(pixels[: len(image) * 65 // 100, column] - colour).max(1)) < 8)
+    rows = np.flatnonzero((np.abs(pixels[len(image) * 58 // 100 :, column] - colour).max(1)) < 8)
     assert len(rows), f"no {colour} at column {column}"
     return float(rows.mean())
 

@@ -126,7 +126,7 @@ def test_session_and_export(fresh, tokenizer, tmp_path):
         ("eval", "--model", "PLAIN", "--data", "TEXT"),
         ("read", "TEXT", "--session", "NEW", "--model", "PLAIN"),
         ("chat", "--model", "PLAIN"),
-        ("serve", "PLAIN"),
+        ("serve", "PLAIN", "--port", "0"),
     ],
 )
 def test_commands_on_a_plain_model(cli, folder, tmp_path, command):
@@ -196,5 +196,5 @@ def test_chat_learns_each_turn_by_the_loss(cli, plain, tmp_path):
 
 
 def test_serve(cli, fresh, monkeypatch):
-    monkeypatch.setattr("inplace_ttt.serve.run._run", lambda *_: None)
-    assert f"warning: {UNTRAINED}" in cli("serve", fresh).stdout.splitlines()
+    monkeypatch.setattr("inplace_ttt.serve.run.Server._loaded", lambda server, _: setattr(server, "should_exit", True))
+    assert f"warning: {UNTRAINED}" in cli("serve", fresh, "--port", 0).stdout.splitlines()

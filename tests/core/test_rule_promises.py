@@ -117,6 +117,7 @@ def test_promises_of_the_shipped_rules():
         "momentum": (True, False, False),
         "muon": (True, True, False),
         "adaptive": (True, False, False),
+        "norm_preserving": (True, False, False),
     }
 
 
@@ -135,13 +136,13 @@ def test_promises_include_each_other(own_rules):
 
 
 @pytest.mark.parametrize("form", ["auto", 8])
-@pytest.mark.parametrize("case", ["delta", "momentum", "muon"])
+@pytest.mark.parametrize("case", ["delta", "momentum", "muon", "norm_preserving"])
 def test_factored_states_refuse_rules_that_are_not_outer(case, form):
     with pytest.raises(UserError, match=rf"rule '{case}' is not outer, which a state of form '?{form}'? needs"):
         fast_weights(1, C, the_rule(case), form)
 
 
-@pytest.mark.parametrize("case", ["delta", "momentum"])
+@pytest.mark.parametrize("case", ["delta", "momentum", "norm_preserving"])
 def test_rows_over_processes_refuse_rules_that_are_not_additive(case):
     from inplace_ttt.fast.ranks import scan_slice
 
@@ -149,7 +150,7 @@ def test_rows_over_processes_refuse_rules_that_are_not_additive(case):
         scan_slice(torch.zeros(1, C, F), None, None, None, rule=the_rule(case), width=D)
 
 
-@pytest.mark.parametrize("case", ["clip", "update_size", "soft_cap", "delta", "momentum", "muon"])
+@pytest.mark.parametrize("case", ["clip", "update_size", "soft_cap", "delta", "momentum", "muon", "norm_preserving"])
 def test_split_projections_refuse_rules_that_need_whole_matrices(case):
     from inplace_ttt.hf.tensor_parallel import check_split
 
@@ -177,13 +178,25 @@ def test_a_matrix_is_refused_where_the_rule_has_none():
 
 def test_wrong_names_options_and_values_are_refused():
     for wrong, message in (
-        (lambda: make_rule("sun", {}, {}), r"rule must be one of adaptive, delta, momentum, muon, sum, got 'sun'"),
+        (
+            lambda: make_rule("sun", {}, {}),
+            r"rule must be one of adaptive, delta, momentum, muon, norm_preserving, sum, got 'sun'",
+        ),
         (lambda: make_rule("delta", {"clip": 1.0}, {}), r"rule 'delta' has no option 'clip', only: decay, lr"),
         (lambda: make_rule("sum", {"soft_cap": 0.1, "clip": 1.0}, {}), "clip and soft_cap both set the size"),
         (lambda: make_rule("sum", {"update_size": -1}, {}), "update_size must be a positive number, got -1"),
-        (lambda: make_target("lerned", D, {}, {}), "objective must be one of learned, loss, next_token, reconstr"),
+        (lambda: make_target("lerned", D, {}, {}), "objective must be one of learned, loss, next_error, next_token"),
         (lambda: make_target("next_token", D, {"shift": 2}, {}), "objective 'next_token' has no option 'shift'"),
         (lambda: make_target("learned", D, {"ridge": 0.0}, {}), "ridge must be positive, got 0.0"),
+        (lambda: make_target("learned", D, {"start": "next"}, {}), "start must be .zero. or .next_token., got 'next'"),
+        (
+            lambda: make_target("learned", D, {"start": "next_token"}, {"lookahead": 0}),
+            "start=.next_token. needs a tap for the next token: lookahead at least 1, got 0",
+        ),
+        (
+            lambda: make_target("learned", D, {"start": "next_token"}, {"projection": False}),
+            "start=.next_token. begins with P at zero: it needs projection=True",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             wrong()

@@ -12,6 +12,7 @@ from naive_rules import (
     C,
     D,
     F,
+    K,
     compare,
     inputs,
     naive,
@@ -22,7 +23,7 @@ from naive_rules import (
 )
 
 import inplace_ttt.fast  # noqa: F401 (registers the fast paths)
-from inplace_ttt.core import FastWeights, make_rule
+from inplace_ttt.core import FastWeights, make_rule, make_target
 from inplace_ttt.core.rules import largest_singular_value
 from inplace_ttt.core.targets import ridge_values
 
@@ -53,7 +54,7 @@ def test_rules_equal_the_loop(case, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", TARGET_CASES)
 def test_targets_equal_the_loop(case, layout):
-    z, u, W0 = inputs(2, 4 * C + 2)
+    z, u, W0 = inputs(2, 4 * C + 2, 2 * D if "error" in case else D)
     rule, target, documents = the_rule("decay"), the_target(*TARGET_CASES[case]), the_documents(layout, 2, 4 * C + 2)
     state = FastWeights(2, C, rule, snapshots=target.gates)
     out = run(rule, target, z, u, W0, documents, state)
@@ -63,7 +64,7 @@ def test_targets_equal_the_loop(case, layout):
 
 
 @pytest.mark.parametrize("extra", ["gates", "ridge"])
-@pytest.mark.parametrize("case", ["clip", "soft_cap", "delta", "momentum", "muon"])
+@pytest.mark.parametrize("case", ["clip", "soft_cap", "delta", "momentum", "muon", "norm_preserving"])
 def test_gates_and_ridge_under_other_rules(case, extra):
     z, u, W0 = inputs(2, 4 * C + 2)
     rule, target = the_rule(case), the_target(*TARGET_CASES[f"learned {extra}"])
@@ -74,6 +75,7 @@ def test_gates_and_ridge_under_other_rules(case, extra):
 
 
 GATED = [("decay", "next_token gates"), ("soft_cap", "learned gates"), ("delta", "learned gates")]
+GATED += [("norm_preserving", "learned gates"), ("decay", "next_error plain")]
 ALL_STATES = [*((case, "learned plain") for case in RULE_CASES), *GATED]
 
 
@@ -81,7 +83,7 @@ ALL_STATES = [*((case, "learned plain") for case in RULE_CASES), *GATED]
 @pytest.mark.parametrize(("case", "target_case"), ALL_STATES)
 def test_pieces_with_a_state(case, target_case, sizes):
     """Any pieces give the outputs, the state and the gradients of one pass, each row padded on the left as it likes."""
-    z, u, W0 = inputs(2, sum(sizes))
+    z, u, W0 = inputs(2, sum(sizes), 2 * D if "error" in target_case else D)
     rule, target = the_rule(case), the_target(*TARGET_CASES[target_case])
     documents = the_documents("left", 2, sum(sizes))
     state, outs, at = FastWeights(2, C, rule, snapshots=target.gates), [], 0
@@ -100,7 +102,8 @@ def test_rollback_equals_never_having_read(case, target_case, drop):
     total, sizes = 4 * C + 2, (C + 1, 1, 2 * C, C)
     rule, target = the_rule(case), the_target(*TARGET_CASES[target_case])
     with torch.no_grad():
-        z, u, W0 = inputs(2, total)
+        source = 2 * D if "error" in target_case else D
+        z, u, W0 = inputs(2, total, source)
         documents = the_documents("left", 2, total)
         state, at = FastWeights(2, C, rule, snapshots=target.gates), 0
         for n in sizes:
@@ -108,7 +111,7 @@ def test_rollback_equals_never_having_read(case, target_case, drop):
             run(rule, target, z[:, s], u[:, s], W0, documents[:, s], state)
             at += n
         state.rollback(drop)
-        more_z, more_u, _ = inputs(2, 2 * C + 1)
+        more_z, more_u, _ = inputs(2, 2 * C + 1, source)
         got = run(rule, target, more_z, more_u, W0, None, state)
         left = total - drop
         zs, us = torch.cat([z[:, :left], more_z], 1), torch.cat([u[:, :left], more_u], 1)
@@ -135,6 +138,72 @@ def test_fork_and_select_keep_every_tensor_of_a_state():
         want, after = naive(*RULE_CASES["momentum"], target, zs, us, W0)
         torch.testing.assert_close(got, want[:, 2 * C + 1 :])
         torch.testing.assert_close(joined.tensors, after)
+
+
+# -- where targets begin -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("lookahead", "tap"), [(1, 2), (2, 1)])
+def test_a_target_that_starts_at_the_next_token(lookahead, tap):
+    """v is zero, so nothing changes, and yet P has the gradient of the loop: the start is no saddle."""
+    settings = {"conv_kernel": K, "lookahead": lookahead, "init_std": 0.5}
+    target = make_target("learned", D, {"start": "next_token"}, settings).double()
+    assert target.conv.weight[:, 0].eq(torch.nn.functional.one_hot(torch.tensor(tap), K)).all()
+    assert not target.proj.weight.any()
+    assert not target.is_trained
+    z, u, W0 = inputs(2, 3 * C + 1)
+    rule, documents = the_rule("plain"), the_documents("left and packed", 2, 3 * C + 1)
+    out = run(rule, target, z, u, W0, documents)
+    assert torch.equal(out, torch.nn.functional.linear(z, W0))
+    *_, conv, proj = compare(
+        [out], [naive("sum", {}, target, z, u, W0, documents)[0]], [z, u, W0, *target.parameters()]
+    )
+    gradients = {x.shape: x for x in (conv, proj)}
+    assert gradients[target.proj.weight.shape].abs().max() > 1e-2
+    assert not gradients[target.conv.weight.shape].any()
+    with torch.no_grad():
+        target.proj.weight[0, 1] = 1e-3
+    assert target.is_trained
+    shifted = make_target("next_token", D, {}, {}).double()
+    shifted.proj.weight.data.copy_(target.proj.weight)
+    chunks = u.detach()[:, : 3 * C].reshape(2, 3, C, D)
+    torch.testing.assert_close(target(chunks, None), shifted(chunks, None))
+    for parameter in target.parameters():
+        torch.nn.init.normal_(parameter)
+    for module in (target.conv, target.proj):
+        module.reset_parameters()
+    assert target.conv.weight[:, 0, tap].eq(1).all()
+    assert float(target.conv.weight.sum()) == D
+    assert not target.proj.weight.any()
+
+
+def test_the_error_of_the_next_token_starts_at_zero_with_a_gradient():
+    target = make_target("next_error", D, {}, {}).double()
+    z, u, W0 = inputs(1, 3 * C, 2 * D)
+    out = run(the_rule("plain"), target, z, u, W0)
+    assert torch.equal(out, torch.nn.functional.linear(z, W0))
+    assert not target.is_trained
+    for found in torch.autograd.grad((out * torch.randn_like(out)).sum(), list(target.parameters())):
+        assert found.abs().max() > 1e-2
+    target.input_proj.weight.data[0, 0] = 1.0
+    assert target.is_trained
+
+
+def test_norms_are_preserved():
+    rule, target = the_rule("norm_preserving"), the_target()
+    z, u, W0 = inputs(2, 3 * C)
+    state = FastWeights(2, C, rule)
+    with torch.no_grad():
+        run(rule, target, z, u, W0, None, state)
+        weight = W0 + rule.lr * state.S
+        torch.testing.assert_close(weight.norm(dim=-1), W0.norm(dim=-1).expand(2, -1))
+        assert (rule.lr * state.S).norm() > 0.1 * W0.norm()
+        unread = rule.update(rule.init(1, D, F, z), z[:1, :C], torch.zeros(1, C, D).double(), W0)
+        assert not unread["S"].any()
+        empty = rule.update(rule.init(1, D, F, z), z[:1, :C], torch.randn(1, C, D).double(), 0 * W0)
+        assert empty["S"].abs().max() < 1e-100  # a row of zeros stays one
+    with pytest.raises(NotImplementedError, match="norm_preserving"):
+        rule.update(rule.init(1, D, F, z), z[:1, :C], torch.zeros(1, C, D).double(), None)
 
 
 # -- writes ------------------------------------------------------------------------------------------------------------

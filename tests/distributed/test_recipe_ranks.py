@@ -100,6 +100,16 @@ def train_all(folder: Path) -> dict[str, Any]:
     half = interrupted(folder / "from base", 2, folder / "tensor")
     tensor = recipe(folder, "tensor", parallel={"tensor": 2}, **base)
     assert half.is_dir()
+    taught = {
+        "optimizer": {"lr": 5e-3, "ttt_lr": 2e-2, "warmup_steps": 2}, "teach": 1.0,
+        "ttt": alone["ttt"] | {"lr": 1.0, "objective_options": {"start": "next_token"}, "init_std": None},
+    }  # fmt: skip
+    found["taught alone"] = runs([(recipe(folder, "taught alone", **taught), False, 0)])[0]
+    assert interrupted(folder / "taught alone", 2, folder / "taught back").is_dir()
+    several += [
+        (recipe(folder, name, **taught, parallel={"shard": 2}), name != "taught", free_port())
+        for name in ("taught", "taught back")
+    ]
     several += [(bf16, False, free_port()), (go_on, True, free_port())]
     fitted = {"ttt": {k: v for k, v in alone["ttt"].items() if k != "lr"}, "ttt_relative_update": 0.1}
     found["fitted alone"] = runs([(recipe(folder, "fitted alone", **fitted), False, 0)])[0]
@@ -109,7 +119,7 @@ def train_all(folder: Path) -> dict[str, Any]:
     unreadable = recipe(folder, "unreadable", parallel={"shard": 2})
     unreadable["data"]["train"] = {"text": f"jsonl:{folder / 'bad.jsonl'}"}
     several += [(tensor, True, free_port()), (wrong, False, free_port()), (unreadable, False, free_port())]
-    names = [*layouts, "bf16", "resumed", "fitted", "tensor", "wrong", "unreadable"]
+    names = [*layouts, "taught", "taught back", "bf16", "resumed", "fitted", "tensor", "wrong", "unreadable"]
     assert resumed.is_dir()
     two = run_ranks("recipe_ranks", "runs", 2, several)
     found |= dict(zip(names, two[0], strict=True))
@@ -129,6 +139,18 @@ def test_logs_the_losses_of_one_process(name: str, results: dict[str, Any]) -> N
             assert losses(got, key)[step] == pytest.approx(value, abs=tolerance), (key, step)
     assert losses(expected)[4] < losses(expected)[1] - 0.05
     assert abs(losses(expected, "eval_text")[4] - losses(expected, "eval_text_off")[4]) > 1e-3, "updates do nothing"
+
+
+@pytest.mark.parametrize("name", ["taught", "taught back"])
+def test_teaches_and_resumes_like_one_process(name: str, results: dict[str, Any]) -> None:
+    """With a learning rate of the target's own, whose groups the checkpoint of another layout has in other numbers."""
+    expected, got = results["taught alone"], results[name]
+    assert not isinstance(got, str), got
+    for key, tolerance in (("loss", 2e-5), ("grad_norm", 2e-4), ("learning_rate", 1e-12), ("ttt_learning_rate", 1e-12)):
+        assert losses(got, key).keys() == losses(expected, key).keys()
+        for step, value in losses(expected, key).items():
+            assert losses(got, key)[step] == pytest.approx(value, abs=tolerance), (key, step)
+    assert 0 < losses(got, "ttt_cosine")[4] < 1
 
 
 def test_logs_the_sizes_of_the_fast_weights(results: dict[str, Any]) -> None:

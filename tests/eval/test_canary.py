@@ -17,6 +17,7 @@ from eval.local_tasks import TEXTS
 from session.models import TEXT, ids_of, tiny, tokenizer
 
 from inplace_ttt.eval.suites import Record, Suite
+from inplace_ttt.eval.suites.mqar import RecallSuite
 from inplace_ttt.eval.suites.needle import NeedleSuite
 from inplace_ttt.eval.suites.nll import NllSuite
 from inplace_ttt.eval.suites.read_then_ask import MemorySuite
@@ -35,6 +36,10 @@ def nll(documents: list[Document]) -> Suite:
 def needle(documents: list[Document]) -> Suite:
     cut = [Document(d.name, d.domain, d.ids[: 2 * READ]) for d in documents]
     return NeedleSuite(tokenizer(), cut, [READ, 2 * READ], [0.5], ["multi-key"], 1, mentions=2, several=2)
+
+
+def recall(documents: list[Document]) -> Suite:
+    return RecallSuite(tokenizer(), documents, [READ, 2 * READ], [4], 1)
 
 
 def memory(documents: list[Document]) -> Suite:
@@ -59,7 +64,7 @@ def text(after: int | None = None, changed: int | None = None) -> list[Document]
     return [Document("d", "sea", ids)]
 
 
-@pytest.mark.parametrize("build", [nll, needle, memory, theory, diagnostics])
+@pytest.mark.parametrize("build", [nll, needle, recall, memory, theory, diagnostics])
 def test_an_answer_after_the_question_changes_nothing(build: Callable[[list[Document]], Suite]) -> None:
     model = tiny("llama")
     plain = build(text())
@@ -67,7 +72,7 @@ def test_an_answer_after_the_question_changes_nothing(build: Callable[[list[Docu
     expected = plain.measure(model, unit)
     for answer in answers(plain, unit):
         planted = build(text(after=answer))
-        if build is needle:  # the long haystack, which begins like the short one, has the answer in it
+        if build in (needle, recall):  # the long text, which begins like the short one, has the answer in it
             other = next(u for u in planted.units() if u.tokens == 2 * READ)
             planted.measure(model, other)
         else:
@@ -81,6 +86,8 @@ def answers(suite: Any, unit: Any) -> list[int]:
     """What is asked for: the planted word, else the token that comes next and one from the text."""
     if isinstance(suite, NeedleSuite):
         return [suite.needle(unit).questions[0].choices[0]]
+    if isinstance(suite, RecallSuite):
+        return [suite.document(unit, 0)[1][1]]
     if isinstance(suite, TheorySuite):
         return [suite.pair(unit)[1][0]]
     ids = text()[0].ids

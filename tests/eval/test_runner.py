@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import inplace_ttt as ittt
-from inplace_ttt.eval import paired, report, runner
+from inplace_ttt.eval import paired, plots, report, runner
 from inplace_ttt.eval.report import tables, verdicts
 from inplace_ttt.eval.runner import Variant, run
 from inplace_ttt.eval.suites import Unit
@@ -181,3 +181,15 @@ def test_one_document_has_no_interval(tmp_path):
     plan = {"model": "m", "block": 10}
     report.write(tmp_path, records, plan)
     assert "NaN" not in (tmp_path / "summary.json").read_text(encoding="utf-8")
+
+
+def test_panels_say_how_many_documents_they_are_of():
+    row = {"domain": "code", "variant": "on", "value": 1.0, "low": 0.5, "high": 1.5, "end": 256, "documents": 9}
+    found = plots.curves([row, row | {"end": 512, "documents": 7}, row | {"domain": "books"}], "end")
+    assert {title: places for title, (places, _) in found.items()} == {
+        "code, n = 7 to 9": [256, 512],
+        "books, n = 9": [256],
+    }
+    gap = {"difference": -0.2, "difference_low": -0.3, "difference_high": -0.1}
+    ((_, lines),) = plots.gaps([row, row | {"end": 512} | gap], "end").values()
+    assert [(m.value, m.low, m.high) for m in lines["on"]] == [(-0.2, -0.3, -0.1)]

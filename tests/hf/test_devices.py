@@ -129,6 +129,33 @@ def test_a_model_without_values_begins_like_any_other(model_type, way):
     assert not any("_init_weights" in m.__dict__ for m in model.modules())
 
 
+@pytest.mark.parametrize("way", ["init_weights", "reset_parameters"])
+@pytest.mark.parametrize("objective", ["learned", "next_error"])
+def test_targets_that_begin_with_zero_projections(objective, way):
+    """``start="next_token"`` and the error of the next token, without values first and then filled."""
+    options = {"start": "next_token"} if objective == "learned" else {}
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(BUILDERS["llama"]())
+    config = ittt.InPlaceTTTConfig(layers="0::2", chunk_size=C, objective=objective, objective_options=options)
+    ittt.attach(model, config)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    if way == "init_weights":
+        model.init_weights()
+    else:
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    added = {n: p.detach() for n, p in model.named_parameters() if ".ttt_" in n}
+    assert len(added) == 4
+    for name, parameter in added.items():
+        assert float(parameter.sum()) == (parameter.shape[0] if ".ttt_conv." in name else 0)
+        assert ".ttt_conv." not in name or parameter[:, 0, config.conv_kernel - config.lookahead].eq(1).all()
+    assert not ittt.is_trained(model)
+
+
 def test_trained_parameters_are_not_drawn_again():
     """Transformers' ``init_weights`` leaves alone what has values."""
     model = adapted("llama")

@@ -19,7 +19,10 @@ Config = ittt.InPlaceTTTConfig
         ({"conv_kernel": 3, "lookahead": 3}, "lookahead must be from 0 to conv_kernel - 1 = 2, got 3"),
         ({"lookahead": -1}, "lookahead must be from 0"),
         ({"target": "embeddings"}, "target must be one of input_embed, hidden_states, got 'embeddings'"),
-        ({"objective": "next"}, "objective must be one of learned, loss, next_token, reconstruction, got 'next'"),
+        (
+            {"objective": "next"},
+            "objective must be one of learned, loss, next_error, next_token, reconstruction, got 'next'",
+        ),
         ({"decay": 1.0}, r"decay must be in \[0, 1\), got 1.0"),
         ({"decay": -0.1}, "decay must be in"),
         ({"clip": 0.0}, "clip must be positive or None"),

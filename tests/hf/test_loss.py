@@ -1,7 +1,10 @@
 """The next-token loss as objective: the naive loop, every form of call, nothing left behind."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import (
     DynamicCache,
@@ -293,6 +296,74 @@ def test_under_lora():
     close(got[:, :C], before[:, :C])
     assert not torch.allclose(got[:, C:], before[:, C:])
     close(pieces(lora, IDS, [13, 32])[0], got)
+
+
+class Int8Linear(nn.Linear):
+    """A layer that holds whole numbers and one scale, as quantised ones do; ``packed``: as bitsandbytes packs them."""
+
+    passes = True
+
+    def __init__(self, dense):
+        super().__init__(dense.in_features, dense.out_features, bias=dense.bias is not None)
+        self.scale = dense.weight.detach().abs().max() / 127
+        self.weight = nn.Parameter((dense.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+        self.bias = dense.bias
+
+    def forward(self, x):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.passes):
+            return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+class NoBackward(Int8Linear):
+    passes = False
+
+
+def quantised(model, kind):
+    """The model with quantised layers, and one of the same numbers without."""
+    dense = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            model.set_submodule(name, kind(module))
+            twin = dense.get_submodule(name)
+            twin.weight.data = model.get_submodule(name).weight * model.get_submodule(name).scale
+    return model, dense
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"update_size": SIZE}, {"update_size": "auto"}, {"rule": "delta"}, {"rule_options": {"soft_cap": 0.1}}],
+    ids=str,
+)
+def test_a_quantised_base_learns_as_its_dense_twin(settings):
+    bias = LlamaConfig(**{**plain("llama").config.to_dict(), "mlp_bias": True})
+    torch.manual_seed(0)
+    model, dense = quantised(LlamaForCausalLM(bias).double().eval(), Int8Linear)
+    config = ittt.InPlaceTTTConfig(objective="loss", layers="0::2", chunk_size=C, **settings)
+    off = logits(model, IDS)
+    got, want = (logits(ittt.attach(m, config), IDS) for m in (model, dense))
+    close(got, want)
+    assert (got - off)[:, C:].abs().max() > 1e-4
+
+
+def test_a_quantised_base_without_a_backward_is_refused():
+    model, _ = quantised(plain("llama"), NoBackward)
+    with pytest.raises(ittt.UserError, match=r"q_proj \(NoBackward\) .* no backward.* load the model unquantised"):
+        ittt.attach(model, ittt.InPlaceTTTConfig(objective="loss", layers="0::2", chunk_size=C))
+    assert not ittt.is_attached(model)
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloaded_weights(where, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    want, model = logits(reader("llama"), IDS), reader("llama")
+    if where == "cpu":
+        accelerate.cpu_offload(model, execution_device="cpu")
+    else:
+        accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    close(logits(model, IDS), want)
+    close(pieces(model, IDS, [13, 32])[0], want)
+    with runtime_of(model).override(learn=False):
+        close(pieces(model, IDS, [13, 32])[0], logits(plain("llama"), IDS))
 
 
 def first_order(kind, **settings):

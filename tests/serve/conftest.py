@@ -16,8 +16,8 @@ def start(tmp_path) -> Iterator[Callable[..., Any]]:
 
     running: list[Any] = []
 
-    def begin(**options: Any) -> Any:
-        running.append(Running(tmp_path / "state", **options))
+    def begin(place: Any = tmp_path / "state", **options: Any) -> Any:
+        running.append(Running(place, **options))
         return running[-1]
 
     yield begin

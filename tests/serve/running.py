@@ -15,8 +15,9 @@ from session.models import shipped, tiny, tokenizer
 
 from inplace_ttt import Session
 from inplace_ttt.serve.app import make_app
-from inplace_ttt.serve.guard import key_digest
-from inplace_ttt.serve.run import Server, make_service
+from inplace_ttt.serve.guard import Guard, key_digest
+from inplace_ttt.serve.run import Server
+from inplace_ttt.serve.service import make_service
 from inplace_ttt.serve.settings import Limits
 
 OPTIONS: dict[str, Any] = {"window": 40, "sinks": 2, "decay": 0.01, "probe_every": 0, "chunk_size": 8}
@@ -26,41 +27,47 @@ LIMITS: dict[str, Any] = {"rate": 100_000, "memory": 1 << 30, "grace": 3}
 
 
 @cache
-def model() -> Any:
+def model(objective: str = "learned") -> Any:
     """The tiny model that most tests serve."""
-    return tiny("llama")
+    return tiny("llama") if objective == "learned" else tiny("llama", objective=objective, update_size=0.1)
 
 
-def session(**changes: Any) -> Session:
+def session(objective: str = "learned", **changes: Any) -> Session:
     """What the library does alone."""
-    return Session(model(), tokenizer(), **(OPTIONS | changes))
+    return Session(model(objective), tokenizer(), **(OPTIONS | changes))
 
 
 class Running:
     """A running server. ``keys``: owner by key."""
 
     def __init__(
-        self, state: Path, keys: dict[str, str] | None = None, shipped_model: bool = False,
-        limits: dict[str, Any] | None = None, **changes: Any,
+        self, state: Path | str, keys: dict[str, str] | None = None, shipped_model: bool = False,
+        limits: dict[str, Any] | None = None, load: Any = None, objective: str = "learned",
+        **changes: Any,
     ) -> None:  # fmt: skip
-        served, options = (shipped(torch.float32), {}) if shipped_model else (model(), OPTIONS)
+        served, options = (shipped(torch.float32), {}) if shipped_model else (model(objective), OPTIONS)
         self.service = make_service(
             served, tokenizer(), "tiny", state, Limits(**(LIMITS | (limits or {}))),
             **(options | changes),
         )  # fmt: skip
         self.engine = self.service.engine
-        app = make_app(self.service, keys and {key_digest(key): owner for key, owner in keys.items()})
-        self.server = Server(app, "127.0.0.1", 0, lambda port: None)
+        digests = keys and {key_digest(key): owner for key, owner in keys.items()}
+        guard = Guard(load or self.app, self.engine.limits, digests)
+        self.server = Server(guard, "127.0.0.1", 0, lambda port: None)
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
         until = time.monotonic() + 30
-        while not self.server.started:
+        while not self.server.started or (load is None and guard.service is None):
             assert self.thread.is_alive()
             assert time.monotonic() < until
             time.sleep(0.01)
         port = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.port = port
+
+    def app(self) -> Any:
+        """The routes."""
+        return make_app(self.service)
 
     def _run(self) -> None:
         asyncio.run(self.server.serve())

@@ -16,8 +16,8 @@ def texts(i: int) -> list[str]:
     return [text[: 11 + 3 * i], text[11 + 3 * i :]][: 1 + i % 2]
 
 
-def alone(i: int, rounds: int = 2) -> list[str]:
-    s = session()
+def alone(i: int, rounds: int = 2, **changes) -> list[str]:
+    s = session(**changes)
     for part in texts(i):
         s.read(part)
     return [s.generate(PROMPTS[(i + n) % 5], max_new_tokens=4 + i % 5) for n in range(rounds)]
@@ -62,6 +62,22 @@ def test_sixteen_interleaved_sessions_and_a_restart(start, expected, memory):
     with ThreadPoolExecutor(16) as pool:
         second = list(pool.map(lambda i: write(server, names[i], i, 1), range(16)))
     assert second == [texts[1] for texts in expected]
+
+
+def test_sixteen_sessions_taken_over_by_another_server_and_forked(start, expected):
+    """The first server is not stopped: what it has in memory alone is in the journal, too."""
+    first = start(limits={"unsaved": 100})
+    with ThreadPoolExecutor(16) as pool:
+        names = list(pool.map(lambda i: read(first, i), range(16)))
+        wrote = list(pool.map(lambda i: write(first, names[i], i, 0), range(16)))
+        second = start()
+        forks = list(pool.map(lambda name: second.http().post(f"/v1/sessions/{name}/fork").json()["id"], names))
+        # Forks and the sessions themselves go on at the same time, on different servers.
+        going = [pool.submit(write, second, names[i], i, 1) for i in range(16)]
+        going += [pool.submit(write, first, forks[i], i, 1) for i in range(16)]
+        later = [each.result() for each in going]
+    assert wrote == [texts[0] for texts in expected]
+    assert later == [texts[1] for texts in expected] * 2
 
 
 def test_fork_goes_its_own_way(server):

@@ -283,6 +283,8 @@ NAMES = (
     "seed",
     "logprobs",
     "if_version",
+    "learn",
+    "frozen",
 )
 BODIES = st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=5) | VALUES
 PATHS = (
@@ -290,6 +292,11 @@ PATHS = (
     "/v1/sessions/kept/ask", "/v1/sessions/kept/rollback", "/v1/sessions/kept/export", "/v1/sessions/..%2f..%2fx/read",
     "/v1/sessions/kept/fork", "/nowhere",
 )  # fmt: skip
+HEADERS = st.dictionaries(
+    st.sampled_from(("x-session-id", "x-session-version", "x-session-learn", "accept", "x-request-id")),
+    st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=80) | st.sampled_from(("kept", "2", "all")),
+    max_size=3,
+)
 
 
 @pytest.fixture(scope="module")
@@ -301,9 +308,9 @@ def kept(server):
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(path=st.sampled_from(PATHS), body=BODIES)
-def test_garbage_in_json(kept, path, body):
-    answer = kept.post(path, content=json.dumps(body).encode(), headers=JSON)
+@given(path=st.sampled_from(PATHS), body=BODIES, headers=HEADERS)
+def test_garbage_in_json(kept, path, body, headers):
+    answer = kept.post(path, content=json.dumps(body).encode(), headers=headers | JSON)
     assert answer.status_code < 500, (path, body, answer.text)
     if answer.status_code >= 400:
         refused(answer, answer.status_code)
@@ -344,3 +351,61 @@ def test_uploads_that_are_no_text(kept):
         assert says in refused(kept.post("/v1/sessions/kept/read", files={"file": data}), 400)
     assert kept.get("/v1/sessions/kept").json()["version"] == 3
     kept.post("/v1/sessions/kept/freeze")
+
+
+def form(part: bytes, boundary: bytes = b"b") -> bytes:
+    return b'--%s\r\ncontent-disposition: form-data; name="file"; filename="f"\r\n\r\n%s' % (boundary, part)
+
+
+def test_broken_uploads(kept, server):
+    kept.post("/v1/sessions/kept/freeze", json={"frozen": False})
+    version = kept.get("/v1/sessions/kept").json()["version"]
+    kind = {"content-type": "multipart/form-data; boundary=b"}
+    for route in ("/v1/sessions/kept/read", "/v1/sessions"):
+        fields = b"".join(b'--b\r\ncontent-disposition: form-data; name="%d"\r\n\r\nx\r\n' % n for n in range(99))
+        for body in (
+            form(b"no end"), form(b"another", b"c") + b"\r\n--c--\r\n", b"--b\r\n\r\n--b--\r\n", b"\r\n" * 99,
+            fields + b"--b--\r\n", b"",
+        ):  # fmt: skip
+            refused(kept.post(route, content=body, headers=kind), 400)
+    head = b"POST /v1/sessions/kept/read HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9000\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as raw:  # leaves in the middle
+        raw.sendall(head + b"content-type: multipart/form-data; boundary=b\r\n\r\n" + form(b"half of it"))
+    time.sleep(0.2)
+    assert kept.get("/v1/sessions/kept").json()["version"] == version
+    kept.post("/v1/sessions/kept/freeze")
+
+
+def test_a_stream_beside_all_this_is_not_disturbed(server):
+    """Garbage, huge and broken bodies, clients that leave: meanwhile a session writes what it writes alone."""
+    http, stop, statuses = server.http(), threading.Event(), []
+    http.post("/v1/sessions", json={"id": "calm"})
+    http.post("/v1/sessions/calm/read", json={"text": TEXT})
+
+    def bother(seed: int) -> None:
+        rng = random.Random(seed)
+        while not stop.is_set():
+            data = rng.choice((b"{", b"[" * 50_000, rng.randbytes(3000), b"x" * (17 << 20), form(b"half")))
+            kind = rng.choice(("application/json", "multipart/form-data; boundary=b"))
+            path = rng.choice((*PATHS, "/v1/sessions/calm/read"))
+            statuses.append(http.post(path, content=data, headers={"content-type": kind}).status_code)
+            with socket.create_connection(("127.0.0.1", server.port), timeout=5) as raw:
+                raw.sendall(b"POST /v1/sessions/calm/read HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99\r\n\r\n{")
+
+    s = session()
+    s.read(TEXT)
+    with ThreadPoolExecutor(3) as pool:
+        jobs = [pool.submit(bother, n) for n in range(3)]
+        try:
+            client = server.openai(session="calm")
+            for _ in range(3):
+                got = client.completions.create(
+                    model="tiny", prompt="It was", max_tokens=40, temperature=0, stream=True
+                )
+                assert "".join(chunk.choices[0].text for chunk in got) == s.generate("It was", max_new_tokens=40)
+        finally:
+            stop.set()
+        for job in jobs:
+            job.result()
+    assert len(statuses) > 5
+    assert all(400 <= status < 500 for status in statuses), statuses

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from contract.families import adapted, plain
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from inplace_ttt import Session, UserError, from_pretrained, is_attached, save_pretrained
 from inplace_ttt.session.lora import factor
@@ -42,6 +42,27 @@ def test_exact_when_the_rank_suffices(family, tmp_path):
     torch.testing.assert_close(served(family, tmp_path, question), expected, rtol=1e-4, atol=1e-5)  # float32 files
     plain_logits = plain(family, torch.float64)(input_ids=torch.tensor([question])).logits[0, -1]
     assert (plain_logits - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_rows_that_keep_their_norms_are_a_dora_adapter(family, tmp_path):
+    """With the magnitude that peft computes itself."""
+    s = Session(adapted(family, torch.float64, rule="norm_preserving", lr=0.3), decay=0.02)
+    s.read(IDS[:88])
+    s.drop_context()
+    assert all(layer.error == 0 for layer in s.export_lora(tmp_path))
+    question = IDS[5:8]
+    s.read(question)
+    got = served(family, tmp_path, question)
+    torch.testing.assert_close(got, s.next_logits, rtol=1e-4, atol=1e-5)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert settings["use_dora"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": False}))
+    assert (served(family, tmp_path, question) - got).abs().max() > 1e-3
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "magnitude" not in k}, tmp_path / "adapter_model.safetensors")
+    torch.testing.assert_close(served(family, tmp_path, question), got, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:this LoRA adapter is an approximation")

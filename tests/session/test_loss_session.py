@@ -7,6 +7,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 
 import inplace_ttt as ittt
 from inplace_ttt import Session, SessionPool, UserError
+from inplace_ttt.session.stream import Stream
 
 C, WINDOW = 8, 40
 TOKENS = torch.randint(1, 97, (350,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -76,6 +77,32 @@ def test_dropping_the_context_learns_what_is_pending_first():
     s.drop_context()
     assert not torch.equal(s.fast_weights[0].S, before)
     assert s.stats().in_context == 0
+
+
+@kinds
+def test_a_session_without_context_is_saved_and_loaded(kind, tmp_path):
+    model = reader(kind)
+    s = session(model)
+    s.read(TOKENS[: 3 * C + 3])
+    s.drop_context()
+    s.save(tmp_path / "a.session")
+    again = Session.load(tmp_path / "a.session", model)
+    assert again.stats() == s.stats()
+    assert again.read(TOKENS[50:90], scored=True).losses == s.read(TOKENS[50:90], scored=True).losses
+
+
+def test_a_file_with_columns_that_a_dropped_context_left_is_loaded(tmp_path, monkeypatch):
+    """As versions before 0.2.0 wrote it."""
+    model = reader("llama")
+    s = session(model)
+    s.read(TOKENS[: 3 * C + 3])
+    record = s._stream.record
+    s.drop_context()
+    monkeypatch.setattr(Stream, "record", record)
+    s.save(tmp_path / "a.session")
+    monkeypatch.undo()
+    again = Session.load(tmp_path / "a.session", model)
+    assert again.read(TOKENS[50:90], scored=True).losses == s.read(TOKENS[50:90], scored=True).losses
 
 
 def test_passes_learn_a_text_by_heart():

@@ -447,6 +447,13 @@ def test_wrong_settings(wrong):
         Session(tiny("llama"), tokenizer(), **wrong)
 
 
+def test_repr_says_where_it_stands():
+    s = session("llama", **SMALL)
+    s.read(ids_of(TEXT)[: 2 * C + 1])
+    stands = f"{2 * C + 1} tokens, 2 updates, 1 tokens pending; window 28, chunk_size {C}"
+    assert repr(s) == f"<Session of LlamaForCausalLM: {stands}>"
+
+
 def test_needs_fast_weights():
     from contract.families import plain
 

@@ -17,7 +17,7 @@ from inplace_ttt.core.diagnostics import LayerDiagnostics
 from inplace_ttt.core.reference import chunk_targets, clipped
 from inplace_ttt.hf.attach import runtime_of
 from inplace_ttt.session.diagnostics import Timeline, harm, measure
-from inplace_ttt.session.plots import diagnostics_table, save_diagnostics
+from inplace_ttt.session.plots import FEW, diagnostics_table, save_diagnostics
 
 LR = 0.03
 
@@ -400,7 +400,7 @@ def test_picture(tmp_path, gain):
     on, off = (p[(p[:, 0] > 0.685 * height) & (np.abs(p[:, 1] - 0.4 * width) < 50), 0].mean() for p in lines)
     assert abs(on - off) > 50
     assert (on > off) == (gain > 0)  # a lower loss is lower in the picture
-    shallow, deep = pixels(path, "#7dd3fc"), pixels(path, "#0c4a6e")
+    shallow, deep = pixels(path, FEW[0]), pixels(path, FEW[len(reading(gain).layers) - 1])
     first = (0.45, 0.33)  # right half of the first panel
     a, b = (
         p[(p[:, 1] < first[0] * width) & (p[:, 1] > 0.2 * width) & (p[:, 0] < first[1] * height)]

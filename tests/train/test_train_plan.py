@@ -47,6 +47,24 @@ def _data(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, str(corpus))
 
 
+def test_targets_and_rules_are_planned(values: dict[str, Any]) -> None:
+    """A second matrix of a target, a second tensor of a rule, and the values that are taught."""
+    D, layers = 32, 2
+    ttt = {"layers": "0::1", "chunk_size": 16}
+    one, error, norms, taught = (
+        plan(make_recipe(values | {"ttt": ttt | more, "teach": weight, "teach_alone": weight > 0}))
+        for more, weight in (
+            ({"objective": "next_token"}, 0.0),
+            ({"objective": "next_error"}, 0.0),
+            ({"objective": "next_token", "rule": "norm_preserving"}, 0.0),
+            ({"objective": "next_token"}, 1.0),
+        )
+    )
+    assert error.trained == one.trained + layers * D * D
+    assert norms.memory["fast weights"] == 2 * one.memory["fast weights"]
+    assert taught.memory["activations"] > one.memory["activations"]
+
+
 TRAINED = [*RECORDS.glob("*/run.json"), *(ROOT / "benchmarks" / "results" / "adapter").glob("*/run.json")]
 GPUS = {"NVIDIA H200": (989, 4.8)}
 """TFLOP/s in bf16 and TB/s by the data sheet."""

@@ -79,6 +79,10 @@ def test_values_and_defaults(values: dict[str, Any]) -> None:
         ("ttt_relative_update=0.1", "ttt_relative_update: there is no ttt"),
         ("trainable=adapter", "trainable: adapter needs ttt"),
         ("trainable=some", "trainable: 'some' is none of all, adapter"),
+        ("optimizer.ttt_lr=1e-3", "optimizer.ttt_lr: there is no ttt"),
+        ("teach=1", "teach: there is no ttt"),
+        ("teach_alone=true", "teach_alone: the target would learn from nothing"),
+        ("teach=-1", "teach: -1.0 is too small"),
         ("report_to=[mlflow]", "report_to: 'mlflow' is none of"),
         ("report_to=wandb", "report_to: wandb is not installed: pip install wandb"),
         ("model.settings={a: 1}", "model.settings: only a base has settings"),
@@ -98,6 +102,76 @@ def test_mistakes(values: dict[str, Any], override: str, message: str, monkeypat
 
     with pytest.raises(RecipeError, match=message) as error:
         read()
+    assert "\n" not in str(error.value)
+
+
+OWN_LR = {"lr": 1e-3, "ttt_lr": 0.1}
+LEARNS = {"ttt": {"layers": "0::1", "chunk_size": 16}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": {"lr": 1e-3, "ttt_lr": 2}}, "optimizer.ttt_lr: 2.0 must lie between 0 and 1"),
+        (
+            {
+                "optimizer": OWN_LR,
+                "trainable": "adapter",
+                "model": {"base": "a/b"},
+                "tokenizer": {},
+            },
+            "optimizer.ttt_lr: with trainable: adapter nothing else is trained",
+        ),
+        (
+            {"optimizer": OWN_LR, "ttt": {"objective": "loss"}},
+            "optimizer.ttt_lr: objective 'loss'",
+        ),
+        ({"teach": 1, "ttt": {"objective": "next_token", "projection": False}}, "teach: objective 'next_token' has no"),
+        ({"teach_alone": True}, "teach_alone: the target would learn from nothing: give teach"),
+        (
+            {"teach": 1, "teach_alone": True, "ttt": {"objective_options": {"gates": True}}},
+            "teach_alone: teaching turns values and does not size them, so gates",
+        ),
+        ({"teach": 1, "compile": True}, "teach: not supported together with compile"),
+        (
+            {"teach": 1, "parallel": {"context": 2}, "align_documents": True},
+            "teach: not supported together with parallel.context",
+        ),
+        ({"teach": 1, "parallel": {"tensor": 2}}, "teach: not supported together with parallel.tensor"),
+        ({"ttt": {"objective_options": {"start": "kappa"}}}, "ttt: start must be"),
+        (
+            {"ttt": {"objective_options": {"start": "next_token"}, "lookahead": 0}},
+            "ttt: start=.next_token. needs a tap",
+        ),
+        (
+            {"ttt": {"objective_options": {"start": "next_token"}, "init_std": 0.1}},
+            "ttt.init_std: with start: next_token P begins at zero",
+        ),
+        ({"ttt": {"objective_options": {"ridge": 0}}}, "ttt: ridge must be positive"),
+        (
+            {"ttt_lr_warmup_steps": 2, "ttt": {"rule_options": {"lr": 0.1}}},
+            "ttt_lr_warmup_steps: ttt.rule_options.lr",
+        ),
+        (
+            {"ttt_relative_update": 0.01, "ttt": {"rule_options": {"lr": 0.1}}},
+            "ttt_relative_update: ttt.rule_opt",
+        ),
+        ({"ttt_lr_warmup_steps": 2, "ttt": {"objective": "loss"}}, 'ttt_lr_warmup_steps: ttt.update_size "auto"'),
+        (
+            {"ttt_relative_update": 0.01, "ttt": {"objective": "next_error"}},
+            "ttt_relative_update: this target begins with P at zero",
+        ),
+        (
+            {"ttt_relative_update": 0.01, "ttt": {"update_size": 0.1}},
+            "ttt_relative_update: ttt.update_size sets",
+        ),
+    ],
+)
+def test_mistakes_about_what_the_target_learns(values: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    make_recipe(values | LEARNS | {"teach": 1, "teach_alone": True, "optimizer": OWN_LR})
+    ttt = LEARNS["ttt"] | changes.get("ttt", {})
+    with pytest.raises(RecipeError, match=message) as error:
+        make_recipe(values | changes | {"ttt": ttt})
     assert "\n" not in str(error.value)
 
 

@@ -18,6 +18,7 @@ import inplace_ttt
 from inplace_ttt.errors import UserError
 from inplace_ttt.eval.nll import token_losses
 from inplace_ttt.hf.convert import convert
+from inplace_ttt.train.parallel import start
 from inplace_ttt.train.prepare import prepare
 from inplace_ttt.train.recipe import make_recipe
 from inplace_ttt.train.run import run
@@ -67,15 +68,22 @@ def test_plain_run_leaves_model_record_and_picture(values: dict[str, Any]) -> No
     assert loss == pytest.approx(record["evaluation"]["text"]["on"], abs=0.2)
 
 
-def test_resumed_run_equals_the_uninterrupted_one(values: dict[str, Any], tmp_path: Path) -> None:
+OWN_LR = {"optimizer": {"lr": 5e-3, "ttt_lr": 0.05, "warmup_steps": 2}, "teach": 1.0}
+
+
+@pytest.mark.parametrize("more", [{}, OWN_LR, OWN_LR | {"parallel": {}}], ids=["", "taught", "taught, parallel"])
+def test_resumed_run_equals_the_uninterrupted_one(values: dict[str, Any], tmp_path: Path, more: dict[str, Any]) -> None:
     values |= {"save_every": 4, "eval_every": 3, "ttt": TTT, "ttt_lr_warmup_steps": 6, "gradient_accumulation": 2}
+    values |= more
     whole, output = train(values)
     interrupted = tmp_path / "interrupted"
     shutil.copytree(output / "checkpoints" / "checkpoint-4", interrupted / "checkpoints" / "checkpoint-4")
     shutil.copy(output / "recipe.json", interrupted)
     (interrupted / "checkpoints" / "checkpoint-6").mkdir()  # half-written: without its mark it does not count
     resumed, _ = train(values | {"output": str(interrupted)}, resume=True)
-    keys = ("step", "loss", "grad_norm", "learning_rate", "eval_text", "eval_text_off")
+    keys = ("step", "loss", "grad_norm", "learning_rate", "ttt_learning_rate", "ttt_cosine", "eval_text")
+    keys += ("eval_text_off",)
+    assert ("ttt_learning_rate" in whole["curve"][0]) == bool(more)
     curves = [[{k: e[k] for k in keys if k in e} for e in record["curve"]] for record in (whole, resumed)]
     assert len(curves[0]) == 8
     assert curves[0] == curves[1]
@@ -168,6 +176,91 @@ def test_decay_spares_vectors_and_embeddings(values: dict[str, Any]) -> None:
     spared = {names[id(p)] for g in trainer.optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]}
     assert decayed | spared == set(names.values())
     assert spared == {n for n in names.values() if "norm" in n or "embed" in n}
+
+
+@pytest.mark.parametrize("parallel", [None, {}])
+@pytest.mark.parametrize("trainable", ["all", "adapter_and_projections"])
+def test_the_target_has_a_learning_rate_of_its_own(values: dict[str, Any], parallel: Any, trainable: str) -> None:
+    """With the others' warm-up, schedule and decay; without one, the groups are the Trainer's."""
+    from inplace_ttt.train.run import build_trainer
+
+    values |= {"ttt": TTT | {"objective_options": {"gates": True}}, "parallel": parallel, "seed": 1}
+    values["optimizer"] = {"lr": 2e-3, "ttt_lr": 0.02, "warmup_steps": 4, "weight_decay": 0.3}
+    recipe = make_recipe(values)
+    rank = None if parallel is None else start(recipe.parallel)
+    trainer: Any = build_trainer(recipe, prepare(recipe), Path(values["output"]), rank)[0]
+    if trainable != "all":
+        for name, parameter in trainer.model.named_parameters():
+            parameter.requires_grad_(".ttt_" in name or "down_proj" in name)
+    names = {id(p): n for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.create_optimizer()
+    found = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in trainer.optimizer.param_groups for p in g["params"]}
+    assert found.keys() == set(names.values())
+    for name, (lr, decay) in found.items():
+        assert lr == (0.02 if ".ttt_" in name else 2e-3), name
+        assert (decay == 0) == name.endswith(("norm.weight", "bias")), name
+    trainer.optimizer = None
+    trainer.train()
+    rates = [(e["learning_rate"], e["ttt_learning_rate"]) for e in trainer.state.log_history if "loss" in e]
+    assert [own for _, own in rates] == pytest.approx([10 * lr for lr, _ in rates])
+    assert rates[4][0] == 2e-3
+    assert 0 < rates[-1][0] < 2e-3
+    values["optimizer"].pop("ttt_lr")
+    recipe = make_recipe(values)
+    plain: Any = build_trainer(recipe, prepare(recipe), Path(values["output"]), rank)[0]
+    plain.create_optimizer()
+    assert {group["lr"] for group in plain.optimizer.param_groups} == {2e-3}
+    assert "ttt_learning_rate" not in train(values)[0]["curve"][0]
+
+
+def test_a_warm_up_of_eta_shrinks_sized_and_capped_writes(values: dict[str, Any]) -> None:
+    """What is read is eta S, so the size of S does not undo it."""
+    for name, writes in {
+        "sized": {"update_size": 0.05},
+        "capped": {"rule_options": {"soft_cap": 0.05}},
+        "norms": {"rule": "norm_preserving"},
+    }.items():
+        values |= {"ttt": TTT | writes | {"init_std": 0.5}, "steps": 3, "optimizer": {"lr": 1e-2}}
+        effects = []
+        for steps in (0, 2):
+            output = f"{values['output']}-{name}{steps}"
+            record, _ = train(values | {"output": output, "ttt_lr_warmup_steps": steps, "eval_every": 1})
+            (entry, *_) = [entry for entry in record["curve"] if "eval_text" in entry]
+            effects.append(abs(entry["eval_text"] - entry["eval_text_off"]))
+        assert 0.2 < effects[1] / effects[0] < 0.8, (name, effects)
+
+
+def test_log_of_sized_writes_has_their_size(values: dict[str, Any]) -> None:
+    """Not that of the sums before they were scaled."""
+    record, _ = train(values | {"ttt": TTT | {"update_size": 0.05, "lr": 0.5}, "steps": 4})
+    assert record["curve"][-1]["update_norm/layer_0"] == pytest.approx(0.025, rel=1e-3)
+    assert record["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    "ttt",
+    [
+        {"objective": "next_token", "target": "hidden_states", "lr": 0.01},
+        {"objective": "next_error", "lr": 0.01},
+        {"objective_options": {"start": "next_token"}},
+        {"rule": "norm_preserving"},
+    ],
+)
+def test_an_adapter_learns_a_target_that_starts_at_zero(values: dict[str, Any], tmp_path: Path, ttt: Any) -> None:
+    """The base stays; from recipe to saved adapter, whose updates gain what the record says; no false warning."""
+    _, output = train(values | {"steps": 20})
+    more = values | {"output": str(tmp_path / "more"), "model": {"base": str(output / "model")}, "tokenizer": {}}
+    more |= {"ttt": TTT | ttt, "trainable": "adapter", "steps": 40, "optimizer": {"lr": 1e-2}, "teach": 0.1}
+    record, adapter = train(more)
+    assert record["warnings"] == []
+    assert record["trained_parameters"] < record["parameters"] / 4
+    assert record["evaluation"]["text"]["gain"] != 0
+    again = inplace_ttt.from_pretrained(adapter / "model")
+    assert inplace_ttt.is_trained(again)
+    base = AutoModelForCausalLM.from_pretrained(output / "model")
+    for name, parameter in base.named_parameters():
+        assert torch.equal(dict(again.named_parameters())[name], parameter), name
+    assert record["curve"][-1]["ttt_cosine"] > 0
 
 
 def test_test_windows_that_no_document_fills_are_told_before_training(values: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of the records: throughput and peak memory by length, like the paper's Figure 4."""
+"""Pictures of the records: what fast weights add to the time and memory of prefill, by length."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,17 +7,15 @@ from typing import Any
 from ..plots import OFF, ON, save, styled
 
 WAYS = {
-    "no TTT": ("without TTT", OFF),
-    "ours": ("In-Place TTT", ON),
-    "materialised": ("one weight per chunk (the authors' release)", "#d6b38a"),
+    "over_no_ttt": ("this library", ON, "-"),
+    "materialised_over_no_ttt": ("one weight per chunk (the authors' release)", "#b08968", "-"),
+    "limit_over_no_ttt": ("arithmetic alone", OFF, "--"),
 }
-"""Label and colour of a bar."""
-WIDTH = 0.27
-"""Of a bar; a length has three."""
+"""Column of a record -> label, colour and style of its line."""
 
 
 def prefill(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Writes one row of panels per attention: tokens per second, and peak memory in GiB where it was measured.
+    """Write a row of panels per attention: extra time in per cent, and extra GiB at the peak where it was measured.
 
     Records of the same window are joined (of a length that is in several, the last one counts).
     """
@@ -25,38 +23,34 @@ def prefill(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     for record in records:
         groups.setdefault(record["window"], {}).update({row["tokens"]: row for row in record["results"]})
     memory = all(row["peak_bytes"]["ours"] is not None for rows in groups.values() for row in rows.values())
-    figure, panels = styled(7.0, 2.5 * len(groups), len(groups), 2 if memory else 1)
+    figure, panels = styled(7.0, 2.4 * len(groups) + 0.6, len(groups), 2 if memory else 1, sharex="col", sharey="col")
     for line, (window, rows) in zip(panels, groups.items(), strict=True):
-        lengths = sorted(rows)
-        name = "full attention" if window is None else f"window {window:,}"
-        speeds = {k: [n / rows[n]["seconds"][k] / 1000 for n in lengths] for k in WAYS}
-        over = [f"time {100 * (rows[n]['over_no_ttt'] - 1):+.1f}%" for n in lengths]
-        _bars(line[0], lengths, speeds, f"throughput, {name}", "1,000 tokens/s", over)
+        lengths, name = sorted(rows), "full attention" if window is None else f"window {window:,}"
+        for column, (label, colour, style) in WAYS.items():
+            extra = [100 * (rows[n][column] - 1) for n in lengths]
+            line[0].plot(range(len(lengths)), extra, style, marker="o", ms=4, lw=1.6, color=colour, label=label)
+        line[0].set_title(f"time, {name}", loc="left", fontsize=10, fontweight="bold")
+        line[0].set_ylabel("over no TTT (%)", fontsize=8.5)
         if memory:
-            peaks = {k: [rows[n]["peak_bytes"][k] / 2**30 for n in lengths] for k in WAYS}
-            more = [f"{b - a:+.2f}" for a, b in zip(peaks["no TTT"], peaks["ours"], strict=True)]
-            _bars(line[1], lengths, peaks, f"peak memory, {name}", "GiB", more)
+            peaks = [rows[n]["peak_bytes"] for n in lengths]
+            for way, column in (("ours", "over_no_ttt"), ("materialised", "materialised_over_no_ttt")):
+                more = [(p[way] - p["no TTT"]) / 2**30 for p in peaks]
+                line[1].plot(range(len(lengths)), more, marker="o", ms=4, lw=1.6, color=WAYS[column][1])
+            own = (peaks[-1]["ours"] - peaks[-1]["no TTT"]) / 2**30
+            place = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
+            line[1].annotate(f"{own:.2f}", (len(lengths) - 1, own), (0, 5), color=ON, **place)
+            line[1].set_title(f"peak memory, {name}", loc="left", fontsize=10, fontweight="bold")
+            line[1].set_ylabel("over no TTT (GiB)", fontsize=8.5)
+        for axes in line:
+            axes.set_xticks(range(len(lengths)), [f"{n // 1024}k" if n % 1024 == 0 else f"{n:,}" for n in lengths])
+    for axes in panels[-1]:
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("prompt (tokens)", fontsize=8.5)
+    first = records[0]
+    device = (first["hardware"].get("gpus") or ["a CPU"])[0]
+    figure.suptitle(
+        f"Prefill, {first['shape'].upper()} shape, {device}", x=0.01, ha="left", fontsize=11, fontweight="bold"
+    )
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     save(figure, path)
-
-
-def _bars(
-    axes: Any,
-    lengths: Sequence[int],
-    values: Mapping[str, Sequence[float]],
-    title: str,
-    unit: str,
-    notes: Sequence[str],
-) -> None:
-    """A bar for each way and length, and above them what ours adds."""
-    for at, (name, (label, colour)) in enumerate(WAYS.items(), start=-1):
-        axes.bar([i + at * WIDTH for i in range(len(lengths))], values[name], WIDTH, color=colour, label=label)
-    for i, note in enumerate(notes):
-        top = max(series[i] for series in values.values())
-        axes.annotate(note, (i, top), (0, 2), textcoords="offset points", ha="center", fontsize=7, color=ON)
-    axes.set_xticks(range(len(lengths)), [f"{n // 1024}k" if n % 1024 == 0 else f"{n:,}" for n in lengths])
-    axes.set_title(title, fontsize=9)
-    axes.set_xlabel("prompt (tokens)", fontsize=8)
-    axes.set_ylabel(unit, fontsize=8)
-    axes.margins(y=0.15)

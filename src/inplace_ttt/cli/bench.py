@@ -60,6 +60,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Interleaved runs; medians are printed.", min=1)] = 7,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda. Left out: the GPU if there is one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the record to this JSON file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of the table.")] = False,
     plot: Annotated[Path | None, typer.Option(help="prefill: also draw throughput and memory to this file.")] = None,
 ) -> None:
     """Time fast weights beside no TTT, the materialised formula and the arithmetic limit, as ratios of one run.
@@ -117,8 +118,10 @@ def bench(
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(*row)
-    console.print(table)
-    print(json.dumps(record))
+    if as_json:
+        print(json.dumps(record))
+    else:
+        console.print(table)
     if out is not None:
         write_json(out, record)
     if plot is not None:

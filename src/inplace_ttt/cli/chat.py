@@ -13,21 +13,23 @@ from ..errors import UserError, in_one_line
 from .inspect_session import nothing_learned, stats_lines
 from .read import Saver, Source, deferred_interrupt, next_line, read_one
 from .sessions import Device, Model, Objective, State, Window, check_place, check_session, open_session
+from .usage import tell
 
 HELP = """\
-/help            this
-/stats           where the session stands
-/ask QUESTION    answer from the fast weights alone, nothing in context; leaves no trace
-/read FILE       read a text file and learn from it
-/score TEXT      loss of a text as the continuation, in nats per token; leaves no trace
-/history         what was said in this chat
-/drop            forget the context, keep what was learned
-/forget          forget everything: context and fast weights
-/undo            take back the last turn, /read, /drop or /forget
-/fork [FILE]     continue with a copy, kept in FILE; the session's file stays as it is now
-/save [FILE]     save now; with FILE: there, from now on
-/quit            save and leave, as does Ctrl-D
-Ctrl-C ends an answer; what was written stays learned. Anything else is read and answered."""
+/help          this
+/stats         where the session stands
+/ask QUESTION  answer from the fast weights alone; leaves no trace
+/read FILE     read a text file and learn from it
+/score TEXT    loss of a text as the continuation, in nats; leaves no trace
+/history       what was said in this chat
+/drop          forget the context, keep what was learned
+/forget        forget everything: context and fast weights
+/undo          take back the last turn, /read, /drop or /forget
+/fork [FILE]   continue with a copy, kept in FILE; the session's file stays
+/save [FILE]   save now; with FILE: there, from now on
+/quit          save and leave, as does Ctrl-D
+Ctrl-C ends an answer; what was written stays learned.
+Anything else is read and answered."""
 UNDO, UNDO_BYTES = 10, 1 << 28
 """Steps that can be taken back, at most; memory for them (one step in any case)."""
 WANTED = {"ask": "QUESTION", "read": "FILE", "score": "TEXT"}
@@ -89,7 +91,7 @@ class Chat:
         self.undo: list[tuple[Any, list[dict[str, str]]]] = []
 
     def say(self, text: str) -> None:
-        typer.echo(text, err=True)
+        tell(text, err=True)
 
     def run(self) -> None:
         """Until it is over; whatever ends it, the session is saved."""

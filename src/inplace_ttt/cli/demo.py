@@ -66,6 +66,6 @@ def demo(
     if json is not None:
         write_json(json, result.to_dict())
     written = [f"{label}: {path}" for label, path in (("Picture", plot), ("Figures", json)) if path]
-    console.print("\n".join(written), highlight=False, soft_wrap=True)
+    console.print("\n".join(written), highlight=False, soft_wrap=not console.is_terminal)
     if model is None:
         console.print("A real pretrained model, with nothing trained: make demo-llm", highlight=False)

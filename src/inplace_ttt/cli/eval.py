@@ -14,14 +14,14 @@ import typer
 from ..errors import UserError
 from ..hub import check_model
 from ..shipped import DEFAULT_MODEL
-from .usage import PlainObjective, PlainWindow, quiet_libraries
+from .usage import PlainObjective, PlainWindow, quiet_libraries, tell
 
 if TYPE_CHECKING:
     from ..eval.runner import Variant
 
 
 Number = TypeVar("Number", int, float)
-SUITES = ("nll", "needle", "read-then-ask", "theory", "diagnostics", "harness", "ruler")
+SUITES = ("nll", "needle", "mqar", "read-then-ask", "theory", "diagnostics", "harness", "ruler")
 WITHOUT_TEXT = frozenset(["harness", "ruler"])
 """Suites that need no --data."""
 ONLY_TEXT = tuple(name for name in SUITES if name not in WITHOUT_TEXT)
@@ -82,14 +82,14 @@ def evaluate(
     windows: Annotated[int, typer.Option(help="nll: windows of a document, at most.", min=0)] = 1,
     documents: Annotated[int | None, typer.Option(help="Documents, at most (those long enough first).", min=1)] = None,
     lengths: Annotated[
-        str | None, typer.Option(help="needle, ruler: lengths in tokens, such as 4096,8192.", show_default=False)
+        str | None, typer.Option(help="needle, mqar, ruler: lengths in tokens, such as 4096,8192.", show_default=False)
     ] = None,
     kinds: Annotated[str, typer.Option(help="needle: kinds of needles.")] = "single,multi-key,multi-value,multi-query",
     depths: Annotated[
         str, typer.Option(help="needle: where the facts stand, from 0 (beginning) to 1 (right before the question).")
     ] = "0,0.5,1",
     trials: Annotated[
-        int, typer.Option(help="needle, read-then-ask: trials of each kind (theory: four times as many).", min=1)
+        int, typer.Option(help="needle, mqar, read-then-ask: trials of each kind (theory: four times as many).", min=1)
     ] = 4,
     tasks: Annotated[
         str, typer.Option(help='harness: tasks of lm-evaluation-harness. "paper" stands for those of the paper.')
@@ -171,7 +171,7 @@ def evaluate(
         suites, notes = build(options, texts, tokenizer, loaded)
     useless = [] if is_trained(loaded) else [UNTRAINED]
     for note in notes + useless:
-        log.print(note, soft_wrap=True, markup=False)
+        tell(note, err=True)
     plan = {
         "model": Path(name).name,
         "identity": identity(loaded),
@@ -183,15 +183,14 @@ def evaluate(
     }
     plan |= {key: value for key, value in (("objective", objective), ("window", window)) if value is not None}
     records = run(suites, variants, out, plan, fresh=fresh, console=log)
-    console = Console(highlight=False)
     for line in report.write(out, records, plan, useless):
-        console.print(line, soft_wrap=True, markup=False)
-    console.print(f"Report: {out / 'report.html'} (figures: summary.json, summary.csv, plots/)", soft_wrap=True)
+        tell(line)
+    tell(f"Report: {out / 'report.html'} (figures: summary.json, summary.csv, plots/)")
 
 
 def build(options: Options, texts: Sequence[Any], tokenizer: Any, model: Any) -> tuple[list[Any], list[str]]:
     """The suites in the order of ``SUITES``, and what the user should know about them. UserError before any work."""
-    from ..eval.suites import harness, needle, nll, read_then_ask, state, theory
+    from ..eval.suites import harness, mqar, needle, nll, read_then_ask, state, theory
 
     wanted, found, notes = set(options.suites), list[Any](), list[str]()
     windows = nll.from_options(options, texts, model) if {"nll", "diagnostics"} & wanted else None
@@ -199,6 +198,8 @@ def build(options: Options, texts: Sequence[Any], tokenizer: Any, model: Any) ->
         found.append(windows)
     if "needle" in wanted:
         found.append(needle.from_options(options, texts, tokenizer))
+    if "mqar" in wanted:
+        found.append(mqar.from_options(options, texts, tokenizer))
     if "read-then-ask" in wanted:
         found.append(read_then_ask.from_options(options, texts, tokenizer))
     if "theory" in wanted:

@@ -10,7 +10,7 @@ import typer
 from ..errors import UserError
 from ..hub import check_model
 from ..shipped import DEFAULT_MODEL
-from .usage import quiet_libraries, size
+from .usage import quiet_libraries, size, tell
 
 if TYPE_CHECKING:
     from .preview import Preview
@@ -85,10 +85,9 @@ def _show(found: "Preview") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
     says = "has fast weights" if found.attached else "is a plain model; with fast weights attached it would have these"
     says += ", untrained" if found.attached and found.untrained else ""
-    console.print(f"{found.model} ({found.model_type}) {says}:", soft_wrap=True, markup=False)
+    tell(f"{found.model} ({found.model_type}) {says}:")
     table = Table(show_footer=True)
     table.add_column("layer", f"{len(found.layers)} of {found.decoder_layers}", justify="right")
     table.add_column("module", overflow="fold")
@@ -99,20 +98,18 @@ def _show(found: "Preview") -> None:
         D, F = layer.shape
         shape, extra = f"{D:,} x {F:,}", f"{layer.extra_parameters:,}"
         table.add_row(f"{layer.index}", layer.projection, shape, extra, size(layer.state_bytes))
-    console.print(table)
+    Console().print(table)
     s = found.settings
     share = found.extra_parameters / found.base_parameters
-    console.print(f"extra: parameters beside the model's own {found.base_parameters:,} ({share:.2%} more)")
-    console.print(
-        f"state: fast weights of each row, and up to {size(found.pending_bytes)} for tokens whose chunk is not full"
-    )
+    tell(f"extra: parameters beside the model's own {found.base_parameters:,} ({share:.2%} more)")
+    tell(f"state: fast weights of each row, and up to {size(found.pending_bytes)} for tokens whose chunk is not full")
     rule = s.make_rule()
     options = ", ".join(f"{f.name} {getattr(rule, f.name)}" for f in fields(rule) if getattr(rule, f.name) != f.default)
     paths = " and ".join(sorted({layer.path for layer in found.layers}))
-    console.print(f"rule {rule.name}{options and f' ({options})'}, computed by path {paths}", soft_wrap=True)
+    tell(f"rule {rule.name}{options and f' ({options})'}, computed by path {paths}")
     target = "" if s.objective == "loss" else f"target {s.target}, "
-    console.print(f"chunk_size {s.chunk_size:,}, lr {s.lr:g}, {target}objective {s.objective}")
+    tell(f"chunk_size {s.chunk_size:,}, lr {s.lr:g}, {target}objective {s.objective}")
     if found.untrained:
         from ..hf.attach import UNTRAINED
 
-        console.print(UNTRAINED, soft_wrap=True)
+        tell(UNTRAINED)

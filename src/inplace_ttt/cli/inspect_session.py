@@ -8,7 +8,7 @@ import typer
 
 from ..errors import UserError
 from .sessions import check_session, open_session
-from .usage import check_picture, size
+from .usage import check_picture, size, tell
 
 
 def inspect_session(path: Path, json: bool, plot: Path | None, model: str | None, device: str | None) -> None:
@@ -32,14 +32,14 @@ def inspect_session(path: Path, json: bool, plot: Path | None, model: str | None
         found = {"model": session.origin, "stats": session.stats().to_dict(), "layers": [asdict(x) for x in layers]}
         typer.echo(dumps(found | {"timeline": timeline.to_list()}, indent=2))
     else:
-        typer.echo("\n".join([f"{path}: model {session.origin}", *stats_lines(session)]))
+        tell("\n".join([f"{path}: model {session.origin}", *stats_lines(session)]))
         if layers:
             Console(highlight=False).print(diagnostics_table(layers))
-        typer.echo(f"Losses with and without updates: {len(timeline.samples)} samples, {every}")
+        tell(f"Losses with and without updates: {len(timeline.samples)} samples, {every}")
     if plot is not None:
         plot.parent.mkdir(parents=True, exist_ok=True)
         save_diagnostics(plot, timeline, f"{path.name}: {session.stats().tokens:,} tokens")
-        typer.echo(f"Picture: {plot}", err=json)
+        tell(f"Picture: {plot}", err=json)
 
 
 def nothing_learned(session: Any) -> str | None:

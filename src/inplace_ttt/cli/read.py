@@ -15,7 +15,7 @@ import typer
 from ..errors import UserError
 from .inspect_session import stats_lines
 from .sessions import ChunkSize, Decay, Device, Model, Objective, Sinks, State, Window, check_session, open_session
-from .usage import INTERRUPTED
+from .usage import INTERRUPTED, tell
 
 FIRST, SMALLEST, LARGEST = 2048, 512, 1 << 15
 """Bytes handed to the session at a time: so many that Ctrl-C is looked at about twice a second."""
@@ -74,17 +74,17 @@ def read_all(
         raise UserError("--study needs a session that learns by the loss: begin one with --objective loss")
     saver, stopped, studying = Saver(opened, session), False, False
     if opened.warning:
-        typer.echo(f"warning: {opened.warning}", err=True)
+        tell(f"warning: {opened.warning}", err=True)
     with deferred_interrupt() as interrupt:
         try:
             for source in sources:
                 line = read_one(opened, source, interrupt, saver, log)
                 if source.done or len(sources) > 1:
-                    typer.echo(line)
+                    tell(line)
             for source in sources if study is not None else ():
                 if source.done:
                     studying = True
-                    typer.echo(study_one(opened, source, study or 0.0, interrupt, saver, log))
+                    tell(study_one(opened, source, study or 0.0, interrupt, saver, log))
         except KeyboardInterrupt:
             stopped = True
         except UserError as error:  # a pipe that breaks off in the middle: what came before it counts
@@ -96,12 +96,12 @@ def read_all(
             saver.rest()
     if not any(source.done for source in sources):
         raise KeyboardInterrupt if stopped else UserError("standard input is empty: nothing was read")
-    typer.echo("\n".join(stats_lines(opened)))
+    tell("\n".join(stats_lines(opened)))
     if stopped:
         where = f"while studying {source.name}" if studying else f"after {source.done:,} bytes of {source.name}"
-        typer.echo(f"interrupted {where}; that is kept in {session}", err=True)
+        tell(f"interrupted {where}; that is kept in {session}", err=True)
         raise typer.Exit(INTERRUPTED)
-    typer.echo(f"Session: {session}")
+    tell(f"Session: {session}")
 
 
 class Source:

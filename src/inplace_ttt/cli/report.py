@@ -9,6 +9,7 @@ from rich.text import Text
 from ..demo.names import LIKELY, Names
 from ..demo.result import DemoResult
 from ..plots import ON, save_picture, smooth, smoothing, terminal_chart
+from ..shipped import DEFAULT_MODEL
 from .usage import size
 
 VERDICTS = {
@@ -23,7 +24,7 @@ def show(result: DemoResult, console: Console) -> None:
     c, source = result.comparison, result.source
     whole = source.whole and result.tokens.total <= len(result.tokens.ids)
     what = f"{source.path} ({source.size / 1000:,.0f} kB" + (")" if whole else f", its first {c.tokens:,} tokens)")
-    console.print(f"{result.model} reads {what}\n", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"{result.model} reads {what}\n", highlight=False, soft_wrap=not console.is_terminal, markup=False)
     console.print(_positions(result))
     console.print(_sentence(result))
     width = smoothing(c.tokens, c.chunk_size)
@@ -40,20 +41,23 @@ def picture(result: DemoResult, path: Path) -> None:
     """Writes the picture."""
     c = result.comparison
     width = smoothing(c.tokens, c.chunk_size)
+    shipped, name = result.model == DEFAULT_MODEL.name, Path(result.model.removesuffix(".gguf")).name
+    losses = f"{c.on.mean():.2f} with updates, {c.off.mean():.2f} without"
     save_picture(
         path,
         c.on,
         c.off,
         c.chunk_size,
-        title=f"{result.source.path.name}, read by {result.model}",
-        subtitle=f"mean {c.on.mean():.2f} with updates on, {c.off.mean():.2f} off; smoothed over {width:,} tokens",
+        title=f"{result.source.path.name}: what updates gain",
+        subtitle=f"{'the shipped model' if shipped else name}: {losses}, smoothed over {width:,} tokens",
         width=width,
     )
 
 
 def _positions(result: DemoResult) -> Table:
     c = result.comparison
-    table = Table(title="Loss in nats per token", title_justify="left", title_style="bold", show_footer=True)
+    title = "Loss in nats per token (on - off below 0: updates help)"
+    table = Table(title=title, title_justify="left", title_style="bold", show_footer=True)
     table.add_column("tokens", "all", justify="right")
     table.add_column("updates so far", justify="right")
     table.add_column("updates on", f"{c.on.mean():.3f}", justify="right")
@@ -87,15 +91,17 @@ def _show_names(names: Names | None, console: Console) -> None:
         return
     console.print(
         f"{names.count:,} times a name came again that was last seen outside the attention window of {names.window:,} "
-        f"tokens. Updates change its log-probability by {names.mean_gain:+.2f} nats on average. Within "
-        f"reach (p >= {LIKELY:.0%}) only with updates on: {names.found:,}; only with updates off: {names.lost:,}.",
+        f"tokens. Updates change its log-probability by {names.mean_gain:+.2f} nats on average. "
+        f"p is {LIKELY:.0%} or more only with updates on {names.found:,} times, only with updates off {names.lost:,}.",
         highlight=False,
     )
     if not names.places:
         console.print()
         return
     console.print()
-    table = Table(title="Names that only the updates bring within reach", title_justify="left", title_style="bold")
+    table = Table(
+        title=f"Names with p of {LIKELY:.0%} or more only with updates on", title_justify="left", title_style="bold"
+    )
     table.add_column("what came before, and the name", ratio=1, no_wrap=True)
     table.add_column("token", justify="right")
     table.add_column("last seen", justify="right")
@@ -108,9 +114,7 @@ def _show_names(names: Names | None, console: Console) -> None:
         text = Text(left, "dim").append(p.name, f"bold {ON}")
         table.add_row(text, f"{p.position:,}", f"{p.ago:,} ago", _percent(p.on), _percent(p.off))
     console.print(table)
-    console.print(
-        f"(Through all its layers, attention can carry something over {names.reach:,} tokens.)\n", style="dim"
-    )
+    console.print(f"(Layer by layer, attention can pass something on over {names.reach:,} tokens.)\n", style="dim")
 
 
 def _percent(p: float) -> str:

@@ -1,5 +1,6 @@
 """``inplace-ttt serve``."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -22,12 +23,17 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8000,
     api_keys: Annotated[Path | None, typer.Option(help="File with owner:key, one a line.")] = None,
-    state_dir: Annotated[Path | None, typer.Option(help="Where sessions are kept. Left out: until the end.")] = None,
+    state_dir: Annotated[
+        str | None, typer.Option(help="Where sessions are kept: directory or s3://. Left out: until the end.")
+    ] = None,
     adapter_dir: Annotated[Path | None, typer.Option(help="Where exported LoRA adapters go.")] = None,
     name: Annotated[str | None, typer.Option(help="Name under which clients ask for the model.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens that attention keeps.", min=1)] = None,
     decay: Annotated[float | None, typer.Option(help="Share forgotten per update.")] = None,
     state: Annotated[str, typer.Option(help="Form of the fast weights: dense, auto or a rank.")] = "dense",
+    learn: Annotated[
+        str | None, typer.Option(help="New sessions learn: all, read, written, none (objective loss), or frozen.")
+    ] = None,
     probe_every: Annotated[int, typer.Option(help="Tokens between two looks at the gain; 0: none.", min=0)] = 4096,
     batch: Annotated[int, typer.Option(help="Sessions that write at the same time.", min=1)] = 32,
     queue: Annotated[int, typer.Option(help="Requests that wait besides; more get 429.", min=0)] = 64,
@@ -41,30 +47,25 @@ def serve(
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda. Default: the GPU, if any.")] = None,
 ) -> None:
     """Serve a model over HTTP as OpenAI does, with sessions that keep learning."""
-    from rich.console import Console
-
+    if missing := [p for p in ("fastapi", "prometheus_client", "python_multipart", "uvicorn") if not find_spec(p)]:
+        raise UserError(f"serving needs {missing[0]}: pip install 'inplace-ttt[serve]'")
     from .sessions import parse_state
     from .usage import quiet_libraries
 
     form = parse_state(state)
     if model is not None:
         check_model(model)
-    with Console(stderr=True).status("loading"):
-        try:
-            from ..serve.run import serve as run
-        except ModuleNotFoundError as error:
-            raise UserError(f"serving needs {error.name}: pip install 'inplace-ttt[serve]'") from None
-        from ..serve.settings import Limits
+    from ..serve.run import serve as run
+    from ..serve.settings import Limits
 
-    quiet_libraries()
     limits = Limits(
         batch=batch, queue=queue, memory=None if memory is None else int(memory * 2**30), sessions=max_sessions,
         body=int(max_body * 2**20), prompt=max_prompt, new_tokens=max_new_tokens, rate=rate, grace=grace,
     )  # fmt: skip
-    options = {"window": window, "decay": decay}
+    options = {"window": window, "decay": decay, "learn": learn}
     run(
         model, host=host, port=port, api_keys=api_keys, state=state_dir, limits=limits,
-        log=lambda text: typer.echo(text), device=device, objective=objective,
+        log=lambda text: typer.echo(text), quiet=quiet_libraries, device=device, objective=objective,
         settings={"layers": layers, "chunk_size": chunk_size, "lr": lr}, served_name=name, adapters=adapter_dir,
         state_form=form, probe_every=probe_every,
         **{key: value for key, value in options.items() if value is not None},

@@ -1,7 +1,9 @@
 """Plain errors, exit codes and quiet libraries, for all commands."""
 
 import os
+import shutil
 import sys
+import textwrap
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import UserError
+from ..version import __version__
 
 USER_ERROR, INTERRUPTED = 2, 130
 PlainObjective = Annotated[
@@ -44,7 +47,7 @@ class Commands(TyperGroup):
 
 
 def _fail(message: str) -> None:
-    typer.echo("error: " + " ".join(message.split()), err=True)
+    tell("error: " + " ".join(message.split()), err=True)
     raise typer.Exit(USER_ERROR) from None
 
 
@@ -65,12 +68,7 @@ def run(app: typer.Typer) -> None:
 def print_version(wanted: bool) -> None:
     """For ``--version``."""
     if wanted:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            typer.echo(f"inplace-ttt {version('inplace-ttt')}")
-        except PackageNotFoundError:
-            typer.echo("inplace-ttt (not installed)")
+        typer.echo(f"inplace-ttt {__version__}")
         raise typer.Exit
 
 
@@ -85,6 +83,15 @@ def quiet_libraries() -> None:
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process is meant to be
+
+
+def tell(text: str, err: bool = False) -> None:
+    """Print lines of text: broken between words on a terminal, left as they are in a pipe or a file."""
+    if (sys.stderr if err else sys.stdout).isatty():
+        width = shutil.get_terminal_size().columns
+        fill = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False).fill
+        text = "\n".join(map(fill, text.split("\n")))
+    typer.echo(text, err=err)
 
 
 def size(count: int) -> str:

@@ -8,6 +8,7 @@ from .rules import RULES, Rule, Sum, make_rule, register_rule
 from .scan import Call, scan
 from .state import FastWeights
 from .targets import TARGETS, Target, make_target, register_target
+from .teaching import Lesson, Teacher
 
 __all__ = [
     "RULES",
@@ -15,10 +16,12 @@ __all__ = [
     "Call",
     "ChunkTable",
     "FastWeights",
+    "Lesson",
     "ReferenceState",
     "Rule",
     "Sum",
     "Target",
+    "Teacher",
     "complete",
     "document_ids",
     "make_rule",

@@ -48,8 +48,12 @@ class Rule:
     """``write`` is ``sum_t v'_t z_t^T`` with v' = ``values(z, v, W0)``: the fast paths, pairs and factors of rank r."""
     from_zero: ClassVar[bool] = True
     """A state as ``init`` makes it adds nothing to the output, so chunks that see it alone need no work."""
+    dora: ClassVar[str | None] = None
+    """Name of the state's tensor T for which W0 + lr S is W0 + lr T with rows scaled to W0's norms (a DoRA adapter)."""
     free: ClassVar[tuple[str, ...]] = ("lr",)
     """Fields that may change while a document is read."""
+    needs_weight: ClassVar[bool] = True
+    """Whether ``update`` looks at W0: False saves de-quantising the weight of a quantised model for every chunk."""
 
     def init(self, B: int, D: int, F: int, like: Tensor) -> State:
         """Return the state of B rows at the beginning of a document, on ``like``'s device."""
@@ -62,7 +66,8 @@ class Rule:
     def update(self, state: State, z: Tensor, v: Tensor, W0: Tensor | None) -> State:
         """Return the state after a chunk with inputs z [B, C, F] and targets v [B, C, D].
 
-        ``W0``: the slow weight [D, F], not to be differentiated; None where there is no dense one (a quantised model).
+        ``W0``: the slow weight [D, F], not to be differentiated; de-quantised where it is not dense, or None then
+        without ``needs_weight``; None where the weight is split over several ranks.
         """
         return {"S": self.keep * state["S"] + self.write(z, v, W0)}
 
@@ -182,6 +187,10 @@ class Sum(Rule):
     def whole(self) -> bool:
         return self.clip is not None or self.update_size is not None or self.soft_cap is not None
 
+    @property
+    def needs_weight(self) -> bool:  # type: ignore[override]
+        return self.clip_relative or self.update_size is not None or self.soft_cap is not None
+
     def values(self, z: Tensor, v: Tensor, W0: Tensor | None) -> Tensor:
         if not self.whole:
             return v
@@ -200,9 +209,9 @@ class Sum(Rule):
 
 
 def slow_norm(W0: Tensor | None, what: str) -> Tensor:
-    """Return ``|W0|_F``, 0-d, not differentiable. NotImplementedError where there is no dense W0."""
+    """Return ``|W0|_F``, 0-d, not differentiable. NotImplementedError without a whole W0 (tensor parallelism)."""
     if W0 is None:
-        raise NotImplementedError(f"{what} needs the norm of a dense weight, and this model's is quantised")
+        raise NotImplementedError(f"{what} needs the norm of the whole weight, and this model's is split over ranks")
     norm: Tensor = torch.linalg.vector_norm(W0.detach(), dtype=state_dtype(W0.dtype))
     return norm
 

@@ -18,6 +18,7 @@ class Delta(Rule):
 
     decay: float = 0.0
     linear = True
+    needs_weight = False
 
     def update(self, state: State, z: Tensor, v: Tensor, W0: Tensor | None) -> State:
         error = v.to(z.dtype) - self.apply(state, z)
@@ -34,6 +35,7 @@ class Momentum(Rule):
     decay: float = 0.0
     beta: float = 0.9
     linear = True
+    needs_weight = False
 
     def init(self, B: int, D: int, F: int, like: Tensor) -> State:
         zero = super().init(B, D, F, like)["S"]
@@ -53,6 +55,7 @@ class Muon(Rule):
 
     decay: float = 0.0
     additive = True
+    needs_weight = False
 
     @property
     def keep(self) -> float:
@@ -65,6 +68,35 @@ class Muon(Rule):
             A = X @ X.mT
             X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
         return X
+
+
+@register_rule("norm_preserving")
+class NormPreserving(Rule):
+    """Rows keep W0's norms: ``W = diag(|W0_r| / |(W0 + lr T)_r|) (W0 + lr T)``, ``T' = (1 - decay) T + sum v_t z_t^T``.
+
+    T itself is never scaled; what is read is ``S = (W - W0) / lr``, so everything that works with a matrix works here.
+    W is that of a DoRA adapter (Liu et al. 2024) whose magnitude was not touched.
+    """
+
+    decay: float = 0.0
+    linear = True
+    dora = "T"
+    free = ()
+
+    def init(self, B: int, D: int, F: int, like: Tensor) -> State:
+        zero = super().init(B, D, F, like)["S"]
+        return {"S": zero, "T": zero.clone()}
+
+    def update(self, state: State, z: Tensor, v: Tensor, W0: Tensor | None) -> State:
+        if W0 is None:
+            raise NotImplementedError("norm_preserving needs the whole weight, and it is split over ranks")
+        T = (1 - self.decay) * state["T"] + outer(v.to(z.dtype), z)
+        W0 = W0.to(T.dtype)
+        lr, old = self.lr, W0.square().sum(-1)
+        grown = (T * (2 * W0 + lr * T)).sum(-1)  # (|(W0 + lr T)_r|^2 - |W0_r|^2) / lr
+        tiny = torch.finfo(T.dtype).tiny
+        before, after = (x.clamp(min=tiny).sqrt() for x in (old, old + lr * grown))
+        return {"S": (before / after)[..., None] * T - (grown / (after * (before + after)))[..., None] * W0, "T": T}
 
 
 @register_rule("adaptive")

@@ -34,8 +34,9 @@ class Target(nn.Module):
 
     name: ClassVar[str] = ""
     source: ClassVar[str | None] = None
-    """Where u comes from: "input_embed" (token embeddings), "hidden_states" (the MLP's input), "loss" (the gradient of
-    the next-token loss at the projection's output); None: as the configuration's ``target`` says."""
+    """Where u comes from: "input_embed" (token embeddings), "hidden_states" (the MLP's input), "both" (side by side,
+    [..., 2 D]), "loss" (the gradient of the next-token loss at the projection's output); None: as the configuration's
+    ``target`` says."""
     needs_keys: ClassVar[bool] = False
     """Whether ``forward`` looks at z."""
     gates: bool = False
@@ -50,6 +51,12 @@ class Target(nn.Module):
         With ``gates``: also the factors [B, U] by which the state shrinks before each chunk's update.
         """
         raise NotImplementedError(f"target {self.name!r} has no forward")
+
+    def taught(self, u: Tensor, z: Tensor | None) -> Tensor:
+        """Return the values [B, U, C, D] that are compared with ``-dL/do`` (core/teaching.py): those of ``forward``."""
+        found = self.forward(u, z)
+        v: Tensor = found[0] if isinstance(found, tuple) else found
+        return v
 
     @property
     def is_trained(self) -> bool:
@@ -116,17 +123,34 @@ def values_of(
 # -- the shipped targets -----------------------------------------------------------------------------------------------
 
 
-class TargetConv(nn.Module):
-    """kappa: depthwise convolution over time, ``weight`` [D, 1, K], zero at the start. Applied by ``convolve``."""
+def _assign(weight: Any, value: Tensor) -> None:
+    """Copy a whole value into a parameter; where it is sharded, all ranks take the first one's."""
+    value = value.to(weight.dtype)
+    if hasattr(weight, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
 
-    def __init__(self, width: int, kernel: int) -> None:
+        value = distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements)
+    weight.copy_(value)
+
+
+class TargetConv(nn.Module):
+    """kappa: depthwise convolution over time, ``weight`` [D, 1, K], applied by ``convolve``.
+
+    Zero at the start; with ``tap`` one at that tap.
+    """
+
+    def __init__(self, width: int, kernel: int, tap: int | None = None) -> None:
         super().__init__()
+        self.tap = tap
         self.weight = nn.Parameter(torch.empty(width, 1, kernel))
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set kappa to zero."""
+        """Set kappa to its initial value."""
         nn.init.zeros_(self.weight)
+        if self.tap is not None:
+            _assign(self.weight, torch.eye(self.weight.shape[2], device="cpu")[self.tap].expand(self.weight.shape))
 
     def forward(self) -> Tensor:
         """Return the weight, so that hooks (accelerate's, say) can fetch one that is offloaded."""
@@ -148,13 +172,7 @@ class TargetProjection(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the diagonal anew, with the CPU's random numbers whatever the default device is."""
-        weight: Any = self.weight
-        value = torch.diag(torch.randn(weight.shape[0], device="cpu") * self.std).to(weight.dtype)
-        if hasattr(weight, "device_mesh"):  # all ranks take the first one's
-            from torch.distributed.tensor import distribute_tensor
-
-            value = distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements)
-        weight.copy_(value)
+        _assign(self.weight, torch.diag(torch.randn(self.weight.shape[0], device="cpu") * self.std))
 
     def forward(self) -> Tensor:
         """Return the weight, as ``TargetConv`` does."""
@@ -193,7 +211,9 @@ class Shaped(Target):
       with a shared direction do not add up (after TTT-NTP, arXiv 2606.21803).
     """
 
-    def __init__(self, width: int, projection: bool, std: float, gates: bool, ridge: float | None) -> None:
+    def __init__(
+        self, width: int, projection: bool, std: float, gates: bool, ridge: float | None, *, source_width: int = 0
+    ) -> None:
         super().__init__(width)
         if ridge is not None and not ridge > 0:
             raise UserError(f"ridge must be positive, got {ridge}")
@@ -202,22 +222,33 @@ class Shaped(Target):
         if projection:
             self.proj = TargetProjection(width, std)
         if gates:
-            self.gate = TargetGates(width)
+            self.gate = TargetGates(source_width or width)
 
     def forward(self, u: Tensor, z: Tensor | None) -> Any:
-        P = self.proj() if hasattr(self, "proj") else None
-        v = self.mix(u, None if P is None else P.dtype)
-        v = v if P is None else v.to(P.dtype) @ P
-        keep = None
-        if self.gates:
-            beta, log_gamma = self.gate(u)
-            behind = log_gamma.flip(-1).cumsum(-1).flip(-1)  # of this token and all later ones
-            v = v * (beta * (behind - log_gamma).exp()).to(v.dtype)[..., None]
-            keep = behind[..., 0].exp()
+        v, keep = self.gated(u)
         if self.ridge is not None:
             assert z is not None
             v = ridge_values(z, v, self.ridge)
         return v if keep is None else (v, keep)
+
+    def taught(self, u: Tensor, z: Tensor | None) -> Tensor:
+        """Return the values before the ridge write, which stores them so that ``S z_t`` gives them back."""
+        return self.gated(u)[0]
+
+    def gated(self, u: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the values before the ridge write, and what each chunk leaves of the state (None without gates)."""
+        v = self.projected(u)
+        if not self.gates:
+            return v, None
+        beta, log_gamma = self.gate(u)
+        behind = log_gamma.flip(-1).cumsum(-1).flip(-1)  # of this token and all later ones
+        return v * (beta * (behind - log_gamma).exp()).to(v.dtype)[..., None], behind[..., 0].exp()
+
+    def projected(self, u: Tensor) -> Tensor:
+        """Return the values [B, U, C, D] without gates."""
+        P = self.proj() if hasattr(self, "proj") else None
+        v = self.mix(u, None if P is None else P.dtype)
+        return v if P is None else v.to(P.dtype) @ P
 
     def mix(self, u: Tensor, dtype: torch.dtype | None) -> Tensor:
         """Return c [B, U, C, D], what P is applied to; ``dtype``: P's, None without one."""
@@ -228,8 +259,9 @@ class Shaped(Target):
 class Learned(Shaped):
     """The paper's target: ``c_t = sum_k kappa[:, k] u[t + k - (K-1-L)]`` inside the chunk, ``v_t = c_t P``.
 
-    kappa is zero and P is diagonal N(0, std^2) at the start, so nothing changes before training. Half-precision sources
-    are convolved in float32. Section 2 of docs/method.md.
+    kappa is zero and P is diagonal N(0, std^2) at the start, so nothing changes before training. With
+    ``start="next_token"`` kappa is one at the tap of the next token and P is zero, so nothing changes either, and v
+    grows with P alone. Half-precision sources are convolved in float32. Section 2 of docs/method.md.
     """
 
     def __init__(
@@ -242,17 +274,31 @@ class Learned(Shaped):
         init_std: float | None = None,
         gates: bool = False,
         ridge: float | None = None,
+        start: str = "zero",
     ) -> None:
-        super().__init__(width, projection, 0.02 if init_std is None else init_std, gates, ridge)
-        self.conv, self.lookahead = TargetConv(width, conv_kernel), lookahead
+        if start not in ("zero", "next_token"):
+            raise UserError(f'start must be "zero" or "next_token", got {start!r}')
+        has_tap = start == "next_token"
+        if has_tap and not projection:
+            raise UserError('start="next_token" begins with P at zero: it needs projection=True')
+        if has_tap and lookahead < 1:
+            raise UserError(f'start="next_token" needs a tap for the next token: lookahead at least 1, got {lookahead}')
+        std = 0.0 if has_tap else 0.02 if init_std is None else init_std
+        super().__init__(width, projection, std, gates, ridge)
+        self.conv = TargetConv(width, conv_kernel, conv_kernel - lookahead if has_tap else None)
+        self.lookahead = lookahead
 
     def mix(self, u: Tensor, dtype: torch.dtype | None) -> Tensor:
         return convolved(u, self.conv()[:, 0], self.lookahead, dtype)
 
     @property
     def is_trained(self) -> bool:
-        weight = self.conv.weight
-        return weight.device.type == "meta" or bool(weight.any())
+        return _has_values(self.conv) and (not hasattr(self, "proj") or _has_values(self.proj))
+
+
+def _has_values(module: Any) -> bool:
+    """Tell whether a module's weight is not all zero; a weight on the meta device counts as trained."""
+    return module.weight.device.type == "meta" or bool(module.weight.any())
 
 
 class Shift(Shaped):
@@ -268,8 +314,7 @@ class Shift(Shaped):
 
     @property
     def is_trained(self) -> bool:
-        proj = getattr(self, "proj", None)
-        return proj is None or proj.weight.device.type == "meta" or bool(proj.weight.any())
+        return not hasattr(self, "proj") or _has_values(self.proj)
 
 
 @register_target("next_token")
@@ -284,6 +329,31 @@ class Reconstruction(Shift):
     """The same token's source."""
 
     shift = 0
+
+
+@register_target("next_error")
+class NextError(Shaped):
+    """The next token less what was expected: ``v_t = e[t + 1] P + h[t] Q``, e the embedding, h the MLP's input.
+
+    Minus the gradient of a loss is what came minus what was predicted, so a target that stands for it needs both. P and
+    Q are zero at the start; a chunk's last token, whose next one is not there, writes nothing.
+    """
+
+    source = "both"
+
+    def __init__(self, width: int, *, gates: bool = False, ridge: float | None = None) -> None:
+        super().__init__(width, True, 0.0, gates, ridge, source_width=2 * width)
+        self.input_proj = TargetProjection(width, 0.0)
+
+    def projected(self, u: Tensor) -> Tensor:
+        e, h = u.chunk(2, -1)
+        P, Q = self.proj(), self.input_proj()
+        v = torch.cat([e[..., 1:, :], h[..., :-1, :]], -1).to(P.dtype) @ torch.cat([P, Q])
+        return torch.nn.functional.pad(v, (0, 0, 0, 1))
+
+    @property
+    def is_trained(self) -> bool:
+        return _has_values(self.proj) or _has_values(self.input_proj)
 
 
 @register_target("loss")

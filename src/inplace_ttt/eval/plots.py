@@ -12,6 +12,8 @@ Rows = Sequence[Mapping[str, Any]]
 Curves = Mapping[str, tuple[Sequence[Any], Mapping[str, Sequence[Mean]]]]
 """Title of a panel -> (places on the x axis, label -> a mean at each place)."""
 FIXED = {"on": "#c2410c", "off": "#64748b", "baseline": "#0c4a6e"}
+NAMED = {"on": "updates on", "off": "updates off"}
+"""What a variant is called in a legend, where not by its own name."""
 OTHERS = ("#d9a441", "#4d7c0f", "#7c3aed", "#0891b2", "#be185d", "#57534e")
 
 
@@ -21,15 +23,29 @@ def mean_of(row: Mapping[str, Any], name: str = "value") -> Mean:
     return Mean(row[name], row[low], row[high])
 
 
-def curves(rows: Rows, x: str, panel: str = "domain") -> dict[str, tuple[list[Any], dict[str, list[Mean]]]]:
-    """Panel -> (values of ``x``, variant -> means), each panel's variants at the same places."""
+def curves(
+    rows: Rows, x: str, panel: str = "domain", *, of: str = "value", count: str | None = "documents"
+) -> dict[str, tuple[list[Any], dict[str, list[Mean]]]]:
+    """Panel -> (values of ``x``, variant -> means of ``of``), each panel's variants at the same places.
+
+    ``count``: column of the number that stands in the panel's title as n.
+    """
     found: dict[str, tuple[list[Any], dict[str, list[Mean]]]] = {}
     for row in rows:
         places, lines = found.setdefault(row[panel], ([], {}))
         if row[x] not in places:
             places.append(row[x])
-        lines.setdefault(row["variant"], []).append(mean_of(row))
-    return found
+        lines.setdefault(row["variant"], []).append(mean_of(row, of))
+    if count is None:
+        return found
+    counts = {title: {row[count] for row in rows if row[panel] == title} for title in found}
+    said = {title: " to ".join(f"{n}" for n in sorted({min(ns), max(ns)})) for title, ns in counts.items()}
+    return {f"{title}, n = {said[title]}": curve for title, curve in found.items()}
+
+
+def gaps(rows: Rows, x: str) -> dict[str, tuple[list[Any], dict[str, list[Mean]]]]:
+    """As ``curves``, of the paired differences to updates off, where there are any."""
+    return curves([row for row in rows if "difference" in row], x, of="difference")
 
 
 def panels(
@@ -41,23 +57,38 @@ def panels(
     width: float = 3.4,
     palette: Mapping[str, str] | None = None,
     top: float | None = None,
+    line: tuple[float, str] | None = None,
 ) -> Any:
-    """Panels side by side, lines with bands or ``bars`` with whiskers; ``top``: the y axis goes from 0 to there."""
+    """Panels side by side, lines with bands or ``bars`` with whiskers; ``top``: the y axis goes from 0 to there.
+
+    ``line``: a level to compare with, and its name.
+    """
     figure, (axes,) = styled(width * max(len(found), 1.5), 3.0, 1, len(found), sharey=True)
     for axis, (title, (places, lines)) in zip(axes, found.items(), strict=True):
         x = [_short(place) for place in places]
         colours = palette or _colours(list(lines))
+        if line is not None:
+            axis.axhline(line[0], color="0.25", lw=1.0, ls=(0, (3, 2)), label=line[1])
         for i, (label, means) in enumerate(lines.items()):
             value, low, high = np.array([[m.value, m.low, m.high] for m in means]).T
+            colour, name = colours[label], NAMED.get(label, label)
             if bars:
                 wide = 0.8 / len(lines)
                 at = np.arange(len(x)) + (i - (len(lines) - 1) / 2) * wide
                 error = np.abs(np.array([low, high]) - value)
-                axis.bar(at, value, wide * 0.92, yerr=error, color=colours[label], label=label, error_kw={"lw": 0.8})
+                axis.bar(
+                    at,
+                    value,
+                    wide * 0.92,
+                    yerr=error,
+                    color=colour,
+                    label=name,
+                    error_kw={"lw": 0.8},
+                )
             else:
                 style = "--" if label == "off" else "-"
-                axis.plot(x, value, style, marker="o", ms=3.5, lw=1.5, color=colours[label], label=label)
-                axis.fill_between(x, low, high, color=colours[label], alpha=0.12, lw=0)
+                axis.plot(x, value, style, marker="o", ms=3.5, lw=1.5, color=colour, label=name)
+                axis.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
         if bars:
             axis.set_xticks(np.arange(len(x)), x)
             axis.axhline(0, color="black", lw=0.7)
@@ -71,34 +102,11 @@ def panels(
     return figure
 
 
-def heat_maps(title: str, rows: Rows) -> Any:
-    """Share of right answers by depth and length, a panel a variant."""
-    lengths, depths = (sorted({row[key] for row in rows}) for key in ("length", "depth"))
-    shares: dict[str, np.ndarray] = {}
-    for row in rows:
-        share = shares.setdefault(row["variant"], np.full((len(depths), len(lengths)), np.nan))
-        share[depths.index(row["depth"]), lengths.index(row["length"])] = row["value"]
-    figure, (axes,) = styled(2.9 * max(len(shares), 1.6) + 0.6, 3.0, 1, len(shares), sharey=True)
-    for axis, (label, share) in zip(axes, shares.items(), strict=True):
-        picture = axis.imshow(share, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-        axis.grid(False)
-        axis.set_xticks(range(len(lengths)), [_short(n) for n in lengths])
-        axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
-        axis.set_title(label, loc="left", fontsize=10, fontweight="bold")
-        axis.set_xlabel("length (tokens)", fontsize=8.5)
-        for (i, j), value in np.ndenumerate(share):
-            if np.isfinite(value):
-                shade = "white" if value > 0.6 else "black"
-                axis.text(j, i, f"{value:.0%}", ha="center", va="center", fontsize=7, color=shade)
-    axes[0].set_ylabel("depth of the needle", fontsize=8.5)
-    chance = rows[0].get("chance", 0.1)
-    figure.colorbar(picture, ax=list(axes), shrink=0.85, label=f"right (chance {chance:.0%})")
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    return figure
-
-
-def differences(title: str, rows: Rows, names: Sequence[str], unit: str, better: str = "") -> Any:
-    """Difference to updates off with its interval, a line a row, labelled by ``names``. ``better``: a side."""
+def differences(
+    title: str, rows: Rows, names: Sequence[str], unit: str, better: str = "", to: str = "updates off"
+) -> Any:
+    """Difference to ``to`` with its interval, a line a row, labelled by ``names``. ``better``: a side."""
+    names = [name for name in names if len({row[name] for row in rows}) > 1] or names[:1]
     figure, ((axis,),) = styled(6.2, 0.9 + 0.32 * len(rows))
     y = np.arange(len(rows))[::-1]
     for at, mean in zip(y, (mean_of(row, "difference") for row in rows), strict=True):
@@ -106,10 +114,10 @@ def differences(title: str, rows: Rows, names: Sequence[str], unit: str, better:
         axis.plot([mean.low, mean.high], [at, at], color=colour, lw=2)
         axis.plot(mean.value, at, "o", color=colour, ms=5)
     axis.axvline(0, color="black", lw=0.8)
-    axis.set_yticks(y, [", ".join(str(row[name]) for name in names) for row in rows])
+    axis.set_yticks(y, [", ".join(NAMED.get(row[name], str(row[name])) for name in names) for row in rows])
     axis.set_ylim(-0.6, len(rows) - 0.4)
     axis.grid(axis="x", color="0.9", lw=0.7)
-    axis.set_xlabel(f"difference to updates off ({unit}){better and f', {better} is better'}", fontsize=8.5)
+    axis.set_xlabel(f"difference to {to} ({unit}){better and f', {better} is better'}", fontsize=8.5)
     axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
     return figure
 

@@ -12,12 +12,12 @@ import numpy as np
 from ..records import about, write_json
 from .paired import ENOUGH
 from .runner import read_seconds
-from .suites import Record, Tables, harness, needle, nll, read_then_ask, state, theory
+from .suites import Record, Tables, harness, mqar, needle, nll, read_then_ask, state, theory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SUITES: Sequence[Any] = (nll, needle, read_then_ask, harness, theory, state)
+SUITES: Sequence[Any] = (nll, needle, mqar, read_then_ask, harness, theory, state)
 
 PAGE = """\
 <!doctype html><html lang=en><head><meta charset=utf-8><title>{{ title }}</title><style>

@@ -43,10 +43,12 @@ class StepBuffers:
         self.u.copy_(u_BCD)
         self._key = None  # that call may have come with other weights
 
-    def fold(self, S_BDF: Tensor | None, weight_DF: Tensor | None, lr: float, always: bool) -> None:
+    def fold(
+        self, S_BDF: Tensor | None, weight_DF: Tensor | None, lr: float, always: bool, width: int | None = None
+    ) -> None:
         """Makes ``folded`` what S, W0 (None: apart) and lr say, if it is not; sums in S's precision, rounds once.
 
-        ``always``: also while S = 0, so that a graph of the steps outlives the first update.
+        ``always``: also while S = 0, so that a graph of the steps outlives the first update. ``width``: D; None: u's.
         """
         self.fused = weight_DF is not None
         if S_BDF is None and not always:
@@ -57,7 +59,7 @@ class StepBuffers:
         key = (S_BDF, weight_DF, None if weight_DF is None else weight_DF.data_ptr(), version, lr)
         if self._key is not None and _same(self._key, key):
             return
-        shape = (len(self.z), self.u.shape[2], self.z.shape[2])
+        shape = (len(self.z), width or self.u.shape[2], self.z.shape[2])
         if self.folded is None or _frozen(self.folded):
             self.folded = _fixed(self.z.new_empty(shape))
         for b, into in enumerate(self.folded):

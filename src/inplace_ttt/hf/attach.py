@@ -18,7 +18,7 @@ from ..errors import UserError
 from .context import Forward, Runtime
 from .families import attention_of, check_layers, decoder_layers, family_of, place, text_model
 from .linear import FastWeight, InitWeights, check_replaceable, innermost, make_fast, make_slow, output_size
-from .loss import LossForward
+from .loss import LossForward, check_backward
 from .nested import NestedText, OnePass
 from .saving import after_attach, before_detach
 from .sites import LayerSite
@@ -135,6 +135,8 @@ def install(model: Model, config: InPlaceTTTConfig) -> Model:
     targets = [
         _target(config, width, settings, getattr(*holder), root) for width, holder in zip(widths, holders, strict=True)
     ]
+    if any(target.source == "loss" for target in targets):
+        check_backward(root, root.dtype)
     sites = [
         LayerSite(runtime, p.index, p.mlp, p.name, target, width)
         for p, target, width in zip(places, targets, widths, strict=True)

@@ -50,7 +50,7 @@ class FastCacheLayer:
         if not isinstance(self, cache_utils.StaticLayer):  # there, steps go on at the same addresses
             self.steps = None
 
-    def begin_step(self, weight_DF: torch.Tensor | None, lr: float) -> StepBuffers:
+    def begin_step(self, weight_DF: torch.Tensor | None, lr: float, width: int | None = None) -> StepBuffers:
         """The buffers of the next step, with all that was read before in them, and the folded weight."""
         fast = self.fast
         assert fast.z is not None
@@ -60,7 +60,7 @@ class FastCacheLayer:
         elif fast.z is not self.steps.z or fast.u is not self.steps.u:
             self.steps.take(fast.z, fast.u)
         fast.z, fast.u = self.steps.z, self.steps.u
-        self.steps.fold(fast.S, weight_DF, lr, always=isinstance(self, cache_utils.StaticLayer))
+        self.steps.fold(fast.S, weight_DF, lr, isinstance(self, cache_utils.StaticLayer), width)
         return self.steps
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

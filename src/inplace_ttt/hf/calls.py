@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import ChunkTable, read
+from ..core import ChunkTable, Lesson, read
+from ..errors import UserError
 from .cache import FastCacheLayer
 from .settings import Settings
 from .sites import LayerSite
@@ -43,6 +44,11 @@ class WholeCall:
             return site.anchored(plain(z))
         target: Any = site.bound_target()
         split = z if is_split(z) else None
+        lesson = None if site.teacher is None or not site.teacher.is_needed else Lesson(site.teacher, target)
+        if lesson is not None and split is not None:
+            if lesson.teacher.weight > 0:
+                raise UserError("a target cannot be taught by the loss under tensor parallelism: set teach to 0")
+            lesson = None
         if split is not None:
             check_split(rule)
             z, target = local_input(split), SplitTarget(target, split)
@@ -52,13 +58,15 @@ class WholeCall:
             u,
             table,
             rule=rule,
-            target=target,
+            target=target if lesson is None else lesson,
             width=site.width,
             state=None if slot is None else slot.fast,
             weight=module.weight.to(z.dtype) if fuses else None,
             bias=None if not fuses or module.bias is None else module.bias.to(z.dtype),
-            slow=site.slow_weight(module),
+            slow=site.slow_weight(module, rule),
         )
+        if lesson is not None:
+            out = lesson.given(out, table)
         if out is None:
             return site.anchored(plain(z if split is None else split))
         if split is not None:

@@ -23,11 +23,12 @@ class DecodingGraph:
     call overwrites. The model adapts as it does elsewhere: chunks that are complete change the fast weights between two
     replays. After ``cache.reset()`` and another prompt the same graph serves on.
 
-    model: in ``eval`` mode on one CUDA device, with fast weights (one row or several) or without.
-    cache: a ``StaticCache`` without sliding-window layers, filled by ``model(prompt, cache=cache)``, rows unpadded.
-    compiled: the step goes through ``torch.compile`` before it is captured, which fuses its small kernels.
-
     Raises UserError for a model, a cache or a call of another kind, and when the cache is full.
+
+    Args:
+        model: in ``eval`` mode on one CUDA device, with fast weights (one row or several) or without.
+        cache: a ``StaticCache`` without sliding-window layers, filled by ``model(prompt, cache=cache)``, rows unpadded.
+        compiled: the step goes through ``torch.compile`` before it is captured, which fuses its small kernels.
     """
 
     def __init__(self, model: nn.Module, cache: StaticCache, *, compiled: bool = True) -> None:

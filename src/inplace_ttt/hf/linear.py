@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -160,6 +161,40 @@ def _give_device_hook(module: nn.Module, hook: Any) -> nn.Module:
 
     hooked: nn.Module = add_hook_to_module(module, hook)
     return hooked
+
+
+def is_dense(weight: Any) -> bool:
+    """Tell whether a weight holds plain numbers: bitsandbytes packs them, torchao's tensors only look like them."""
+    if not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None:
+        return False
+    return type(weight).dequantize is Tensor.dequantize
+
+
+def dense_weight(module: Any) -> Tensor:
+    """Return the slow weight [D, F] of an adapting projection, de-quantised where it is quantised (a copy then)."""
+    weight: Any = module.weight
+    if is_dense(weight):
+        return weight.mT if module.slow_class is Conv1D else weight  # type: ignore[no-any-return]
+    with torch.no_grad():
+        if getattr(weight, "quant_state", None) is not None:
+            from bitsandbytes.functional import dequantize_4bit
+
+            return dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
+        if weight.is_floating_point():
+            return weight.dequantize()  # type: ignore[no-any-return]
+        # Any other quantiser: the product with the identity.
+        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        eye = torch.eye(module.in_features, device=weight.device, dtype=dtype)
+        parts = eye.split(1024)  # type: ignore[no-untyped-call]
+        dense = torch.cat([module.slow_class.forward(module, rows) for rows in parts])
+        return (dense if module.bias is None else dense - module.bias).mT
+
+
+def device_of(module: Any) -> torch.device:
+    """Return the device on which a projection computes: offloaded weights are on none between its calls."""
+    weight: Tensor = module.weight
+    hook = getattr(module, "_hf_hook", None)
+    return torch.device(hook.execution_device) if weight.is_meta and hook is not None else weight.device
 
 
 def output_size(projection: nn.Module) -> int:

@@ -31,6 +31,7 @@ from ..core.algebra import state_dtype
 from ..errors import UserError
 from .block_attention import register_pieces
 from .cache import FastCacheLayer, cache_name, fast_layers, mark_broken
+from .linear import device_of, is_dense
 from .masks import read_mask
 from .settings import Settings
 from .sites import LayerSite
@@ -130,6 +131,7 @@ class LossCall:
         self.capture, self.train = capture, train
         self.inputs: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
+        self.slow: dict[int, Tensor | None] = {}
 
     def project(
         self, site: "LayerSite", module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]
@@ -144,10 +146,35 @@ class LossCall:
         if self.capture:
             out = out if out.requires_grad else out.detach().requires_grad_()
             self.inputs[site.index], self.outputs[site.index] = z.detach(), out
+            # Now: offloaded weights are there during the layer's own forward only.
+            self.slow[site.index] = site.slow_weight(module, self.rule)
         return out
 
     def end(self) -> None:
         """Nothing: whoever makes the call takes what it kept."""
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def check_backward(model: nn.Module, dtype: torch.dtype) -> None:
+    """Raise UserError for a quantised layer that passes no gradient on: what comes before it would learn nothing."""
+    for name, module in model.named_modules():
+        size, weight = getattr(module, "in_features", None), getattr(module, "weight", None)
+        plain = isinstance(weight, Tensor) and is_dense(weight)
+        if size is None or plain or next(module.children(), None) is not None:
+            continue
+        device = weight.device if isinstance(weight, Tensor) else getattr(model, "device", "cpu")
+        if torch.device(device).type == "meta":
+            continue
+        try:
+            passes = module(torch.zeros(1, 1, size, dtype=dtype, device=device, requires_grad=True)).requires_grad
+        except NotImplementedError:
+            passes = False
+        if not passes:
+            raise UserError(
+                f'{name} ({type(module).__name__}) is quantised in a way that has no backward, which objective="loss" '
+                "needs: load the model unquantised, or quantise it with bitsandbytes or torchao's weight-only forms"
+            )
 
 
 class LossForward:
@@ -276,7 +303,7 @@ class _Learner:
         call = LossCall(self.rule, states, len(rows), n, True)
         mask = None if real is None else real.long()
         output = self.call(call, piece, mask, cache, 0)
-        self._write(rows, call.inputs, self._gradients(call, output.logits, ids, learn, inside), inside)
+        self._write(rows, call, self._gradients(call, output.logits, ids, learn, inside), inside)
 
     def _gradients(
         self, call: LossCall, logits: Tensor, ids: Tensor, learn: Tensor, inside: Tensor | None
@@ -294,22 +321,23 @@ class _Learner:
 
     @torch.no_grad()
     def _write(
-        self, rows: list[int], inputs: dict[int, Tensor] | None, v: dict[int, Tensor] | None, inside: Tensor | None
+        self, rows: list[int], call: LossCall | None, v: dict[int, Tensor] | None, inside: Tensor | None
     ) -> None:
         """Take the chunk of some rows into the states. ``inside`` [R, n]: its tokens; None: all."""
         C = self.config.chunk_size
         for i, site in self.sites.items():
             fast, module = self.slots[i].fast, site.projection()
-            if inputs is None or v is None:
+            if call is None or v is None:
                 shape = (len(rows), C)
-                like = module.weight
-                z = like.new_zeros(*shape, _width(module), dtype=self._dtype(like))
+                z = module.weight.new_zeros(
+                    *shape, _width(module), dtype=self._dtype(module.weight), device=device_of(module)
+                )
                 fast.complete_with(rows, self.rule, z, z.new_zeros(*shape, site.width), None, learned=False)
                 continue
-            z, own = inputs[i], v[i]
+            z, own = call.inputs[i], v[i]
             if inside is not None:
                 z, own = _packed_columns(z, inside, C), _packed_columns(own, inside, C)
-            fast.complete_with(rows, self.rule, z, own, site.slow_weight(module))
+            fast.complete_with(rows, self.rule, z, own, call.slow[i])
 
     def _dtype(self, weight: Tensor) -> torch.dtype:
         return weight.dtype if weight.is_floating_point() else self.runtime.model.dtype
@@ -485,7 +513,7 @@ class _Reading(_Learner):
                     self._detach_cache()
                 ids = self.record.ids[:, -n:]
                 learned = self._gradients(call, output.logits, ids, self.record.learn[:, -n:], None)
-                self._write(done, call.inputs, learned, None)
+                self._write(done, call, learned, None)
             else:
                 for rows, start in self._groups(done):
                     self._again(rows, start, [C] * len(rows))
@@ -670,10 +698,10 @@ def learn_from(
             found = loss(output.logits)
         grads = torch.autograd.grad(found, list(call.outputs.values()), allow_unused=True)
         for (i, z), grad in zip(call.inputs.items(), grads, strict=True):
-            site, state = next(x for x in runtime.sites if x.index == i), states[i]
+            state = states[i]
             v = torch.zeros_like(call.outputs[i]) if grad is None else -grad
             z, v = (x.reshape(state.rows, -1, x.shape[-1]) for x in (z, v))
-            state.add(settings.rule, z, v, site.slow_weight(site.projection()))
+            state.add(settings.rule, z, v, call.slow[i])
     return found.detach()
 
 

@@ -32,7 +32,7 @@ class SliceCall:
         if v is None:
             kept: Tensor = site.anchored(plain(z_BTF))
             return kept
-        slow = site.slow_weight(module)
+        slow = site.slow_weight(module, rule)
         v = written(rule, z, v, table.table, None, slow) if rule.outer else v
         keywords: dict[str, Any] = {"rule": rule, "width": site.width, "slow": slow}
         if site.fuses(module):

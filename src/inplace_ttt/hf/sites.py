@@ -11,11 +11,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from ..core import Target
+from ..core import Rule, Target, Teacher
 from ..errors import UserError
-from .linear import FastWeight, innermost, transforms
+from .linear import FastWeight, dense_weight, innermost, is_dense, transforms
 from .settings import PerThread, Settings
 
 CONTEXT = "inplace_ttt_context"
@@ -67,6 +66,8 @@ class LayerSite:
         self.wrapper: nn.Module | None = None
         """What peft put around the projection and its input or output, when it was last looked at."""
         self.wrapper_hook: Any = None
+        self.teacher: Teacher | None = None
+        """What teaches the target while the model trains."""
 
     @property
     def context(self) -> CallContext | None:
@@ -198,11 +199,14 @@ class LayerSite:
         return out.flatten(0, 1) if flat else out
 
     def _source(self, context: CallContext, call: LayerCall) -> Tensor:
-        """Return u [B, T, D]."""
+        """Return u [B, T, D]; [B, T, 2 D] for a target that wants both sources."""
         mlp_input = self._input.get()
-        if (self.target.source or context.settings.config.target) == "hidden_states":
+        source = self.target.source or context.settings.config.target
+        if source in ("hidden_states", "both"):
             assert mlp_input is not None
-            return mlp_input if mlp_input.dim() == 3 else mlp_input.view(call.rows, call.tokens, -1)
+            mlp_input = mlp_input if mlp_input.dim() == 3 else mlp_input.view(call.rows, call.tokens, -1)
+            if source == "hidden_states":
+                return mlp_input
         if context.embeddings is None:
             raise RuntimeError("the token embeddings of this call were not seen: was the embedding module replaced?")
         if context.grad and not torch.is_grad_enabled():
@@ -210,7 +214,11 @@ class LayerSite:
                 "reentrant activation checkpointing cannot carry gradients to the embeddings that In-Place TTT learns "
                 'from: use gradient_checkpointing_kwargs={"use_reentrant": False}, or target="hidden_states"'
             )
-        return context.embeddings.to(mlp_input.device) if mlp_input is not None else context.embeddings
+        embeddings = context.embeddings if mlp_input is None else context.embeddings.to(mlp_input.device)
+        if source != "both":
+            return embeddings
+        assert mlp_input is not None
+        return torch.cat([embeddings, mlp_input.to(embeddings.dtype)], -1)
 
     def bound_target(self) -> Target:
         """Return the target with the modules that stand beside the projection now (adapters may have wrapped them)."""
@@ -237,12 +245,12 @@ class LayerSite:
         parameters = [p for p in self.bound_target().parameters() if p.requires_grad]
         return Anchor.apply(out, *parameters) if parameters else out  # type: ignore[no-untyped-call]
 
-    def slow_weight(self, module: Any) -> Tensor | None:
-        """Return W0 [D, F]; None where there is no dense one."""
+    def slow_weight(self, module: Any, rule: Rule) -> Tensor | None:
+        """Return W0 [D, F] for a rule's update; None where it is split, or quantised and the rule needs none."""
         weight: Tensor = module.weight
-        if not weight.is_floating_point() or hasattr(weight, "device_mesh"):
+        if hasattr(weight, "device_mesh") or not (rule.needs_weight or is_dense(weight)):
             return None
-        return weight.mT if type(module).slow_class is Conv1D else weight
+        return dense_weight(module)
 
 
 _WATCHING = threading.Lock()

@@ -80,7 +80,7 @@ class Step:
             if real is not None and not bool(real.all()):
                 return None
         for i, slot in slots.items():
-            slot.begin_step(weights[i], settings.rule.lr)
+            slot.begin_step(weights[i], settings.rule.lr, sites[i].width)
         return Step(sites, slots, settings, cache.__dict__.setdefault(CLOCK, StepClock()))
 
     def project(self, site: LayerSite, module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
@@ -97,7 +97,7 @@ class Step:
         for i, site in self.sites.items():
             fast = self.slots[i].fast
             if rows := fast.end_step():
-                slow = site.slow_weight(site.projection())
+                slow = site.slow_weight(site.projection(), self.settings.rule)
                 complete(fast, rows, site.bound_target(), self.settings.rule, slow)
 
 

@@ -1,9 +1,6 @@
-"""The web application: routes, errors in OpenAI's form, start and end."""
+"""The web application: routes, the page, errors in OpenAI's form."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -12,7 +9,7 @@ from starlette.exceptions import HTTPException
 
 from ..errors import UserError
 from . import openai_routes, session_routes
-from .guard import Guard, error_body, internal
+from .guard import error_body, internal
 from .service import Service
 from .session_routes import mistakes
 from .settings import ServeError
@@ -22,17 +19,9 @@ PAGE = Path(__file__).with_name("page.html")
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 
 
-def make_app(service: Service, keys: dict[str, str] | None = None) -> Any:
-    """The ASGI application of a service. ``keys``: owners by key digest (``guard.read_keys``); None: no keys."""
-    engine = service.engine
-
-    @asynccontextmanager
-    async def life(app: FastAPI) -> AsyncIterator[None]:
-        await engine.start()
-        yield
-        await engine.stop()
-
-    app = FastAPI(title="inplace-ttt", docs_url=None, redoc_url=None, openapi_url=None, lifespan=life)
+def make_app(service: Service) -> FastAPI:
+    """Make the routes of a service, to be put behind a ``Guard``."""
+    app = FastAPI(title="inplace-ttt", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
     app.include_router(openai_routes.router)
     app.include_router(session_routes.router)
@@ -41,21 +30,13 @@ def make_app(service: Service, keys: dict[str, str] | None = None) -> Any:
     async def page() -> FileResponse:
         return FileResponse(PAGE, media_type="text/html; charset=utf-8", headers={"content-security-policy": POLICY})
 
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.get("/ready")
-    async def ready() -> JSONResponse:
-        stopping = engine.stopping
-        return JSONResponse({"status": "stopping" if stopping else "ready"}, 503 if stopping else 200)
-
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.text(engine), media_type="text/plain; version=0.0.4; charset=utf-8")
+        text = service.metrics.text(service.engine)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     _errors(app)
-    return Guard(app, engine.limits, keys, service.metrics)
+    return app
 
 
 def _errors(app: FastAPI) -> None:

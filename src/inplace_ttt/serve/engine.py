@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..hf.attach import inspect
+from ..hf.attach import inspect, runtime_of
 from ..session import Session, SessionPool
 from .jobs import Job
 from .journal import REMEMBERED, pieces_of
 from .scheduler import Scheduler, StoppedError
-from .settings import BusyError, Limits, NotFoundError, StoppingError, VersionError
+from .settings import LEARN, BusyError, Limits, NotFoundError, StoppingError, VersionError
 from .store import ConflictError, Record, Store
 
 TRIM_EVERY = 5.0
@@ -50,18 +50,20 @@ class Live:
     active: bool = False
     """Whether a request works on it; otherwise it may go to disk."""
     frozen: bool = False
+    learn: str = "all"
+    """What it learns unless a request says otherwise: a name in ``LEARN``."""
     history: list[str] = field(default_factory=list)
     storing: asyncio.Task[None] | None = None
     users: int = 0
     used: float = 0.0
 
     def values(self) -> dict[str, Any]:
-        """What is stored beside the session's own file."""
-        return {"history": self.history, "frozen": self.frozen}
+        """Return what is stored beside the session's own file."""
+        return {"history": self.history, "frozen": self.frozen, "learn": self.learn}
 
     @property
     def loaded(self) -> Session:
-        """The session; only while it is in use."""
+        """Return the session; only while it is in use."""
         assert self.session is not None
         return self.session
 
@@ -69,6 +71,7 @@ class Live:
 class Engine:
     """Sessions of many owners on one model. ``options``: how sessions read, as for ``Session``.
 
+    ``learn``: what new sessions learn (a name in ``LEARN``), or "frozen"; None: as the model's configuration says.
     Methods that take an owner and an id raise NotFoundError for a session of somebody else just as for none.
     """
 
@@ -79,6 +82,7 @@ class Engine:
         store: Store,
         limits: Limits | None = None,
         watch: Any = None,
+        learn: str | None = None,
         **options: Any,
     ) -> None:
         self.limits, self.store = limits or Limits(), store
@@ -87,6 +91,11 @@ class Engine:
         self.pool = SessionPool(model, tokenizer, batch=self.limits.batch, **options)
         self.blank = self.pool.open("blank")
         self.chunk_size: int = self.blank.stats().settings["chunk_size"]
+        config = runtime_of(model).config
+        self.frozen = learn == "frozen"
+        self._chooses = config.objective == "loss"
+        self.learn = (config.learn if self._chooses else "all") if learn in (None, "frozen") else str(learn)
+        self.learning(self.learn)
         self.scheduler = Scheduler(self.pool, watch)
         self.jobs: set[Job] = set()
         self.stopping = False
@@ -101,15 +110,26 @@ class Engine:
         self._shrinking: asyncio.Future[None] | None = None
         self._trimmed = 0.0
 
+    def learning(self, learn: str) -> tuple[bool, bool]:
+        """Return whether what is read and what is written is learned. UserError where this model cannot choose."""
+        if learn not in LEARN:
+            raise UserError(f"learn {learn!r}: one of {', '.join(LEARN)} or frozen")
+        if learn != "all" and not self._chooses:
+            raise UserError(
+                f'learn {learn!r} needs a model with objective "loss": this one learns all that a session reads and '
+                "writes. Freeze the session, or answer on a fork"
+            )
+        return LEARN[learn]
+
     # -- life -----------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Starts the scheduler."""
+        """Start the scheduler."""
         self._loop = asyncio.get_running_loop()
         self.scheduler.start()
 
     def begin_stop(self) -> None:
-        """Takes no more requests; ends those that still run after ``limits.grace`` seconds. From any thread."""
+        """Take no more requests; end those that still run after ``limits.grace`` seconds. From any thread."""
         self.stopping = True
 
         loop = self._loop
@@ -121,7 +141,7 @@ class Engine:
             job.stop()
 
     async def stop(self) -> None:
-        """Lets running jobs finish for ``limits.grace`` seconds, ends the others in order, stores every session."""
+        """Let running jobs finish for ``limits.grace`` seconds, end the others in order, store every session."""
         self.stopping = True
         for patience in (self.limits.grace, 10.0):
             if self.jobs:
@@ -138,7 +158,7 @@ class Engine:
             await asyncio.wait([job.task for job in self.jobs], timeout=5)
 
     def begin(self, work: Callable[[Job], Awaitable[Any]]) -> Job:
-        """Begins a job. BusyError when too many run, StoppingError when the server stops."""
+        """Begin a job. BusyError when too many run, StoppingError when the server stops."""
         if self.stopping:
             raise StoppingError
         if len(self.jobs) >= self.limits.batch + self.limits.queue:
@@ -155,23 +175,24 @@ class Engine:
 
     @property
     def loaded(self) -> list[Live]:
-        """Sessions in memory."""
+        """Return the sessions in memory."""
         return [live for live in self._live.values() if live.session is not None]
 
     @property
     def bytes(self) -> int:
-        """Memory of all sessions: what idle ones hold, and what running requests may come to hold."""
+        """Return the memory of all sessions: what idle ones hold, and what running requests may come to hold."""
         return self._active + sum(live.held for live in self.loaded if not live.active)
 
     # -- one session ----------------------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def use(self, owner: str, id: str, version: int | None = None, copies: int = 0) -> AsyncIterator[Live]:
-        """A session in memory, for one request at a time, and room for copies of it.
+        """Load a session for one request at a time, and hold room for copies of it.
 
         Raises VersionError unless it is at ``version`` (None: any), BusyError when there is no room.
         """
-        live = self._live_of(owner, id)
+        key = self.store.key(owner, id)
+        live = self._live.setdefault(key, Live(key, id))
         if live.users > self.limits.queue:
             raise BusyError(f"too many requests wait for session {id} already", 2)
         live.users += 1
@@ -199,7 +220,7 @@ class Engine:
 
     @asynccontextmanager
     async def room(self, sessions: int, live: Live | None = None) -> AsyncIterator[None]:
-        """Memory for so many sessions, ``live`` among them, as long as the context lasts. BusyError after some time.
+        """Hold memory for so many sessions, ``live`` among them. BusyError when there is none for some time.
 
         Nobody asks for more while he has some, so those who wait do not wait for each other.
         """
@@ -219,26 +240,21 @@ class Engine:
                 self._freed.notify_all()
 
     async def do(self, live: Live, entry: dict[str, Any]) -> None:
-        """Notes an entry in the journal, then does it."""
+        """Note an entry in the journal, then do it."""
         await self.note(live, entry)
         await self._apply(live, entry)
 
     async def note(self, live: Live, entry: dict[str, Any]) -> None:
-        """Notes in the journal what was done or is about to be done, which makes a new version."""
+        """Note in the journal what was done or is about to be done, which makes a new version."""
         try:
             await asyncio.to_thread(self.store.append, live.key, live.version + 1, entry)
         except ConflictError:
-            await self.forget(live)
+            self.forget(live)
             raise VersionError(f"session {live.id} was changed by somebody else meanwhile: look at it again") from None
         live.version += 1
 
-    async def save(self, live: Live) -> None:
-        """Stores the present state as one to come back to."""
-        await self.store_now(live)
-        await asyncio.to_thread(self.store.mark_saved, live.key, live.stored)
-
     async def keep_up(self, live: Live) -> None:
-        """Takes stock of a session; stores its state, while work goes on, when much is in the journal alone."""
+        """Take stock of a session; store its state, while work goes on, when much is in the journal alone."""
         await self._measure(live)
         if live.unsaved < self.limits.unsaved or (live.storing and not live.storing.done()) or live.session is None:
             return
@@ -247,7 +263,7 @@ class Engine:
         live.storing = asyncio.create_task(self._add_state(live, twin, version, live.values()))
 
     async def with_tokenizer(self, function: Callable[[Any], Any]) -> Any:
-        """Runs ``function(tokenizer)`` aside; the tokenizer is a copy that nobody else uses at the same time."""
+        """Run ``function(tokenizer)`` aside; the tokenizer is a copy that nobody else uses at the same time."""
 
         def run() -> Any:
             with self._tokenizer_lock:
@@ -256,11 +272,11 @@ class Engine:
         return await asyncio.to_thread(run)
 
     async def piece(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Runs a piece of work on a session in the scheduler's thread."""
+        """Run a piece of work on a session in the scheduler's thread."""
         return await self.scheduler.call(function, *arguments)
 
     async def store_now(self, live: Live, again: bool = False) -> None:
-        """Stores the present state, unless its version is stored."""
+        """Store the present state, unless its version is stored."""
         if live.stored == live.version and not again and live.version:
             return
         if live.storing is not None:
@@ -269,41 +285,37 @@ class Engine:
         await self._add_state(live, twin, live.version, live.values())
         live.unsaved = 0
 
-    async def forget(self, live: Live) -> None:
-        """Forgets what is in memory; what is on disk counts."""
+    def forget(self, live: Live) -> None:
+        """Forget what is in memory; what is on disk counts."""
         live.session, live.held, live.tokens = None, 0, 0
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    def _live_of(self, owner: str, id: str) -> Live:
-        key = self.store.key(owner, id)
-        return self._live.setdefault(key, Live(key, id))
-
     async def _newest(self, live: Live) -> int:
-        """A session's version on disk. NotFoundError when there is no such session."""
+        """Return a session's version on disk. NotFoundError when there is no such session."""
         newest = await asyncio.to_thread(self.store.version, live.key)
         if newest is None or await asyncio.to_thread(self.store.about, live.key) is None:
-            await self.forget(live)
+            self.forget(live)
             raise NotFoundError(GONE.format(live.id))
         return newest
 
     async def _make_ready(self, live: Live, newest: int) -> None:
-        """Loads the session unless it is in memory at its newest version."""
+        """Load the session unless it is in memory at its newest version."""
         if live.session is not None and live.version == newest:
             return
-        await self.forget(live)
+        self.forget(live)
         try:
             record = await asyncio.to_thread(self.store.record, live.key)
             if record is None:
                 raise NotFoundError(GONE.format(live.id))
             await self._load(live, record)
         except BaseException:
-            await self.forget(live)
+            self.forget(live)
             raise
 
     async def _load(self, live: Live, record: Record) -> None:
         live.version = live.stored = live.unsaved = 0
-        live.history, live.frozen = [], False
+        live.history, live.frozen, live.learn = [], False, self.learn
         await self._restore(live, record.state)
         live.tokens = (await self.piece(live.loaded.stats)).tokens
         for entry in record.entries:
@@ -313,7 +325,7 @@ class Engine:
         await self._measure(live)
 
     async def _restore(self, live: Live, state: Any) -> None:
-        """Puts a stored state in place of the session."""
+        """Put a stored state in place of the session."""
         if state is None:
             live.session = await self.piece(self.blank.fork)
             return
@@ -325,6 +337,7 @@ class Engine:
                 raise VersionError(f"session {live.id} does not fit this server: {reason}") from None
         live.version = live.stored = state.version
         live.history, live.frozen = list(state.values["history"]), bool(state.values["frozen"])
+        live.learn = state.values.get("learn", self.learn)
 
     def _from_file(self, path: Any) -> Session:
         session = self.pool.load("loading", path)
@@ -332,7 +345,7 @@ class Engine:
         return session
 
     async def _apply(self, live: Live, entry: dict[str, Any]) -> None:
-        """Does what an entry says. When that fails midway the state of that moment is stored: it counts."""
+        """Do what an entry says. When that fails midway the state of that moment is stored: it counts."""
         if entry["op"] == "freeze":
             live.frozen = entry["frozen"]
             return
@@ -364,7 +377,7 @@ class Engine:
         self._largest = max(self._largest, live.held)
 
     async def _admit(self, need: int, live: Live | None) -> None:
-        """Waits until ``need`` bytes more may be in use (a request alone may use any), then makes room for them."""
+        """Wait until ``need`` bytes more may be in use (a request alone may use any), then make room for them."""
         until = time.monotonic() + self.limits.patience
         while True:
             async with self._admitting:
@@ -390,7 +403,7 @@ class Engine:
             self._waiting -= 1
 
     async def _evict_idle(self) -> None:
-        """Writes idle sessions back, the longest idle first, until all fit.
+        """Write idle sessions back, the longest idle first, until all fit.
 
         A request that waits for memory does not touch its session, so that may go, too; while it goes nobody is
         admitted.
@@ -402,7 +415,7 @@ class Engine:
                     return
                 live = min(idle, key=lambda live: live.used)
                 await self.store_now(live)
-                await self.forget(live)
+                self.forget(live)
                 self._forget_if_empty(live)
                 if time.monotonic() - self._trimmed > TRIM_EVERY:
                     self._trimmed = time.monotonic()
@@ -414,13 +427,13 @@ class Engine:
 
 
 def _give_back() -> None:
-    """Lets the C library return freed memory to the system: what states leave behind is in pieces all over its heap."""
+    """Let the C library return freed memory to the system: what states leave behind is in pieces all over its heap."""
     with suppress(OSError, AttributeError):  # only glibc has this
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _memory(model: Any) -> int:
-    """Bytes for sessions: half of what is free on a GPU, a quarter of what is free elsewhere."""
+    """Return the bytes for sessions: half of what is free on a GPU, a quarter of what is free elsewhere."""
     device = next(model.parameters()).device
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) // 2

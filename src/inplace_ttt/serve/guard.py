@@ -1,24 +1,31 @@
-"""What stands between the network and the routes: keys, rates, sizes, clients that are too slow, and errors."""
+"""What stands between the network and the routes: keys, rates, sizes, slow clients, errors; start and end.
+
+Nothing here needs torch or FastAPI: a server listens before they are imported and its model is loaded.
+"""
 
 import asyncio
 import hashlib
 import json
 import logging
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import UserError
-from .settings import Limits, ServeError
+from .settings import Limits, ServeError, StoppingError
 
 log = logging.getLogger("inplace_ttt.serve")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+LOADING = 300.0
+"""Seconds that a request waits for the model to be loaded; then it is told to come again."""
 Message = dict[str, Any]
 
 
 def read_keys(path: Path) -> dict[str, str]:
-    """Owners by the digest of their key, from a file with one ``owner:key`` a line; empty lines and # are skipped.
+    """Read owners by the digest of their key from a file with one ``owner:key`` a line; empty lines and # are skipped.
 
     Raises UserError on a file that cannot be read, a line of another form, a short key, and a key given twice.
     """
@@ -43,29 +50,67 @@ def read_keys(path: Path) -> dict[str, str]:
 
 
 def key_digest(key: str) -> str:
-    """Keys are looked up by digest, so the time that takes says nothing about them."""
+    """Hash a key: keys are looked up by digest, so the time that takes says nothing about them."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def error_body(error: ServeError) -> dict[str, Any]:
-    """OpenAI's form of an error."""
+    """Return OpenAI's form of an error."""
     return {"error": {"message": str(error), "type": error.kind, "param": None, "code": error.code}}
 
 
 class Guard:
-    """ASGI middleware. ``keys``: owners by key digest; None: everybody is one owner, on the loopback only.
+    """ASGI application in front of the routes: checks requests, and lets them wait while the model is loaded.
 
-    A route finds its owner in ``scope["owner"]``. Errors are answered in OpenAI's form, without a traceback.
+    ``load``: makes the routes (``make_app``), in a thread of its own when the server starts. ``keys``: owners by key
+    digest; None: everybody is one owner, on the loopback only. A route finds its owner in ``scope["owner"]``. Errors
+    are answered in OpenAI's form, without a traceback.
     """
 
-    def __init__(self, app: Any, limits: Limits, keys: dict[str, str] | None, watch: Any = None) -> None:
-        self.app, self.limits, self.keys, self.watch = app, limits, keys, watch
+    def __init__(self, load: Callable[[], Any], limits: Limits, keys: dict[str, str] | None = None) -> None:
+        self.load, self.limits, self.keys = load, limits, keys
+        self.loading: asyncio.Task[Any] | None = None
+        """Ends with the routes, once the server has begun to start."""
+        self.stopping = False
         self._rates: dict[str, tuple[float, float]] = {}
 
+    @property
+    def service(self) -> Any:
+        """Return the service, or None before it is loaded."""
+        task = self.loading
+        has_loaded = task and task.done() and not task.cancelled() and not task.exception()
+        return task.result().state.service if task and has_loaded else None
+
+    def begin_stop(self) -> None:
+        """Take no more requests."""
+        self.stopping = True
+        if self.service is not None:
+            self.service.engine.begin_stop()
+
     async def __call__(self, scope: Message, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+        elif scope["type"] == "http":
+            await self._serve(scope, receive, send)
+
+    async def _live(self, receive: Any, send: Any) -> None:
+        await receive()
+        self.loading = asyncio.create_task(self._load())
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        self.stopping = True
+        if self.service is not None:
+            await self.service.engine.stop()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _load(self) -> Any:
+        app = await _in_thread(self.load)
+        await app.state.service.engine.start()
+        if self.stopping:
+            app.state.service.engine.begin_stop()
+        return app
+
+    async def _serve(self, scope: Message, receive: Any, send: Any) -> None:
         status, ended, body = 0, False, _Body(receive, dict(scope["headers"]), self.limits)
 
         async def sending(message: Message) -> None:
@@ -83,21 +128,46 @@ class Guard:
 
         try:
             scope["owner"] = self._admit(scope)
-            await self.app(scope, body.receive, routed)
+            if scope["path"] in ("/health", "/ready"):
+                await _answer(sending, *self._state(scope["path"]))
+            else:
+                await (await self._routes())(scope, body.receive, routed)
         except Exception as error:
             known = body.error or (error if isinstance(error, ServeError) else None)
             if known is None:
                 log.exception("%s %s failed", scope["method"], scope["path"])
             if status == 0:
-                await _answer(sending, known or internal())
+                await _refuse(sending, known or internal())
             elif not ended:
                 raise ConnectionError("failed while answering") from None
         finally:
-            if self.watch is not None:
-                self.watch.request(scope, status)
+            if self.service is not None:
+                self.service.metrics.request(scope, status)
+
+    def _state(self, path: str) -> tuple[int, dict[str, str]]:
+        if path == "/health":
+            return 200, {"status": "ok"}
+        if self.stopping or self.service is None:
+            return 503, {"status": "stopping" if self.stopping else "loading"}
+        return 200, {"status": "ready"}
+
+    async def _routes(self) -> Any:
+        """Wait for the routes."""
+        assert self.loading is not None
+        if self.stopping and self.service is None:
+            raise StoppingError
+        try:
+            return await asyncio.wait_for(asyncio.shield(self.loading), LOADING)
+        except TimeoutError:
+            raise ServeError(
+                "the model is being loaded: try again", status=503, kind="server_error", code="loading",
+                headers={"retry-after": "5"},
+            ) from None  # fmt: skip
+        except Exception:
+            raise StoppingError from None  # whoever runs the server is told why
 
     def _admit(self, scope: Message) -> str:
-        """The owner of a request. ServeError when there is none, or too many requests of his come."""
+        """Return the owner of a request. ServeError when there is none, or too many requests of his come."""
         headers = {name.lower(): value for name, value in scope["headers"]}
         host = headers.get(b"host", b"").decode("latin-1")
         origin = headers.get(b"origin", b"").decode("latin-1")
@@ -121,7 +191,7 @@ class Guard:
         return owner
 
     def _count(self, owner: str) -> None:
-        """One token a request, ``rate`` of them a minute."""
+        """Let ``rate`` requests a minute pass."""
         now, rate = time.monotonic(), self.limits.rate / 60
         left, since = self._rates.get(owner, (float(self.limits.rate), now))
         left = min(left + (now - since) * rate, self.limits.rate)
@@ -150,7 +220,7 @@ class _Body:
         return self.error
 
     async def receive(self) -> Message:
-        """The next message. ServeError where it does not come or is too much."""
+        """Return the next message. ServeError where it does not come or is too much."""
         if self.error is not None:
             raise self.error
         if self._complete:
@@ -167,12 +237,12 @@ class _Body:
 
 
 def internal() -> ServeError:
-    """What a client is told about a bug."""
+    """Return what a client is told about a bug."""
     return ServeError("something failed inside the server; its log says more", status=500, kind="server_error")
 
 
 def secure(message: Message) -> None:
-    """Adds what browsers should keep to."""
+    """Add headers that browsers should keep to."""
     message["headers"] = [
         *message.get("headers", []),
         (b"x-content-type-options", b"nosniff"),
@@ -185,11 +255,37 @@ def _name(host: str) -> str:
     return urlsplit(f"//{host}").hostname or ""
 
 
-async def _answer(send: Any, error: ServeError) -> None:
-    body = json.dumps(error_body(error)).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers += [(name.encode(), value.encode()) for name, value in error.headers.items()]
+async def _refuse(send: Any, error: ServeError) -> None:
+    headers = dict(error.headers)
     if error.status in (408, 413):
-        headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+        headers["connection"] = "close"
+    await _answer(send, error.status, error_body(error), headers)
+
+
+async def _answer(send: Any, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
+    body = json.dumps(value).encode()
+    known = {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
+    pairs = [(name.encode(), text.encode()) for name, text in known.items()]
+    await send({"type": "http.response.start", "status": status, "headers": pairs})
     await send({"type": "http.response.body", "body": body})
+
+
+def _in_thread(function: Callable[[], Any]) -> "asyncio.Future[Any]":
+    """Run a function in a thread that nobody waits for when the server stops before it is done."""
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
+
+    def tell(set_it: Callable[[Any], None], value: Any) -> None:
+        if not done.done():
+            set_it(value)
+
+    def run() -> None:
+        try:
+            found: Any = tell, done.set_result, function()
+        except BaseException as error:  # it goes to whoever waits
+            found = tell, done.set_exception, error
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(*found)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return done

@@ -29,38 +29,38 @@ class Job:
             self._begun.set()
 
     def emit(self, event: Any) -> None:
-        """Tells the client something."""
+        """Tell the client something."""
         self._events.put_nowait(event)
         self._begun.set()
 
     async def begun(self) -> None:
-        """Waits for the first event, or the end."""
+        """Wait for the first event, or the end."""
         await self._begun.wait()
 
     @property
     def failed(self) -> bool:
-        """Whether it ended with an error before it told anything."""
+        """Return whether it ended with an error before it told anything."""
         return self._events.qsize() == 1 and self.task.done() and self.task.exception() is not None
 
     def follow(self, writing: Writing) -> Writing:
-        """Ends a writing, too, when the job is stopped."""
+        """End a writing, too, when the job is stopped."""
         self._writings.append(writing)
         if self.stopped:
             self._scheduler.cancel(writing)
         return writing
 
     def stop(self) -> None:
-        """Asks the job to end."""
+        """Ask the job to end."""
         self.stopped = True
         for writing in self._writings:
             self._scheduler.cancel(writing)
 
     async def events(self) -> AsyncIterator[Any]:
-        """Everything the job tells, up to its end; then raises what it raised."""
+        """Yield everything the job tells, up to its end; then raise what it raised."""
         while (event := await self._events.get()) is not None:
             yield event
         await self.result()
 
     async def result(self) -> Any:
-        """What the job returns. Cancelling the wait does not cancel the job."""
+        """Return what the job returns. Cancelling the wait does not cancel the job."""
         return await asyncio.shield(self.task)

@@ -21,48 +21,51 @@ IDS = 512
 
 @dataclass
 class Prompt:
-    """What is read before an answer: a text, or ids (``exact``: without BOS), and digests of new messages."""
+    """A text to be read before an answer, or ids (``exact``: without BOS), and digests of new messages.
+
+    What is not to be learned is ids.
+    """
 
     text: str | None = None
     ids: list[int] | None = None
     exact: bool = False
     messages: list[str] = field(default_factory=list)
+    learn: bool = True
 
     def entry(self) -> dict[str, Any]:
-        """As a journal entry."""
+        """Return a journal entry."""
         return {"op": "prompt", **self.__dict__}
 
 
 def pieces_of(entry: dict[str, Any], session: Session, piece: int) -> Iterator[Callable[[], Any]]:
-    """An entry's work on a session, in pieces of bounded time. ``piece``: characters read in one."""
+    """Yield an entry's work on a session, in pieces of bounded time. ``piece``: characters read in one."""
     op = entry["op"]
     if op == "reset":
         yield session.reset
     elif op == "wrote":
         ids = entry["ids"]
         for at in range(0, max(len(ids), 1), IDS):
-            yield lambda at=at: replay(session, ids[at : at + IDS])  # type: ignore[misc]
+            yield lambda at=at: replay(session, ids[at : at + IDS], entry.get("learn"))  # type: ignore[misc]
     elif entry.get("text") is not None:
         text = entry["text"]
         for at in range(0, len(text), piece):
             yield lambda at=at: session.read(text[at : at + piece])  # type: ignore[misc]
     elif entry.get("ids") is not None:
-        ids, exact = entry["ids"], entry.get("exact")
+        ids, learn = entry["ids"], entry.get("learn", True)
         for at in range(0, len(ids), IDS):
-            part = ids[at : at + IDS]
-            exactly = exact or at > 0
-            yield lambda part=part, exactly=exactly: (  # type: ignore[misc]
-                read_exactly(session, part) if exactly else session.read(part)
+            begins = at == 0 and not entry.get("exact")
+            yield lambda part=ids[at : at + IDS], begins=begins: (  # type: ignore[misc]
+                read_exactly(session, part, learn, begins)
             )
 
 
 def message_digest(role: str, content: str) -> str:
-    """What a session remembers of a message."""
+    """Return what a session remembers of a message."""
     return hashlib.sha256(json.dumps([role, content]).encode()).hexdigest()[:24]
 
 
 def known(history: list[str], digests: list[str]) -> int:
-    """How many messages at the beginning of a request the session has read already.
+    """Count the messages at the beginning of a request that the session has read already.
 
     Clients send the whole conversation, its last part, or the new message alone: the longest end of what was read
     that begins the request is left out.

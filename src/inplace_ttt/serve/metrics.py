@@ -26,21 +26,21 @@ class Metrics:
         self.running = Gauge("requests_running", "Requests that run or wait.", **made)
 
     def step(self, rows: int, seconds: float) -> None:
-        """One decode step."""
+        """Count one decode step."""
         self.rows.observe(rows)
         self.between.observe(seconds)
 
     def call(self, seconds: float) -> None:
-        """One piece of other work."""
+        """Count one piece of other work."""
         self.pieces.observe(seconds)
 
     def request(self, scope: dict[str, Any], status: int) -> None:
-        """One answered request; routes by their pattern, so that ids make no new series."""
+        """Count one answered request; routes by their pattern, so that ids make no new series."""
         route = getattr(scope.get("route"), "path", "none")
         self.requests.labels(route, str(status)).inc()
 
     def text(self, engine: Any) -> bytes:
-        """In Prometheus's format."""
+        """Return all numbers in Prometheus's format."""
         self.loaded.set(len(engine.loaded))
         self.bytes.set(engine.bytes)
         self.budget.set(engine.budget)

@@ -12,34 +12,34 @@ from ..session.pool import Writer
 from . import work
 from .journal import message_digest
 from .scheduler import Finish
-from .schemas import ID, Chat, Completion, OpenAI
+from .schemas import Chat, Completion, OpenAI, SessionHeaders
 from .service import Service
 from .settings import NotFoundError, ServeError
 from .sse import outcome, streamed
 
 router = APIRouter()
-SessionId = Annotated[str | None, Header(pattern=ID, description="The session that reads, answers and learns.")]
-Version = Annotated[int | None, Header(description="Compare and set: the session must be at this version.")]
+
+Of = Annotated[SessionHeaders, Header()]
 
 
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
-    """The one model of this server."""
+    """List the one model of this server."""
     service = Service.of(request)
     return {"object": "list", "data": [_model(service)]}
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, request: Request) -> dict[str, Any]:
-    """The model by name."""
+    """Return the model by name."""
     service = Service.of(request)
     _check_model(service, name)
     return _model(service)
 
 
 @router.post("/v1/chat/completions")
-async def chat(body: Chat, request: Request, x_session_id: SessionId = None, x_session_version: Version = None) -> Any:
-    """Answers a conversation. A session reads the messages that it has not read yet."""
+async def chat(body: Chat, request: Request, session: Of) -> Any:
+    """Answer a conversation. A session reads the messages that it has not read yet."""
     service = Service.of(request)
     messages = [message.plain() for message in body.messages]
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -47,45 +47,38 @@ async def chat(body: Chat, request: Request, x_session_id: SessionId = None, x_s
     top = (body.top_logprobs or 0) if body.logprobs else None
     if body.top_logprobs and not body.logprobs:
         raise ServeError("top_logprobs needs logprobs: true")
-    reply = _Reply(service, body, "chat", top, x_session_id)
-    return await _answer(
-        service, request, reply, [service.prompts.chat(messages)], service.engine.limits.new_tokens,
-        x_session_version, lambda text: message_digest("assistant", text),
-    )  # fmt: skip
+    reply = _Reply(service, body, "chat", top, session.x_session_id)
+    default, remember = service.engine.limits.new_tokens, lambda text: message_digest("assistant", text)
+    return await _answer(request, reply, [service.prompts.chat(messages)], default, session, remember)
 
 
 @router.post("/v1/completions")
-async def completions(
-    body: Completion, request: Request, x_session_id: SessionId = None, x_session_version: Version = None
-) -> Any:
-    """Continues texts, or one session."""
+async def completions(body: Completion, request: Request, session: Of) -> Any:
+    """Continue texts, or one session."""
     service = Service.of(request)
     renders = [service.prompts.plain(prompt, service.vocabulary) for prompt in body.prompts()]
-    reply = _Reply(service, body, "text", body.logprobs, x_session_id)
-    return await _answer(service, request, reply, renders, 16, x_session_version, None)
+    reply = _Reply(service, body, "text", body.logprobs, session.x_session_id)
+    return await _answer(request, reply, renders, 16, session)
 
 
 async def _answer(
-    service: Service, request: Request, reply: "_Reply", renders: list[Any], default: int, version: int | None,
-    remember: Any,
-) -> Any:  # fmt: skip
-    body, limits = reply.body, service.engine.limits
+    request: Request, reply: "_Reply", renders: list[Any], default: int, session: SessionHeaders, remember: Any = None
+) -> Any:
+    service, body = reply.service, reply.body
+    limits = service.engine.limits
     _check_model(service, body.model)
     choices = body.n or 1
     if choices * len(renders) > limits.choices:
         raise ServeError(f"{choices * len(renders)} answers wanted, this server gives at most {limits.choices} at once")
     options = body.options(limits.new_tokens, default)
     work.check_options(options)
-    owner = request.scope["owner"]
-    look = None if reply.top is None else _look(reply.top)
-
-    async def answer(job: Any) -> Any:
-        return await work.answer(
-            service.engine, job, owner, reply.session, renders, options,
-            choices=choices, version=version, look=look, remember=remember,
-        )  # fmt: skip
-
-    job = service.engine.begin(answer)
+    job = service.engine.begin(
+        lambda job: work.answer(
+            service.engine, job, request.scope["owner"], reply.session, renders, options, choices=choices,
+            version=session.x_session_version, learn=session.x_session_learn, remember=remember,
+            look=None if reply.top is None else _look(reply.top),
+        )
+    )  # fmt: skip
     if body.stream:
         return await streamed(job, request, reply.chunks, reply.last)
     answers = await outcome(job, request)
@@ -93,7 +86,7 @@ async def _answer(
 
 
 def _look(top: int) -> Any:
-    """Finds log-probabilities of a token just chosen, and of the ``top`` likeliest ones; runs beside the model."""
+    """Find log-probabilities of a token just chosen, and of the ``top`` likeliest ones; runs beside the model."""
 
     def look(writer: Writer) -> Any:
         assert writer.logits is not None
@@ -122,7 +115,7 @@ class _Reply:
         return {"id": self.id, "object": name, "created": self.created, "model": self.body.model, "choices": choices}
 
     def whole(self, answers: list[work.Answered]) -> dict[str, Any]:
-        """The body of an answer that does not stream."""
+        """Return the body of an answer that does not stream."""
         choices = []
         for index, found in enumerate(answers):
             choice: dict[str, Any] = {"index": index, "finish_reason": _reason(found.reason)}
@@ -136,7 +129,7 @@ class _Reply:
         return {**self._frame(choices), "usage": self._usage(answers), **self._session(answers)}
 
     def chunks(self, event: Any) -> list[dict[str, Any]]:
-        """What one event is to a client."""
+        """Return what one event is to a client."""
         if self.first:
             self.first = False
             self.service.metrics.first.observe(time.perf_counter() - self.began)
@@ -160,7 +153,7 @@ class _Reply:
         return self._frame([choice], ".chunk")
 
     def last(self, answers: list[work.Answered]) -> list[dict[str, Any]]:
-        """What comes after all chunks."""
+        """Return what comes after all chunks."""
         self._count(answers)
         if not (self.body.stream_options and self.body.stream_options.include_usage):
             return []

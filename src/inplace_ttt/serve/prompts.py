@@ -13,7 +13,7 @@ Message = dict[str, str]
 
 
 class Prompts:
-    """Renders requests with a model's chat template; without one, messages are joined by line breaks.
+    """A renderer of requests with a model's chat template; without one, messages are joined by line breaks.
 
     A model whose tokenizer has a template ends its answers where the template ends a turn, from now on.
     """
@@ -22,7 +22,7 @@ class Prompts:
         self.template = None if Template.of(session) is None else Template(tokenizer)
 
     def chat(self, messages: Sequence[Message]) -> Any:
-        """Renders the messages that a session has not read yet, or all of them where nothing is known."""
+        """Render the messages that a session has not read yet, or all of them where nothing is known."""
         return lambda session, live: self._chat(list(messages), session, live)
 
     def _chat(self, messages: list[Message], session: Session, live: Live | None) -> Prompt:
@@ -40,14 +40,14 @@ class Prompts:
         return Prompt(text=lead + "\n".join(m["content"] for m in new), messages=digests[old:])
 
     def question(self, text: str) -> Any:
-        """A question to a session that has no context."""
+        """Render a question to a session that has no context."""
         if self.template is None:
             return lambda session, live: Prompt(text=text)
         return self.chat([{"role": "user", "content": text}])
 
     @staticmethod
     def plain(prompt: str | list[int], size: int) -> Any:
-        """A text, or token ids of a vocabulary of ``size``. UserError for other ids."""
+        """Take a text, or token ids of a vocabulary of ``size``. UserError for other ids."""
         if isinstance(prompt, str):
             return lambda session, live: Prompt(text=prompt)
         if wrong := [i for i in prompt if not 0 <= i < size]:

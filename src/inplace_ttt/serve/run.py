@@ -1,9 +1,10 @@
-"""From a model's name to a server that runs."""
+"""From a model's name to a server that runs. It listens at once; torch and the model are loaded meanwhile."""
 
 import asyncio
 import logging
 import signal
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -13,21 +14,13 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import UserError
-from ..hf.attach import UNTRAINED, is_trained
-from ..hf.load import load
 from ..shipped import DEFAULT_MODEL
-from .app import make_app
-from .engine import Engine
-from .files import LocalFiles
-from .guard import LOOPBACK, read_keys
-from .metrics import Metrics
-from .service import Service
+from .guard import LOOPBACK, Guard, read_keys
 from .settings import Limits
-from .store import Store
 
 
 class _Protocol(H11Protocol):
-    """Cuts off clients that send no whole request head in time, or do not take their answer; uvicorn would wait."""
+    """A protocol that cuts off clients that send no whole request head in time, or do not take their answer."""
 
     patience = 30.0
 
@@ -53,39 +46,16 @@ class _Protocol(H11Protocol):
         super().connection_lost(exc)
 
 
-def load_model(name: str | None, device: str | None = None, objective: str | None = None, **settings: Any) -> Any:
-    """Model and tokenizer; a plain model gets fast weights with ``objective``. UserError where that does not fit."""
-    given = {key: value for key, value in settings.items() if value is not None}
-    if objective is None and given:
-        raise UserError(f"{', '.join(given)}: for a plain model only, which needs an objective too")
-    return load(DEFAULT_MODEL if name is None else name, device, objective=objective, **given)
-
-
-def make_service(
-    model: Any,
-    tokenizer: Any,
-    name: str,
-    state: Path,
-    limits: Limits,
-    adapters: Path | None = None,
-    state_form: str | int = "dense",
-    **options: Any,
-) -> Service:
-    """A service on a loaded model that keeps its sessions below ``state``. ``options``: as for ``Session``."""
-    metrics = Metrics()
-    engine = Engine(model, tokenizer, Store(LocalFiles(state)), limits, metrics, state=state_form, **options)
-    return Service(engine, metrics, tokenizer, name, adapters)
-
-
 def serve(
     name: str | None,
     *,
     host: str,
     port: int,
     api_keys: Path | None,
-    state: Path | None,
+    state: str | Path | None,
     limits: Limits,
     log: Callable[[str], None],
+    quiet: Callable[[], None] = lambda: None,
     device: str | None = None,
     objective: str | None = None,
     settings: dict[str, Any] | None = None,
@@ -94,7 +64,7 @@ def serve(
     state_form: str | int = "dense",
     **options: Any,
 ) -> None:
-    """Serves until it is told to stop (SIGTERM, Ctrl-C). ``port`` 0 takes a free one.
+    """Serve until told to stop (SIGTERM, Ctrl-C). ``port`` 0 takes a free one; ``quiet`` is called before loading.
 
     Raises UserError on a model, keys or a directory that do not fit, and where others than this machine could reach a
     server without keys.
@@ -103,32 +73,45 @@ def serve(
     keys = None if api_keys is None else read_keys(api_keys)
     if keys is None and host not in LOOPBACK:
         raise UserError(f"on {host} anybody could use this server: give --api-keys FILE, or stay on 127.0.0.1")
+    served, began = served_name or Path(name or DEFAULT_MODEL).name, time.perf_counter()
     with ExitStack() as stack:
         if state is None:
             state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="inplace-ttt-")))
             log("Sessions are kept until the server stops; --state-dir DIR keeps them for longer.")
-        model, tokenizer = load_model(name, device, objective, **(settings or {}))
-        if not is_trained(model):
-            log(f"warning: {UNTRAINED}")
-        served = served_name or Path(name or DEFAULT_MODEL).name
-        service = make_service(model, tokenizer, served, state, limits, adapters, state_form=state_form, **options)
-        _run(make_app(service, keys), host, port, limits, served, keys is not None, log)
 
+        def load() -> Any:
+            from ..hf.attach import UNTRAINED, is_trained  # here: they import torch and FastAPI
+            from .app import make_app
+            from .service import load_model, make_service
 
-def _run(app: Any, host: str, port: int, limits: Limits, name: str, has_keys: bool, log: Callable[[str], None]) -> None:
-    server = Server(app, host, port, lambda at: log(_greeting(host, at, name, has_keys)))
-    with suppress(KeyboardInterrupt, SystemExit):  # uvicorn's way of saying that it could not start
-        asyncio.run(server.serve())
-    if not server.started:
-        raise UserError(f"cannot listen on {host}:{port}: is it in use? Give another --port")
+            quiet()
+            model, tokenizer = load_model(name, device, objective, **(settings or {}))
+            service = make_service(model, tokenizer, served, state, limits, adapters, state_form=state_form, **options)
+            log(f"Loaded after {time.perf_counter() - began:.1f} s.")
+            if not is_trained(model):
+                log(f"warning: {UNTRAINED}")
+            return make_app(service)
+
+        server = Server(
+            Guard(load, limits, keys), host, port, lambda at: log(_greeting(host, at, served, keys is not None))
+        )
+        with suppress(KeyboardInterrupt, SystemExit):  # uvicorn's way of saying that it could not start
+            asyncio.run(server.serve())
+        if not server.started:
+            raise UserError(f"cannot listen on {host}:{port}: is it in use? Give another --port")
+        if server.failure is not None:
+            raise server.failure
 
 
 class Server(uvicorn.Server):
-    """Calls ``ready(port)`` when it listens, and lets the engine know at once when it is to stop."""
+    """A server that calls ``ready(port)`` when it listens, and lets the engine know at once when it is to stop.
 
-    def __init__(self, app: Any, host: str, port: int, ready: Callable[[int], None]) -> None:
-        self.engine: Engine = app.app.state.service.engine
-        self.ready, limits = ready, self.engine.limits
+    Stops when the model cannot be loaded; ``failure`` says why.
+    """
+
+    def __init__(self, app: Guard, host: str, port: int, ready: Callable[[int], None]) -> None:
+        self.app, self.ready, limits = app, ready, app.limits
+        self.failure: BaseException | None = None
         config = uvicorn.Config(
             app, host=host, port=port, http=type("Protocol", (_Protocol,), {"patience": limits.slow}), ws="none",
             log_level="warning", access_log=False, server_header=False, h11_max_incomplete_event_size=65536,
@@ -140,9 +123,15 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self.ready(self.servers[0].sockets[0].getsockname()[1])
+            assert self.app.loading is not None
+            self.app.loading.add_done_callback(self._loaded)
+
+    def _loaded(self, loading: "asyncio.Task[Any]") -> None:
+        if not loading.cancelled() and (error := loading.exception()) is not None:
+            self.failure, self.should_exit = error, True
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        self.engine.begin_stop()
+        self.app.begin_stop()
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True  # and exit with 0: uvicorn's own handler would raise the signal again at the end
 
@@ -150,8 +139,11 @@ class Server(uvicorn.Server):
 def _greeting(host: str, port: int, name: str, has_keys: bool) -> str:
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     key = " -H 'Authorization: Bearer KEY'" if has_keys else ""
-    body = f'{{"model": "{name}", "prompt": "def read(", "max_tokens": 24, "temperature": 0}}'
+    body = (
+        f'{{"model": "{name}", "prompt": "class Reader:\\n    def __init__(self", "max_tokens": 24, "temperature": 0}}'
+    )
     return (
-        f"Serving {name} on {where} (a page for people, /v1 for OpenAI's clients). Try:\n\n"
+        f"Serving {name} on {where} (a page for people, /v1 for OpenAI's clients). The model is being loaded, "
+        "requests wait for it. Try:\n\n"
         f"curl {where}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'\n"
     )

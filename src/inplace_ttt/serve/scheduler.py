@@ -43,7 +43,7 @@ class Finish:
 
 
 class Scheduler:
-    """Runs all work on the sessions of ``pool``; only this thread touches them.
+    """A thread that runs all work on the sessions of ``pool``; only this thread touches them.
 
     ``watch`` has ``step(rows, seconds)`` and ``call(seconds)``, called from the thread.
     """
@@ -61,35 +61,35 @@ class Scheduler:
 
     @property
     def stopped(self) -> bool:
-        """Whether it takes no work any more."""
+        """Return whether it takes no more work."""
         return self._stopping
 
     @property
     def writing(self) -> int:
-        """Sessions that write now."""
+        """Count the sessions that write now."""
         return len(self._active)
 
     @property
     def waiting(self) -> int:
-        """Pieces of reading and writers that wait for their turn."""
+        """Count the pieces of reading and the writers that wait for their turn."""
         return len(self._calls) + len(self._joining)
 
     # -- from the event loop --------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Starts the thread; called on the event loop that the events go to."""
+        """Start the thread; called on the event loop that the events go to."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     async def stop(self) -> None:
-        """Ends the thread after its present step; what waits gets StoppedError."""
+        """End the thread after its present step; what waits gets StoppedError."""
         with self._work:
             self._stopping = True
             self._work.notify()
         await asyncio.to_thread(self._thread.join)
 
     async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Runs a piece of work in the thread and returns what it returns. Once begun it is not cancelled."""
+        """Run a piece of work in the thread and return its result. Once begun it is not cancelled."""
         done: Future[Any] = Future()
         with self._work:
             if self._stopping:
@@ -99,7 +99,7 @@ class Scheduler:
         return await asyncio.shield(asyncio.wrap_future(done))
 
     def write(self, session: Session, look: Callable[[Writer], Any] | None = None, **options: Any) -> Writing:
-        """Lets a session write, as ``Writers.join``; ``look(writer)`` is called in the thread for each token chosen."""
+        """Let a session write, as ``Writers.join``; ``look(writer)`` is called in the thread for each token chosen."""
         writing = Writing(session, look, options)
         with self._work:
             if self._stopping:
@@ -109,7 +109,7 @@ class Scheduler:
         return writing
 
     def cancel(self, writing: Writing) -> None:
-        """Ends a writing before its next step. Its Finish comes all the same."""
+        """End a writing before its next step. Its Finish comes all the same."""
         with self._work:
             writing.stopped = True
             self._work.notify()
@@ -132,7 +132,7 @@ class Scheduler:
         self._end()
 
     def _next_call(self) -> bool:
-        """Runs the piece of work that waits longest; whether there was one."""
+        """Run the piece of work that waits longest; return whether there was one."""
         with self._work:
             call = self._calls.popleft() if self._calls and not self._stopping else None
         if call is not None:
@@ -196,7 +196,7 @@ class Scheduler:
             self.watch.step(rows, perf_counter() - began)
 
     def _news(self, writing: Writing) -> tuple[Any, list[int], Any]:
-        """What a step brought: new text, the ids read since the last news, what ``look`` said about them."""
+        """Return what a step brought: new text, the ids read since the last news, what ``look`` said about them."""
         writer = writing.writer
         assert writer is not None
         ids, writing.seen = writer.ids[writing.seen :], len(writer.ids)
@@ -204,7 +204,7 @@ class Scheduler:
         return writer.piece, ids, looked
 
     def _fail(self, error: Exception) -> None:
-        """All who write end with an error; their sessions are as before the step."""
+        """End all who write with an error; their sessions are as before the step."""
         self._writers.close()
         failed, self._active = list(self._active.values()), {}
         self._send([(writing, Finish("error", error)) for writing in failed])

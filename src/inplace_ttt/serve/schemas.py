@@ -7,6 +7,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What a session may be called."""
+Learn = Literal["all", "read", "written", "none"]
+"""The names in ``settings.LEARN``."""
 
 
 class Body(BaseModel):
@@ -25,7 +27,7 @@ class Body(BaseModel):
 
 
 class Sampled(Body):
-    """How an answer is sampled, OpenAI's settings and this library's."""
+    """Sampling settings: OpenAI's and this library's."""
 
     max_tokens: Annotated[int | None, Field(ge=0)] = None
     temperature: Annotated[float | None, Field(ge=0, le=100, allow_inf_nan=False)] = 1.0
@@ -38,7 +40,7 @@ class Sampled(Body):
     stream: bool | None = False
 
     def options(self, most: int, default: int) -> dict[str, Any]:
-        """As ``Session.generate`` takes them."""
+        """Return options as ``Session.generate`` takes them."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         temperature = 1.0 if self.temperature is None else self.temperature
         found: dict[str, Any] = {"temperature": temperature, "stop": [s for s in stop if s]}
@@ -58,7 +60,7 @@ class StreamOptions(BaseModel):
 
 
 class OpenAI(Sampled):
-    """What both OpenAI routes take."""
+    """Fields that both OpenAI routes take."""
 
     model: str
     n: Annotated[int | None, Field(ge=1)] = 1
@@ -72,7 +74,7 @@ class OpenAI(Sampled):
 
 
 def _as_text(content: Any) -> Any:
-    """OpenAI's content parts as one text; only text parts are known."""
+    """Join OpenAI's content parts to one text; only text parts are known."""
     if content is None:
         return ""
     if isinstance(content, list) and all(
@@ -90,7 +92,7 @@ class Message(BaseModel):
     content: Annotated[str, BeforeValidator(_as_text)]
 
     def plain(self) -> dict[str, str]:
-        """For a chat template."""
+        """Return the message for a chat template."""
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
@@ -124,17 +126,26 @@ class Completion(OpenAI):
     suffix: Literal[""] | None = None
 
     def prompts(self) -> list[Any]:
-        """One or several."""
+        """Return one prompt or several."""
         prompt: Any = self.prompt
         several = isinstance(prompt, list) and prompt and not all(isinstance(part, int) for part in prompt)
         return prompt if several else [prompt]
+
+
+class SessionHeaders(BaseModel):
+    """Headers of OpenAI's routes: a session, the version it must be at, and what it learns of this request."""
+
+    x_session_id: Annotated[str, Field(pattern=ID)] | None = None
+    x_session_version: int | None = None
+    x_session_learn: Learn | None = None
 
 
 class NewSession(Body):
     """``POST /v1/sessions``."""
 
     id: Annotated[str, Field(pattern=ID)] | None = None
-    frozen: bool = False
+    frozen: bool | None = None
+    learn: Learn | None = None
 
 
 class AtVersion(Body):
@@ -166,6 +177,7 @@ class Read(AtVersion):
 
     text: str
     stream: bool = False
+    learn: Literal["all", "read", "none"] | None = None
 
 
 class Score(Body):

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi import Path as InPath
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 
 from . import work
@@ -26,8 +27,8 @@ Id = Annotated[str, InPath(pattern=ID)]
 
 @router.post("", status_code=201)
 async def create(request: Request) -> dict[str, Any]:
-    """Makes a session; with a ``file`` (a form), from a session file."""
-    engine, owner = Service.of(request).engine, request.scope["owner"]
+    """Make a session; with a ``file`` (a form), from a session file."""
+    engine = Service.of(request).engine
     async with _form(request) as (values, file):
         body = _body(NewSession, values)
         id = body.id or new_id()
@@ -36,37 +37,33 @@ async def create(request: Request) -> dict[str, Any]:
             if file is not None:
                 path = Path(place) / "session"
                 path.write_bytes(await file.read())
-            job = engine.begin(lambda job: work.create(engine, owner, id, body.frozen, path))
-            version = await outcome(job, request)
-    return {"id": id, "object": "session", "version": version, "frozen": body.frozen}
+            frozen = engine.frozen if body.frozen is None else body.frozen
+            made = await _versioned(request, id, work.create, frozen, body.learn, path)
+    return {**made, "frozen": frozen, "learn": body.learn or engine.learn}
 
 
 @router.get("")
 async def index(request: Request) -> dict[str, Any]:
-    """The owner's sessions."""
+    """List the owner's sessions."""
     return {"object": "list", "data": await work.index(Service.of(request).engine, request.scope["owner"])}
 
 
 @router.get("/{id}")
 async def describe(id: Id, request: Request, diagnostics: bool = True) -> Any:
-    """Where a session stands: statistics, diagnostics, versions to go back to."""
-    engine, owner = Service.of(request).engine, request.scope["owner"]
-    return JSONResponse(
-        _finite(await outcome(engine.begin(lambda _: work.describe(engine, owner, id, diagnostics)), request))
-    )
+    """Describe where a session stands: statistics, diagnostics, versions to go back to."""
+    return JSONResponse(_finite(await _done(request, work.describe, id, diagnostics)))
 
 
 @router.delete("/{id}")
 async def delete(id: Id, request: Request) -> dict[str, Any]:
-    """Removes a session and all its versions."""
-    engine, owner = Service.of(request).engine, request.scope["owner"]
-    await outcome(engine.begin(lambda _: work.delete(engine, owner, id)), request)
+    """Remove a session and all its versions."""
+    await _done(request, work.delete, id)
     return {"id": id, "object": "session", "deleted": True}
 
 
 @router.post("/{id}/read")
 async def read(id: Id, request: Request) -> Any:
-    """Reads a text, or a ``file`` (a form) in UTF-8; with ``stream`` tells how far it is."""
+    """Read a text, or a ``file`` (a form) in UTF-8; with ``stream`` tells how far it is."""
     service, owner = Service.of(request), request.scope["owner"]
     engine = service.engine
     async with _form(request) as (values, file):
@@ -75,7 +72,7 @@ async def read(id: Id, request: Request) -> Any:
     body = _body(Read, values)
 
     async def reading(job: Any) -> Any:
-        found = await work.read(engine, job, owner, id, body.text, body.if_version)
+        found = await work.read(engine, job, owner, id, body.text, body.if_version, body.learn)
         service.metrics.read.inc(found["tokens"])
         return found
 
@@ -87,7 +84,7 @@ async def read(id: Id, request: Request) -> Any:
 
 @router.post("/{id}/score")
 async def score(id: Id, body: Score, request: Request) -> Any:
-    """Loss of a text as the continuation, in nats per token; leaves no trace."""
+    """Score a text as the continuation, in nats per token; leaves no trace."""
     engine, owner = Service.of(request).engine, request.scope["owner"]
     job = engine.begin(lambda job: work.score(engine, job, owner, id, body.text, body.losses))
     return JSONResponse(_finite(await outcome(job, request)))
@@ -95,7 +92,7 @@ async def score(id: Id, body: Score, request: Request) -> Any:
 
 @router.post("/{id}/ask")
 async def ask(id: Id, body: Ask, request: Request) -> Any:
-    """Answers from what was learned alone, without context; leaves no trace."""
+    """Answer from what was learned alone, without context; leaves no trace."""
     service, owner = Service.of(request), request.scope["owner"]
     engine, render = service.engine, service.prompts.question(body.question)
     options = body.options(engine.limits.new_tokens, 256)
@@ -116,49 +113,43 @@ async def ask(id: Id, body: Ask, request: Request) -> Any:
 
 @router.post("/{id}/fork", status_code=201)
 async def fork(id: Id, request: Request, body: Fork | None = None) -> dict[str, Any]:
-    """Makes an independent session in the same state."""
+    """Make an independent session in the same state."""
     body = body or Fork()
-    engine, owner, new = Service.of(request).engine, request.scope["owner"], body.id or new_id()
-    job = engine.begin(lambda _: work.fork(engine, owner, id, new, body.if_version))
-    return {"id": new, "object": "session", "version": await outcome(job, request), "from": id}
+    new = body.id or new_id()
+    made = await _versioned(request, id, work.fork, new, body.if_version)
+    return {**made, "id": new, "from": id}
 
 
 @router.post("/{id}/reset")
 async def reset(id: Id, request: Request, body: AtVersion | None = None) -> dict[str, Any]:
-    """Forgets everything."""
-    return await _change(id, request, {"op": "reset"}, body)
+    """Forget everything."""
+    return await _versioned(request, id, work.change, {"op": "reset"}, body and body.if_version)
 
 
 @router.post("/{id}/freeze")
 async def freeze(id: Id, request: Request, body: Freeze | None = None) -> dict[str, Any]:
-    """Lets a session answer without learning, or learn again."""
+    """Let a session answer without learning, or learn again."""
     body = body or Freeze()
-    return await _change(id, request, {"op": "freeze", "frozen": body.frozen}, body)
+    return await _versioned(request, id, work.change, {"op": "freeze", "frozen": body.frozen}, body.if_version)
 
 
 @router.post("/{id}/save")
 async def save(id: Id, request: Request, body: AtVersion | None = None) -> dict[str, Any]:
-    """Keeps the present state as one to go back to."""
-    engine, owner, at = Service.of(request).engine, request.scope["owner"], body.if_version if body else None
-    job = engine.begin(lambda _: work.save(engine, owner, id, at))
-    return {"id": id, "object": "session", "version": await outcome(job, request)}
+    """Keep the present state as one to go back to."""
+    return await _versioned(request, id, work.save, body and body.if_version)
 
 
 @router.post("/{id}/rollback")
 async def rollback(id: Id, request: Request, body: Rollback | None = None) -> dict[str, Any]:
-    """Goes back to a saved version."""
+    """Go back to a saved version."""
     body = body or Rollback()
-    engine, owner = Service.of(request).engine, request.scope["owner"]
-    job = engine.begin(lambda _: work.rollback(engine, owner, id, body.version, body.if_version))
-    return {"id": id, "object": "session", "version": await outcome(job, request)}
+    return await _versioned(request, id, work.rollback, body.version, body.if_version)
 
 
 @router.post("/{id}/export")
 async def export(id: Id, request: Request, body: Export | None = None) -> Any:
-    """What was learned as a LoRA adapter: a zip file, or its path where the server has a folder for adapters."""
-    service, owner, rank = Service.of(request), request.scope["owner"], (body or Export()).rank
-    job = service.engine.begin(lambda _: work.export(service.engine, owner, id, rank, service.adapters))
-    found = await outcome(job, request)
+    """Export what was learned as a LoRA adapter: a zip file, or its path where the server has a folder for adapters."""
+    found = await _done(request, work.export, id, (body or Export()).rank, Service.of(request).adapters)
     if "path" in found:
         return JSONResponse(found)
     name = {"content-disposition": f'attachment; filename="{found["name"]}.zip"', "x-adapter-name": found["name"]}
@@ -167,29 +158,35 @@ async def export(id: Id, request: Request, body: Export | None = None) -> Any:
 
 @router.get("/{id}/file")
 async def file(id: Id, request: Request) -> Response:
-    """The session as a file, for ``Session.load`` or another server."""
-    engine, owner = Service.of(request).engine, request.scope["owner"]
-    data = await outcome(engine.begin(lambda _: work.download(engine, owner, id)), request)
+    """Return the session as a file, for ``Session.load`` or another server."""
     name = {"content-disposition": f'attachment; filename="{id}.session"'}
-    return Response(data, media_type="application/octet-stream", headers=name)
+    return Response(await _done(request, work.download, id), media_type="application/octet-stream", headers=name)
 
 
 def new_id() -> str:
-    """A session id that nobody guesses."""
+    """Return a session id that nobody guesses."""
     return f"sess-{secrets.token_hex(12)}"
 
 
-async def _change(id: str, request: Request, entry: dict[str, Any], body: AtVersion | None) -> dict[str, Any]:
-    engine, owner, at = Service.of(request).engine, request.scope["owner"], body.if_version if body else None
-    job = engine.begin(lambda _: work.change(engine, owner, id, entry, at))
-    return {"id": id, "object": "session", "version": await outcome(job, request)}
+async def _done(request: Request, function: Any, *arguments: Any) -> Any:
+    """Run ``function(engine, owner, *arguments)`` as a job and return its result."""
+    engine, owner = Service.of(request).engine, request.scope["owner"]
+    return await outcome(engine.begin(lambda _: function(engine, owner, *arguments)), request)
+
+
+async def _versioned(request: Request, id: str, function: Any, *arguments: Any) -> dict[str, Any]:
+    """Do something to a session that returns its version."""
+    return {"id": id, "object": "session", "version": await _done(request, function, id, *arguments)}
 
 
 @asynccontextmanager
 async def _form(request: Request) -> AsyncIterator[tuple[dict[str, Any], UploadFile | None]]:
-    """A body in JSON, or a form with an optional ``file``."""
+    """Parse a body in JSON, or a form with an optional ``file``."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
+        boundary = parse_options_header(request.headers["content-type"])[1].get(b"boundary", b"")
+        if b"--%s--" % boundary not in await request.body():  # the parser takes what there is
+            raise ServeError("the form ends too early: its closing boundary is missing")
         async with request.form(max_files=1, max_fields=8) as form:
             values: dict[str, Any] = {name: value for name, value in form.items() if isinstance(value, str)}
             file = form.get("file")
@@ -215,7 +212,7 @@ def _body(kind: type[B], values: dict[str, Any]) -> B:
 
 
 def mistakes(errors: Any) -> str:
-    """What validation found, in one line; without what was sent, which may be long."""
+    """Say what validation found, in one line; without what was sent, which may be long."""
     found = []
     for error in list(errors)[:5]:
         place = ".".join(str(part) for part in error["loc"] if part not in ("body", "header", "path", "query"))
@@ -233,7 +230,7 @@ def _decoded(data: bytes) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows no nan."""
+    """Replace nan, which JSON does not know, by None."""
     if isinstance(value, float):
         return value if value == value and abs(value) != float("inf") else None
     if isinstance(value, dict):

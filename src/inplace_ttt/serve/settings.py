@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+LEARN = {"all": (True, True), "read": (True, False), "written": (False, True), "none": (False, False)}
+"""What a session learns: whether what it reads, and whether what it writes. The rest is in its context only."""
+
 
 @dataclass(frozen=True)
 class Limits:

@@ -20,7 +20,7 @@ log = logging.getLogger("inplace_ttt.serve")
 async def streamed(
     job: Job, request: Request, lines: Callable[[Any], list[Any]], end: Callable[[Any], list[Any]]
 ) -> StreamingResponse:
-    """A job's events as they come: each is turned into JSON values by ``lines``, its result by ``end``.
+    """Stream a job's events as they come: each is turned into JSON values by ``lines``, its result by ``end``.
 
     The answer begins with the first event: a job that fails before is an error with a status of its own. A client that
     leaves stops the job.
@@ -65,18 +65,18 @@ def _line(value: Any) -> bytes:
 
 
 def as_serve_error(error: ServeError | UserError) -> ServeError:
-    """A user's mistake is a bad request."""
+    """Return an error for the client; a user's mistake is a bad request."""
     return error if isinstance(error, ServeError) else ServeError(str(error))
 
 
 async def outcome(job: Job, request: Request) -> Any:
-    """A job's result. A client that leaves stops it."""
+    """Return a job's result. A client that leaves stops it."""
     await _unless_gone(request, job, job.result())
     return await job.result()
 
 
 async def _unless_gone(request: Request, job: Job, wanted: Any) -> None:
-    """Waits for something; if the client leaves before, stops the job."""
+    """Wait for something; if the client leaves before, stop the job."""
     waiting, gone = asyncio.ensure_future(wanted), asyncio.create_task(_gone(request))
     try:
         await asyncio.wait([waiting, gone], return_when=asyncio.FIRST_COMPLETED)

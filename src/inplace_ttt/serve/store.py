@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .files import ExistsError, LocalFiles
+from .files import ExistsError, LocalFiles, RemoteFiles
 
 KEPT_ENTRIES = 64
 """Entries that stay when a newer state covers them: one who is that far behind still notices that he is."""
@@ -25,7 +25,7 @@ KEPT_STATES = 4
 
 
 class ConflictError(Exception):
-    """Somebody else changed the session first."""
+    """An error: somebody else changed the session first."""
 
 
 @dataclass
@@ -48,23 +48,23 @@ class Record:
 
 
 def digest(text: str) -> str:
-    """A name that is safe as a file's name and says nothing."""
+    """Return a name that is safe as a file's name and says nothing."""
     return hashlib.sha256(text.encode()).hexdigest()[:40]
 
 
 class Store:
     """Sessions of owners. Keys are "OWNER/SESSION", both hashed."""
 
-    def __init__(self, files: LocalFiles) -> None:
+    def __init__(self, files: LocalFiles | RemoteFiles) -> None:
         self.files = files
 
     @staticmethod
     def key(owner: str, name: str) -> str:
-        """Where a session is kept."""
+        """Return the folder of a session."""
         return f"{digest(owner)}/{digest(name)}"
 
     def create(self, owner: str, name: str, values: dict[str, Any]) -> str:
-        """Makes a session at version 0 and returns its key. Raises ConflictError when there is one of this name."""
+        """Make a session at version 0 and return its key. Raises ConflictError when there is one of this name."""
         key = self.key(owner, name)
         try:
             self.files.create(f"{key}/{_entry(0)}", json.dumps({"id": name, **values}).encode())
@@ -73,7 +73,7 @@ class Store:
         return key
 
     def about(self, key: str) -> dict[str, Any] | None:
-        """What ``create`` was told, or None when there is no such session."""
+        """Return what ``create`` was told, or None when there is no such session."""
         try:
             found: dict[str, Any] = json.loads(self.files.read(f"{key}/{_entry(0)}"))
         except FileNotFoundError:
@@ -81,22 +81,22 @@ class Store:
         return found
 
     def of_owner(self, owner: str) -> list[tuple[str, dict[str, Any]]]:
-        """Keys of an owner's sessions and what ``create`` was told, oldest first."""
+        """List the keys of an owner's sessions and what ``create`` was told, oldest first."""
         folder = digest(owner)
         found = [(key, about) for name in self.files.names(folder) if (about := self.about(key := f"{folder}/{name}"))]
         return sorted(found, key=lambda pair: (pair[1].get("created", 0), pair[1]["id"]))
 
     def count(self, owner: str) -> int:
-        """How many sessions an owner has."""
+        """Count an owner's sessions."""
         return len(self.files.names(digest(owner)))
 
     def version(self, key: str) -> int | None:
-        """The newest version; None when there is no such session."""
+        """Return the newest version; None when there is no such session."""
         names = self.files.names(key)
         return max((_number(name) for name in names if name.endswith(".json")), default=0) if names else None
 
     def append(self, key: str, version: int, entry: dict[str, Any]) -> None:
-        """Adds the entry that makes ``version`` of the version before it; on disk when this returns.
+        """Add the entry that makes ``version`` of the version before it; on disk when this returns.
 
         Raises ConflictError when the newest version is another one.
         """
@@ -108,7 +108,7 @@ class Store:
             raise ConflictError("this session was changed meanwhile") from None
 
     def record(self, key: str) -> Record | None:
-        """A stored session, or None."""
+        """Return a stored session, or None."""
         names = self.files.names(key)
         if not names:
             return None
@@ -120,11 +120,11 @@ class Store:
         return Record(max([after, *numbers]), newest, entries, self._saved(names))
 
     def state(self, key: str, version: int) -> State:
-        """The stored state of a version. Raises FileNotFoundError."""
+        """Return the stored state of a version. Raises FileNotFoundError."""
         return self._state(key, _named("state", version))
 
     def add_state(self, key: str, version: int, write: Callable[[Path], None], values: dict[str, Any]) -> None:
-        """Stores a state of ``version``, which ``write`` writes to a path, and drops what it makes superfluous."""
+        """Store a state of ``version``, which ``write`` writes to a path, and drop what it makes superfluous."""
         stem = _named("state", version).removesuffix(".json")
         blob = f"{key}/{stem}-{secrets.token_hex(4)}.session"
         self.files.put(blob, write)
@@ -135,19 +135,19 @@ class Store:
         self._clean(key)
 
     def mark_saved(self, key: str, version: int) -> None:
-        """Lets the stored state of ``version`` stay, to come back to."""
+        """Let the stored state of ``version`` stay, to come back to."""
         with suppress(ExistsError):
             self.files.create(f"{key}/{_named('saved', version)}", b"{}")
         self._clean(key)
 
     @contextmanager
     def opened(self, state: State) -> Iterator[Path]:
-        """A state's session file."""
+        """Yield a state's session file."""
         with self.files.local(state.blob) as path:
             yield path
 
     def delete(self, key: str) -> None:
-        """Removes a session and all that it has."""
+        """Remove a session and all that it has."""
         self.files.remove(f"{key}/{_entry(0)}")  # from here on nobody finds it
         self.files.remove(key)
 

@@ -4,13 +4,11 @@ Functions that may take long get the ``Job`` they run in and tell through it how
 """
 
 import asyncio
-import io
 import shutil
 import tempfile
 import time
-import zipfile
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +38,22 @@ class Answered:
 # -- a session's life --------------------------------------------------------------------------------------------------
 
 
-async def create(engine: Engine, owner: str, id: str, frozen: bool = False, file: Path | None = None) -> int:
-    """Makes a session, empty or with what a session file holds; its version. UserError for a file that does not fit."""
+async def create(
+    engine: Engine, owner: str, id: str, frozen: bool = False, learn: str | None = None, file: Path | None = None
+) -> int:
+    """Make a session, empty or from a session file; return its version. UserError for a file that does not fit."""
+    learn = learn or engine.learn
+    engine.learning(learn)
     await _check_count(engine, owner)
     session = None
     if file is not None:
         async with engine.room(1):
             session = await engine.piece(_checked, engine, file)
-    return await _new(engine, owner, id, session, {"history": [], "frozen": frozen})
+    return await _new(engine, owner, id, session, {"history": [], "frozen": frozen, "learn": learn})
 
 
 async def fork(engine: Engine, owner: str, id: str, new: str, version: int | None = None) -> int:
-    """Makes a copy of a session under another id; its version."""
+    """Copy a session under another id; return its version."""
     await _check_count(engine, owner)
     async with engine.use(owner, id, version) as live:
         copy = await engine.piece(live.loaded.fork)
@@ -59,14 +61,14 @@ async def fork(engine: Engine, owner: str, id: str, new: str, version: int | Non
 
 
 async def delete(engine: Engine, owner: str, id: str) -> None:
-    """Removes a session for good."""
+    """Remove a session for good."""
     async with engine.use(owner, id) as live:
         await asyncio.to_thread(engine.store.delete, live.key)
-        await engine.forget(live)
+        engine.forget(live)
 
 
 async def index(engine: Engine, owner: str) -> list[dict[str, Any]]:
-    """An owner's sessions, oldest first."""
+    """List an owner's sessions, oldest first."""
     found = await asyncio.to_thread(engine.store.of_owner, owner)
     loaded = {live.key for live in engine.loaded}
     return [
@@ -76,7 +78,7 @@ async def index(engine: Engine, owner: str) -> list[dict[str, Any]]:
 
 
 async def describe(engine: Engine, owner: str, id: str, diagnostics: bool = True) -> dict[str, Any]:
-    """Where a session stands, and what the updates did to each layer."""
+    """Describe where a session stands, and what the updates did to each layer."""
     async with engine.use(owner, id) as live:
         found = await engine.piece(live.loaded.stats)
         layers = await engine.piece(live.loaded.diagnostics) if diagnostics else []
@@ -86,6 +88,7 @@ async def describe(engine: Engine, owner: str, id: str, diagnostics: bool = True
             "object": "session",
             "version": live.version,
             "frozen": live.frozen,
+            "learn": live.learn,
             "saved": record.saved if record else [],
             "stats": found.to_dict(),
             "diagnostics": [layer.__dict__ for layer in layers],
@@ -94,7 +97,7 @@ async def describe(engine: Engine, owner: str, id: str, diagnostics: bool = True
 
 
 async def change(engine: Engine, owner: str, id: str, entry: dict[str, Any], version: int | None = None) -> int:
-    """Resets, freezes or thaws a session; its version."""
+    """Reset, freeze or thaw a session; return its version."""
     async with engine.use(owner, id, version) as live:
         if entry["op"] != "freeze":
             _check_thawed(live)
@@ -103,14 +106,15 @@ async def change(engine: Engine, owner: str, id: str, entry: dict[str, Any], ver
 
 
 async def save(engine: Engine, owner: str, id: str, version: int | None = None) -> int:
-    """Stores the present state as one to come back to; its version."""
+    """Store the present state as one to come back to; return its version."""
     async with engine.use(owner, id, version) as live:
-        await engine.save(live)
+        await engine.store_now(live)
+        await asyncio.to_thread(engine.store.mark_saved, live.key, live.stored)
         return live.version
 
 
 async def rollback(engine: Engine, owner: str, id: str, to: int | None, version: int | None = None) -> int:
-    """Goes back to a saved version (the last one, if not said), which makes a new version."""
+    """Go back to a saved version (the last one, if not said), which makes a new version."""
     async with engine.use(owner, id, version) as live:
         _check_thawed(live)
         record = await asyncio.to_thread(engine.store.record, live.key)
@@ -125,7 +129,7 @@ async def rollback(engine: Engine, owner: str, id: str, to: int | None, version:
 
 
 async def export(engine: Engine, owner: str, id: str, rank: int | None, folder: Path | None) -> dict[str, Any]:
-    """What a session learned as a LoRA adapter: below ``folder`` ("path"), or as a zip file ("zip")."""
+    """Export what a session learned as a LoRA adapter: below ``folder`` ("path"), or as a zip file ("zip")."""
     async with engine.use(owner, id, copies=1) as live:
         copy, version, key = await engine.piece(live.loaded.fork), live.version, live.key
     name = f"{id}-v{version}"
@@ -133,14 +137,15 @@ async def export(engine: Engine, owner: str, id: str, rank: int | None, folder: 
         layers = await asyncio.to_thread(copy.export_lora, Path(place) / name, rank)
         found: dict[str, Any] = {"name": name, "version": version, "layers": [layer.__dict__ for layer in layers]}
         if folder is None:
-            return {**found, "zip": await asyncio.to_thread(_zip, Path(place))}
+            packed = await asyncio.to_thread(shutil.make_archive, f"{place}/zip", "zip", place, name)
+            return {**found, "zip": Path(packed).read_bytes()}
         target = folder / f"{key.replace('/', '-')}-v{version}"
-        await asyncio.to_thread(_move, Path(place) / name, target)
+        await asyncio.to_thread(shutil.copytree, Path(place) / name, target, dirs_exist_ok=True)
         return {**found, "path": str(target.resolve())}
 
 
 async def download(engine: Engine, owner: str, id: str) -> bytes:
-    """A session's file."""
+    """Return a session's file."""
     async with engine.use(owner, id) as live:
         copy = await engine.piece(live.loaded.fork)
     with tempfile.TemporaryDirectory() as place:
@@ -152,17 +157,29 @@ async def download(engine: Engine, owner: str, id: str) -> bytes:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-async def read(engine: Engine, job: Job, owner: str, id: str, text: str, version: int | None = None) -> dict[str, Any]:
-    """Reads a text into a session, piece by piece; stopped, it ends after the present one."""
+async def read(
+    engine: Engine, job: Job, owner: str, id: str, text: str, version: int | None = None, learn: str | None = None
+) -> dict[str, Any]:
+    """Read a text into a session, piece by piece; stopped, it ends after the present one.
+
+    A text that is not to be learned is tokenised on its own.
+    """
     async with engine.use(owner, id, version) as live:
         _check_thawed(live)
         began, before, done = time.perf_counter(), live.tokens, 0
-        for at in range(0, len(text), engine.limits.piece):
+        is_learned, _ = engine.learning(learn or live.learn)
+        source: Any = text
+        if not is_learned:
+            source = await engine.with_tokenizer(lambda tokenizer: _plain_ids(tokenizer, text))
+        size = engine.limits.piece if is_learned else IDS
+        for at in range(0, len(source), size):
             if job.stopped:
                 break
-            await engine.do(live, {"op": "read", "text": text[at : at + engine.limits.piece]})
+            part = source[at : at + size]
+            what = {"text": part} if is_learned else {"ids": part, "exact": at > 0, "learn": False}
+            await engine.do(live, {"op": "read", **what})
             await engine.keep_up(live)
-            done = min(at + engine.limits.piece, len(text))
+            done = len(text) * min(at + size, len(source)) // len(source)
             progress: dict[str, Any] = {"characters": done, "of": len(text), "tokens": live.tokens - before}
             progress |= {"seconds": time.perf_counter() - began, "version": live.version, "bytes": live.held}
             if samples := live.loaded.timeline.samples:
@@ -182,7 +199,7 @@ async def read(engine: Engine, job: Job, owner: str, id: str, text: str, version
 
 
 async def score(engine: Engine, job: Job, owner: str, id: str, text: str, losses: bool) -> dict[str, Any]:
-    """Loss of a text as a session's continuation; the session stays as it was."""
+    """Score a text as a session's continuation; the session stays as it was."""
     ids = await engine.with_tokenizer(lambda tokenizer: _plain_ids(tokenizer, text))
     found: list[float] = []
     async with engine.use(owner, id, copies=1) as live:
@@ -217,31 +234,35 @@ async def answer(
     look: Any = None,
     remember: Callable[[str], str] | None = None,
     context: bool = True,
+    learn: str | None = None,
 ) -> list[Answered]:
-    """Answers prompts, each ``choices`` times, and tells (index, piece of text, ids, looked) and (index, Finish).
+    """Answer prompts, each ``choices`` times, and tell (index, piece of text, ids, looked) and (index, Finish).
 
     With ``id`` the session reads and learns what it reads and writes, unless it is frozen or ``context`` is False
     (from its fast weights alone): then copies answer, as new sessions do without ``id``. ``remember`` makes the digest
-    of the answer that the session knows from then on. A job that is stopped ends its answers, with what they have.
+    of the answer that the session knows from then on. ``learn``: a name in ``LEARN``; None: as the session. A
+    job that is stopped ends its answers, with what they have.
     """
     check_options(options)
     count = len(renders) * choices
     if id is None:
+        reads, options["learn"] = engine.learning(learn or engine.learn)
         async with engine.room(count):
             starts = [await engine.piece(engine.blank.fork) for _ in renders]
-            pairs = [(s, await _rendered(engine, r, s, None)) for s, r in zip(starts, renders, strict=True)]
+            pairs = [(s, await _rendered(engine, r, s, None, reads)) for s, r in zip(starts, renders, strict=True)]
             return await _answers(engine, job, pairs, options, choices, look)
     async with engine.use(owner, id, version, copies=count) as live:
+        reads, options["learn"] = engine.learning(learn or live.learn)
         if context and not live.frozen:
             if count > 1:
                 raise ServeError("a session that learns gives one answer at a time: n and the number of prompts are 1")
-            return [await _learning(engine, job, live, renders[0], options, look, remember)]
+            return [await _learning(engine, job, live, renders[0], options, look, remember, reads)]
         copy: Session = await engine.piece(live.loaded.fork)
         if not context:
             await engine.piece(copy.drop_context)
         starts = [copy, *[await engine.piece(copy.fork) for _ in renders[1:]]]
         known = live if context else None
-        pairs = [(s, await _rendered(engine, r, s, known)) for s, r in zip(starts, renders, strict=True)]
+        pairs = [(s, await _rendered(engine, r, s, known, reads)) for s, r in zip(starts, renders, strict=True)]
         found = await _answers(engine, job, pairs, options, choices, look)
         for each in found:
             each.version = live.version
@@ -249,39 +270,35 @@ async def answer(
 
 
 async def _learning(
-    engine: Engine, job: Job, live: Live, render: Render, options: dict[str, Any], look: Any, remember: Any
+    engine: Engine, job: Job, live: Live, render: Render, options: dict[str, Any], look: Any, remember: Any, reads: bool
 ) -> Answered:
     session, before = live.loaded, live.tokens
-    prompt = await _rendered(engine, render, session, live)
+    prompt = await _rendered(engine, render, session, live, reads)
     if prompt.text or prompt.ids:
         await engine.do(live, prompt.entry())
     await engine.keep_up(live)
-    found = Answered("", "stop", live.tokens - before, [], [])
-    noted, failure = 0, None
+    found, noted = Answered("", "stop", live.tokens - before, [], []), 0
 
-    async def note(**values: Any) -> Exception | None:
+    async def note(at_least: int, **values: Any) -> None:
         nonlocal noted
-        ids, noted = found.ids[noted:], len(found.ids)
+        ids = found.ids[noted:]
+        if live.session is None or len(ids) < at_least:
+            return
+        noted = len(found.ids)
         try:
-            await engine.note(live, {"op": "wrote", "ids": ids, **values})
-        except (ServeError, OSError) as error:
-            await engine.forget(live)  # it holds what the journal does not
+            await engine.note(live, {"op": "wrote", "ids": ids, "learn": options["learn"], **values})
+        except Exception:
+            engine.forget(live)  # it holds what the journal does not
             job.stop()
-            return error
-        return None
+            raise
 
     try:
-        async for event in _writing(engine, job, session, 0, look, options, found):
-            job.emit(event)
-            if failure is None and len(found.ids) - noted >= engine.chunk_size:
-                failure = await note()
+        await _write(engine, job, session, found, look, options, after=lambda: note(engine.chunk_size))
     finally:
-        if failure is None and found.ids:
+        if found.ids:
             messages = [remember(found.text)] if remember else []
-            failure = await note(messages=messages)
+            await note(0, messages=messages)
             live.history += messages
-    if failure is not None:
-        raise failure
     found.version = live.version
     return found
 
@@ -289,63 +306,50 @@ async def _learning(
 async def _answers(
     engine: Engine, job: Job, prompts: list[tuple[Session, Prompt]], options: dict[str, Any], choices: int, look: Any
 ) -> list[Answered]:
-    """Answers of sessions that nobody keeps."""
+    """Answer on sessions that nobody keeps."""
     running: list[Awaitable[Answered]] = []
-    for number, (session, prompt) in enumerate(prompts):
+    for session, prompt in prompts:
         before = (await engine.piece(session.stats)).tokens
         for work in pieces_of(prompt.entry(), session, engine.limits.piece):
             await engine.piece(work)
         tokens = (await engine.piece(session.stats)).tokens - before
-        twins = [session, *[await engine.piece(session.fork) for _ in range(choices - 1)]]
         for twin in range(choices):
-            index, own = number * choices + twin, dict(options)
+            own, index = dict(options), len(running)
             if own.get("seed") is not None:
                 own["seed"] += twin  # answers to one prompt differ
-            found = Answered("", "stop", tokens, [], [])
-            running.append(_tell(engine, job, twins[twin], index, look, own, found))
-    return list(await _all(running))
-
-
-async def _all(running: list[Awaitable[Answered]]) -> list[Answered]:
-    """Waits for all of them, also when one fails; then raises the first failure."""
+            writer = session if twin == choices - 1 else await engine.piece(session.fork)
+            running.append(_write(engine, job, writer, Answered("", "stop", tokens, [], []), look, own, index))
     results = await asyncio.gather(*running, return_exceptions=True)
-    for result in results:
+    for result in results:  # when all have ended
         if isinstance(result, BaseException):
             raise result
-    return [result for result in results if isinstance(result, Answered)]
+    return results  # type: ignore[return-value]
 
 
-async def _tell(
-    engine: Engine, job: Job, session: Session, index: int, look: Any, options: dict[str, Any], found: Answered
-) -> Answered:
-    async for event in _writing(engine, job, session, index, look, options, found):
-        job.emit(event)
-    return found
-
-
-async def _writing(
-    engine: Engine, job: Job, session: Session, index: int, look: Any, options: dict[str, Any], found: Answered
-) -> Any:
-    """Lets a session write; fills in ``found`` and gives what to tell."""
+async def _write(
+    engine: Engine, job: Job, session: Session, found: Answered, look: Any, options: dict[str, Any], index: int = 0,
+    after: Any = None,
+) -> Answered:  # fmt: skip
+    """Let a session write: tell the job what comes and fill in ``found``; ``after()`` is awaited each time."""
     writing = job.follow(engine.scheduler.write(session, look, **options))
-    while True:
-        event = await writing.events.get()
-        if isinstance(event, Finish):
-            break
+    while not isinstance(event := await writing.events.get(), Finish):
         piece, ids, looked = event
         found.text += piece
         found.ids += ids
         found.looked += [looked] if ids else []
         if piece or ids:
-            yield index, piece, ids, looked
+            job.emit((index, piece, ids, looked))
+        if after is not None:
+            await after()
     if event.error is not None:
         raise event.error
     found.reason = event.reason
-    yield index, event
+    job.emit((index, event))
+    return found
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """UserError for sampling settings out of range and empty stop strings, before anything is read."""
+    """Raise UserError for sampling settings out of range and empty stop strings, before anything is read."""
     sampling = {name: value for name, value in options.items() if name not in ("max_new_tokens", "stop")}
     StopText(options.get("stop", ()))
     Sampling(**sampling)
@@ -364,8 +368,8 @@ def _plain_ids(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-async def _rendered(engine: Engine, render: Render, session: Session, live: Live | None) -> Prompt:
-    """What is read before an answer; ServeError when that is too long."""
+async def _rendered(engine: Engine, render: Render, session: Session, live: Live | None, learn: bool) -> Prompt:
+    """Render what is read before an answer; ServeError when that is too long."""
     prompt: Prompt = await engine.with_tokenizer(lambda tokenizer: render(session, live))
     ids = prompt.ids
     if ids is None:
@@ -376,7 +380,7 @@ async def _rendered(engine: Engine, render: Render, session: Session, live: Live
             "session",
             code="context_length_exceeded",
         )
-    return prompt
+    return prompt if learn else replace(prompt, text=None, ids=ids, learn=False)
 
 
 async def _check_count(engine: Engine, owner: str) -> None:
@@ -385,7 +389,7 @@ async def _check_count(engine: Engine, owner: str) -> None:
 
 
 async def _new(engine: Engine, owner: str, id: str, session: Session | None, values: dict[str, Any]) -> int:
-    """A new stored session in a state; its version."""
+    """Store a new session in a state; return its version."""
     try:
         key = await asyncio.to_thread(engine.store.create, owner, id, {"created": time.time()})
     except ConflictError as error:
@@ -402,18 +406,3 @@ def _checked(engine: Engine, file: Path) -> Session:
         raise UserError(str(error).replace(str(file), "the session file")) from None
     engine.pool.close("uploaded")
     return session
-
-
-def _zip(folder: Path) -> bytes:
-    data = io.BytesIO()
-    with zipfile.ZipFile(data, "w", zipfile.ZIP_STORED) as archive:
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                archive.write(path, path.relative_to(folder))
-    return data.getvalue()
-
-
-def _move(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists():
-        shutil.copytree(source, target, dirs_exist_ok=True)

@@ -42,7 +42,8 @@ def export(session: Session, directory: str | Path, rank: int | None = RANK) -> 
     ``rank``: at most this many directions a layer; None: as many as S has, so that nothing is lost. A warning says what
     a rank leaves out; the returned layers have it as numbers. Loaded with peft
     on the base model (without fast weights) it gives the logits that the session's weights of this moment give; it does
-    not learn on. Tokens whose chunk is not full yet (``stats().pending``) are not in it.
+    not learn on. Tokens whose chunk is not full yet (``stats().pending``) are not in it. Of a rule that keeps the norms
+    of W0's rows it is a DoRA adapter, with these norms as its magnitude.
 
     Raises UserError on a rank below 1, when nothing was learned yet, and when the fast weights are not finite; OSError
     when the files cannot be written.
@@ -50,8 +51,11 @@ def export(session: Session, directory: str | Path, rank: int | None = RANK) -> 
     if rank is not None and rank < 1:
         raise UserError(f"rank {rank}: at least 1")
     reader = session._reader
-    reader.settings.rule.need("linear", "an export as LoRA")
+    rule = reader.settings.rule
+    rule.need("linear", "an export as LoRA")
     learned = {i: S[0] for i, fast in session.fast_weights.items() if (S := fast.dense()) is not None and S.any()}
+    if rule.dora is not None:
+        learned = {i: session.fast_weights[i].tensors[rule.dora][0] for i in learned}
     if not learned and not is_trained(reader.model):
         raise UserError(UNTRAINED)
     if not learned:
@@ -74,13 +78,17 @@ def export(session: Session, directory: str | Path, rank: int | None = RANK) -> 
         A, B, full, error = factor(reader.config.lr * learned[site.index].double(), rank)
         prefix = f"base_model.model.{name}"
         tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = A.float(), B.float()
+        if rule.dora is not None:
+            slow = site.slow_weight(module, rule)
+            assert slow is not None  # its rule reads nothing without one
+            tensors[f"{prefix}.lora_magnitude_vector"] = torch.linalg.vector_norm(slow.detach().float(), dim=1)
         layers.append(ExportedLayer(site.index, name, len(A), full, error))
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     save_file(
         {k: v.cpu().contiguous() for k, v in tensors.items()}, path / "adapter_model.safetensors", {"format": "pt"}
     )
-    settings = _adapter_config(layers, transposed, reader.root)
+    settings = _adapter_config(layers, transposed, reader.root, rule.dora is not None)
     (path / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if any(layer.error for layer in layers):
         lost = "; ".join(map(str, layers))
@@ -98,7 +106,7 @@ def factor(change_DF: Tensor, rank: int | None) -> tuple[Tensor, Tensor, int, fl
     return root[:, None] * Vh[:r], U[:, :r] * root, full, lost
 
 
-def _adapter_config(layers: list[ExportedLayer], transposed: bool, root: Any) -> dict[str, Any]:
+def _adapter_config(layers: list[ExportedLayer], transposed: bool, root: Any, use_dora: bool) -> dict[str, Any]:
     top = max(layer.rank for layer in layers)
     ranks = {layer.module: layer.rank for layer in layers if layer.rank != top}
     return {
@@ -111,6 +119,7 @@ def _adapter_config(layers: list[ExportedLayer], transposed: bool, root: Any) ->
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": transposed,
+        **({"use_dora": True} if use_dora else {}),
         "target_modules": [layer.module for layer in layers],
         "rank_pattern": ranks,
         "alpha_pattern": ranks,

@@ -137,6 +137,7 @@ def unpack_fast(
 ) -> FastWeights:
     """Return the inverse of ``pack_fast``, checked against what this reader's model would have made."""
     D, F = shape
+    source = 2 * D if reader.runtime.sites[0].target.source == "both" else D
     settings = reader.settings
     C = settings.config.chunk_size
     fast = fast_weights(1, C, settings.rule, reader.form, gates=reader.gates)
@@ -160,12 +161,12 @@ def unpack_fast(
     state = settings.rule.init(1, D, F, like)
     wanted: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
         "z": ((1, C, F), None),
-        "u": ((1, C, D), None),
+        "u": ((1, C, source), None),
         "left": ((1, count, D), state_dtype(reader.root.dtype)),
         "right": ((1, count, F), None),
         **{f"tensors.{name}": (tuple(x.shape), x.dtype) for name, x in state.items()},
     }
-    rows = {"z": F, "u": D, "v": D}
+    rows = {"z": F, "u": source, "v": D}
     for name in [name for name in left if name.startswith("history.")]:
         inner = name.removeprefix("history.")
         if inner.startswith("state."):
@@ -210,6 +211,8 @@ def restore_record(stream: Stream, tensors: dict[str, Tensor], values: Any, read
     if values is None:
         _check(not tensors, "pending columns without their header")
         return
+    if not stream.cache.get_seq_length():
+        return  # versions before 0.2.0 wrote what drop_context had left of a context
     base, starts = values["base"], values["starts"]
     ids, n = tensors["ids"], tensors["ids"].shape[1]
     _check(_is_number(base, int) and base + n == stream.cache.get_seq_length(), "the pending columns' place")
@@ -253,7 +256,7 @@ def upgrade(tensors: dict[str, Tensor], header: dict[str, Any], reader: Reader) 
         if rule.outer and rule.whole and v is not None:  # targets were kept as they came
             site, C = sites[int(index)], config.chunk_size
             z, chunks = tensors[prefix + "history.z"].reshape(-1, C, tensors[prefix + "history.z"].shape[-1]), v.shape
-            slow = site.slow_weight(site.projection())
+            slow = site.slow_weight(site.projection(), rule)
             values_ = rule.values(z, v.reshape(-1, C, v.shape[-1]).to(z.dtype), slow)
             tensors[prefix + "history.v"] = values_.reshape(chunks)
 

@@ -17,6 +17,8 @@ PANELS = (
     ("effective_rank", "effective rank of S", "of {largest}"),
     ("key_overlap", "overlap of new keys", "share inside the span of S"),
 )
+FEW = ("#0891b2", "#d9a441", "#be185d", "#0c4a6e", "#4d7c0f", "#7c3aed")
+"""Colours of few layers, told apart at a glance; more than these go from ``SHALLOW`` to ``DEEP``."""
 SHALLOW, DEEP = "#7dd3fc", "#0c4a6e"
 NAMED = 8
 """Layers that get a line each in the legend; of more, some do."""
@@ -28,7 +30,8 @@ def save_diagnostics(path: Path, timeline: Timeline, title: str) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     layers, x = timeline.layers, timeline.tokens
-    colours = LinearSegmentedColormap.from_list("depth", [SHALLOW, DEEP])(np.linspace(0, 1, max(len(layers), 2)))
+    ramp = LinearSegmentedColormap.from_list("depth", [SHALLOW, DEEP])
+    colours = FEW if len(layers) <= len(FEW) else ramp(np.linspace(0, 1, len(layers)))
     largest = {d.largest_rank for s in timeline.samples for d in s.layers}
     figure, panels = styled(6.0, 6.2, 3, 2, sharex=True)
     mark = "o" if len(x) == 1 else None

@@ -166,8 +166,11 @@ class Writer:
     the next step, was chosen.
     """
 
-    def __init__(self, session: Session, most: int, stops: Sequence[str], settings: Sampling) -> None:
+    def __init__(
+        self, session: Session, most: int, stops: Sequence[str], settings: Sampling, learn: bool | None = None
+    ) -> None:
         self.session, self.left = session, most
+        self.learn = session._reader.config.learn == "all" if learn is None else learn
         self.sampler, self.stops = Sampler(settings), StopText(stops)
         self.ends = end_tokens(session._reader.root, session.tokenizer)
         self.decoder: StreamDecoder | None = None
@@ -218,17 +221,24 @@ class Writers:
         self.active: list[Writer] = []
 
     def join(
-        self, session: Session, *, max_new_tokens: int = 256, stop: str | Sequence[str] = (), **sampling: Any
+        self,
+        session: Session,
+        *,
+        max_new_tokens: int = 256,
+        stop: str | Sequence[str] = (),
+        learn: bool | None = None,
+        **sampling: Any,
     ) -> Writer:
         """Lets a session of the pool write from the next step on. Reads held characters, or BOS where nothing else is.
 
-        Options as for ``Session.generate``. Raises UserError on settings out of range, and where the session is busy
-        or has nothing to continue.
+        Options as for ``Session.generate``; ``learn``: whether it learns what it writes (objective "loss"; None: as
+        the configuration says). Raises UserError on settings out of range, and where the session is busy or has
+        nothing to continue.
         """
         check_most(max_new_tokens)
         if session._reader is not self._reader:
             raise UserError("this session is not in this pool: add it first")
-        writer = Writer(session, max_new_tokens, StopText(stop).stops, Sampling(**sampling))
+        writer = Writer(session, max_new_tokens, StopText(stop).stops, Sampling(**sampling), learn)
         held = session._exclusive()
         held.__enter__()
         try:
@@ -261,7 +271,7 @@ class Writers:
                     writer.error = error
         ready = [writer for writer in self.active if writer.token is not None and not writer.error]
         if ready:
-            self._batch.step([w.session._stream for w in ready], [w.token for w in ready])  # type: ignore[misc]
+            self._batch.step(ready)
         for writer in ready:
             writer._was_read()
         stepped = list(self.active)
@@ -315,12 +325,13 @@ class _Groups:
         sizes = [D * F / (D + F) for D, F in (info.shape for info in inspect(reader.model))]
         self.chunk_size, self.most = config.chunk_size, min(sizes) if reader.form == "auto" else math.inf
 
-    def step(self, streams: list[Stream], tokens: list[int]) -> None:
-        """Feed one token to each stream."""
+    def step(self, writers: list["Writer"]) -> None:
+        """Feed to each stream the token that its writer chose."""
+        streams, tokens = [w.session._stream for w in writers], [w.token or 0 for w in writers]
         reader = self.batches[0].reader
         if reader.by_loss:  # a chunk that is complete is run again from its own context: one after another
-            for stream, token in zip(streams, tokens, strict=True):
-                for _ in reader.feed(stream, [token], learn=reader.config.learn == "all"):
+            for writer, stream, token in zip(writers, streams, tokens, strict=True):
+                for _ in reader.feed(stream, [token], learn=writer.learn):
                     pass
             return
         groups: tuple[list[int], list[int]] = ([], [])

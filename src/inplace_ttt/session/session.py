@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import InPlaceTTTConfig
 from ..errors import UserError
-from ..hf.attach import READING, UNTRAINED, is_trained, runtime_of
+from ..hf.attach import READING, UNTRAINED, is_trained, runtime_of, unwrap
 from ..hf.window import cache_bytes
 from .diagnostics import Timeline, harm, measure
 from .probe import Probe
@@ -42,24 +42,25 @@ class Snapshot:
 class Session:
     """One stream of text that ``model`` reads, writes and learns from, of any length in bounded memory.
 
-    model: an attached model (``inplace_ttt.from_pretrained`` or ``attach``). Several sessions may share it.
-    tokenizer: its fast tokenizer; None for token ids only.
-    window, sinks: layers with full attention see the last ``window`` tokens (three quarters of it just after the window
-        has moved on) and the first ``sinks``; None: as many as the model has positions. Sliding-window layers keep
-        their own window.
-    chunk_size, lr, decay, clip, clip_relative: how the stream is read; left out, as the model's own settings say,
-        except that a model without decay gets ``STREAM_DECAY`` (pass ``decay=0`` for the plain sum).
-    state: form of the fast weights: "dense" (S, [D, F] a layer), "auto" (the pairs of keys and targets while they are
-        smaller than S), or a rank r (S is kept to its r leading directions, an approximation).
-    probe_every: tokens between two looks at what the updates did (``timeline``, ``warning``); 0: never. Left out:
-        16,384, or 64 chunks if that is more. A look needs 256 tokens that come at once.
-
     Text is the same text however it is cut: ``read("hel")``, ``read("lo")`` is ``read("hello")``. Characters whose
     token may still change are held until more text comes, or until something else than reading is asked for.
     Every token is scored and attended to before any update that saw it. Nothing here is trained by gradient descent on
     the slow weights: the model is as it was, and one model serves many sessions (one call at a time).
 
     Raises UserError when the model has no fast weights and on settings out of range.
+
+    Args:
+        model: an attached model (``inplace_ttt.from_pretrained`` or ``attach``). Several sessions may share it.
+        tokenizer: its fast tokenizer; None for token ids only.
+        window: layers with full attention see the last ``window`` tokens (three quarters of it just after the window
+            has moved on); None: as many as the model has positions. Sliding-window layers keep their own window.
+        sinks: first tokens that these layers see besides.
+        state: form of the fast weights: "dense" (S, [D, F] a layer), "auto" (the pairs of keys and targets while they
+            are smaller than S), or a rank r (S is kept to its r leading directions, an approximation).
+        probe_every: tokens between two looks at what the updates did (``timeline``, ``warning``); 0: never. Left out:
+            16,384, or 64 chunks if that is more. A look needs 256 tokens that come at once.
+        **settings: chunk_size, lr, decay, clip, clip_relative: how the stream is read. Left out, as the model's own
+            settings say, except that a model without decay gets ``STREAM_DECAY`` (``decay=0``: the plain sum).
     """
 
     def __init__(
@@ -205,11 +206,14 @@ class Session:
     ) -> Any:
         """Read a chat's messages by the tokenizer's chat template and answer, as ``generate`` writes.
 
-        messages: ``{"role": ..., "content": ...}`` each: those that are new, or the whole chat so far (its beginning
-        must then be what was said, the answers as this returned them). What looks like a special token in them is read
-        as text. learn: roles whose messages are learned with objective "loss"; None: all of them. What the model writes
-        is learned only with ``learn="all"`` of the configuration. With objective "loss" what is pending at the end of
-        the turn is learned then. Raises UserError where the tokenizer has no chat template.
+        What looks like a special token in the messages is read as text. What the model writes is learned only with
+        ``learn="all"`` of the configuration. With objective "loss" what is pending at the end of the turn is learned
+        then. Raises UserError where the tokenizer has no chat template.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` each: those that are new, or the whole chat so far (its
+                beginning must then be what was said, the answers as this returned them).
+            learn: roles whose messages are learned with objective "loss"; None: all of them.
         """
         check_most(max_new_tokens)
         pieces = converse(self, messages, learn, max_new_tokens, StopText(stop), Sampler(Sampling(**sampling)))
@@ -361,6 +365,11 @@ class Session:
             settings=self._settings(),
             warning=self.warning,
         )
+
+    def __repr__(self) -> str:
+        s, model = self.stats(), type(unwrap(self._reader.model)).__name__
+        stands = f"{s.tokens:,} tokens, {s.updates:,} updates, {s.pending:,} tokens pending"
+        return f"<Session of {model}: {stands}; window {s.window:,}, chunk_size {s.settings['chunk_size']:,}>"
 
     def __enter__(self) -> "Session":
         return self

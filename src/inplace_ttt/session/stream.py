@@ -67,8 +67,9 @@ class Stream:
 
     @property
     def record(self) -> Any:
-        """What is pending with objective "loss" (``hf.loss.Record``)."""
-        return next((x.record for x in self.cache.layers if isinstance(x, FastCacheLayer) and x.record), None)
+        """Columns of the context that hold what is pending with objective "loss" (``hf.loss.Record``)."""
+        found = next((x.record for x in self.cache.layers if isinstance(x, FastCacheLayer) and x.record), None)
+        return found if found is not None and found.end == self.cache.get_seq_length() else None
 
 
 def copy_cache(cache: DynamicCache) -> DynamicCache:

@@ -1,8 +1,10 @@
 """Study: learn what a text says so that it can be asked for, with no context left.
 
 Reading stores a text: each fact behind all that came before it. To be found by its key alone, a fact must be learned
-from its key alone. So sentences are learned by themselves, each from an empty context, and questions about them that
-the model asks and answers itself while the sentence is before it. Several such examples make one update.
+from its key alone. So what is learned are questions about the text's sentences that the model asks and answers itself
+while the sentence is before it, each from an empty context. Several such examples make one update. Beside them come
+parts of the text on which the model is held to its own predictions without fast weights, so that it stays what it was
+on ordinary text. Where the model asks nothing of use, the sentences themselves are learned.
 """
 
 import random
@@ -68,6 +70,8 @@ PASSES = 16
 """Over all examples, at most."""
 WRITING = 0.35
 """Share of the time in which questions are written."""
+KEEP = 1.0
+"""Tokens of ordinary text for each that is learned."""
 COMMON = 3
 """Sentences that say something about a name; one that more of them have tells nothing apart."""
 
@@ -85,6 +89,11 @@ class Example:
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether nothing new is learned: the model is held to what it predicts without fast weights."""
+        return self.source == self.prompt
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,10 @@ class Examples:
         """Return a text by itself, in parts that are not too long."""
         ids = self.ids(text)
         return [Example(self.prefix, ids[i : i + self.most]) for i in range(0, len(ids), self.most)]
+
+    def ordinary(self, text: str) -> list[Example]:
+        """Return a text in parts on which the model is held to its own predictions."""
+        return [replace(x, source=x.prompt) for x in self.statement(text)]
 
     def chat(self, words: str) -> tuple[int, ...]:
         """Return the ids of a user's words, up to where the answer begins."""
@@ -208,7 +221,7 @@ def in_sentences(model: Any, examples: Examples, pairs: Sequence[Pair], batch: i
 
 
 def study(session: Session, source: Any, minutes: float, progress: Any = None) -> Studied:
-    """Learn a text's sentences, and the model's own questions about them. See ``Session.study``."""
+    """Learn the model's own questions about a text's sentences. See ``Session.study``."""
     reader, tokenizer, began = session._reader, session.tokenizer, time.monotonic()
     if not reader.by_loss:
         raise UserError('study needs objective="loss": attach the model with InPlaceTTTConfig(objective="loss")')
@@ -243,8 +256,10 @@ def study(session: Session, source: Any, minutes: float, progress: Any = None) -
                 pairs += pairs_of(reader.model, examples, some, start)
                 tell(min(passed(), 1.0), None)
             pairs = list(dict.fromkeys(pairs))
-            known = [x for text in told for x in examples.statement(text)] + examples.by_name(told)
-            known += [examples.answered(pair) for pair in pairs]
+            known = [examples.answered(pair) for pair in pairs]
+            ordinary = [x for text in told for x in examples.ordinary(text)] if known else []
+            if not known:
+                known = [x for text in told for x in examples.statement(text)] + examples.by_name(told)
             first, shuffle, total = passed(), random.Random(0), PASSES * sum(map(len, known))
             done, size_of_update = 0, min(TOKENS, max(LEAST, sum(map(len, known)) // 8))
             for batch in (batch for _ in range(PASSES) for batch in batches(known, size_of_update, shuffle)):
@@ -253,8 +268,10 @@ def study(session: Session, source: Any, minutes: float, progress: Any = None) -
                     break
                 if isinstance(size, int | float):
                     config = replace(config, update_size=size * max(1 - share, 0.05))
-                losses.append(learn(reader.model, states, [batch], config))
-                done += sum(map(len, batch))
+                read = sum(map(len, batch))
+                both = [*batch, *picked(ordinary, KEEP * read, shuffle)]
+                losses.append(learn(reader.model, states, [both], config))
+                done += read
                 tell(min(first + (1 - first) * share, 1.0), losses[-1])
     finally:
         if losses:
@@ -287,6 +304,14 @@ def batches(examples: Sequence[Example], tokens: int, shuffle: random.Random) ->
     return found
 
 
+def picked(examples: Sequence[Example], tokens: float, shuffle: random.Random) -> list[Example]:
+    """Return some of the examples, drawn at random, of about so many tokens."""
+    found: list[Example] = []
+    while examples and sum(map(len, found)) < tokens:
+        found.append(shuffle.choice(examples))
+    return found
+
+
 def learn(
     model: Any, states: dict[int, FastWeights], rows: Sequence[Sequence[Example]], config: InPlaceTTTConfig
 ) -> float:
@@ -297,7 +322,11 @@ def learn(
     soft = [x is not None and x.source is not None for x in flat]
     is_soft = torch.tensor(soft, device=device)[:, None] & (targets[:, 1:] >= 0)
     is_hard = ~is_soft & (targets[:, 1:] >= 0)
-    own = _own_predictions(model, [x for x in flat if x is not None and x.source], device) if any(soft) else None
+    own = (
+        _own_predictions(model, [x for x in flat if x is not None and x.source is not None], device)
+        if any(soft)
+        else None
+    )
 
     def loss(logits: Tensor) -> Tensor:
         hard = logits[:, :-1][is_hard].float()

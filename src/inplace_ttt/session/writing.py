@@ -42,23 +42,27 @@ def tokens(session: Session, prompt: Any, most: int, sampler: Sampler) -> Genera
             yield token
 
 
-def replay(session: Session, ids: list[int]) -> None:
-    """Read tokens that this session wrote once, as if it wrote them now. Same state as after writing them."""
+def replay(session: Session, ids: list[int], learn: bool | None = None) -> None:
+    """Read tokens that this session wrote once, as if it wrote them now. Same state as after writing them.
+
+    ``learn``: whether they are learned (objective "loss"); None: as the configuration says.
+    """
     with session._exclusive():
         read_prompt(session, None)
         reader = session._reader
-        for n, _ in reader.feed(session._stream, ids, learn=reader.config.learn == "all"):
+        for n, _ in reader.feed(session._stream, ids, learn=reader.config.learn == "all" if learn is None else learn):
             session._stream.written += n
 
 
-def read_exactly(session: Session, ids: list[int], learn: bool = True) -> None:
-    """Read ids as they are, after held characters; no prefix (BOS) is added where a stream begins.
+def read_exactly(session: Session, ids: list[int], learn: bool = True, prefix: bool = False) -> None:
+    """Read ids as they are, after held characters; with ``prefix``, BOS comes first where a stream begins.
 
     ``learn``: False for tokens that are read but not learned (objective "loss").
     """
     with session._exclusive():
         session._flush()
-        for _ in session._feed(ids, False, learn):
+        begin = session._begin() if prefix else []
+        for _ in session._feed(ids if ids[: len(begin)] == begin else begin + ids, False, learn):
             pass
 
 

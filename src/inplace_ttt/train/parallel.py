@@ -248,8 +248,10 @@ class ParallelTrainer(PackedTrainer):
         model, scheduler = self._model_and_scheduler()
         load_sharded(Path(checkpoint) / SHARDED, model, self._bare_optimizer())
         state = torch.load(Path(checkpoint) / SCHEDULER, weights_only=True)
-        groups = len(self._bare_optimizer().param_groups)  # all with one lr; another layout may have had fewer
-        scheduler.load_state_dict({k: v[:1] * groups if isinstance(v, list) else v for k, v in state.items()})
+        groups = len(self._bare_optimizer().param_groups)  # another layout may have had fewer
+        state |= {k: v[:1] * groups for k, v in state.items() if isinstance(v, list)}
+        given = [group["lr"] for group in self._bare_optimizer().param_groups]
+        scheduler.load_state_dict(state | {"base_lrs": scheduler.base_lrs, "_last_lr": given})
 
     def _model_and_scheduler(self) -> tuple[Any, Any]:
         return self.model, self.lr_scheduler

@@ -139,7 +139,7 @@ def plan(recipe: Recipe, *, logit_tokens: int | None = None) -> Plan:
     adapting = min(kept, 0 if ttt is None else len(ttt.layer_indices(L)))
     of_layer = 2 * 2 * 4 * D + half * ((5 if casts else 2) * D + 2 * heads + 4 * F)
     of_layer += (2 * 4 + half) * heads if head_norms else 0
-    layers = tokens * (kept * of_layer + adapting * (D * 8 + F * half))
+    layers = tokens * (kept * of_layer + adapting * (D * (16 if recipe.teach else 8) + F * half))
     logits = scored * V * (half + 4 + 4)
     memory = {
         "weights": 4 * N // sharers,
@@ -150,7 +150,8 @@ def plan(recipe: Recipe, *, logit_tokens: int | None = None) -> Plan:
         # With checkpointing the logits are gone before the first layer is computed again.
         "activations": max(layers - logits, 0) if checkpointing else layers,
         "logits and their gradient": logits,
-        "fast weights": 2 * 4 * B * D * F if adapting else 0,  # S, and its gradient in the backward
+        # The rule's tensors, and their gradients in the backward.
+        "fast weights": 2 * B * max(layer.state_bytes for layer in inspect(model)) if adapting else 0,
     }
     if by_piece and trains_all:  # a piece's gradient, and their sum in float32 or its cast
         memory["the head's gradient, by piece"] = V * D * (8 if half == 2 else 4)

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from inplace_ttt.config import InPlaceTTTConfig
+from inplace_ttt.config import OBJECTIVES, InPlaceTTTConfig
 from inplace_ttt.errors import UserError, in_one_line
 from inplace_ttt.shipped import PACKAGE
 from inplace_ttt.train.schema import RecipeError, build, expand_variables, load_yaml
@@ -61,6 +61,8 @@ def make_recipe(values: Mapping[str, Any], *, data: bool = True) -> Recipe:
     config = _check_ttt(recipe)
     if recipe.parallel is not None:
         _check_parallel(recipe, recipe.parallel, config)
+    if config is not None:
+        _check_target(recipe, config)
     _check_shape(recipe.model, config)
     return recipe
 
@@ -94,6 +96,8 @@ def _check_numbers(recipe: Recipe) -> None:
     for name, beta in (("beta1", optimizer.beta1), ("beta2", optimizer.beta2)):
         if not 0 <= beta < 1:
             raise RecipeError(f"optimizer.{name}: {beta} must be at least 0 and below 1")
+    if optimizer.ttt_lr is not None and not 0 < optimizer.ttt_lr < 1:
+        raise RecipeError(f"optimizer.ttt_lr: {optimizer.ttt_lr} must lie between 0 and 1")
     if optimizer.min_lr_ratio > 1:
         raise RecipeError(f"optimizer.min_lr_ratio: {optimizer.min_lr_ratio} must be at most 1, it is a share of lr")
     if optimizer.min_lr_ratio and optimizer.schedule != "cosine":
@@ -230,6 +234,11 @@ def _check_ttt(recipe: Recipe) -> InPlaceTTTConfig | None:
             raise RecipeError(f"trainable: {trainable} needs ttt, there is no adapter without it")
         if recipe.align_documents:
             raise RecipeError(_ALIGNED)
+        for name, given in (("optimizer.ttt_lr", recipe.optimizer.ttt_lr is not None), ("teach", recipe.teach > 0)):
+            if given:
+                raise RecipeError(f"{name}: there is no ttt whose target could learn")
+        if recipe.teach_alone:
+            raise RecipeError(_ALONE)
         return None
     if update is not None and not 0 < update < 1:
         raise RecipeError(f"ttt_relative_update: {update} must lie between 0 and 1, try 0.003")
@@ -246,6 +255,7 @@ def _check_ttt(recipe: Recipe) -> InPlaceTTTConfig | None:
         raise
     except UserError as error:
         raise RecipeError(f"ttt: {error}") from None
+    _check_learning(recipe, config)
     if recipe.sequence_length <= config.chunk_size:
         raise RecipeError(
             f"sequence_length: {recipe.sequence_length} tokens never see an update with ttt.chunk_size "
@@ -256,7 +266,62 @@ def _check_ttt(recipe: Recipe) -> InPlaceTTTConfig | None:
     return config
 
 
+_ALONE = "teach_alone: the target would learn from nothing: give teach (1.0, say)"
 _ALIGNED = "align_documents: needs ttt, and a sequence_length that is a multiple of ttt.chunk_size"
+
+
+def _check_target(recipe: Recipe, config: InPlaceTTTConfig) -> None:
+    """Check the target and what needs one that learns. Late, because it imports torch."""
+    owns_parameters, starts_at_zero = True, False
+    if config.objective in OBJECTIVES:
+        from inplace_ttt.core import make_target
+
+        try:
+            target: Any = make_target(config.objective, 1, config.objective_options, config.settings)
+        except UserError as error:
+            raise RecipeError(f"ttt: {error}") from None
+        owns_parameters = any(True for _ in target.parameters())
+        starts_at_zero = hasattr(target, "proj") and not target.proj.weight.any()
+        if config.init_std is not None and config.objective_options.get("start") == "next_token":
+            raise RecipeError("ttt.init_std: with start: next_token P begins at zero, leave it out")
+    for name, given in (("optimizer.ttt_lr", recipe.optimizer.ttt_lr is not None), ("teach", recipe.teach > 0)):
+        if given and not owns_parameters:
+            raise RecipeError(f"{name}: objective {config.objective!r} has no parameters that could learn")
+    base = recipe.model.base
+    is_fresh = base is None or (Path(base).is_dir() and not (Path(base) / "inplace_ttt.json").exists())
+    if recipe.ttt_relative_update is not None and starts_at_zero and is_fresh:
+        raise RecipeError(
+            "ttt_relative_update: this target begins with P at zero, and so with updates of size zero: "
+            "set ttt.lr instead, or ttt.update_size"
+        )
+
+
+def _check_learning(recipe: Recipe, config: InPlaceTTTConfig) -> None:
+    """Refuse settings of what the target learns that would do nothing, or that a run could not follow."""
+    if recipe.optimizer.ttt_lr is not None and recipe.trainable == "adapter":
+        raise RecipeError("optimizer.ttt_lr: with trainable: adapter nothing else is trained, set optimizer.lr instead")
+    if recipe.teach_alone and not recipe.teach:
+        raise RecipeError(_ALONE)
+    if recipe.teach_alone and config.objective_options.get("gates"):
+        raise RecipeError("teach_alone: teaching turns values and does not size them, so gates would learn nothing")
+    if recipe.teach and recipe.compile:
+        raise RecipeError("teach: not supported together with compile, leave one of them out")
+    if recipe.teach and recipe.parallel is not None:
+        for kind in ("context", "tensor"):
+            if getattr(recipe.parallel, kind) > 1:
+                raise RecipeError(f"teach: not supported together with parallel.{kind}, leave one of them out")
+    for name, given in (
+        ("ttt_lr_warmup_steps", recipe.ttt_lr_warmup_steps > 0),
+        ("ttt_relative_update", recipe.ttt_relative_update is not None),
+    ):
+        if given and "lr" in config.rule_options:
+            raise RecipeError(f"{name}: ttt.rule_options.lr fixes the inner learning rate, write ttt.lr instead")
+        if given and config.update_size == "auto":
+            raise RecipeError(f'{name}: ttt.update_size "auto" finds the same sizes whatever ttt.lr is: give a number')
+    if recipe.ttt_relative_update is not None and config.update_size is not None:
+        raise RecipeError(
+            "ttt_relative_update: ttt.update_size sets the size of an update already, leave one of them out"
+        )
 
 
 def _check_parallel(recipe: Recipe, spec: ParallelSpec, config: InPlaceTTTConfig | None) -> None:

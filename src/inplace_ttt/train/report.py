@@ -16,7 +16,7 @@ from inplace_ttt.train.packing import TokenStore
 from inplace_ttt.train.specs import EvaluationSpec
 
 LOGGED = ("loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "mfu", "peak_memory_gib")
-LOGGED_BY_NAME = ("eval_", "update_norm/", "state_norm/")
+LOGGED_BY_NAME = ("eval_", "update_norm/", "state_norm/", "ttt_")
 
 
 def evaluate(

@@ -260,6 +260,9 @@ def build_trainer(
         # Compiled layers call no hooks.
         monitor=FastWeightMonitor(model, recipe.log_every, say) if attached and not recipe.compile else None,
         say=say,
+        ttt_lr=recipe.optimizer.ttt_lr,
+        teach=recipe.teach,
+        teach_alone=recipe.teach_alone,
     )
     trainer.add_callback(MarkComplete())
     if attached and recipe.ttt_lr_warmup_steps:

@@ -77,7 +77,7 @@ def convert(kind: Any, value: object, where: str) -> Any:
         if not isinstance(items, list | tuple):
             raise RecipeError(f"{where}: expected a list, got {_shown(value)}")
         return tuple(convert(inside[0], item, f"{where}[{i}]") for i, item in enumerate(items))
-    if dict in (origin, kind):
+    if kind is dict or origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise RecipeError(f"{where}: expected settings (key: value), got {_shown(value)}")
         item_kind = inside[1] if inside else Any

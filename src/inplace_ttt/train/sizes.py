@@ -41,7 +41,7 @@ class Sizes:
     lr: float
     """The inner learning rate of the call."""
     updates: Tensor
-    """``||dW||_F / ||W0||_F`` of each complete chunk, before clipping, float32 [chunks]."""
+    """``||dW||_F / ||W0||_F`` of each complete chunk, sized or soft-capped but before clipping, float32 [chunks]."""
     state: Tensor | None
     """The largest ``||S||_F / ||W0||_F`` that a token of the row was read with, float32 []; None: not measured."""
     is_probed: bool
@@ -98,20 +98,21 @@ def _row_sizes(site: Any, module: Any, z: Tensor, u: Tensor, probe: bool, states
     v, keep = values_of(target, u, z, table, (None, None))
     if v is None or not settings.rule.outer:
         return None
+    weight = site.slow_weight(module, settings.rule)
+    slow = None if weight is None else weight.float()
+    own = written(settings.rule, z, v, replace(table, prefix=0), None, slow)
     keys, updates = chunked(z, None, table), []
+    sized = v if settings.config.clip is not None else own
     for m in range(table.updates):
         if table.update is None or table.update[0, m]:
             chunk = slice(m * table.chunk_size, (m + 1) * table.chunk_size)
-            updates.append(squared_norm(v[:, chunk], keys[:, chunk])[0].clamp(min=0).sqrt())
+            updates.append(squared_norm(sized[:, chunk], keys[:, chunk])[0].clamp(min=0).sqrt())
     if not updates:
         return None
     size = torch.linalg.vector_norm(module.weight.float())
     state = None
     if states:
-        sizes, weight = [torch.zeros_like(size)], site.slow_weight(module)
-        slow = None if weight is None else weight.float()
-        rows = replace(table, keep_state=True, prefix=0)
-        own = written(settings.rule, z, v, rows, None, slow)
+        sizes, rows = [torch.zeros_like(size)], replace(table, keep_state=True, prefix=0)
         watch: Callable[..., None] = lambda m, S: sizes.append(torch.linalg.vector_norm(S["S"]))  # noqa: E731
         generic(Call(settings.rule, rows, z, own, v.shape[-1], keep, slow=slow, watch=watch))
         state = torch.stack(sizes).max() / size
@@ -161,8 +162,10 @@ class FastWeightMonitor(TrainerCallback):
     """Measures the first row of every step that is logged, and of the first `FIRST_STEPS`.
 
     ``entries()`` are the log's: ``update_norm/layer_N``, ||lr dW|| / ||W0|| of the median chunk, and
-    ``state_norm/layer_N``, the largest ||lr S|| / ||W0|| in the row. ``say`` gets one line if the first updates are out
-    of range; the first step counts a fresh model's convolution (zero) as the average tap, and ``ttt.lr`` in full.
+    ``state_norm/layer_N``, the largest ||lr S|| / ||W0|| in the row, and ``ttt_cosine``, the mean cosine of v_t and
+    -dL/do_t over this process's tokens whose chunk updates, and over the layers. ``say`` gets one line if the first
+    updates are out of range; the first step counts a fresh model's convolution (zero) as the average tap, and
+    ``ttt.lr`` in full.
     """
 
     def __init__(self, model: nn.Module, log_every: int, say: Callable[[str], None]) -> None:
@@ -176,6 +179,10 @@ class FastWeightMonitor(TrainerCallback):
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         step = state.global_step + 1
         self._sizes = {}
+        is_logged = step % self.log_every == 0
+        for site in runtime_of(self.model).sites:
+            if site.teacher is not None:
+                site.teacher.measures, site.teacher.total = is_logged and site.target.source != "loss", None
         if step % self.log_every == 0 or step <= FIRST_STEPS:
             self._sizes = self._watching.enter_context(measuring(self.model, probe=step == 1))
 
@@ -186,7 +193,8 @@ class FastWeightMonitor(TrainerCallback):
         self._watching.close()
         self._has_adapted = self._has_adapted or bool(self._sizes)
         warning = None
-        if state.global_step == FIRST_STEPS and not self._has_adapted:
+        is_measured = runtime_of(self.model).settings.rule.outer
+        if state.global_step == FIRST_STEPS and is_measured and not self._has_adapted:
             warning = (
                 f"no document of the rows looked at in the first {FIRST_STEPS} steps reached chunk_size tokens, so no "
                 "updates were made and nothing of the fast weights is trained: make ttt.chunk_size smaller"
@@ -205,7 +213,14 @@ class FastWeightMonitor(TrainerCallback):
             found[f"update_norm/layer_{layer}"] = lr * float(sizes.updates.median())
             if sizes.state is not None:
                 found[f"state_norm/layer_{layer}"] = lr * float(sizes.state)
+        if totals := [x for x in self._cosines() if x[1] > 0]:
+            found["ttt_cosine"] = sum(x for x, _ in totals) / sum(n for _, n in totals)
         return found
+
+    def _cosines(self) -> list[list[float]]:
+        """Return each layer's sum and number of cosines in the step that just ended."""
+        teachers = [site.teacher for site in runtime_of(self.model).sites]
+        return [t.total.tolist() for t in teachers if t is not None and t.total is not None]
 
     def _size_warning(self, is_first: bool) -> str | None:
         lr = self.lr
@@ -217,7 +232,7 @@ class FastWeightMonitor(TrainerCallback):
                 f"one chunk's update of layer {high} is {large:.2g} of its slow weight (||lr dW|| / ||W0||, "
                 f"more than {TOO_LARGE:g}): training may diverge, lower ttt.lr ({lr:g}) or set ttt_relative_update"
             )
-        if is_first and lr and small < TOO_SMALL:
+        if is_first and lr and 0 < small < TOO_SMALL:  # a P that is zero at the start has written nothing yet
             return (
                 f"one chunk's update of layer {low} is {small:.2g} of its slow weight (||lr dW|| / ||W0||, "
                 f"less than {TOO_SMALL:g}): it will do next to nothing, raise ttt.lr ({lr:g}) or set "

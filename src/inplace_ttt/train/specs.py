@@ -75,9 +75,13 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """AdamW. ``min_lr_ratio`` is where the cosine ends, as a share of ``lr``."""
+    """AdamW. ``min_lr_ratio`` is where the cosine ends, as a share of ``lr``.
+
+    ``ttt_lr``: of the target's parameters (``mlp.ttt_*``), with the same warm-up and schedule; left out: ``lr``.
+    """
 
     lr: float
+    ttt_lr: float | None = None
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: CountOrZero = 0
     min_lr_ratio: NotNegative = 0.0
@@ -134,7 +138,9 @@ class Recipe:
     ``align_documents``: documents packed in a row begin at multiples of ``ttt.chunk_size``. ``cut_multiple``: documents
     longer than a row are cut at multiples of so many of their tokens; left out: ``ttt.chunk_size``. ``parallel``:
     several processes (and checkpoints that any number of them can resume). ``ttt_relative_update`` chooses the inner
-    learning rate from measured sizes (see `inplace_ttt.train.sizes`). ``trainable``: everything, or the base frozen and
+    learning rate from measured sizes (see `inplace_ttt.train.sizes`). ``teach``: weight of the auxiliary loss that
+    pulls the target's values towards minus the gradient of the loss (see `inplace_ttt.core.teaching`); ``teach_alone``:
+    the target learns from nothing else. ``trainable``: everything, or the base frozen and
     only the convolution and projection of the targets trained ("adapter"), optionally with the adapting projections.
     ``report_to``: tensorboard, wandb. ``peak_tflops``: of one device, for the log's MFU; left out: that of known GPUs.
     """
@@ -150,6 +156,8 @@ class Recipe:
     ttt: dict[str, Any] | None = None
     ttt_lr_warmup_steps: CountOrZero = 0
     ttt_relative_update: float | None = None
+    teach: NotNegative = 0.0
+    teach_alone: bool = False
     trainable: Literal["all", "adapter", "adapter_and_projections"] = "all"
     activation_checkpointing: bool = False
     report_to: tuple[str, ...] = ()

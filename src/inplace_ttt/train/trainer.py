@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from inplace_ttt.core import Teacher
 from inplace_ttt.errors import UserError
-from inplace_ttt.hf.attach import is_attached, set_lr, updates_off
+from inplace_ttt.hf.attach import is_attached, runtime_of, set_lr, updates_off
+from inplace_ttt.hf.checkpoint import is_added
 from inplace_ttt.records import peak_memory
 from inplace_ttt.train.loss import loss_in_pieces
 from inplace_ttt.train.packing import IGNORED, PackedRows
@@ -82,6 +85,8 @@ class PackedTrainer(Trainer):
 
     ``flops_per_token``, ``peak_flops`` (FLOP/s of all devices together; None: unknown): for the log's MFU. ``monitor``:
     measures the fast weights for the log. ``say`` gets a line where the loss needs whole logits (`loss_in_pieces`).
+    ``ttt_lr``: learning rate of the target's parameters; None: that of the others. ``teach``, ``teach_alone``: the
+    recipe's.
     """
 
     def __init__(
@@ -94,13 +99,16 @@ class PackedTrainer(Trainer):
         peak_flops: float | None = None,
         monitor: FastWeightMonitor | None = None,
         say: Callable[[str], None] = lambda line: None,
+        ttt_lr: float | None = None,
+        teach: float = 0.0,
+        teach_alone: bool = False,
         **arguments: Any,
     ) -> None:
         self.validation = dict(validation or {})
         self.tokens_per_step = tokens_per_step
         self.decay_embeddings = decay_embeddings
         self.flops_per_token, self.peak_flops, self.monitor = flops_per_token, peak_flops, monitor
-        self.say = say
+        self.say, self.ttt_lr, self.teach, self.teach_alone = say, ttt_lr, teach, teach_alone
         self._clock: tuple[int, float] | None = None  # step and time of the last line of the log
         self._paused = 0.0  # seconds spent on validation since then
         super().__init__(eval_dataset=[] if validation else None, **arguments)
@@ -120,6 +128,21 @@ class PackedTrainer(Trainer):
             for name, parameter in model.named_parameters()
             if parameter.ndim >= 2 and (self.decay_embeddings or id(parameter) not in embeddings)
         ]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Put the target's parameters into groups of their own, last, where they have a learning rate of their own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.ttt_lr is not None:
+            assert isinstance(self.model, nn.Module)
+            added = {id(p) for name, p in self.model.named_parameters() if is_added(name)}
+            others: list[dict[str, Any]] = []
+            own: list[dict[str, Any]] = []
+            for group in optimizer.param_groups:
+                for groups, is_own, lr in ((others, False, group["lr"]), (own, True, self.ttt_lr)):
+                    if parameters := [p for p in group["params"] if (id(p) in added) is is_own]:
+                        groups.append({**group, "params": parameters, "lr": lr})
+            optimizer.param_groups[:] = others + own
+        return optimizer
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Count nothing: it would walk over all modules in every step."""
@@ -142,6 +165,8 @@ class PackedTrainer(Trainer):
             if memory := peak_memory():
                 logs["peak_memory_gib"] = memory / 2**30
             logs |= {} if self.monitor is None else self.monitor.entries()
+            if self.ttt_lr is not None and "learning_rate" in logs:  # one schedule for both
+                logs["ttt_learning_rate"] = logs["learning_rate"] * self.ttt_lr / self.args.learning_rate
             self._clock, self._paused = (step, now), 0.0
             if not math.isfinite(logs["loss"]):
                 advice = "lower optimizer.lr or ttt.lr, or set ttt_lr_warmup_steps"
@@ -152,7 +177,9 @@ class PackedTrainer(Trainer):
         """Start the clock of the throughput. Losses come from pieces of the tokens, until training ends."""
         self._clock = None
         assert isinstance(self.model, PreTrainedModel)
-        with loss_in_pieces(self.model, self.say):
+        # A step's gradient is the sum over its batches, each of which teaches by the mean over its own tokens.
+        weight = self.teach / self.args.gradient_accumulation_steps
+        with loss_in_pieces(self.model, self.say), taught(self.model, weight, self.teach_alone):
             return super().train(*args, **kwargs)
 
     def evaluate(
@@ -190,6 +217,19 @@ class PackedTrainer(Trainer):
         """Return the mean loss of a validation batch."""
         loss: Tensor = model(**batch, use_cache=False).loss
         return loss
+
+
+@contextmanager
+def taught(model: nn.Module, weight: float, is_alone: bool) -> Iterator[None]:
+    """Inside, the targets learn from the loss's gradient at their layer's output (`inplace_ttt.core.teaching`)."""
+    sites = runtime_of(model).sites if is_attached(model) else []
+    for site in sites:
+        site.teacher = Teacher(weight, is_alone)
+    try:
+        yield
+    finally:
+        for site in sites:
+            site.teacher = None
 
 
 class InnerLrWarmup(TrainerCallback):
@@ -256,5 +296,7 @@ def log_line(logs: Mapping[str, float]) -> str:
         for name, what in (("update_norm/", "update"), ("state_norm/", "S")):
             if sizes := [value for key, value in logs.items() if key.startswith(name)]:
                 parts.append(f"{what}/W0 {max(sizes):.1e}")
+        if "ttt_cosine" in logs:
+            parts.append(f"cosine {logs['ttt_cosine']:.3f}")
     parts += [f"{name.removeprefix('eval_')} {value:.4f}" for name, value in logs.items() if name.startswith("eval_")]
     return "  ".join(parts)

@@ -18,12 +18,14 @@ from transformers.cache_utils import DynamicCache
 from ...errors import UserError
 from .. import plots
 from ..nll import doubling, evaluating, feed, new_cache
-from ..paired import against_off, by_group, interval, means
+from ..paired import against_off, interval, means
 from . import Record, Tables, Unit
 from .nll import PIECE, piece_size
 from .texts import Document, tokenize, words
 
 KINDS = ("single", "multi-key", "multi-value", "multi-query")
+CANDIDATES = 10
+"""Words that an answer is chosen from."""
 TEMPLATE = "\nThe{key} Captain{value} said"
 """A common word right before the value: a small model binds a rare name to it far better than to a rare key."""
 
@@ -86,7 +88,7 @@ class NeedleSuite:
         mentions: int = 6,
         spacing: int = 8,
         several: int = 3,
-        candidates: int = 10,
+        candidates: int = CANDIDATES,
         template: str = TEMPLATE,
         seed: int = 0,
         piece: int = PIECE,
@@ -189,7 +191,7 @@ class NeedleSuite:
         caches = (new_cache(model), copy.deepcopy(read))
         logits = [feed(model, cache, question.ids, self.piece).cpu().double() for cache in caches]
         before, scores = (x.log_softmax(-1)[question.choices].numpy() for x in logits)
-        rank, gain_rank = _rank(scores), _rank(scores - before)
+        rank, gain_rank = rank_of_first(scores), rank_of_first(scores - before)
         return {
             "distance": question.distance,
             "rank": rank,
@@ -211,7 +213,7 @@ def _split(tokenizer: Any, template: str) -> tuple[list[int], list[int], list[in
     return first, second, third
 
 
-def _rank(scores: np.ndarray) -> int:
+def rank_of_first(scores: np.ndarray) -> int:
     """How many of the others do not score less than the first: ties and NaN count against it."""
     return int((~(scores[0] > scores[1:])).sum())
 
@@ -243,6 +245,14 @@ def verdicts(found: Tables) -> list[str]:
 
 
 def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """A heat map for each kind."""
-    kinds = by_group(found.get("needle by length and depth", []), ["kind"])
-    return {f"needle-{kind}": plots.heat_maps(f"Needle, {kind}", rows) for (kind,), rows in kinds.items()}
+    """Share of right answers by length, a panel for each kind."""
+    if not (found_rows := found.get("needle by length")):
+        return {}
+    trials = plan["trials"] * len(plan["depths"])
+    rows = [{**row, "title": f"{row['kind']}, {trials} a length"} for row in found_rows]
+    drawn = plots.curves(rows, "length", "title", count=None)
+    return {
+        "needle": plots.panels(
+            drawn, "length (tokens)", "needles found", width=2.6, top=1.02, line=(1 / CANDIDATES, "chance")
+        )
+    }

@@ -197,22 +197,34 @@ def _in_all_contexts(records: list[Record]) -> list[Record]:
 
 
 def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Loss by position and class, perplexity by context, differences to updates off."""
-    drawn, loss = {}, "loss (nats per token)"
-    if rows := found.get("nll by position"):
+    """Paired differences to updates off by position and context, loss by class, all readings beside each other."""
+    drawn, gap = {}, "loss less updates off (nats per token)"
+    zero = (0.0, "updates off")
+    if drawable := plots.gaps(found.get("nll by position", []), "end"):
         where = "position in the document, up to (tokens)"
-        drawn["loss-by-position"] = plots.panels(plots.curves(rows, "end"), where, loss)
-    if rows := found.get("nll by sliding"):
-        powers = [{**row, **{name: np.exp(row[name]) for name in ("value", "low", "high")}} for row in rows]
-        label = f"perplexity of the last {plan['block']} tokens"
-        drawn["sliding-perplexity"] = plots.panels(plots.curves(powers, "context"), "tokens of context", label)
+        drawn["loss-by-position"] = plots.panels(drawable, where, gap, line=zero)
+    if drawable := plots.gaps(found.get("nll by sliding", []), "context"):
+        where = f"tokens of context before the last {plan['block']}"
+        drawn["sliding-perplexity"] = plots.panels(drawable, where, gap, line=zero)
     if rows := found.get("nll by class"):
         where = "where the token occurred before"
-        drawn["loss-by-class"] = plots.panels(plots.curves(rows, "class"), where, loss, bars=True)
-    if gaps := [row for row in found.get("nll by document", []) if "difference" in row]:
-        names = ("variant", "domain")
-        drawn["differences"] = plots.differences("Loss against updates off", gaps, names, "nats per token", "left")
+        drawn["loss-by-class"] = plots.panels(plots.curves(rows, "class"), where, "loss (nats per token)", bars=True)
+    names, unit = ("variant", "domain"), "nats per token"
+    by_document = [row for row in found.get("nll by document", []) if "difference" in row]
+    if others := found.get("nll against updates on"):
+        rows = [_turned(row) for row in by_document if row["variant"] == "on"] + others
+        title = f"Loss against updates on, n = {rows[0]['documents']}"
+        drawn["differences"] = plots.differences(title, rows, names, unit, "left", "updates on")
+    elif by_document:
+        title = f"Loss against updates off, n = {by_document[0]['documents']}"
+        drawn["differences"] = plots.differences(title, by_document, names, unit, "left")
     return drawn
+
+
+def _turned(row: Record) -> Record:
+    """Return the difference of updates on to off as that of off to on."""
+    ends = {"difference_low": -row["difference_high"], "difference_high": -row["difference_low"]}
+    return {**row, "variant": REFERENCE, "difference": -row["difference"], **ends}
 
 
 def verdicts(found: Tables) -> list[str]:

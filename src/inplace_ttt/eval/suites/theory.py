@@ -199,11 +199,11 @@ def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
             **row,
             "variant": labels[row["change"]],
             "x": NAMES[row["target"]],
-            "title": "One update, and the key comes again",
+            "title": "Logits after one update",
         }
         for row in found.get("theory", [])
         if row["variant"] == "on" and row["change"] in labels
     ]
-    where, what = "what the update learns to predict from a token", "change of the logit (updates on - off)"
+    where, what = "what the update learns to predict from a token", "change of the logit"
     drawn = plots.curves(rows, "x", "title")
     return {"theory": plots.panels(drawn, where, what, bars=True, palette=COLOURS)} if rows else {}

@@ -1,0 +1,204 @@
+"""What each run of a table did, as a table and a picture.
+
+    python benchmarks/summarise_runs.py benchmarks/results/smollm2 [--plot docs/images/smollm2.png]
+    python benchmarks/summarise_runs.py benchmarks/results/replica --control window
+
+Reads DIRECTORY/NAME/run.json as runs.py writes them. By domain: *on* and *off*, losses with and without updates; *own
+gain*, off - on; *below control*, the loss of the control of the same base, budget and seed less this one's with updates
+(``--control``: its name, without the seed; left out: whatever is named ``control-...``). Intervals: 95%, paired, over
+documents. *sizes*: ||eta S z|| / ||W0 z|| at the end of a text, the largest of all layers; *cosine*: of v and -dL/do,
+when last logged. Where runs have seeds a second table has their means, and the lowest and highest.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from inplace_ttt.eval.paired import Mean, bootstrap_mean
+
+ROOT = Path(__file__).resolve().parents[1]
+DOMAINS = ("books", "code")
+CONTROL = "control"
+Record = dict[str, Any]
+
+
+def read(folder: Path) -> list[Record]:
+    """All records of a directory, controls first."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*/run.json")]
+    return sorted(found, key=lambda r: (not is_control(r, CONTROL), r["name"]))
+
+
+def family(record: Record) -> str:
+    """The name without the seed."""
+    return re.sub(r"-seed\d+$", "", record["name"])
+
+
+def is_control(record: Record, control: str) -> bool:
+    return family(record) == control or (control == CONTROL and record["name"].startswith(f"{CONTROL}-"))
+
+
+def control_of(record: Record, records: Sequence[Record], control: str) -> Record | None:
+    """The control on the same rows: of the same base, budget and seed."""
+
+    def same(r: Record) -> tuple[Any, ...]:
+        recipe = r["recipe_as_run"]
+        return recipe["model"].get("base"), r["tokens_seen"], recipe.get("seed"), r["data"]["train"]
+
+    fitting = [r for r in records if is_control(r, control) and not r["failed"] and same(r) == same(record)]
+    return fitting[0] if fitting else None
+
+
+def gap(upper: Sequence[float], lower: Sequence[float]) -> Mean:
+    """The mean difference of documents' losses, with its interval."""
+    values = np.array(upper) - np.array(lower)
+    return bootstrap_mean(values, np.ones(len(values)))
+
+
+def cell(mean: Mean | None) -> str:
+    return "" if mean is None else f"{mean.value:+.3f} ({mean.low:+.3f} to {mean.high:+.3f})"
+
+
+def own(record: Record, domain: str) -> Mean | None:
+    row = record["evaluation"]["losses"][domain]
+    return gap(row["off_by_document"], row["on_by_document"]) if "off" in row else None
+
+
+def below(record: Record, control: Record | None, domain: str) -> Mean | None:
+    if control is None or control is record or domain not in record["evaluation"]["losses"]:
+        return None
+    upper, lower = (r["evaluation"]["losses"][domain]["on_by_document"] for r in (control, record))
+    return gap(upper, lower) if len(upper) == len(lower) else None
+
+
+def size(record: Record) -> float | None:
+    rows = [layer for row in record["evaluation"]["losses"].values() for layer in row.get("sizes", [])]
+    values = [layer["output_change"] for layer in rows if layer["output_change"] is not None]
+    return max(values, default=None)
+
+
+def cosines(record: Record) -> list[tuple[float, float]]:
+    return [(entry["tokens"], entry["ttt_cosine"]) for entry in record["curve"] if "ttt_cosine" in entry]
+
+
+def scores(record: Record, what: str, label: str) -> float | None:
+    """Right answers of needles, associative recall or RULER, all kinds and lengths together."""
+    found = record["evaluation"]
+    rows = {
+        "needle": lambda: found.get("recall", {}).get("needle", []),
+        "recall": lambda: found.get("recall", {}).get("recall", []),
+        "ruler": lambda: [row for row in found.get("ruler", []) if row["task"] == "all"],
+    }[what]()
+    values = [row["value"] for row in rows if row["variant"] == label]
+    return float(np.mean(values)) if values else None
+
+
+def table(records: Sequence[Record], control: str = CONTROL) -> str:
+    """Markdown: a row for each run, and a line for each that failed."""
+    names = ["variant", *(f"{d} {n}" for d in DOMAINS for n in ("on", "off", "own gain", "below control"))]
+    names += ["sizes", "cosine", "needle on / off", "recall on / off", "RULER on / off", "tokens/s"]
+    lines = [f"| {' | '.join(names)} |", f"| {' | '.join(['---'] * len(names))} |"]
+    number = lambda x, form: "" if x is None else format(x, form)  # noqa: E731
+    for record in records:
+        if record["failed"]:
+            continue
+        beside, row = control_of(record, records, control), [record["name"]]
+        for domain in DOMAINS:
+            found = record["evaluation"]["losses"].get(domain)
+            if found is None:
+                row += [""] * 4
+                continue
+            off = f"{found['off']:.4f}" if "off" in found else ""
+            row += [f"{found['on']:.4f}", off, cell(own(record, domain)), cell(below(record, beside, domain))]
+        cosine = cosines(record)
+        row += [number(size(record), ".3f"), number(cosine[-1][1] if cosine else None, ".3f")]
+        for what in ("needle", "recall", "ruler"):
+            row.append(" / ".join(number(scores(record, what, label), ".0%") for label in ("on", "off")).strip(" /"))
+        row.append(f"{record['tokens_per_second']:,.0f}")
+        lines.append(f"| {' | '.join(row)} |")
+    failures = [f"* {record['name']} failed: {record['failed']}" for record in records if record["failed"]]
+    return "\n".join([*lines, *([""] if failures else []), *failures])
+
+
+def over_seeds(records: Sequence[Record], control: str) -> str:
+    """Markdown: means over seeds with the lowest and highest; empty where no run has two."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        if not record["failed"]:
+            groups.setdefault(family(record), []).append(record)
+    names = ["variant", "seeds", *(f"{d} {n}" for d in DOMAINS for n in ("on", "own gain", "below control"))]
+    lines = [f"| {' | '.join(names)} |", f"| {' | '.join(['---'] * len(names))} |"]
+    for name, members in groups.items():
+        row = [name, str(len(members))]
+        for domain in DOMAINS:
+            rows = [r["evaluation"]["losses"].get(domain) for r in members]
+            gaps = [below(r, control_of(r, records, control), domain) for r in members]
+            row.append(spread([found["on"] for found in rows if found], ".4f"))
+            row.append(spread([found["gain"] for found in rows if found and "gain" in found], "+.3f"))
+            row.append(spread([gap.value for gap in gaps if gap is not None], "+.3f"))
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines) if any(len(members) > 1 for members in groups.values()) else ""
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    if len(values) < 2:
+        return "".join(format(value, form) for value in values)
+    return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def draw(records: Sequence[Record], path: Path, control: str = CONTROL) -> None:
+    """Gain by variant, own and against the control, and the cosine over training."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [record for record in records if not record["failed"] and not is_control(record, control)]
+    figure = Figure(figsize=(12, max(3.2, 0.5 + 0.32 * len(shown))), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 3)
+    for axis, title, of in (
+        (axes[0], "own gain: off - on", lambda r, d: own(r, d)),
+        (axes[1], "below the control: control - on", lambda r, d: below(r, control_of(r, records, control), d)),
+    ):
+        for i, domain in enumerate(DOMAINS):
+            for at, record in enumerate(shown):
+                mean = of(record, domain) if domain in record["evaluation"]["losses"] else None
+                if mean is not None:
+                    error = [[abs(mean.value - mean.low)], [abs(mean.high - mean.value)]]
+                    axis.barh(at + 0.38 * i, mean.value, 0.36, xerr=error, color=f"C{i}", error_kw={"lw": 0.8})
+        axis.axvline(0, color="0.4", lw=0.8)
+        axis.set(title=title, xlabel="nats per token", yticks=[i + 0.19 for i in range(len(shown))])
+        axis.set_yticklabels([record["name"] for record in shown] if axis is axes[0] else [])
+        axis.invert_yaxis()
+    axes[0].legend(handles=[axes[0].barh(0, 0, color=f"C{i}", label=d) for i, d in enumerate(DOMAINS)])
+    for record in shown:
+        if points := cosines(record):
+            axes[2].plot(*zip(*points, strict=True), lw=1.2, label=record["name"])
+    axes[2].set(title="cosine of v and -dL/do", xlabel="tokens of training")
+    if axes[2].lines:
+        axes[2].legend(fontsize=7)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "benchmarks" / "results" / "smollm2")
+    parser.add_argument("--control", default=CONTROL)
+    parser.add_argument("--plot", type=Path, default=None)
+    given = parser.parse_args()
+    records = read(given.folder)
+    print(table(records, given.control))
+    if by_seed := over_seeds(records, given.control):
+        print(f"\n{by_seed}")
+    if given.plot:
+        draw(records, given.plot, given.control)
+
+
+if __name__ == "__main__":
+    main()
