@@ -23,6 +23,8 @@ from inplace_ttt.core import FastWeights
 
 DRAFTED = set(BUILDERS) - LINEAR
 """Transformers itself refuses to draft for the others."""
+NEW = 2 * C + 1
+"""Tokens of a draft's text: two chunks are completed and one begun."""
 
 
 def greedy(model, prompt, n, **keywords):
@@ -69,13 +71,13 @@ def test_assisted_by_a_model(model_type, target, rollbacks):
     text = BUILDERS[model_type]().get_text_config()
     wide = {name: 256 for name in ("sliding_window", "attention_chunk_size") if getattr(text, name, None)}
     model, prompt = adapted(model_type, target=target), tokens(1, C + 2)
-    want = greedy(model, prompt, 3 * C, use_cache=False)
+    want = greedy(model, prompt, NEW, use_cache=False)
     for lr in (0.02, -0.3):
         assistant = adapted(model_type, changes=wide, target=target, lr=lr)
         assistant.generation_config.num_assistant_tokens = C + 1
         assistant.generation_config.num_assistant_tokens_schedule = "constant"
         assistant.generation_config.assistant_confidence_threshold = 0.0
-        assert torch.equal(greedy(model, prompt, 3 * C, assistant_model=assistant), want)
+        assert torch.equal(greedy(model, prompt, NEW, assistant_model=assistant), want)
     assert rollbacks["tokens"] > 0
 
 
