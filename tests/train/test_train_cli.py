@@ -30,7 +30,9 @@ def test_train_with_overrides(recipe: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert result.output.splitlines()[-1] == f"done: {tmp_path}/other"
-    assert re.search(r"^step      3  loss .* tokens/s .*  S/W0 \S+$", result.output, re.MULTILINE), "one line a step"
+    assert re.search(r"^step      3  loss .* tokens/s .*  S/W0 \S+  cosine \S+$", result.output, re.MULTILINE), (
+        "one line a step"
+    )
     assert (tmp_path / "other" / "model").is_dir()
 
 
