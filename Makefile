@@ -27,7 +27,7 @@ lint: .venv/.dev
 	$(BIN)/mypy
 
 docs: .venv/.docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .venv/.python:
 	$(PYTHON) -m venv .venv

@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--memory", type=float, default=0.25, help="GiB for sessions")
-    parser.add_argument("--check", type=int, default=8, help="clients whose answers are compared with the library's")
+    parser.add_argument("--check", type=int, default=32, help="clients whose answers are compared with the library's")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
 

@@ -6,17 +6,24 @@ from pathlib import Path
 
 from mkdocs.structure.files import File
 
-BESIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-"""File in the repository -> page of the site."""
-LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
+BESIDE = {
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "benchmarks/results/serve/load.png": "images/serve-load.png",
+}
+"""File in the repository -> page or picture of the site."""
+LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files, config):
-    """Add the pages."""
+    """Add the pages and pictures."""
     root = Path(config.config_file_path).parent
     for name, page in BESIDE.items():
-        text = (root / name).read_text(encoding="utf-8")
-        files.append(File.generated(config, page, content=_links(text, ".", config.repo_url)))
+        if page.endswith(".md"):
+            text = (root / name).read_text(encoding="utf-8")
+            files.append(File.generated(config, page, content=_links(text, ".", config.repo_url)))
+        else:
+            files.append(File.generated(config, page, abs_src_path=str(root / name)))
     return files
 
 
@@ -32,12 +39,14 @@ def _links(markdown: str, folder: str, repository: str | None) -> str:
     """
 
     def mend(found: re.Match[str]) -> str:
-        words, target, anchor = found[1], found[2], found[3] or ""
+        mark, words, target, anchor = found[1], found[2], found[3], found[4] or ""
         path = posixpath.normpath(posixpath.join(folder, target))
         if path in BESIDE:
-            return f"[{words}]({BESIDE[path]}{anchor})"
+            return f"{mark}[{words}]({BESIDE[path]}{anchor})"
         if path.startswith("docs/"):
-            return f"[{words}]({path.removeprefix('docs/')}{anchor})"
+            return f"{mark}[{words}]({path.removeprefix('docs/')}{anchor})"
+        if mark:
+            return found[0]
         return f"[{words}]({repository.rstrip('/')}/blob/main/{path}{anchor})" if repository else words
 
     return LINK.sub(mend, markdown)

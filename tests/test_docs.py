@@ -92,7 +92,7 @@ def test_the_tree_names_real_folders():
 
 @pytest.mark.skipif(importlib.util.find_spec("mkdocstrings") is None, reason="needs the extra [docs]")
 def test_the_site_builds_without_a_warning(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "inplace_ttt.attach" in (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")

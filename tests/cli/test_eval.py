@@ -139,7 +139,7 @@ def test_tasks_of_the_harness_from_local_files(cli, folder, tmp_path):
         (("--data", "TEXT", "--suite", "needle", "--depths", "deep"), "--depths deep"),
         (("--data", "TEXT", "--suite", "nll,magic"), "--suite magic"),
         (("--data", "TEXT", "--sweep", "lr"), "--sweep lr"),
-        (("--data", "TEXT", "--sweep", "lr=fast"), "no numbers"),
+        (("--data", "TEXT", "--sweep", "lr=fast"), "not numbers"),
         (("--data", "TEXT", "--sweep", "layers=1"), "--sweep layers=1"),
         (("--data", "TEXT", "--length", "100000"), "100,000 tokens"),
         (("--data", "TEXT", "--lengths", "1k", "--suite", "needle"), "--lengths 1k"),

@@ -297,11 +297,11 @@ def test_every_cut_of_nasty_texts(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("name", [*BACKENDS, *STORED])
-@pytest.mark.parametrize("size", [7, 4096, 50_000])
-def test_long_text_is_settled_on_the_way(name: str, size: int) -> None:
+@pytest.mark.parametrize("sizes", [[7, 300, 4096], [50_000]], ids=str)
+def test_long_text_is_settled_on_the_way(name: str, sizes: list[int]) -> None:
     tokenizer, text = load(name), prose(50_000)
     encoder = StreamEncoder(tokenizer)
-    ids = pushed(encoder, in_pieces(text, [size]))
+    ids = pushed(encoder, in_pieces(text, sizes))
     assert len(encoder.held) < 700
     assert text.endswith(encoder.held)
     assert ids + encoder.flush() == whole(tokenizer, text)

@@ -11,7 +11,7 @@ from ..errors import UserError
 
 
 class Subject(StrEnum):
-    """What is measured."""
+    """The subject of a measurement."""
 
     mlp = "mlp"
     prefill = "prefill"

@@ -86,7 +86,7 @@ class Chat:
         """Keeps other processes from writing the session's file."""
         self.saver = Saver(session, path)
         self.by_loss = session._reader.by_loss
-        """Whether a turn can be learned when it ends, as a chunk that is not full."""
+        """True where a turn is learned when it ends, as a chunk that is not full."""
         self.messages: list[dict[str, str]] = []
         self.undo: list[tuple[Any, list[dict[str, str]]]] = []
 
@@ -152,7 +152,7 @@ class Chat:
             raise
 
     def prompt(self, session: Any, words: str, messages: list[dict[str, str]]) -> Any:
-        """What is fed for a turn."""
+        """Return the text or token ids that a turn feeds."""
         if self.template is not None:
             return self.template.feed(session, messages, words)
         stats = session.stats()

@@ -8,7 +8,7 @@ import typer
 
 
 class Format(StrEnum):
-    """What `convert` writes."""
+    """The formats that `convert` writes."""
 
     model = "model"
     adapter = "adapter"

@@ -29,7 +29,7 @@ ONLY_TEXT = tuple(name for name in SUITES if name not in WITHOUT_TEXT)
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for; names as on the command line. ``lengths`` empty: each suite's own."""
+    """The options of a run, named as on the command line. ``lengths`` empty: each suite's own."""
 
     suites: tuple[str, ...]
     length: int
@@ -255,7 +255,7 @@ def _settings(text: str) -> list[tuple[str, dict[str, Any]]]:
     try:
         return [(f"{name}={value}", {name: kinds[name](value)}) for value in values.split(",")]
     except ValueError:
-        raise UserError(f"--sweep {text}: {values} are no numbers") from None
+        raise UserError(f"--sweep {text}: {values} are not numbers") from None
 
 
 def _baseline(name: str, model: Any, tokenizer: Any, device: str | None) -> "Variant":

@@ -68,7 +68,7 @@ def _refuse(options: Mapping[str, object], whose: str) -> None:
 
 
 def _is_lost_file(path: Path) -> bool:
-    """Whether this is a mistyped file rather than something on the hub."""
+    """Tell whether this is a mistyped file rather than something on the hub."""
     return path.suffix[1:].isalpha() and path.parent.is_dir() and not path.exists()
 
 

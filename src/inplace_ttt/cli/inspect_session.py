@@ -54,7 +54,7 @@ def nothing_learned(session: Any) -> str | None:
 
 
 def stats_lines(session: Any) -> list[str]:
-    """Where a session stands, for a person."""
+    """Describe how much a session has read and learned, for a person."""
     s = session.stats()
     kept = ", ".join(f"{name} {value}" for name, value in s.settings.items() if value not in (None, False))
     wrote = f", {s.written:,} of them written by the model" if s.written else ""

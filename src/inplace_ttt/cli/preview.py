@@ -1,4 +1,4 @@
-"""What adapts in a model, found from its configuration alone: no weights are loaded."""
+"""Find out which modules of a model adapt, from its configuration alone: no weights are loaded."""
 
 import json
 import warnings
@@ -70,7 +70,7 @@ def preview(model: str, settings: dict[str, Any]) -> Preview:
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(base)  # type: ignore[no-untyped-call]
     except ValueError as error:
-        raise UserError(f"{model} is no causal language model: {str(error).splitlines()[0][:200]}") from None
+        raise UserError(f"{model} is not a causal language model: {str(error).splitlines()[0][:200]}") from None
     parameters = sum(p.numel() for p in empty.parameters())
     install(empty, config)
     layers = inspect(empty)
@@ -147,7 +147,7 @@ def _file(model: str, name: str) -> str | None:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return None
         reason = str(error).splitlines()[0]
-        raise UserError(f"{model} is no directory here and could not be fetched from the hub ({reason})") from None
+        raise UserError(f"{model} is not a directory here and could not be fetched from the hub ({reason})") from None
 
 
 def _config(model: str, **where: str) -> tuple[Any, dict[str, Any] | None]:

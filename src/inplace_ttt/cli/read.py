@@ -105,7 +105,7 @@ def read_all(
 
 
 class Source:
-    """A text file, or standard input. UserError when it is no text, before anything is read from a file."""
+    """A text file, or standard input. UserError when it is not text, before anything is read from a file."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.piped = path, str(path) == "-"

@@ -1,4 +1,4 @@
-"""What ``read``, ``chat`` and ``inspect SESSION`` share: options and session files."""
+"""Options and session files of ``read``, ``chat`` and ``inspect SESSION``."""
 
 import tempfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What all commands share: plain errors, exit codes, quiet libraries."""
+"""Plain errors, exit codes and quiet libraries, for all commands."""
 
 import os
 import shutil
@@ -119,4 +119,4 @@ def check_writable(path: Path | None) -> None:
         raise UserError(f"{path} is a directory: name a file")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write {path}: {folder} is no directory that can be written to")
+        raise UserError(f"cannot write {path}: {folder} is not a directory that can be written to")

@@ -1,0 +1,49 @@
+"""Docstrings open with a verb, a noun or a name, and say "not a" where a habit of this code base was "no"."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import inplace_ttt
+
+ROOT = Path(inplace_ttt.__file__).parent
+CHECKED = ("cli",)
+"""Packages that follow this; others are added as they are rewritten."""
+OPENINGS = re.compile(r"(what|how|whether|where)\b", re.IGNORECASE)
+HABITS = re.compile(r"\b(is|are) no\b(?! (longer|more))|\bgo(es)? on\b")
+
+
+def wrong(source: str) -> Iterator[str]:
+    """Yield the texts that open or speak as they should not, docstrings of attributes included."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        for statement in node.body if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) else ():
+            value = statement.value if isinstance(statement, ast.Expr) else None
+            if isinstance(value, ast.Constant) and isinstance(value.value, str) and OPENINGS.match(value.value):
+                yield value.value
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            text = re.sub(r"there (is|are) no\b", "", node.value)
+            if HABITS.search(text):
+                yield node.value
+
+
+@pytest.mark.parametrize("package", CHECKED)
+def test_docstrings_and_messages(package):
+    found = {file.name: list(wrong(file.read_text(encoding="utf-8"))) for file in (ROOT / package).rglob("*.py")}
+    assert {name: texts for name, texts in found.items() if texts} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    ['"""What it is."""', 'X = 1\n"""Whether it is."""', 'def f():\n    """How it is."""', 'f("that is no text")'],
+)
+def test_what_is_found(source):
+    assert list(wrong(source))
+
+
+@pytest.mark.parametrize("source", ['"""Write it."""', 'f("there is no such file")', 'f(f"{x} is not text")'])
+def test_what_is_not(source):
+    assert not list(wrong(source))
