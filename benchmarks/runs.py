@@ -131,7 +131,7 @@ def do(run: Run, out: Path, scratch: Path) -> bool:
     shutil.rmtree(where, ignore_errors=True)  # of one that was ended
     try:
         recipe = run.checked(scratch)
-        record["recipe_as_run"] = recipe.raw
+        record["recipe_as_run"] = {key: value for key, value in recipe.raw.items() if key != "output"}
         train(recipe, console=Console(width=200))
         trained = json.loads((where / "run.json").read_text(encoding="utf-8"))
         kept = ("tokens_per_second", "mfu", "peak_memory_bytes", "parameters", "trained_parameters", "tokens_seen")
@@ -143,6 +143,7 @@ def do(run: Run, out: Path, scratch: Path) -> bool:
             raise UserError(f"{reason} {len(lost)} of {logged} logged steps: such steps change nothing")
         begin = time.perf_counter()
         record["evaluation"] = measure_trained(where / "model", expand_variables(run.evaluation, "evaluation"), print)
+        record["evaluation"]["settings"] = run.evaluation  # as written: no machine's paths
         record["seconds_of_evaluation"] = round(time.perf_counter() - begin, 1)
     except Exception as error:  # whatever it is, the record says so
         traceback.print_exc()
@@ -286,6 +287,9 @@ def main() -> None:
         raise UserError(f"--only {unknown[0]}: {given.table} has no such run, only {', '.join(known)}")
     if given.one:
         sys.exit(not do(runs[known.index(given.one)], given.out, given.scratch))
+    there_are = torch.cuda.device_count()
+    if there_are and given.gpus is not None and not 1 <= given.gpus <= there_are:
+        raise UserError(f"--gpus {given.gpus}: this machine has {there_are}")
     runs = [run for run in runs if not given.only or {run.name, family[run.name]} & set(given.only)]
     there = [run.name for run in runs if (given.out / run.name / "run.json").exists()]
     if there:
@@ -296,9 +300,8 @@ def main() -> None:
             recipe = run.checked(given.scratch)  # a mistake in any of them ends it before anything is trained
             prepare(recipe, lambda line: None if line.startswith("tokens: ") else print(line, flush=True))
             waiting.append((run, cost(recipe, speeds)))
-    count = torch.cuda.device_count() if given.gpus is None else given.gpus
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # and so do the runs
-    queue = Queue(waiting, given, max(1, count) if torch.cuda.is_available() else 1)
+    queue = Queue(waiting, given, (given.gpus or there_are) if there_are else 1)
     queue.work()
     sys.exit(f"failed: {', '.join(queue.failed)}" if queue.failed else 0)
 

@@ -17,10 +17,12 @@ from inplace_ttt.errors import UserError
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import measure_trained
 import peer_gradients
 import peers
 import runs
 from peers import MIXERS, PeerConfig, PeerForCausalLM
+from session.models import tokenizer
 
 TOKEN_BY_TOKEN = {"ttt_linear": peers.ttt_linear_reference, "lact": peers.lact_reference}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -140,6 +142,21 @@ def test_padding_before_a_prompt_and_what_follows_it(mixer: str) -> None:
         out, state = layer.learn(*(part(x, at) for x in (q, k, v, eta)), new[:, at], state)
         found.append(out)
     torch.testing.assert_close(torch.cat(found, 2), expected)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_prompts_side_by_side_are_answered_as_alone(mixer: str) -> None:
+    """Where chunks are those of the row, padding moves them: then the answers are those of a row padded alike."""
+    made = model(mixer, "0::2", vocab_size=len(tokenizer()), initializer_range=1.0)
+    ends = {2: "sea", 5: "moon and 7", 9: "def whale"}
+    batch = [{"prompt": "The whale and the ship " * n + end, "tokens": 6} for n, end in ends.items()]
+    together = measure_trained.generate(made, tokenizer(), batch)
+    assert len(set(together)) > 1
+    if mixer in TOKEN_BY_TOKEN:
+        assert together[-1] == measure_trained.generate(made, tokenizer(), batch[-1:])[0]
+        assert together[1:] == measure_trained.generate(made, tokenizer(), batch[1:])
+    else:
+        assert together == [measure_trained.generate(made, tokenizer(), [line])[0] for line in batch]
 
 
 # -- the kernels' surroundings, with token-by-token ones in their place ------------------------------------------------

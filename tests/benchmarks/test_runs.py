@@ -35,6 +35,7 @@ def text(seed: int, words: int) -> str:
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A control, a variant and two that fail: two-layer models from scratch, six steps of two rows."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("TINY_BOOKS", str(tmp_path))
     with lzma.open(tmp_path / "books.jsonl.xz", "wt", encoding="utf-8") as file:
         for seed in range(2):
             file.write(json.dumps({"id": f"book {seed}", "text": text(seed, 6000)}) + "\n")
@@ -61,7 +62,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }  # fmt: skip
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     evaluation = {
-        "books": [str(tmp_path / "books.jsonl.xz")], "tokens": 192, "documents": 2,
+        "books": ["${TINY_BOOKS}/books.jsonl.xz"], "tokens": 192, "documents": 2,
         "ruler": str(tmp_path / "ruler.jsonl"), "ruler_texts": 2,
         "contexts": [64, 128], "speed": 96,
         "needle": {"lengths": [128], "depths": [0.5], "kinds": ["single"], "trials": 2, "mentions": 2},
@@ -111,6 +112,8 @@ def test_a_table_becomes_records_tables_and_pictures(table: Path, tmp_path: Path
         assert record["tokens_per_second"] > 0
         assert {"commit", "date", "hardware", "versions"} <= record.keys()
     assert control["data"] == paper["data"]
+    assert "${TINY_BOOKS}" in paper["evaluation"]["settings"]["books"][0]
+    assert str(tmp_path / "scratch") not in json.dumps(paper["recipe_as_run"])
     assert control["recipe_as_run"]["ttt"] is None
     assert paper["recipe_as_run"]["optimizer"]["lr"] == 3e-3
     assert any(name.startswith("state_norm/") for name in paper["curve"][-1])
@@ -355,6 +358,9 @@ def test_mistakes_are_told_in_a_line_before_anything_runs(
         assert "\n" not in str(error.value)
         return str(error.value)
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cuda.device_count", lambda: 2)
+        assert main("--only", "control", "--gpus", "3") == "--gpus 3: this machine has 2"
     assert "has no such run, only control, paper, stuck, wild" in main("--only", "papr")
     values = yaml.safe_load(table.read_text())
     table.write_text(yaml.safe_dump(values | {"run": {}}))
