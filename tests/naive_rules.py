@@ -26,7 +26,7 @@ RULE_CASES = {
 TARGET_CASES = {
     f"{name} {extra or 'plain'}": (name, {} if not extra else {extra: 0.3 if extra == "ridge" else True})
     for name in ("learned", "next_token", "reconstruction", "next_error")
-    for extra in ("", "gates", "ridge")
+    for extra in ("", "gates", "ridge", "center")
 }
 LAYOUTS = ("whole", "packed", "left", "left and packed")
 
@@ -114,6 +114,8 @@ def naive_target(target, u, z):
             c = u[t + target.shift]
         rows.append(c @ target.proj.weight)
     v = torch.stack(rows)
+    if target.center:
+        v = v - sum(v) / C
     if target.ridge is not None:
         gram = z @ z.T
         v = torch.linalg.solve(gram + target.ridge * gram.diagonal().mean() * torch.eye(C, dtype=z.dtype), v)

@@ -65,7 +65,7 @@ class InPlaceTTTConfig:
     MLP's input together), "loss" (the gradient of the next-token loss itself: nothing to train), or a registered one's
     name."""
     objective_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """Options of the target, checked by it: "gates", "ridge" of the shipped ones, "start" of "learned"."""
+    """Options of the target, checked by it: "gates", "ridge", "center" of the shipped ones, "start" of "learned"."""
     rule: str = "sum"
     """How fast weights are read and written: "sum" (the paper), "delta", "momentum", "muon", "norm_preserving", or a
     registered one."""

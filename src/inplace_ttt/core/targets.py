@@ -203,8 +203,9 @@ class TargetGates(nn.Module):
 
 
 class Shaped(Target):
-    """What the shipped targets share: an optional projection P, gates, and the ridge write.
+    """What the shipped targets share: an optional projection P, centring, gates, and the ridge write.
 
+    * ``center``: ``v_t`` less its mean over the chunk, so that what all tokens have in common does not add up.
     * ``gates``: ``S' = (prod_t gamma_t) S + sum_t beta_t (prod_{s>t} gamma_s) v_t z_t^T``, beta and gamma from u:
       exact as one factor per chunk and one per row of v (gated linear attention, Yang et al. 2023, in chunks).
     * ``ridge``: ``v' = (Z Z^T + l I)^-1 V`` with l = ridge * mean |z_t|^2: one ridge regression per chunk, so that keys
@@ -212,12 +213,20 @@ class Shaped(Target):
     """
 
     def __init__(
-        self, width: int, projection: bool, std: float, gates: bool, ridge: float | None, *, source_width: int = 0
+        self,
+        width: int,
+        projection: bool,
+        std: float,
+        gates: bool,
+        ridge: float | None,
+        center: bool,
+        *,
+        source_width: int = 0,
     ) -> None:
         super().__init__(width)
         if ridge is not None and not ridge > 0:
             raise UserError(f"ridge must be positive, got {ridge}")
-        self.ridge, self.gates = ridge, gates
+        self.ridge, self.gates, self.center = ridge, gates, center
         self.needs_keys = ridge is not None  # type: ignore[misc]
         if projection:
             self.proj = TargetProjection(width, std)
@@ -238,6 +247,8 @@ class Shaped(Target):
     def gated(self, u: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the values before the ridge write, and what each chunk leaves of the state (None without gates)."""
         v = self.projected(u)
+        if self.center:
+            v = v - v.mean(-2, keepdim=True)
         if not self.gates:
             return v, None
         beta, log_gamma = self.gate(u)
@@ -245,7 +256,7 @@ class Shaped(Target):
         return v * (beta * (behind - log_gamma).exp()).to(v.dtype)[..., None], behind[..., 0].exp()
 
     def projected(self, u: Tensor) -> Tensor:
-        """Return the values [B, U, C, D] without gates."""
+        """Return the values [B, U, C, D] as they are, neither centred nor gated."""
         P = self.proj() if hasattr(self, "proj") else None
         v = self.mix(u, None if P is None else P.dtype)
         return v if P is None else v.to(P.dtype) @ P
@@ -274,6 +285,7 @@ class Learned(Shaped):
         init_std: float | None = None,
         gates: bool = False,
         ridge: float | None = None,
+        center: bool = False,
         start: str = "zero",
     ) -> None:
         if start not in ("zero", "next_token"):
@@ -284,7 +296,7 @@ class Learned(Shaped):
         if has_tap and lookahead < 1:
             raise UserError(f'start="next_token" needs a tap for the next token: lookahead at least 1, got {lookahead}')
         std = 0.0 if has_tap else 0.02 if init_std is None else init_std
-        super().__init__(width, projection, std, gates, ridge)
+        super().__init__(width, projection, std, gates, ridge, center)
         self.conv = TargetConv(width, conv_kernel, conv_kernel - lookahead if has_tap else None)
         self.lookahead = lookahead
 
@@ -306,8 +318,16 @@ class Shift(Shaped):
 
     shift: ClassVar[int]
 
-    def __init__(self, width: int, *, projection: bool = True, gates: bool = False, ridge: float | None = None) -> None:
-        super().__init__(width, projection, 0.0, gates, ridge)
+    def __init__(
+        self,
+        width: int,
+        *,
+        projection: bool = True,
+        gates: bool = False,
+        ridge: float | None = None,
+        center: bool = False,
+    ) -> None:
+        super().__init__(width, projection, 0.0, gates, ridge, center)
 
     def mix(self, u: Tensor, dtype: torch.dtype | None) -> Tensor:
         return convolved(u, u.new_ones(u.shape[-1], 1), self.shift, dtype)
@@ -336,13 +356,13 @@ class NextError(Shaped):
     """The next token less what was expected: ``v_t = e[t + 1] P + h[t] Q``, e the embedding, h the MLP's input.
 
     Minus the gradient of a loss is what came minus what was predicted, so a target that stands for it needs both. P and
-    Q are zero at the start; a chunk's last token, whose next one is not there, writes nothing.
+    Q are zero at the start; a chunk's last token, whose next one is not there, has v = 0.
     """
 
     source = "both"
 
-    def __init__(self, width: int, *, gates: bool = False, ridge: float | None = None) -> None:
-        super().__init__(width, True, 0.0, gates, ridge, source_width=2 * width)
+    def __init__(self, width: int, *, gates: bool = False, ridge: float | None = None, center: bool = False) -> None:
+        super().__init__(width, True, 0.0, gates, ridge, center, source_width=2 * width)
         self.input_proj = TargetProjection(width, 0.0)
 
     def projected(self, u: Tensor) -> Tensor:
