@@ -21,7 +21,7 @@ WORSE = 1.5
 
 
 class Decoding:
-    """One row that goes on writing; its cache and the following token stay on the device."""
+    """Greedy decoding of one row; its cache and the next token stay on the device."""
 
     def __init__(self, model: Any, cache: Cache, way: str) -> None:
         self.model, self.cache, self.way, self.name = model, cache, way, cache_name(model)
@@ -89,7 +89,7 @@ def measure(
             runs[f"graphs, {name}"] = graphs, many
         floor = 1e-5 if dtype == torch.float32 else 0.0
         if not errors["ours"] <= WORSE * max(errors["no TTT"], floor):
-            raise UserError(f"no speed of wrong results: steps differ from one pass by {errors['ours']:.2e}")
+            raise UserError(f"results are wrong, so no timings are shown: steps differ from one pass by {errors['ours']:.2e}")
         set_lr(model, lr)
         times, peaks = time_all(runs, text, device, rounds)
     found = {name: whole / runs[name][1] for name, whole in times.items()}

@@ -132,7 +132,7 @@ def check(shape: Shape, C: int, device: torch.device, dtype: torch.dtype) -> dic
     found = {str(share): errors(shape, C, device, dtype, share) for share in SHARES}
     wrong = [f"{name} {ratio:.2f}" for name, ratio in found[str(SHARES[0])].items() if not ratio <= WORSE]
     if wrong:
-        raise UserError(f"no speed of wrong results: errors over a plain layer's above {WORSE}: {', '.join(wrong)}")
+        raise UserError(f"results are wrong, so no timings are shown: errors over a plain layer's above {WORSE}: {', '.join(wrong)}")
     return found
 
 

@@ -34,7 +34,7 @@ Kind = TypeVar("Kind", bound=Session)
 
 
 def identity(model: nn.Module) -> dict[str, Any]:
-    """What tells one model from another: kind, sizes, precision, settings of the fast weights, and sampled weights."""
+    """Return what identifies a model: kind, sizes, precision, settings of the fast weights, and sampled weights."""
     root = unwrap(model)
     digest = hashlib.sha256()
     for name, parameter in sorted(root.named_parameters()):
@@ -53,7 +53,7 @@ def identity(model: nn.Module) -> dict[str, Any]:
 
 
 def _switched_on(layer: nn.Module) -> list[str]:
-    """The adapters (peft's) that a layer applies, merged or not."""
+    """Return the adapters (peft's) that a layer applies, merged or not."""
     if not hasattr(layer, "base_layer") or getattr(layer, "disable_adapters", False):
         return []
     return list(getattr(layer, "active_adapters", []))
@@ -63,7 +63,7 @@ def _switched_on(layer: nn.Module) -> list[str]:
 
 
 def save(session: Session, path: str | Path) -> None:
-    """Writes ``session`` to ``path``, atomically. OSError when it cannot be written (the old file stays).
+    """Write ``session`` to ``path``, atomically. OSError when it cannot be written (the old file stays).
 
     Raises UserError when somebody else has written the file since the session was loaded from it or saved to it.
     """
@@ -77,7 +77,7 @@ def save(session: Session, path: str | Path) -> None:
 
 
 def write(target: Path, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> None:
-    """One file from tensors and header, all or nothing."""
+    """Write one file from tensors and header, all or nothing."""
     text = json.dumps(header, sort_keys=True)
     metadata = {"format": FORMAT, "version": str(VERSION), "header": text, "digest": _digest(text, tensors)}
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def write(target: Path, tensors: Mapping[str, Tensor], header: dict[str, Any]) -
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 of a fast tokenizer's definition."""
+    """Return the SHA-256 of a fast tokenizer's definition."""
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
@@ -111,7 +111,7 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _remove_remains(target: Path) -> None:
-    """Deletes what processes that were killed while they wrote this file have left."""
+    """Delete temporary files left by processes that were killed while they wrote this file."""
     for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
         owner = part.name.removeprefix(f".{target.name}.").split(".")[0]
         if owner.isdecimal() and not _alive(int(owner)):
@@ -164,7 +164,7 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], int]
 
 
 def model_name(path: str | Path) -> str | None:
-    """The name under which the command line finds a session file's model."""
+    """Return the name by which the command line finds a session file's model."""
     return _named(path, "origin")
 
 
@@ -210,7 +210,7 @@ def _check_version(path: str | Path, version: str) -> None:
 
 
 def load(kind: Callable[..., Kind], path: str | Path, model: nn.Module, tokenizer: Any = None) -> Kind:
-    """The session that ``path`` holds, on ``model``, made by calling ``kind`` as ``Session`` is called.
+    """Return the session stored at ``path``, on ``model``, made by calling ``kind`` as ``Session`` is called.
 
     UserError, changing nothing, when the file is damaged, foreign or newer, or was written with another model,
     precision or tokenizer.

@@ -1,4 +1,4 @@
-"""What a session learned as a PEFT LoRA adapter of the base model, for anything that serves LoRA."""
+"""Export of a session's fast weights as a PEFT LoRA adapter of the base model, for servers that support LoRA."""
 
 import json
 import warnings
@@ -37,7 +37,7 @@ class ExportedLayer:
 
 
 def export(session: Session, directory: str | Path, rank: int | None = RANK) -> list[ExportedLayer]:
-    """Writes ``adapter_config.json`` and ``adapter_model.safetensors``: lr * S of every layer as B A, by truncated SVD.
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``: lr * S of every layer as B A, by truncated SVD.
 
     ``rank``: at most this many directions a layer; None: as many as S has, so that nothing is lost. A warning says what
     a rank leaves out; the returned layers have it as numbers. Loaded with peft
@@ -97,7 +97,7 @@ def export(session: Session, directory: str | Path, rank: int | None = RANK) -> 
 
 
 def factor(change_DF: Tensor, rank: int | None) -> tuple[Tensor, Tensor, int, float]:
-    """A [r, F], B [D, r] with ``B A`` nearest to ``change``; its own rank; the relative error in Frobenius norm."""
+    """Return A [r, F] and B [D, r] with ``B A`` nearest to ``change``; its own rank; the relative Frobenius error."""
     U, s, Vh = torch.linalg.svd(change_DF, full_matrices=False)
     full = max(int((s > EXACT * s[0]).sum()), 1)
     r = full if rank is None else min(rank, full)

@@ -13,7 +13,7 @@ from .text import StreamEncoder
 
 
 class SessionParts(Protocol):
-    """What ``Session`` lends to these modules. They are documented there."""
+    """The part of ``Session`` that these modules use. Its members are documented there."""
 
     tokenizer: Any
     origin: str | None

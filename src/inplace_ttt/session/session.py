@@ -92,7 +92,7 @@ class Session:
     # -- reading --------------------------------------------------------------------------------------------------
 
     def read(self, source: Readable, *, scored: bool = False, progress: Any = None, passes: int = 1) -> Score:
-        """Reads a text, a ``Path``, an open file, an iterator of texts, or token ids; learns from every full chunk.
+        """Read a text, a ``Path``, an open file, an iterator of texts, or token ids; learn from every full chunk.
 
         Ids [n] or [1, n] are read as they are, after held characters; where a stream begins, the tokenizer's prefix
         (BOS) comes first, unless they begin with it. With ``scored`` the result holds the loss of every token read (of
@@ -147,7 +147,7 @@ class Session:
             return study(self, source, minutes, progress)
 
     def score(self, source: Readable) -> Score:
-        """Loss of a text as the continuation of what was read, learning on the way; the session stays as it was.
+        """Return the losses of a text as continuation, learning on the way; the session itself does not change.
 
         The text is tokenised on its own: what was read, held characters included, ends before it.
         """
@@ -170,7 +170,7 @@ class Session:
         stop: str | Sequence[str] = (),
         **sampling: Any,
     ) -> Any:
-        """Reads ``prompt`` and continues; returns the new text, or with ``stream`` an iterator over its pieces.
+        """Read ``prompt`` and continue; return the new text, or with ``stream`` an iterator over its pieces.
 
         Greedy unless ``temperature`` is given (further: top_k, top_p, min_p, repetition_penalty, seed). Ends at the
         model's end-of-text token (which is not read), at a ``stop`` string (left out of the text), or after
@@ -189,7 +189,7 @@ class Session:
     def generate_ids(
         self, prompt: Sequence[int] | Tensor | str | None = None, *, max_new_tokens: int = 256, **sampling: Any
     ) -> list[int]:
-        """As ``generate``, in token ids, and without a tokenizer if the prompt is ids; no ``stop``, no ``stream``."""
+        """Do as ``generate``, in token ids, and without a tokenizer if the prompt is ids; no ``stop``, no ``stream``."""
         check_most(max_new_tokens)
         with closing(tokens(self, prompt, max_new_tokens, Sampler(Sampling(**sampling)))) as found:
             return list(found)
@@ -247,7 +247,7 @@ class Session:
     # -- the stream as a thing ------------------------------------------------------------------------------------
 
     def fork(self) -> "Session":
-        """An independent session in the same state. Cheap: only what changes is copied, when it changes."""
+        """Return an independent session in the same state. Cheap: only what changes is copied, when it changes."""
         self._check_idle()
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
@@ -256,13 +256,13 @@ class Session:
         return twin
 
     def snapshot(self) -> Snapshot:
-        """The present state, to come back to with ``restore``."""
+        """Return the present state, to come back to with ``restore``."""
         self._check_idle()
         encoder = None if self._encoder is None else self._encoder.fork()
         return Snapshot(self._reader, self._stream.copy(), encoder, self._timeline.copy())
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Goes back to a snapshot of this session or of a fork of it.
+        """Go back to a snapshot of this session or of a fork of it.
 
         Raises UserError for a snapshot of a session of another model, or with other settings.
         """
@@ -274,7 +274,7 @@ class Session:
         self._timeline = snapshot.timeline.copy()
 
     def reset(self) -> None:
-        """Forgets everything: a new document begins."""
+        """Forget everything: a new document begins."""
         self._check_idle()
         self._clear()
 
@@ -290,7 +290,7 @@ class Session:
             self._reader.drop_context(self._stream)
 
     def save(self, path: str | Path) -> None:
-        """Writes the session to one safetensors file, atomically. See ``files``."""
+        """Write the session to one safetensors file, atomically. See ``files``."""
         from .files import save
 
         self._check_idle()
@@ -298,13 +298,13 @@ class Session:
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module, tokenizer: Any = None) -> "Session":
-        """A session from a file; UserError, with the reason, when it is damaged or belongs to another model."""
+        """Load a session from a file; UserError, with the reason, when it is damaged or belongs to another model."""
         from .files import load
 
         return load(cls, path, model, tokenizer)
 
     def export_lora(self, directory: str | Path, rank: int | None = 64) -> Any:
-        """Writes what was learned as a PEFT LoRA adapter of the base model. See ``lora.export``."""
+        """Write what was learned as a PEFT LoRA adapter of the base model. See ``lora.export``."""
         from .lora import export
 
         self._check_idle()
@@ -314,7 +314,7 @@ class Session:
 
     @property
     def next_logits(self) -> Tensor | None:
-        """Logits [V] of the next token in the model's dtype, a copy, with all text read so far (held characters too).
+        """Return logits [V] of the next token in the model's dtype, a copy, after all text so far (held characters too).
 
         None where nothing is in context.
         """
@@ -331,22 +331,22 @@ class Session:
 
     @property
     def timeline(self) -> Timeline:
-        """What the probes saw."""
+        """Samples of the probes."""
         return self._timeline
 
     @property
     def warning(self) -> str | None:
-        """One line when the updates look harmful, by the probes, or when the model was never trained."""
+        """Return a line when the updates look harmful, by the probes, or when the model was never trained."""
         if not is_trained(self._reader.model):
             return UNTRAINED
         return harm(self._timeline, self._settings())
 
     def diagnostics(self) -> list[Any]:
-        """``LayerDiagnostics`` of every adapting layer, now; empty before the first token."""
+        """Return ``LayerDiagnostics`` of every adapting layer, now; empty before the first token."""
         return measure(self._reader.model, self._stream.fast, config=self._reader.config)
 
     def stats(self) -> Stats:
-        """Where the session stands."""
+        """Return the session's statistics."""
         stream = self._stream
         held = "" if self._encoder is None else self._encoder.held
         waiting = self._waiting()
@@ -391,7 +391,7 @@ class Session:
         self._timeline = Timeline(self._probe.every)
 
     def _ids(self, source: Readable) -> Iterator[list[int]]:
-        """Token ids of a source, settled piece by piece."""
+        """Yield the token ids of a source, settled piece by piece."""
         if (ids := token_ids(source)) is not None:
             self._reader.check(ids)
             if ids:
@@ -407,19 +407,19 @@ class Session:
                 yield self._begin() + ids
 
     def _begin(self) -> list[int]:
-        """The tokenizer's prefix, once a stream."""
+        """Feed the tokenizer's prefix (BOS), once per stream."""
         if self._stream.started or self._encoder is None:
             return []
         return list(self._encoder.prefix)
 
     def _waiting(self) -> int:
-        """Tokens that the held characters would be."""
+        """Return the tokens that the held characters would be."""
         if self._encoder is None or not self._encoder.held:
             return 0
         return len(self._begin() + self._encoder.fork().flush())
 
     def _flush(self, scored: bool = False) -> Score:
-        """Turns held characters into tokens: the text ends here."""
+        """Turn held characters into tokens: the text ends here."""
         if self._encoder is None or not self._encoder.held:
             return Score((), ())
         ids = self._begin() + self._encoder.flush()
@@ -427,7 +427,7 @@ class Session:
         return Score(tuple(ids) if scored else (), tuple(losses))
 
     def _feed(self, ids: list[int], scored: bool, learn: bool = True) -> Iterator[tuple[int, list[float]]]:
-        """Feeds ids with a probe where one is due; yields each piece's size and (if scored) losses."""
+        """Feed ids with a probe where one is due; yield each piece's size and (if scored) losses."""
         self._reader.check(ids)
         at = 0
         while at < len(ids):

@@ -1,4 +1,4 @@
-"""What a session reads: texts, files and token ids."""
+"""Inputs of a session: texts, files and token ids."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
@@ -16,7 +16,7 @@ BLOCK = 1 << 18
 
 
 def token_ids(source: Any) -> list[int] | None:
-    """The ids that ``source`` holds, a flat sequence, an array or a tensor [n] or [1, n]; None when it holds texts.
+    """Return the ids in ``source``, a flat sequence, an array or a tensor [n] or [1, n]; None when it holds texts.
 
     Raises UserError for what is neither, or looks like ids and is something else.
     """
@@ -35,7 +35,7 @@ def token_ids(source: Any) -> list[int] | None:
 
 
 def texts(source: Any) -> Iterator[str]:
-    """A text, a file (by ``Path`` or open in text mode) or an iterable of texts, in parts.
+    """Yield a text, a file (by ``Path`` or open in text mode) or an iterable of texts, in parts.
 
     Raises UserError where something is no text.
     """

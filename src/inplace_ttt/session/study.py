@@ -54,9 +54,9 @@ Answer: Silverwater
 
 Text: {text}
 Question:"""
-"""How a model is made to ask and to answer, whether it was tuned for chats or not."""
+"""Prompts that make a model ask and answer, whether it was tuned for chats or not."""
 STARTS = ("", " What", " Where", " When", " Who", " How")
-"""How a question may begin: tries for each sentence."""
+"""Beginnings of questions to try for each sentence."""
 ABOUT = "What do you know about {name}?"
 ANSWER = "{text}\n\n{question}"
 _END = re.compile(r"(?<=[.!?])[\"'\u2019\u201d)\]]*\s+|\n\s*\n\s*")
@@ -92,7 +92,7 @@ class Example:
 
     @property
     def keeps(self) -> bool:
-        """Whether nothing new is learned: the model is held to what it predicts without fast weights."""
+        """True when nothing new is learned: the model is held to its predictions without fast weights."""
         return self.source == self.prompt
 
 
