@@ -40,15 +40,15 @@ class HubDataset:
 
     @property
     def folder(self) -> Path:
-        """PLACE as a folder; for a dataset of the hub there is none."""
+        """Return PLACE as a folder; it does not exist for a dataset of the hub."""
         return Path(self.place).expanduser()
 
     def files(self) -> list[Path]:
-        """The files of a local dataset, sorted; none for one on the hub."""
+        """Return the files of a local dataset, sorted; none for one on the hub."""
         return sorted(path for path in self.folder.rglob("*") if path.is_file()) if self.folder.is_dir() else []
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows in the order of the dataset, each with a string in the column ``text``.
+        """Yield the rows in the order of the dataset, each with a string in the column ``text``.
 
         Raises SourceError where the dataset, its split or its column is missing.
         """
@@ -90,7 +90,7 @@ SETTINGS = tuple(field.name for field in fields(HubDataset) if field.kw_only)
 
 
 def hub_dataset(spec: str, **defaults: str) -> HubDataset:
-    """The dataset that ``spec`` names, with ``defaults`` (a split at least) for what it leaves out. Reads nothing.
+    """Return the dataset ``spec``, with ``defaults`` (a split at least) for what it leaves out. Reads nothing.
 
     Raises SourceError for another spelling, an unknown setting, a missing folder, and without the datasets library.
     """
@@ -129,7 +129,7 @@ def check_model(name: str | Path) -> None:
 
 
 def require_hub_id(name: str) -> None:
-    """Raise UserError unless a name that is no directory here can be one on the hub (OWNER/NAME)."""
+    """Raise UserError unless a name that is not a directory here can be a hub id (OWNER/NAME)."""
     if Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(f"no model directory at {name}")
 

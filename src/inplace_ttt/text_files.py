@@ -17,7 +17,7 @@ _BYTES_PER_TOKEN = 32
 
 @dataclass(frozen=True)
 class Source:
-    """A file's text, or its beginning. ``size`` is the whole file's bytes."""
+    """A text file's content, or its beginning. ``size`` is the whole file's bytes."""
 
     path: Path
     text: str

@@ -53,14 +53,14 @@ class Names:
 
 
 def attention_window(config: Any) -> int | None:
-    """Tokens that each layer sees, itself included; None when some layer sees everything."""
+    """Return the number of tokens that each layer sees, itself included; None when some layer sees everything."""
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
     return int(window) if window and kinds == {"sliding_attention"} else None
 
 
 def returning_names(tokens: Tokens, on: np.ndarray, off: np.ndarray, window: int, layers: int, most: int = 6) -> Names:
-    """Losses [N] of tokens 1 to N with updates on and off -> the names that came again from outside the window."""
+    """Find names that recur from outside the window; losses [N] of tokens 1 to N with updates on and off."""
     all_places = list(_places(tokens, on, off, window))
     found = [p for p in all_places if p.on >= LIKELY > p.off]
     best: dict[str, Place] = {}
@@ -107,19 +107,19 @@ def _places(tokens: Tokens, on: np.ndarray, off: np.ndarray, window: int) -> Ite
 
 
 def _inside_sentence(text: str, start: int) -> bool:
-    """Whether a word or a comma comes before: there a capital is not due to the sentence's beginning."""
+    """Return whether a word or a comma comes before, so that a capital does not merely begin a sentence."""
     before = text[max(start - _CONTEXT, 0) : start].rstrip()
     return before.endswith(",") or before[-1:].isalnum()
 
 
 def _left(text: str, end: int) -> str:
-    """What comes before character ``end``, on one line."""
+    """Return the text before character ``end``, on one line."""
     before = re.sub(r"\s+", " ", text[max(end - 8 * _CONTEXT, 0) : end])
     return before if len(before) <= _CONTEXT else "…" + before[1 - _CONTEXT :]
 
 
 def is_name(word: str, words: set[str]) -> bool:
-    """Whether a word looks like an identifier or a proper name, not like a word of the language.
+    """Return whether a word looks like an identifier or a proper name, not like a word of the language.
 
     That is: an underscore, a digit or an inner capital in it, or a first capital where the text never writes it
     without; no word of Python's own.

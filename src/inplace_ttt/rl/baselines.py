@@ -19,7 +19,7 @@ One number per group, from all its rows: ``optimal_trajectory`` (weighted by the
 number of sampled tokens), ``mean``. ``none``: 0.
 """
 LONE_TAILS = ("reward", "zero", "mean")
-"""Where a single row of its group is still alive: the return itself, no advantage, or the return minus the mean."""
+"""Treatments of tokens at which one row of its group is left: its return, no advantage, return minus mean."""
 USES_ENERGY = ("otb", "instant", "optimal_trajectory")
 _BY_POSITION = ("otb", "instant")
 _TINY = 1e-8
@@ -121,7 +121,7 @@ def token_advantages(
         others.fill_diagonal_(0)
 
     def average(values: Tensor, weights: Tensor) -> Tensor:
-        """Weighted mean over the group for each row. Sums of the others alone, never a total minus the own part."""
+        """Return the weighted mean over the group for each row. Sums the others, never a total minus the own part."""
         return (others @ (weights * values)) / (others @ weights + _TINY)
 
     present = valid.to(dtype)

@@ -186,7 +186,7 @@ class Timeline:
         return sorted({d.layer for s in self.samples for d in s.layers})
 
     def clipped_share(self, layer: int) -> float | None:
-        """Return the share of a layer's sampled chunks whose update was clipped; None when the settings clip nothing."""
+        """Return the share of a layer's sampled chunks whose update was clipped; None when no clip is set."""
         known = [d.clipped for s in self.samples for d in s.layers if d.layer == layer and d.clipped is not None]
         return sum(known) / len(known) if known else None
 

@@ -121,7 +121,7 @@ def _timeline(values: Any) -> Timeline:
     for sample in samples:
         _check(_is_number(sample["tokens"], int), "a sample's tokens are not a number")
         numbers = [sample["loss_on"], sample["loss_off"], *(x for layer in sample["layers"] for x in layer.values())]
-        _check(all(x is None or isinstance(x, int | float) for x in numbers), "a sample holds a value that is not a number")
+        _check(all(x is None or isinstance(x, int | float) for x in numbers), "a sample's value is not a number")
         _check(all(type(layer["layer"]) is int for layer in sample["layers"]), "a sample's layer is not a number")
     return Timeline.from_list(samples, every=every)
 

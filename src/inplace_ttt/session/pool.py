@@ -317,7 +317,7 @@ class Writers:
 
 
 class _Groups:
-    """Two batches, streams whose state is S and those whose state is still pairs, so that one does not slow the other."""
+    """Two batches: streams whose state is S and streams whose state is pairs, so that one does not slow the other."""
 
     def __init__(self, reader: Reader) -> None:
         self.batches = (_Batch(reader), _Batch(reader))

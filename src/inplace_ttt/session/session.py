@@ -189,7 +189,7 @@ class Session:
     def generate_ids(
         self, prompt: Sequence[int] | Tensor | str | None = None, *, max_new_tokens: int = 256, **sampling: Any
     ) -> list[int]:
-        """Do as ``generate``, in token ids, and without a tokenizer if the prompt is ids; no ``stop``, no ``stream``."""
+        """Generate as ``generate``, in ids; needs no tokenizer if the prompt is ids; no ``stop``, no ``stream``."""
         check_most(max_new_tokens)
         with closing(tokens(self, prompt, max_new_tokens, Sampler(Sampling(**sampling)))) as found:
             return list(found)
@@ -314,7 +314,7 @@ class Session:
 
     @property
     def next_logits(self) -> Tensor | None:
-        """Return logits [V] of the next token in the model's dtype, a copy, after all text so far (held characters too).
+        """Return logits [V] of the next token in the model's dtype, a copy, after all text so far (held text too).
 
         None where nothing is in context.
         """

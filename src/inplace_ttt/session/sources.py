@@ -37,7 +37,7 @@ def token_ids(source: Any) -> list[int] | None:
 def texts(source: Any) -> Iterator[str]:
     """Yield a text, a file (by ``Path`` or open in text mode) or an iterable of texts, in parts.
 
-    Raises UserError where something is no text.
+    Raises UserError for anything that is not text.
     """
     if isinstance(source, str):
         for at in range(0, len(source), BLOCK):

@@ -166,7 +166,8 @@ class Reader:
         weight: Any = self.root.get_input_embeddings().weight
         known = weight.shape[0]
         if wrong := [i for i in (min(ids), max(ids)) if not 0 <= i < known]:
-            raise UserError(f"token id {wrong[0]} is outside this model's vocabulary, 0 to {known - 1}: use its own tokenizer")
+            outside = f"token id {wrong[0]} is outside this model's vocabulary, 0 to {known - 1}"
+            raise UserError(f"{outside}: use the model's own tokenizer")
 
     # -- housekeeping ---------------------------------------------------------------------------------------------
 
@@ -328,7 +329,7 @@ def _relocation(runtime: Any, model: nn.Module) -> Relocation:
 
 
 def losses_of(before: Tensor | None, logits_nV: Tensor, ids: Sequence[int]) -> list[float]:
-    """Return -log p in nats of ids [n], each by the logits of the token before (``before`` [V] for the first, or none)."""
+    """Return -log p in nats of ids [n] by the logits of the token before (``before`` [V] for the first, or none)."""
     rows = logits_nV[:-1] if before is None else torch.cat([before[None], logits_nV[:-1]])
     if not len(rows):
         return []

@@ -97,7 +97,7 @@ class Template:
         return ids[len(prefix) :] if inside and ids[: len(prefix)] == prefix else ids
 
     def opening(self, messages: Messages, words: str) -> list[int]:
-        """Return the ids of a user's turn after ``messages`` (their ``closing`` was fed), up to the answer's beginning."""
+        """Return ids of a user's turn after ``messages`` (their ``closing`` was fed), up to where the answer begins."""
         ids, plain = (self._ids(self._turn(messages, text)) for text in (words, WORDS))
         if self._controls(ids) != self._controls(plain):
             head, _, tail = self._turn(messages, WORDS).partition(WORDS)

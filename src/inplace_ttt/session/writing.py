@@ -27,7 +27,7 @@ def write(session: Session, prompt: Any, most: int, stops: StopText, sampler: Sa
 
 
 def tokens(session: Session, prompt: Any, most: int, sampler: Sampler) -> Generator[int, None, None]:
-    """Sample and feed tokens; yield each."""
+    """Sample tokens, feed each and yield it."""
     with session._exclusive():
         read_prompt(session, prompt)
         reader, stream = session._reader, session._stream

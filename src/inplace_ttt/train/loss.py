@@ -34,7 +34,7 @@ def tokens_at_once(vocabulary: int) -> int:
 
 @contextmanager
 def loss_in_pieces(model: PreTrainedModel, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
-    """Inside, ``model(labels=...)`` computes its loss piece by piece, and its "logits" are hidden states.
+    """Make ``model(labels=...)`` compute its loss piece by piece; its "logits" are hidden states then.
 
     A model that this would not be right for keeps whole logits; ``say`` then gets one line.
     """
@@ -175,4 +175,4 @@ def why_whole(model: PreTrainedModel) -> str | None:
 
 
 class _LogitsUnchanged(Exception):  # noqa: N818
-    """The loss got the tensor that the head gave."""
+    """Raised when the loss receives the tensor that the head returned."""

@@ -42,13 +42,13 @@ SHARDED, SCHEDULER = "sharded", "scheduler.pt"
 
 
 class Rank:
-    """This process among those of a run."""
+    """A process among those of a run."""
 
     def __init__(self, spec: ParallelSpec, device: str) -> None:
         self.spec, self.device = spec, device
         self.is_alone = spec.processes == 1
         self.is_main = self.is_alone or dist.get_rank() == 0
-        """Whether this is the process that writes and prints."""
+        """True on the process that writes and prints."""
         self.meshes: Meshes | None = None
         if not self.is_alone and spec.tensor == 1:
             self.meshes = make_meshes(device, data=spec.data, shard=spec.shard, context=spec.context)

@@ -62,7 +62,7 @@ class Plan:
     tokens: int
     processes: int
     is_packed: bool
-    """Whether attention is the one for packed rows."""
+    """True when attention is the one for packed rows."""
 
     @property
     def total(self) -> int:

@@ -45,12 +45,12 @@ class Sizes:
     state: Tensor | None
     """The largest ``||S||_F / ||W0||_F`` that a token of the row was read with, float32 []; None: not measured."""
     is_probed: bool
-    """Whether the average tap was taken for a convolution that is zero: the call's own updates were zero then."""
+    """True when the average tap replaced a convolution that is zero: the call's own updates were zero then."""
 
 
 @contextmanager
 def measuring(model: nn.Module, *, probe: bool = False, states: bool = True) -> Iterator[dict[int, Sizes]]:
-    """Inside, the first forward call of every adapting layer leaves its `Sizes` in the mapping, by layer.
+    """Collect the `Sizes` of every adapting layer's first forward call in the mapping, by layer.
 
     ``probe``: a convolution that is zero still (a fresh model's) counts as the average tap, 1/K each. ``states=False``
     leaves S out, which costs a [D, F] buffer. Rows without a complete chunk leave nothing.

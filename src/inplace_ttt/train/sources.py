@@ -84,7 +84,7 @@ def hash_of(document: Document) -> bytes:
 
 
 def split_source(spec: str) -> tuple[str, str]:
-    """``kind:where`` -> (kind, where). Raises SourceError for anything else."""
+    """Split ``kind:where`` into (kind, where). Raises SourceError for anything else."""
     kind, _, where = spec.partition(":")
     if kind == "packages":
         raise SourceError(

@@ -185,7 +185,7 @@ class PackedTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean validation loss by domain: ``eval_DOMAIN``, and ``eval_DOMAIN_off`` with the updates switched off."""
+        """Return mean validation loss by domain: ``eval_DOMAIN``, and ``eval_DOMAIN_off`` with updates switched off."""
         started = time.perf_counter()
         model = self.model
         assert isinstance(model, nn.Module)
@@ -204,7 +204,7 @@ class PackedTrainer(Trainer):
 
     @torch.no_grad()
     def _mean_loss(self, model: nn.Module, rows: Sequence[dict[str, Tensor]]) -> float:
-        """Loss per predicted token over ``rows``, in nats."""
+        """Return the loss per predicted token over ``rows``, in nats."""
         total, tokens = torch.zeros((), dtype=torch.float64, device=self.args.device), 0
         for batch in DataLoader(rows, batch_size=self.args.per_device_eval_batch_size):  # type: ignore[arg-type]
             count = int((batch["labels"][:, 1:] != IGNORED).sum())
@@ -221,7 +221,7 @@ class PackedTrainer(Trainer):
 
 @contextmanager
 def taught(model: nn.Module, weight: float, is_alone: bool) -> Iterator[None]:
-    """Inside, the targets learn from the loss's gradient at their layer's output (`inplace_ttt.core.teaching`)."""
+    """Let the targets learn from the loss's gradient at their layer's output (`inplace_ttt.core.teaching`)."""
     sites = runtime_of(model).sites if is_attached(model) else []
     for site in sites:
         site.teacher = Teacher(weight, is_alone)
