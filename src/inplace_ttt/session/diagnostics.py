@@ -17,7 +17,7 @@ from ..core.diagnostics import LayerDiagnostics, effective_rank, key_overlap, ou
 from ..hf.attach import inspect, runtime_of
 
 SAMPLES = 256
-"""Samples that a timeline holds, at most."""
+"""Maximum number of samples in a timeline."""
 PROBES, NOISE_PROBES = (4, 8, 16, 32), 64
 """``harm`` looks at the last 4, 8, 16 or 32 probes, and takes their noise from the last 64."""
 WORTH_SAYING = 0.005
@@ -58,7 +58,7 @@ def _measure_layer(
     change = overlap = added = clipped = None
     if fast.history and fast.kept[row] and fast.rule.linear:
         z = fast.last_chunk(row)["z"][0]
-        # With one update there was nothing before it, and the difference would be rounding.
+        # Before a first update S is zero, and the difference would be rounding.
         state = fast.before(row) if fast.updates[row] > 1 else {"S": torch.zeros_like(S)[None]}
         if state is not None:
             before = state["S"][0]
@@ -256,7 +256,7 @@ def harm(timeline: Timeline, settings: Mapping[str, Any] | None = None) -> str |
     errors = 4.5 + 12 / (len(recent) - 3)
     means = {n: float(recent[-n:].mean()) for n in PROBES if n <= len(recent)}
     found = [n for n, mean in means.items() if mean > max(WORTH_SAYING, errors * noise / math.sqrt(n))]
-    if not found or means[PROBES[0]] <= WORTH_SAYING:  # over for now
+    if not found or means[PROBES[0]] <= WORTH_SAYING:  # no harm at present
         return None
     n, error = max(found), noise / math.sqrt(max(found))
     since = tokens[np.argmax(worse[::-1].cumsum()[::-1])]

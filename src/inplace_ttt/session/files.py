@@ -1,8 +1,8 @@
 """Session files: one safetensors file with a JSON header. No code in it, nothing is executed when it is read.
 
-The file's metadata holds ``format``, ``version``, ``header`` (JSON: model, settings, where the stream stands) and
-``digest`` (SHA-256 of header and tensors). A file is written beside its final name and renamed when it is whole and on
-disk, so a crash leaves the old file or the new one.
+The file's metadata holds ``format``, ``version``, ``header`` (JSON: model, settings, position of the stream) and
+``digest`` (SHA-256 of header and tensors). It is written to a temporary file, synced and renamed, so a crash
+leaves the old file or the new one.
 """
 
 import glob
@@ -65,7 +65,7 @@ def _switched_on(layer: nn.Module) -> list[str]:
 def save(session: Session, path: str | Path) -> None:
     """Write ``session`` to ``path``, atomically. OSError when it cannot be written (the old file stays).
 
-    Raises UserError when somebody else has written the file since the session was loaded from it or saved to it.
+    Raises UserError when another process has written the file since the session was loaded from it or saved to it.
     """
     target = Path(path)
     if target.is_dir():
@@ -82,7 +82,7 @@ def write(target: Path, tensors: Mapping[str, Tensor], header: dict[str, Any]) -
     metadata = {"format": FORMAT, "version": str(VERSION), "header": text, "digest": _digest(text, tensors)}
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_remains(target)
-    # A directory of our own: safetensors writes into another file first, which a killed process leaves behind.
+    # In a temporary directory: safetensors writes another file first, which a killed process would leave behind.
     folder = tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}.", suffix=".part", dir=target.parent)
     name = os.path.join(folder, target.name)
     try:
@@ -135,7 +135,7 @@ def _umask() -> int:
 
 
 def _sync_directory(path: Path) -> None:
-    with suppress(OSError, AttributeError):  # not every system can
+    with suppress(OSError, AttributeError):  # not supported on every system
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(handle)
@@ -249,5 +249,5 @@ def _check_model(path: str | Path, have: dict[str, Any], wanted: dict[str, Any])
         "adapters": "with the adapters {} switched on, this model has {}",
     }
     for key, text in words.items():
-        if have[key] != wanted.get(key) and (key != "adapters" or key in wanted):  # older files do not say
+        if have[key] != wanted.get(key) and (key != "adapters" or key in wanted):  # older files lack it
             raise UserError(f"{path} was written " + text.format(wanted.get(key), have[key]))

@@ -1,4 +1,4 @@
-"""A session as tensors and JSON values, and back with everything checked."""
+"""Conversion of a session to tensors and JSON values, and back with all values checked."""
 
 from typing import Any
 
@@ -98,7 +98,7 @@ def unpack(session: Session, tensors: dict[str, Tensor], header: dict[str, Any],
     encoder = None if session.tokenizer is None else _encoder(session.tokenizer, header["text"])
     timeline, origin = _timeline(header["timeline"]), header["origin"]
     _check(origin is None or isinstance(origin, str), "origin is not a string")
-    if reader.fits(stream, 1):  # tried out: whether all shapes are this model's
+    if reader.fits(stream, 1):  # a forward call fails where a shape is wrong
         for _ in reader.feed(stream.copy(), [0]):
             pass
     session.origin = origin
@@ -212,7 +212,7 @@ def restore_record(stream: Stream, tensors: dict[str, Tensor], values: Any, read
         _check(not tensors, "pending columns without their header")
         return
     if not stream.cache.get_seq_length():
-        return  # versions before 0.2.0 wrote what drop_context had left of a context
+        return  # versions before 0.2.0 wrote columns of a dropped context
     base, starts = values["base"], values["starts"]
     ids, n = tensors["ids"], tensors["ids"].shape[1]
     _check(_is_number(base, int) and base + n == stream.cache.get_seq_length(), "the pending columns' place")
@@ -253,7 +253,7 @@ def upgrade(tensors: dict[str, Tensor], header: dict[str, Any], reader: Reader) 
         _check(same == (1, config.chunk_size, config.decay), "the fast weights were made under other settings")
         header["fast"][index] = {name: values[name] for name in kept}
         rule, v = reader.settings.rule, tensors.get(prefix + "history.v")
-        if rule.outer and rule.whole and v is not None:  # targets were kept as they came
+        if rule.outer and rule.whole and v is not None:  # version 1 stored the raw targets
             site, C = sites[int(index)], config.chunk_size
             z, chunks = tensors[prefix + "history.z"].reshape(-1, C, tensors[prefix + "history.z"].shape[-1]), v.shape
             slow = site.slow_weight(site.projection(), rule)
@@ -280,7 +280,7 @@ def _check_context(stream: Stream, reader: Reader) -> None:
 
 
 def _is_number(value: Any, kind: Any) -> bool:
-    """Return whether it is a number of this kind, not below 0 (nan passes: a file may hold it)."""
+    """Return whether it is such a number, not below 0 (nan passes: what truncation lost of S may be nan)."""
     return isinstance(value, kind) and not isinstance(value, bool) and not value < 0
 
 

@@ -1,4 +1,4 @@
-"""Diagnostics over a reading, as a picture, and the latest ones as a table."""
+"""Diagnostics over time as a picture, and the latest ones as a table."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +18,10 @@ PANELS = (
     ("key_overlap", "overlap of new keys", "share inside the span of S"),
 )
 FEW = ("#0891b2", "#d9a441", "#be185d", "#0c4a6e", "#4d7c0f", "#7c3aed")
-"""Colours of few layers, told apart at a glance; more than these go from ``SHALLOW`` to ``DEEP``."""
+"""Distinct colours for a few layers; more layers get a gradient from ``SHALLOW`` to ``DEEP``."""
 SHALLOW, DEEP = "#7dd3fc", "#0c4a6e"
 NAMED = 8
-"""Layers that get a line each in the legend; of more, some do."""
+"""Maximum number of layers in the legend."""
 
 
 def save_diagnostics(path: Path, timeline: Timeline, title: str) -> None:

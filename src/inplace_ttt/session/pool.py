@@ -1,4 +1,4 @@
-"""Many sessions on one model, writing in one batch."""
+"""Many sessions on one model that generate in one batch."""
 
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ from .writing import check_continuable, check_most, end_tokens, read_prompt
 class SessionPool:
     """A set of named sessions that share a model and settings. ``generate`` batches their decode steps.
 
-    Each session writes what it would write alone (to rounding: the same products in a batch of another size). They may
+    Each session generates the same as alone (up to rounding: the same products in a batch of another size). They may
     differ in everything: length, tokens pending, context, weights. ``batch``: the most rows of one step; further
     sessions wait until another has finished. Options as for ``Session``; ``state="auto"`` or a rank makes idle and
     active sessions smaller.
@@ -213,11 +213,11 @@ class Writer:
 class Writers:
     """Sessions that generate together, one token each per step. Between steps others may join and any may leave.
 
-    A session is busy from ``join`` until it has finished or left; each writes what it would write alone.
+    A session is busy from ``join`` until it has finished or left; each generates the same as alone.
     """
 
     def __init__(self, reader: Reader) -> None:
-        self._reader, self._batch = reader, _Groups(reader)
+        self._reader, self._batch = reader, _BatchesByState(reader)
         self.active: list[Writer] = []
 
     def join(
@@ -316,7 +316,7 @@ class Writers:
             writer._held = None
 
 
-class _Groups:
+class _BatchesByState:
     """Two batches: streams whose state is S and streams whose state is pairs, so that one does not slow the other."""
 
     def __init__(self, reader: Reader) -> None:
@@ -329,7 +329,7 @@ class _Groups:
         """Feed to each stream the token that its writer sampled."""
         streams, tokens = [w.session._stream for w in writers], [w.token or 0 for w in writers]
         reader = self.batches[0].reader
-        if reader.by_loss:  # a chunk that is complete is run again from its own context: one after another
+        if reader.by_loss:  # each full chunk is run again from its own context, so no batching
             for writer, stream, token in zip(writers, streams, tokens, strict=True):
                 for _ in reader.feed(stream, [token], learn=writer.learn):
                     pass
@@ -338,7 +338,7 @@ class _Groups:
         for i, stream in enumerate(streams):
             groups[self._dense_next(stream)].append(i)
         for batch, group in zip(self.batches, groups, strict=True):
-            batch.keep([streams[i] for i in group])  # all of them first: a stream may move from one to the other
+            batch.keep([streams[i] for i in group])  # both before any step: a stream may move to the other batch
         for batch, group in zip(self.batches, groups, strict=True):
             if group:
                 batch.step([streams[i] for i in group], [tokens[i] for i in group])

@@ -1,4 +1,4 @@
-"""Looks now and then at what the updates did: loss of the next tokens with and without them, before learning those."""
+"""Probes: at intervals, the loss of the next tokens with and without updates, before these tokens are learned."""
 
 import copy
 from collections.abc import Sequence

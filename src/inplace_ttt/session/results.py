@@ -8,7 +8,7 @@ from typing import Any
 class Score:
     """``tokens`` [n]: ids of a text, BOS included; ``losses``: -log p in nats of each.
 
-    A stream's very first token has nothing before it and no loss: then ``losses`` has one entry less.
+    A stream's first token has no context and so no loss: then ``losses`` has one entry less.
     """
 
     tokens: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""From logits to the next token, by transformers' own logits processors; and where a text stops."""
+"""Sampling of the next token by transformers' own logits processors, and stop strings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,7 +84,7 @@ class Sampler:
 class StopText:
     """Filter that ends text at the first stop string; a possible beginning of one is held back.
 
-    Of several that end at the same character the longest counts, so it does not matter in which pieces the text comes.
+    Of several that end at the same character the longest counts, so how the text is split does not matter.
     """
 
     def __init__(self, stops: str | Sequence[str]) -> None:

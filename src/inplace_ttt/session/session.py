@@ -1,4 +1,4 @@
-"""Session: a stream that a model keeps learning from."""
+"""Session: a stream of text with persistent fast weights."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -43,9 +43,9 @@ class Session:
     """One stream of text that ``model`` reads, writes and learns from, of any length in bounded memory.
 
     Text is the same text however it is cut: ``read("hel")``, ``read("lo")`` is ``read("hello")``. Characters whose
-    token may still change are held until more text comes, or until something else than reading is asked for.
-    Every token is scored and attended to before any update that saw it. Nothing here is trained by gradient descent on
-    the slow weights: the model is as it was, and one model serves many sessions (one call at a time).
+    token may still change are held until more text comes, or until any other method is called.
+    Every token is scored and attended to before any update that saw it. The slow weights are not trained:
+    the model does not change, and one model serves many sessions (one call at a time).
 
     Raises UserError when the model has no fast weights and on settings out of range.
 
@@ -53,12 +53,12 @@ class Session:
         model: an attached model (``inplace_ttt.from_pretrained`` or ``attach``). Several sessions may share it.
         tokenizer: its fast tokenizer; None for token ids only.
         window: layers with full attention see the last ``window`` tokens (three quarters of it just after the window
-            has moved on); None: as many as the model has positions. Sliding-window layers keep their own window.
+            has moved); None: as many as the model has positions. Sliding-window layers keep their own window.
         sinks: first tokens that these layers see besides.
         state: form of the fast weights: "dense" (S, [D, F] a layer), "auto" (the pairs of keys and targets while they
             are smaller than S), or a rank r (S is kept to its r leading directions, an approximation).
-        probe_every: tokens between two looks at what the updates did (``timeline``, ``warning``); 0: never. Left out:
-            16,384, or 64 chunks if that is more. A look needs 256 tokens that come at once.
+        probe_every: tokens between two probes of the updates (``timeline``, ``warning``); 0: never. Left out:
+            16,384, or 64 chunks if that is more. A probe needs 256 tokens in one call.
         **settings: chunk_size, lr, decay, clip, clip_relative: how the stream is read. Left out, as the model's own
             settings say, except that a model without decay gets ``STREAM_DECAY`` (``decay=0``: the plain sum).
     """
@@ -83,7 +83,7 @@ class Session:
             raise UserError(f"probe_every {probe_every}: a number of tokens, 0 for never")
         self.tokenizer = tokenizer
         self.origin: str | None = None
-        """Name by which the command line finds the model again."""
+        """Name by which the command line loads the model."""
         self._reader = Reader(model, config, window, sinks, state)
         self._probe = Probe(self._reader, max(16384, 64 * config.chunk_size) if probe_every is None else probe_every)
         self._busy = False
@@ -97,7 +97,7 @@ class Session:
         Ids [n] or [1, n] are read as they are, after held characters; where a stream begins, the tokenizer's prefix
         (BOS) comes first, unless they begin with it. With ``scored`` the result holds the loss of every token read (of
         held characters: later), else it is empty. ``progress(n)`` is called with the tokens of each piece. ``passes``:
-        read it so often, each time with an empty context and what was learned before; losses are those of the first.
+        number of times to read it, each with an empty context and the weights learned so far; losses: the first pass's.
 
         Raises UserError for what is neither text nor token ids of this model, and where the context is full and cannot
         move on. After an exception (Ctrl-C too) everything read so far stays read and learned.
@@ -140,8 +140,8 @@ class Session:
 
         Needs objective "loss". Sentences are learned alone, and questions about them that the model asks and answers
         with the sentence before it (docs/reading.md). Only the fast weights change: the context stays, with what it
-        holds; what is pending is learned first. ``minutes``: at most. ``progress(share, loss)`` is called on the way;
-        what it raises ends the study, and what was learned until then stays learned.
+        holds; what is pending is learned first. ``minutes``: time limit. ``progress(share, loss)`` is called meanwhile;
+        an exception that it raises ends the study, and what was learned until then stays learned.
         """
         with self._exclusive():
             return study(self, source, minutes, progress)
@@ -174,8 +174,8 @@ class Session:
 
         Greedy unless ``temperature`` is given (further: top_k, top_p, min_p, repetition_penalty, seed). Ends at the
         model's end-of-text token (which is not read), at a ``stop`` string (left out of the text), or after
-        ``max_new_tokens``. What is written is part of the stream and learned from like what is read; to leave no
-        trace, generate on a ``fork``. Raises UserError when there is nothing to continue.
+        ``max_new_tokens``. Generated tokens are part of the stream and learned like those read; to leave the
+        session unchanged, generate on a ``fork``. Raises UserError when there is nothing to continue.
         """
         if self.tokenizer is None:
             raise UserError("this session has no tokenizer, so it cannot write text: use generate_ids")
@@ -225,11 +225,11 @@ class Session:
     def ask(self, question: str, *, chat: bool = False, **options: Any) -> Any:
         """Answer from the fast weights alone: the context is dropped first. Options as for ``generate``.
 
-        ``chat``: as a user's message in the tokenizer's chat template. The session stays as it was, whatever is asked.
+        ``chat``: as a user's message in the tokenizer's chat template. The session does not change.
         What is not yet in the fast weights (with objective "learned" the tokens ``pending`` in ``stats``) cannot be
         remembered; where nothing is in them at all, a warning says so.
         """
-        copy = self.fork()  # not in a with statement: with stream=True it writes when this call is over
+        copy = self.fork()  # not in a with statement: with stream=True it generates after this call
         copy.drop_context()
         if not copy.stats().updates:
             size = self._reader.config.chunk_size
@@ -285,7 +285,7 @@ class Session:
         """
         with self._exclusive():
             if not self._reader.fits(self._stream, self._waiting()):
-                self._reader.drop_context(self._stream)  # full, and held characters could not be read
+                self._reader.drop_context(self._stream)  # else the held characters could not be read
             self._flush()
             self._reader.drop_context(self._stream)
 

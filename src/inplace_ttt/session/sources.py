@@ -12,7 +12,7 @@ from ..errors import UserError
 
 Readable = str | Path | IO[Any] | Iterable[str] | Sequence[int] | np.ndarray | Tensor
 BLOCK = 1 << 18
-"""Characters turned into tokens at once, at most: bounds the memory."""
+"""Maximum number of characters tokenised at once, to bound memory."""
 
 
 def token_ids(source: Any) -> list[int] | None:

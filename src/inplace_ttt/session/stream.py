@@ -1,7 +1,7 @@
 """A session's state from call to call, and how tokens are fed to it in bounded memory.
 
-The text a session has read is cut into calls on a grid that depends on the number of tokens alone, so however it
-arrives the same calls happen to the cache, up to where a call ends inside a chunk (which changes nothing).
+Tokens are cut into calls on a grid that depends on their number alone, so the cache sees the same calls however text
+arrives, except where a call ends inside a chunk (which changes nothing).
 """
 
 import copy
@@ -28,11 +28,11 @@ from ..hf.settings import Settings
 from ..hf.window import clear, empty_cache, evict, native_window, sliding_windows
 
 PIECE = 2048
-"""Tokens fed in one call, at most."""
+"""Maximum number of tokens in one call."""
 SCORED_LOGITS = 1 << 25
-"""Logits of one call, at most, where all of them are wanted."""
+"""Maximum number of logits in one call that returns all of them."""
 RECENT = 2048
-"""Last tokens remembered by id: context of the probes, and of the repetition penalty."""
+"""Number of last ids stored: context of the probes and of the repetition penalty."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Stream:
     started: bool = False
     """True once the tokenizer's prefix (BOS) was fed."""
     logits: Tensor | None = None
-    """[V]: prediction of the next token; None at a stream's beginning."""
+    """Logits [V] of the next token; None at a stream's beginning."""
     recent: list[int] = field(default_factory=list)
     messages: tuple[Mapping[str, str], ...] = ()
     """Messages of a chat that are still in context; not saved in a session's file."""
@@ -222,7 +222,7 @@ class Reader:
         C = self.config.chunk_size
         pending = next((fast.seen[0] % C for fast in stream.fast.values()), 0)
         if not pending:
-            self.make_room(stream, C)  # all of it: what comes later must fit as well
+            self.make_room(stream, C)  # for the whole chunk: its later tokens must fit as well
         return min(rest, (pending + self.room(stream)) // C * C - pending)
 
     def commit(self, stream: Stream) -> bool:
@@ -253,7 +253,7 @@ class Reader:
         """Feed ``ids`` piece by piece; yield each piece's size n and its logits, [n, V] if ``scored``, else [1, V].
 
         ``learn``: False for tokens that are read but not learned (objective "loss"). A piece is taken whole or not at
-        all: whatever breaks off a call, the stream is as it was before the piece.
+        all: after an exception the stream is as it was before the piece.
         """
         at = 0
         while at < len(ids):
@@ -359,7 +359,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def whole(cache: DynamicCache) -> Iterator[None]:
     """Restore the cache when an exception (Ctrl-C, out of memory) is raised inside.
 
-    Calls replace a cache's tensors and write into none but the pending buffers, beyond what counts as filled.
+    Calls replace a cache's tensors; only the pending buffers are written in place, beyond their filled part.
     """
     layers = list(cache.layers)
     saved = [dict(layer.__dict__) for layer in layers]

@@ -15,7 +15,7 @@ from .writing import end_tokens, read_exactly, write
 Messages = Sequence[Mapping[str, str]]
 
 WORDS, REPLY = f"words{token_hex(8)}", f"reply{token_hex(8)}"
-"""Stand where the user's words and the model's go."""
+"""Placeholders for the user's words and the model's."""
 SOME: Messages = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
 
 
@@ -52,7 +52,7 @@ class Template:
         if messages:
             return ids
         if not session.stats().in_context and not session.stats().held_characters:
-            session._stream.started = True  # the template itself says how a text begins
+            session._stream.started = True  # the template contains the text's prefix
         return self._after_prefix(session, ids)
 
     def conversation(self, session: Session, messages: Messages, begun: bool) -> list[int]:
@@ -172,7 +172,7 @@ def converse(
         ids = template.conversation(session, new, begun)
         rest = [ids] if learn is None else template.by_message(new, begun, ids)
         wanted = [True] if learn is None else [*(message["role"] in learn for message in new), False]
-        done = template.closing(SOME) if begun else []  # was read at the end of the turn before
+        done = template.closing(SOME) if begun else []  # read at the end of the previous turn
         skip = _common(ids, done)
         for part, is_learned in zip(rest, wanted, strict=True):
             read_exactly(session, part[skip:], is_learned)

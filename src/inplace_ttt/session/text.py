@@ -1,4 +1,4 @@
-"""Text that arrives in pieces to token ids and back: the same ids, the same text, however it was cut."""
+"""Incremental tokenizing and decoding: the same ids and the same text, however the input is cut."""
 
 import json
 import re
@@ -13,20 +13,20 @@ from tokenizers import Encoding, Tokenizer
 
 from inplace_ttt.errors import UserError
 
-# What works on a text character by character or word by word, so that a word's tokens do not depend on far text.
+# Components that work by character or by word, so that a word's tokens do not depend on far text.
 _LOCAL_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend", "Replace", "BertNormalizer"}
 _LOCAL_SPLITTERS = {
     *("ByteLevel", "Split", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit", "BertPreTokenizer"),
     *("Metaspace", "CharDelimiterSplit"),
 }
 _ORDINARY = re.compile(r"\[(?:\\.|[^\]\\])*\]|\\[^AG]")  # character classes and escapes of a regex
-_AT_START = re.compile(r"\\[AG]|\^")  # these find a beginning in the middle of a text that is tokenised from there
-_GAPS = " \n\t\r\u3001\u3002\uff0c\uff01\uff1f"  # white space, Chinese comma and full stop: what ends a word
+_AT_START = re.compile(r"\\[AG]|\^")  # these would match where tokenising starts in the middle of a text
+_GAPS = " \n\t\r\u3001\u3002\uff0c\uff01\uff1f"  # ends of words: white space, Chinese comma and full stop
 _WORDS_AHEAD = 3  # a word is settled when this many words follow: a regex looks two ahead at most ("'", "re")
 _CONTEXT = 16  # characters of settled text to keep, at least: more than a regex looks behind
 _STEP = 256  # new characters before text is tokenised again
 _WINDOW = 1 << 15  # characters tokenised at once: bounds the memory
-_PENDING = 32  # ids without a complete character before the decoder gives up on them
+_PENDING = 32  # maximum ids without a complete character
 _REPLACEMENT = "\ufffd"
 
 
@@ -125,7 +125,7 @@ class StreamEncoder:
 
     def _first_held(self, encoding: Encoding) -> int:
         first = _token_at(encoding, len(self._anchor))
-        if first is None:  # tried out when the anchor was chosen; ids that were returned would be wrong
+        if first is None:  # tested when the anchor was chosen; else returned ids would be wrong
             raise RuntimeError("this tokenizer joins words that it kept apart before: its text cannot come in pieces")
         return first
 
@@ -179,7 +179,7 @@ class _Splitter:
     def cut(self, text: str, encoding: Encoding, begin: int) -> tuple[int, int, int] | None:
         """Return the last place after ``begin`` that can be cut: token, character, character where to start again.
 
-        Starting again there gives the same tokens from the cut on: this is tried out.
+        Tokenising from there gives the same tokens from the cut on: this is tested.
         """
         # The gap ends words that count from their end (digits in threes) and what normalisation can join.
         limit = min(len(text) - self._longest, max(map(text.rfind, _GAPS)))
@@ -277,8 +277,8 @@ class StreamDecoder:
     """An incremental decoder; characters come when all their bytes are there. Special tokens are skipped.
 
     The pushes and the flush after them give ``tokenizer.decode(ids, skip_special_tokens=True)`` without clean-up of
-    spaces; only where bytes that form no character follow bytes that do, byte fallback tokens would take the character
-    back, which was returned already. ``prompt``: the ids before, so that a first space comes out right; their text is
+    spaces; only where invalid bytes follow a complete character, byte fallback would replace that character, which was
+    already returned. ``prompt``: the ids before, so that a first space comes out right; their text is
     not returned.
     """
 
@@ -303,7 +303,7 @@ class StreamDecoder:
         text = self._tokenizer.decode(self._context + self._pending)
         if not text.endswith(_REPLACEMENT):
             return self._show(text)
-        # No character has this many ids: all but the last one is lost for good.
+        # No character has this many ids: all but the last one are invalid.
         return self._show(text, missing=1) if len(self._pending) >= _PENDING else ""
 
     def flush(self) -> str:

@@ -1,7 +1,7 @@
-"""Two writers of one session file: the later one is told so, and does not wipe out what the other has written.
+"""Guards against two writers of one session file: the later one gets an error and overwrites nothing.
 
-A command holds the file from its beginning to its end, so that a second one is refused before it reads anything. And
-whoever saves a session where it was loaded or saved before checks that the file is still the one that it knew.
+A command holds the file while it runs, so that a second one is refused before it reads anything. And saving a session
+where it was loaded from or saved to checks that the file has not changed since.
 """
 
 import os
@@ -22,7 +22,7 @@ except ImportError:  # Windows: without the lock, with the check
     fcntl = None  # type: ignore[assignment]
 
 PATIENCE = 30.0
-"""Seconds that a save waits for another one of the same file."""
+"""Seconds that a save waits for another save of the same file."""
 _known: "WeakKeyDictionary[Any, dict[Path, str | None]]" = WeakKeyDictionary()
 """By session: digests of the files that it was loaded from or saved to, None where there was no file."""
 _held: dict[Path, int] = {}

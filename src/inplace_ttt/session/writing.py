@@ -45,7 +45,7 @@ def tokens(session: Session, prompt: Any, most: int, sampler: Sampler) -> Genera
 def replay(session: Session, ids: list[int], learn: bool | None = None) -> None:
     """Read tokens that this session wrote once, as if it wrote them now. Same state as after writing them.
 
-    ``learn``: whether they are learned (objective "loss"); None: as the configuration says.
+    ``learn``: learn them (objective "loss"); None: as in the configuration.
     """
     with session._exclusive():
         read_prompt(session, None)
