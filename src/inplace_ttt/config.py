@@ -1,4 +1,4 @@
-"""The one place where settings and their defaults live."""
+"""Settings and their defaults."""
 
 import json
 import math
@@ -21,7 +21,7 @@ RULES = ("adaptive", "delta", "momentum", "muon", "norm_preserving", "sum")
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {"layers": "0::6", "chunk_size": 1024, "lr": 0.1, "decay": 0.0, "update_size": None}
 )
-"""Defaults that depend on the objective: what all but "loss" have."""
+"""Defaults that depend on the objective: those of all but "loss"."""
 LOSS_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {"layers": "0::3", "chunk_size": 128, "lr": 1.0, "decay": 0.0, "update_size": "auto"}
 )
@@ -34,7 +34,7 @@ _KINDS = (
 
 
 _LATER = ("first_order", "learn", "objective_options", "rule", "rule_options", "update_size")
-"""Fields that files of the first release do not have: left out while they are as there, so that it can read them."""
+"""Fields added after the first release: left out of files at their defaults, so that it can read them."""
 
 
 def _is(value: Any, kind: type) -> bool:
@@ -82,8 +82,8 @@ class InPlaceTTTConfig:
     clip_relative: bool = False
     """True: ``clip`` is a fraction of the slow weight's norm."""
     update_size: float | str | None = None
-    """r: every chunk's update of S is scaled to ``r * ||W0||_F``; "auto": every layer finds its own (rule "adaptive");
-    None: updates are as large as they are."""
+    """r: every chunk's update of S is scaled to ``r * ||W0||_F``; "auto": set per layer (rule "adaptive");
+    None: updates are not scaled."""
     learn: str = "read"
     """Tokens that objective "loss" learns: "read", the model's input, or "all", its own output as well."""
     first_order: bool = False

@@ -5,10 +5,10 @@ PLACE is a dataset's id on the hub, a folder of data files, or a folder that ``s
 * ``split`` (train; evaluation: test), ``name`` (the configuration), ``revision``: as ``datasets.load_dataset`` has
   them;
 * ``text`` (text): the column of the documents; ``id`` (none; evaluation: id): a column that names them (else their
-  number does);
+  number);
 * ``streaming`` (true): false downloads all of it first.
 
-And the names of models: what can be told of them before anything loads.
+Also checks of model names before anything loads.
 """
 
 from collections.abc import Iterable, Iterator
@@ -92,10 +92,10 @@ SETTINGS = tuple(field.name for field in fields(HubDataset) if field.kw_only)
 def hub_dataset(spec: str, **defaults: str) -> HubDataset:
     """Return the dataset ``spec``, with ``defaults`` (a split at least) for what it leaves out. Reads nothing.
 
-    Raises SourceError for another spelling, an unknown setting, a missing folder, and without the datasets library.
+    Raises SourceError for an invalid spelling, an unknown setting, a missing folder, or a missing datasets library.
     """
     place, _, query = spec.removeprefix(PREFIX).partition("?")
-    try:  # a + means itself here, not a space: train+test, C++
+    try:  # a + is literal, not a space: train+test, C++
         given = dict(parse_qsl(query.replace("+", "%2B"), keep_blank_values=True, strict_parsing=bool(query)))
     except ValueError:
         raise SourceError(f"{spec}: write settings as ?split=train&text=content") from None
@@ -106,7 +106,7 @@ def hub_dataset(spec: str, **defaults: str) -> HubDataset:
     if dataset.streaming not in ("true", "false"):
         raise SourceError(f"{spec}: streaming is true or false, not {dataset.streaming!r}")
     on_hub = not dataset.folder.is_dir()
-    if not place or (on_hub and (":" in place or "@" in place)):  # as in hf:NAME@CONFIG:SPLIT, once a spelling
+    if not place or (on_hub and (":" in place or "@" in place)):  # as in hf:NAME@CONFIG:SPLIT, an old spelling
         raise SourceError(f"{spec}: no such dataset, write hf:DATASET?name=CONFIG&split=SPLIT&text=COLUMN")
     if on_hub and (place.startswith((".", "/", "~")) or place.count("/") > 1):
         raise SourceError(f"{spec}: there is no directory {place}")

@@ -44,7 +44,7 @@ def git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", here.name)  # else the checkout around an installed copy would be named
+        git("ls-files", "--error-unmatch", here.name)  # else it would be the checkout around an installed copy
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

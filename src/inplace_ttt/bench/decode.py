@@ -1,4 +1,4 @@
-"""Token after token: eager and compiled into CUDA graphs, with fast weights and without."""
+"""Decoding speed, eager and compiled into CUDA graphs, with and without fast weights."""
 
 from collections.abc import Callable
 from statistics import median
@@ -31,7 +31,7 @@ class Decoding:
     def read(self, prompt: Tensor) -> None:
         """Begin anew with a prompt [1, T]."""
         if isinstance(self.cache, StaticCache):
-            self.cache.reset()  # the graphs know its addresses
+            self.cache.reset()  # the graphs hold its addresses
         else:
             self.cache = DynamicCache(config=self.model.config)
         out = self.model(prompt, **{self.name: self.cache}, logits_to_keep=1)
@@ -76,7 +76,7 @@ def measure(
     length = max(prompt + many, ids.shape[1])
     runs: dict[str, tuple[Decoding, int]] = {}
     errors = {}
-    way = "graph" if device.type == "cuda" else "compiled"  # on a CPU only traced, which shows that it can be
+    way = "graph" if device.type == "cuda" else "compiled"  # on a CPU only traced, to test that tracing works
     torch.compiler.reset()
     with torch.no_grad():
         for name, one in (("no TTT", plain), ("ours", model)):

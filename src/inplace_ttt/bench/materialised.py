@@ -19,7 +19,7 @@ from ..hf.context import fast_weights
 from .timing import rates
 
 SHARE = 0.3
-"""Norm of ``lr * S`` beside W0's while a model is checked: mistakes must show."""
+"""Norm of ``lr * S`` over W0's during a check, large enough to reveal errors."""
 OFF = 1 / 3
 """Limit of our distance from the formula, over the distance between updates on and off. Rounding is about 0.1."""
 

@@ -20,7 +20,7 @@ from .timing import interleaved, peak_bytes, rates
 
 LR, LOOKAHEAD, KERNEL = 0.1, 2, 5
 SHARES = (0.3, 1.0)
-"""Sizes of the fast weights' output beside the slow one's at which errors are measured; the first decides."""
+"""Norms of the fast weights' output over the slow one's at which errors are measured; the first decides."""
 WORSE = 1.5
 """Limit of our rounding error, over that of a plain linear layer."""
 
@@ -123,7 +123,7 @@ def errors(shape: Shape, C: int, device: torch.device, dtype: torch.dtype, share
         found[f"{name}: output"] = relative(out.detach(), out64.detach())
         found |= {f"{name}: gradient of {i}": relative(a, b) for i, (a, b) in zip(inputs, pairs, strict=True)}
     base = max(error for name, error in found.items() if name.startswith("plain"))
-    floor = 1e-6 if dtype == torch.float32 else 0.0  # there sums of different order differ more than roundings
+    floor = 1e-6 if dtype == torch.float32 else 0.0  # in float32, summation order matters more than rounding
     return {name: error / max(base, floor) for name, error in found.items() if not name.startswith("plain")}
 
 

@@ -1,4 +1,4 @@
-"""A whole model reads a long prompt: time and memory with fast weights over without."""
+"""Prefill of a long prompt by a whole model: time and memory with fast weights over without."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""One row of any length read in bounded memory: a session on a model with a sliding window."""
+"""Throughput and memory of a session that reads one long row, on a model with a sliding window."""
 
 import time
 from collections.abc import Callable

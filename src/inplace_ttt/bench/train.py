@@ -14,7 +14,7 @@ from .prefill import SHAPES, build
 from .timing import interleaved, peak_bytes
 
 PIECE = 4096
-"""Tokens whose logits exist at once."""
+"""Number of tokens whose logits are in memory."""
 
 
 def loss_of(model: Any, ids_BT: Tensor) -> Tensor:

@@ -83,11 +83,11 @@ class Comparison:
 
 
 def compare(model: nn.Module, ids: Sequence[int], advance: Advance | None = None, piece: int = PIECE) -> Comparison:
-    """Read ``ids`` [N + 1] as one document, twice. Calls ``advance(label, tokens)`` after each piece."""
+    """Read ``ids`` [N + 1] as one document, twice. Calls ``advance(label, tokens)`` for each piece."""
     model.eval()
     chunk_size = runtime_of(model).config.chunk_size
     rows = torch.tensor([list(ids)], device=next(model.parameters()).device)
-    with torch.no_grad():  # one-off costs of the first call belong to neither reading
+    with torch.no_grad():  # warm-up: keeps one-off costs out of the timings
         model(input_ids=rows[:, :2], use_cache=False)
     losses, seconds = {}, {}
     for label, context in (("off", updates_off(model)), ("on", nullcontext())):

@@ -1,4 +1,4 @@
-"""Names that a text mentioned before, but further back than the model's attention window."""
+"""Names that a text mentions again after more than the model's attention window."""
 
 import builtins
 import keyword
@@ -13,7 +13,7 @@ import numpy as np
 from .text import Tokens
 
 LIKELY = 0.01
-"""A name is within reach when its tokens together have at least this probability, of all texts that could come."""
+"""A name is within reach when the joint probability of its tokens is at least this."""
 SHORTEST = 4
 _CONTEXT = 48
 _PYTHON = {*keyword.kwlist, *dir(builtins)}
@@ -36,7 +36,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Names:
-    """All names that came again from outside the window.
+    """All names that recur from outside the window.
 
     ``reach``: how far back information can travel through the attention of all layers. ``mean_gain``: nats per name.
     ``found`` and ``lost``: how many were within reach (`LIKELY`) only with updates on, only with updates off.
@@ -122,7 +122,7 @@ def is_name(word: str, words: set[str]) -> bool:
     """Return whether a word looks like an identifier or a proper name, not like a word of the language.
 
     That is: an underscore, a digit or an inner capital in it, or a first capital where the text never writes it
-    without; no word of Python's own.
+    without; Python's keywords and builtins are not names.
     """
     if len(word) < SHORTEST or word in _PYTHON or (word.startswith("__") and word.endswith("__")):
         return False

@@ -1,4 +1,4 @@
-"""The demo as a function: a text in, figures out."""
+"""The demo as a function from a text to figures."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from .names import Names, attention_window, returning_names
 from .text import Tokens
 
 CLEAR = 2.0
-"""Standard errors from zero at which a mean difference counts as one."""
+"""Number of standard errors from zero for a clear difference."""
 
 
 @dataclass(frozen=True)

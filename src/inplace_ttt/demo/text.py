@@ -45,7 +45,7 @@ def library_file() -> Path:
 def tokenize(source: Source, tokenizer: Any, chunk_size: int, most: int) -> Tokens:
     """Return the first ``most + 1`` tokens: ``most`` are read, each is asked for the next one.
 
-    UserError when too few are there for one update and something read after it.
+    UserError when they are too few for one update and tokens after it.
     """
     encoded = tokenizer(source.text, return_offsets_mapping=True, split_special_tokens=True, verbose=False)
     ids, spans = encoded["input_ids"], encoded["offset_mapping"]

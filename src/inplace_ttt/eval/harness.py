@@ -1,7 +1,7 @@
 """Models with fast weights in lm-evaluation-harness, with updates on and off on the same samples.
 
-Importing this module registers the harness model ``inplace-ttt``. The harness looks for no third-party models by
-itself, so its command line is started through this module and takes the same arguments:
+Importing this module registers the harness model ``inplace-ttt``. The harness does not discover third-party models,
+so start its command line through this module, with the same arguments:
 
     python -m inplace_ttt.eval.harness --model inplace-ttt --model_args pretrained=DIR,updates=off --tasks piqa
 
@@ -58,9 +58,9 @@ class InPlaceTTTLM(HFLM):  # type: ignore[misc]
 
     ``pretrained``: what ``inplace_ttt.from_pretrained`` reads (directory, adapter, hub id, the authors' format), or a
     model, attached or plain, which is left as it is. ``updates``: on or off. ``chunk_size``, ``lr``, ``decay``,
-    ``clip`` and ``clip_relative`` read with other settings than the stored ones. ``piece``: tokens read at a time in
+    ``clip`` and ``clip_relative`` override the stored settings. ``piece``: tokens read at a time in
     ``loglikelihood_rolling``. ``max_length``: the model's ``max_position_embeddings`` unless given; unlimited where all
-    layers have sliding windows. A longer prompt raises UserError instead of losing its beginning.
+    layers have sliding windows. A longer prompt raises UserError instead of being truncated.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class InPlaceTTTLM(HFLM):  # type: ignore[misc]
         """Return the log-likelihood of whole texts, read in pieces through a cache.
 
         A text of up to ``max_length`` tokens is one window behind the prefix token. A longer one is cut into windows
-        that score ``max_length`` tokens each and know only the one token before them: each starts from an empty cache.
+        that score ``max_length`` tokens each with one token of context before them: each starts from an empty cache.
         """
         windows = []
         for i, request in enumerate(requests):
@@ -232,7 +232,7 @@ class Paired:
 
 
 if NAME not in model_registry:
-    # By its path, so that running this module as a program registers one class and not two.
+    # By path, so that running this module as a program registers one class, not two.
     model_registry.register(NAME, target="inplace_ttt.eval.harness:InPlaceTTTLM")
 
 

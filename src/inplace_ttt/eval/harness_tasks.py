@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: lists of them, missing data said plainly, and the one way in which they are read."""
+"""Tasks of lm-evaluation-harness: names, loading, and evaluation."""
 
 import io
 import random
@@ -48,7 +48,7 @@ def evaluate(
         part.set_config(key="num_fewshot", value=num_fewshot or 0)
     part.set_fewshot_seed(seed=seed)
     name = part.task_name
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # bars of its own
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # suppresses its progress bars
         found: Any = run(lm=lm, task_dict={"tasks": {name: part}}, samples={name: list(samples)}, bootstrap_iters=0)
     for sample in found["samples"][name]:
         values = {}
@@ -120,7 +120,7 @@ def load_tasks(
         metadata: dict[str, Any] = {"max_seq_lengths": [length], "tokenizer": tokenizer}
         managers[length] = TaskManager(include_path=paths[:1], include_defaults=False, metadata=metadata)
     wanted = [(name, length) for name in names for length in (lengths if name in ruler else (None,))]
-    order = sorted(wanted, key=lambda key: key[0] in RULER_OFFLINE)  # what may fail first, what takes long last
+    order = sorted(wanted, key=lambda key: key[0] in RULER_OFFLINE)  # downloads, which may fail, before slow generation
     found = {}
     for key in order:
         _seed(seed)

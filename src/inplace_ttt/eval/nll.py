@@ -39,7 +39,7 @@ def token_losses(
     With ``piece`` the rows are read through a cache, that many tokens at a time: only one piece's logits exist at once
     and attention needs no [T, T] mask. All rows must be one document without padding. ``last``: only those of the last
     ``last`` tokens, [B, last]; for pieces before them no logits are computed. ``cache``: an empty one to read through;
-    ``advance`` is told the tokens of each piece. Raises ValueError when T < 2.
+    ``advance`` is called with the tokens of each piece. Raises ValueError when T < 2.
     """
     T = input_ids.shape[1]
     if T < 2:
@@ -180,7 +180,7 @@ def evaluate_documents(
     """Return mean losses by domain, with updates on and (for a model with fast weights) off.
 
     Each document is cut into windows of ``length`` tokens from its beginning on, at most ``windows`` of them; a
-    document shorter than a window is left out. ``batch_size`` windows are read side by side. Raises UserError when a
+    document shorter than a window is left out. ``batch_size`` windows form a batch. Raises UserError when a
     domain has no document that long.
     """
     edges = list(edges) if edges else position_edges(length)

@@ -9,11 +9,11 @@ import numpy as np
 Record = dict[str, Any]
 RESAMPLES = 2000
 DRAWN_AT_ONCE = 1 << 20
-"""Resampled documents that are held at a time: a task can have ten thousand."""
+"""Maximum number of resampled documents in memory: a task can have ten thousand."""
 ENOUGH = 8
-"""Documents from which on a bootstrap interval is trusted for a verdict in words."""
+"""Minimum number of documents for a verdict from a bootstrap interval."""
 REFERENCE = "off"
-"""The variant that others are compared with, where it was measured."""
+"""The reference variant, if it was measured."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def by_group(records: Sequence[Record], keys: Sequence[str]) -> dict[tuple[Any, 
 def estimate(records: Sequence[Record], value: str, weight: str | None) -> Mean:
     """Return ``sum(value) / sum(weight)`` (weight None: one each) and its 95% bootstrap interval over documents.
 
-    One document alone has no interval: both ends are nan.
+    A single document has no interval: both ends are nan.
     """
     return _over_documents([records], value, weight)
 

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation, drawn from rows of tables: figures of one style, legible at a column's width."""
+"""Figures of an evaluation, drawn from tables, in one style and legible at a column's width."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ def curves(
 ) -> dict[str, tuple[list[Any], dict[str, list[Mean]]]]:
     """Map panel -> (values of ``x``, variant -> means of ``of``), each panel's variants at the same places.
 
-    ``count``: column of the number that stands in the panel's title as n.
+    ``count``: column of n in the panel's title.
     """
     found: dict[str, tuple[list[Any], dict[str, list[Mean]]]] = {}
     for row in rows:

@@ -1,6 +1,6 @@
-"""RULER's texts from lm-evaluation-harness's own generators: in any number, and from the user's text and questions.
+"""RULER's texts by lm-evaluation-harness's generators, in any number, from the user's text and questions.
 
-The harness makes 500 texts of each length whatever is read of them, and downloads essays and questions. Here its
+The harness always makes 500 texts of each length, and downloads essays and questions. Here its
 generators are called directly. A task whose data was not given is left to the harness, which downloads.
 """
 
@@ -183,7 +183,7 @@ def _make(task: str, data: RulerData, texts: int, tokenizer: Any, length: int) -
         (example,) = vt_utils.sys_vartrack_w_noise_random(tokenizer, 1, 500, incremental=5)
         found = vt_utils.sys_vartrack_w_noise_random(tokenizer, icl_example=example, **sized)
     elif task == "ruler_cwe":
-        cwe_utils.RNG.seed(42)  # else the texts depend on what was made before
+        cwe_utils.RNG.seed(42)  # else the texts depend on earlier ones
         found = cwe_utils.sys_word_pair_random(tokenizer=tokenizer, **sized)
     else:
         found = fwe_utils.sys_kwext(tokenizer, **sized)

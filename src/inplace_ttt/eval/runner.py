@@ -1,8 +1,8 @@
-"""Runs suites over variants of a model on the same inputs, unit by unit, and can be broken off and taken up again.
+"""Runner of suites over variants of a model on the same inputs, unit by unit; interrupted runs can be resumed.
 
 The directory of a run holds ``plan.json`` (what is measured, so that a run is never continued as another one) and
 ``records.jsonl``: one line per unit and variant, with all its records. A run that was killed leaves whole lines and
-perhaps a torn last one, which is passed over and measured again.
+perhaps an incomplete last one, which is skipped and measured again.
 """
 
 import json
@@ -128,6 +128,6 @@ def _prepare(directory: Path, plan: dict[str, Any], fresh: bool) -> None:
 
 
 def _end_with_newline(path: Path) -> None:
-    """End a torn last line, so that the next record does not join it."""
+    """End an incomplete last line, so that the next record does not join it."""
     if path.exists() and (data := path.read_bytes()) and not data.endswith(b"\n"):
         path.write_bytes(data + b"\n")

@@ -1,4 +1,4 @@
-"""Baselines of the policy gradient per sampled token, on plain tensors: the Optimal Token Baseline and its neighbours.
+"""Baselines of the policy gradient per sampled token, on plain tensors: the Optimal Token Baseline and related ones.
 
 Optimal Token Baseline with the Logit-Gradient Proxy: Li et al., ICML 2026, arXiv 2602.07078. Needs torch alone.
 
@@ -81,10 +81,10 @@ def token_advantages(
 ) -> Advantages:
     """Return the advantage A = G - B of every sampled token.
 
-    ``rewards``: [R] for whole rows or [R, T] for tokens; a row with a NaN counts for nobody and gets A = 0. ``mask``
-    [R, T]: nonzero where a token was sampled (not padding, not the prompt, not a tool's output); rows are compared by
-    the number of tokens that they have sampled, wherever these stand. ``w`` [R, T]: `energy_proxy`, for the baselines
-    in ``USES_ENERGY``. ``group_size``: N, rows [0, N) are the first group. ``ratios`` [R, T]: importance ratios; w is
+    ``rewards``: [R] for whole rows or [R, T] for tokens; a row with a NaN is left out of every baseline and gets A = 0.
+    ``mask`` [R, T]: nonzero where a token was sampled (not padding, not the prompt, not a tool's output); rows are
+    compared by their number of sampled tokens, wherever these stand. ``w`` [R, T]: `energy_proxy`, for the baselines in
+    ``USES_ENERGY``. ``group_size``: N, rows [0, N) are the first group. ``ratios`` [R, T]: importance ratios; w is
     multiplied by their squares.
 
     A row is part of its own baseline unless ``leave_one_out``: without it the expected gradient is too small, by the

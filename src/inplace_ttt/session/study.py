@@ -1,7 +1,7 @@
 """Study: learn what a text says so that it can be asked for, with no context left.
 
-Reading stores each fact under all the text before it. To be recalled from its key alone, it must be learned from its key
-alone. So the examples are questions about the text's sentences that the model asks and answers itself with the
+Reading stores each fact under all the text before it. To be recalled from its key alone, it must be learned from that
+key alone. So the examples are questions about the text's sentences that the model asks and answers itself with the
 sentence in context; they are learned from an empty context. Several such examples make one update. Beside them come
 parts of the text on which the model is held to its own predictions without fast weights, so that it stays what it was
 on ordinary text. Where no question is useful, the sentences themselves are learned.

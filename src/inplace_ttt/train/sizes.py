@@ -1,6 +1,6 @@
-"""Sizes of the fast weights in a forward call, relative to the slow ones: measured, logged, and an lr chosen by them.
+"""Sizes of the fast weights in a forward call, relative to the slow ones: measured, logged, and used to choose the lr.
 
-Hooks on the adapting projections measure the first row of a batch, in the call that happens anyway. Sizes are Frobenius
+Hooks on the adapting projections measure the first row of a batch, without an extra call. Sizes are Frobenius
 norms relative to that of W0, without the inner learning rate. Rows that context parallelism cuts give the updates of a
 process's own slice (the state that it starts from is not known here); layers under tensor parallelism give nothing.
 """
@@ -75,7 +75,7 @@ def _measure(site: Any, module: Any, z: Tensor, probe: bool, states: bool) -> Si
         return None
     if getattr(module, "split", False):  # norms are spread over processes
         return None
-    u = site._source(context, context.call).detach()  # of the call itself, so with gradients
+    u = site._source(context, context.call).detach()  # part of the call, so it has gradients
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
         return _row_sizes(site, module, z, u, probe, states)
 
@@ -122,7 +122,7 @@ def _row_sizes(site: Any, module: Any, z: Tensor, u: Tensor, probe: bool, states
 # -- an inner learning rate, so that one setting fits both targets, any width and any chunk size -----------------------
 #
 # The target's source u has unit RMS for ``hidden_states`` and about 0.02 for ``input_embed``, and an update sums over a
-# chunk, so a good eta for one model is far off for another. What carries over is the size of one chunk's update
+# chunk, so a good eta for one model is far off for another. Comparable between models is the size of one chunk's update
 # relative to the weight that it changes, eta ||dW||_F / ||W0||_F. At the start kappa = 0 and so dW = 0: the probe
 # measures with the average of the taps in kappa's place (every tap 1/K) and P as it is.
 
@@ -209,7 +209,7 @@ class FastWeightMonitor(TrainerCallback):
         """Return the sizes of the step that just ended; nothing when it was not watched."""
         found: dict[str, float] = {}
         for layer, sizes in sorted(self._sizes.items()):
-            lr = 0.0 if sizes.is_probed else sizes.lr  # the log tells what happened, the probe is for the check alone
+            lr = 0.0 if sizes.is_probed else sizes.lr  # log real updates only; the probe is for the check
             found[f"update_norm/layer_{layer}"] = lr * float(sizes.updates.median())
             if sizes.state is not None:
                 found[f"state_norm/layer_{layer}"] = lr * float(sizes.state)

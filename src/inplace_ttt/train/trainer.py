@@ -52,7 +52,7 @@ def training_arguments(
         average_tokens_across_devices=False,
         torch_compile=recipe.compile,
         logging_steps=recipe.log_every,
-        logging_nan_inf_filter=False,  # it would wait for the device in every step; the log's own check stops the run
+        logging_nan_inf_filter=False,  # it would synchronise in every step; the log's own check stops the run
         eval_strategy="steps" if recipe.eval_every else "no",
         eval_steps=recipe.eval_every or None,
         save_strategy="steps" if recipe.save_every else "no",

@@ -1,7 +1,7 @@
 """Suites of measurements. A suite cuts its work into units that can be measured one by one, in any order.
 
-A module here owns all of its suite: ``from_options`` (what the command line asks for), and what people read of the
-records: ``tables``, ``verdicts`` and ``figures``.
+Each module defines one suite: ``from_options`` builds it from the command line; ``tables``, ``verdicts`` and
+``figures`` present its records.
 """
 
 from collections.abc import Sequence

@@ -17,7 +17,7 @@ from . import Record, Tables, Unit
 from .texts import Document
 
 SLICES = 16
-"""A task's samples are measured in about as many units, of at least ``SMALLEST`` samples each."""
+"""Approximate number of units per task, of at least ``SMALLEST`` samples each."""
 SMALLEST = 32
 
 
@@ -32,7 +32,7 @@ class HarnessSuite:
     prompt can be paired), "task" as asked for, "part" (below it), "length" (RULER's, else None), "metric", and "value"
     with "weight": a mean is sum(value) / sum(weight). Perplexities are in nats per word or byte.
 
-    UserError for a prompt that is longer than the model reads: none is cut.
+    Raises UserError for a prompt that is longer than the model's context: none is truncated.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ def ruler_suite(
 ) -> HarnessSuite:
     """Build RULER at ``lengths``: tasks whose texts can be made from ``data``, with ``download`` all thirteen.
 
-    ``longest``: tokens that the model reads at most. UserError for longer texts.
+    ``longest``: the model's maximum number of tokens. UserError for longer texts.
     """
     if longest is not None and max(lengths) > longest:
         raise UserError(f"--lengths {max(lengths)}: {_too_long(longest)}")

@@ -25,7 +25,7 @@ from .texts import Document, tokenize, words
 
 KINDS = ("single", "multi-key", "multi-value", "multi-query")
 CANDIDATES = 10
-"""Words that an answer is chosen from."""
+"""Number of candidate words for an answer."""
 TEMPLATE = "\nThe{key} Captain{value} said"
 """A common word right before the value: a small model binds a rare name to it far better than to a rare key."""
 

@@ -24,7 +24,7 @@ from .texts import Document
 CLASSES = ("in window", "before the window", "never")
 PIECE = 2048
 MOST_LOGITS = 1 << 26
-"""Logits that exist at once, at most."""
+"""Maximum number of logits in memory."""
 
 
 class NllSuite:

@@ -4,8 +4,8 @@ A name that occurs nowhere else is mentioned in a long document a few times. The
 continued, and the name competes with others that were not mentioned:
 
 * ``none``: nothing was read;
-* ``memory``: the document was read and dropped from the context: only the fast weights know it;
-* ``context``: the document was read and whatever of it the model's attention still reaches is there too.
+* ``memory``: the document was read and dropped from the context: only the fast weights hold it;
+* ``context``: the document was read and is in context as far as attention reaches.
 
 A name is *recognised* when, of all candidates, reading raised its log-probability the most (against ``none``), and
 *preferred* when it is the most likely of them outright. Chance is one in the number of candidates for both.
@@ -91,8 +91,8 @@ def trial(
     draw = random.Random(seed)
     choices = draw.sample(free, task.candidates)
     question, sentence = _sentence(tokenizer, task.template, choices[0])
-    # The first of equals counts as the best (reading may change nothing, bfloat16 logits are often equal): where the
-    # name stands among the candidates is left to chance, so that it is not favoured.
+    # The first of equals counts as the best (reading may change nothing, bfloat16 logits are often equal): the name's
+    # place among the candidates is random, so that it is not favoured.
     place = draw.randrange(task.candidates)
     choices[0], choices[place] = choices[place], choices[0]
     document = _planted(text, sentence, task)

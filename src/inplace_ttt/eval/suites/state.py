@@ -1,4 +1,4 @@
-"""Suite ``diagnostics``: what the fast weights are like after each window that ``nll`` measures."""
+"""Suite ``diagnostics``: diagnostics of the fast weights after each window that ``nll`` measures."""
 
 from collections.abc import Sequence
 from dataclasses import asdict

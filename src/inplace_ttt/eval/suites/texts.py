@@ -19,7 +19,7 @@ TEXT_FILES = frozenset(
 """Suffixes of text files inside a directory. A file given by its own name may have any."""
 JSON_LINES = (".jsonl", ".jsonl.xz", ".jsonl.gz")
 MOST_ROWS = 1000
-"""Rows of a dataset that are read: an evaluation needs a few long documents, not millions of short ones."""
+"""Maximum rows read from a dataset: an evaluation needs a few long documents, not millions of short ones."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Suite ``theory``: what one update does to the logits, with next-token and with reconstruction targets.
+"""Suite ``theory``: the effect of one update on the logits, with next-token and with reconstruction targets.
 
 Theorem 1 (docs/method.md): a pair (key, value) stands in the text and the key comes again. One update whose target is
 the embedding of the *next* token raises the logit of the value; one whose target is the embedding of the *same* token
@@ -27,7 +27,7 @@ from . import Record, Tables, Unit
 from .texts import Document, stretches, words
 
 TARGETS = ("own", "next_token", "reconstruction")
-"""The model's own target as it is, and the two of the theorem."""
+"""The model's own target and the two of the theorem."""
 
 
 class TheorySuite:
@@ -35,14 +35,14 @@ class TheorySuite:
 
     The theorem's targets replace a layer's convolution and projection by ``s * u[t + 1]`` and ``s * u[t]``, u the token
     embeddings; s makes the update as large (Frobenius norm) as the model's own is in that layer, so that the three
-    differ in where their updates point, and not in size. Every other setting is the model's at the moment. A model with
+    differ in the direction of their updates, not in size. All other settings are the model's current ones. A model with
     objective "loss" has no target to replace: only its own is measured.
 
     One record per target, with "document", "target", "chance" and, of the logits after the second key, updates on minus
     off,
 
     * "right": that of the value; "others": the mean of ``candidates`` - 1 words that the text does not use either;
-      "margin": right - others, which no change of all logits alike can make;
+      "margin": right - others, invariant to a shift of all logits;
     * "won": 1 if the value's logit rose the most of all candidates (chance: one in ``candidates``).
 
     Raises UserError when no document is long enough, a text leaves too few words, or an update of the model is zero.
