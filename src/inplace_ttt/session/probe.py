@@ -14,7 +14,7 @@ SAMPLE = 256
 
 
 class Probe:
-    """Sampler of diagnostics every ``every`` tokens (0: never)."""
+    """A sampler of diagnostics every ``every`` tokens (0: never)."""
 
     def __init__(self, reader: Reader, every: int) -> None:
         self.reader, self.every = reader, every

@@ -60,7 +60,7 @@ class Sampling:
 
 
 class Sampler:
-    """Samples tokens one by one. Draws on the CPU, so a seed means the same on every device."""
+    """A sampler of single tokens. Draws on the CPU, so a seed means the same on every device."""
 
     def __init__(self, settings: Sampling) -> None:
         self.settings, self.processors = settings, settings.processors()
@@ -82,7 +82,7 @@ class Sampler:
 
 
 class StopText:
-    """Filter that ends text at the first stop string; a possible beginning of one is held back.
+    """A filter that ends text at the first stop string; a possible beginning of one is held back.
 
     Of several that end at the same character the longest counts, so how the text is split does not matter.
     """

@@ -92,7 +92,7 @@ def _share(fast: FastWeights) -> FastWeights:
 
 
 class Reader:
-    """Feeds tokens to streams of one model under one set of settings.
+    """A reader of tokens into streams of one model under one set of settings.
 
     ``window``: tokens that layers with full attention keep (None: the model's own limit), ``sinks``: the first tokens
     that they keep besides. When the window is full its oldest quarter is dropped and the cached keys move to smaller

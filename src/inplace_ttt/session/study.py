@@ -134,7 +134,7 @@ def is_about(pair: Pair) -> bool:
 
 
 class Examples:
-    """Makes examples of texts for one tokenizer and its chat template, if any. ``prefix``: of a text (BOS)."""
+    """A maker of examples of texts for one tokenizer and its chat template, if any. ``prefix``: of a text (BOS)."""
 
     def __init__(self, tokenizer: Any, template: Template | None, prefix: Sequence[int] = (), most: int = 96) -> None:
         self.tokenizer, self.template, self.prefix, self.most = tokenizer, template, tuple(prefix), most

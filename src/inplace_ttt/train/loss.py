@@ -175,4 +175,4 @@ def why_whole(model: PreTrainedModel) -> str | None:
 
 
 class _LogitsUnchanged(Exception):  # noqa: N818
-    """Raised when the loss receives the tensor that the head returned."""
+    """A signal that the loss received the tensor that the head returned."""

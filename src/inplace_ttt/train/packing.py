@@ -111,7 +111,7 @@ class TokenStore:
 
 
 class TokenWriter:
-    """Writes ``stem.tokens`` and ``stem.json`` a document at a time, inside ``with``; `TokenStore.load` reads them."""
+    """A writer of ``stem.tokens`` and ``stem.json`` by document, inside ``with``; `TokenStore.load` reads them."""
 
     def __init__(self, stem: Path) -> None:
         self.stem, self.names, self.offsets = stem, list[str](), [0]

@@ -159,7 +159,7 @@ def two_digits(lr: float) -> float:
 
 
 class FastWeightMonitor(TrainerCallback):
-    """Measures the first row of every step that is logged, and of the first `FIRST_STEPS`.
+    """A callback that measures the first row of every step that is logged, and of the first `FIRST_STEPS`.
 
     ``entries()`` are the log's: ``update_norm/layer_N``, ||lr dW|| / ||W0|| of the median chunk, and
     ``state_norm/layer_N``, the largest ||lr S|| / ||W0|| in the row, and ``ttt_cosine``, the mean cosine of v_t and

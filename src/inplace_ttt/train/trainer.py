@@ -233,7 +233,7 @@ def taught(model: nn.Module, weight: float, is_alone: bool) -> Iterator[None]:
 
 
 class InnerLrWarmup(TrainerCallback):
-    """Raises the fast weights' learning rate linearly to ``lr`` over the first ``steps`` steps."""
+    """A callback that raises the fast weights' learning rate linearly to ``lr`` over the first ``steps`` steps."""
 
     def __init__(self, model: nn.Module, lr: float, steps: int) -> None:
         self.model, self.lr, self.steps = model, lr, steps
@@ -247,7 +247,7 @@ class InnerLrWarmup(TrainerCallback):
 
 
 class MarkComplete(TrainerCallback):
-    """Marks each checkpoint once all of it is on disk, so that a killed run never resumes from half of one."""
+    """A callback that marks checkpoints that are complete on disk, so that no run resumes from half of one."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -15,7 +15,7 @@ from .nll import NllSuite, piece_size
 
 
 class StateSuite:
-    """Reads the windows of an ``NllSuite`` and measures the fast weights at their end, layer by layer."""
+    """A suite that reads the windows of an ``NllSuite`` and measures the fast weights at their end, layer by layer."""
 
     name = "diagnostics"
     needs_updates = True
