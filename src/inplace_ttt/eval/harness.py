@@ -106,7 +106,7 @@ class InPlaceTTTLM(HFLM):  # type: ignore[misc]
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Apply this object's settings to the model inside; a model that was passed in gets its own back."""
+        """Apply this object's settings inside ``with``; a model that was passed in gets its own back."""
         if self._settings is None:
             yield
             return

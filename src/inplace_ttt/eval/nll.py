@@ -109,7 +109,7 @@ def input_device(root: PreTrainedModel) -> torch.device:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch off dropout and gradients inside."""
+    """Switch off dropout and gradients inside ``with``."""
     was_training = model.training
     model.eval()
     try:

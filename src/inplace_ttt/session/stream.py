@@ -344,7 +344,7 @@ def _is_count(value: Any, least: int) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch to eval mode inside; afterwards each module is in the mode in which it was."""
+    """Switch to eval mode inside ``with``; afterwards each module is back in its former mode."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -357,7 +357,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def whole(cache: DynamicCache) -> Iterator[None]:
-    """Restore the cache when an exception (Ctrl-C, out of memory) is raised inside.
+    """Restore the cache when an exception (Ctrl-C, out of memory) is raised inside ``with``.
 
     Calls replace a cache's tensors; only the pending buffers are written in place, beyond their filled part.
     """

@@ -57,7 +57,7 @@ def saving(session: Any, path: Path) -> Iterator[None]:
 
 @contextmanager
 def holding(path: Path | None) -> Iterator[None]:
-    """Keep other processes from saving to ``path`` inside. Raises UserError when another one holds it."""
+    """Prevent other processes from saving to ``path`` inside ``with``. Raises UserError when another one holds it."""
     place = None if path is None else path.resolve()
     if place is None or place in _held or not place.parent.is_dir():
         yield
