@@ -88,7 +88,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Public names load on first use, so that ``import inplace_ttt`` and the command line do not wait for torch."""
+    """Load public names on first use, so that ``import inplace_ttt`` and the command line do not wait for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,4 +1,4 @@
-"""``python -m inplace_ttt`` is ``inplace-ttt``."""
+"""Run the command line: ``python -m inplace_ttt`` is ``inplace-ttt``."""
 
 from .cli import main
 

@@ -1,4 +1,4 @@
-"""The one place where settings and their defaults live."""
+"""Settings and their defaults."""
 
 import json
 import math
@@ -21,11 +21,11 @@ RULES = ("adaptive", "delta", "momentum", "muon", "norm_preserving", "sum")
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {"layers": "0::6", "chunk_size": 1024, "lr": 0.1, "decay": 0.0, "update_size": None}
 )
-"""Defaults that depend on the objective: what all but "loss" have."""
+"""Defaults that depend on the objective: those of all but "loss"."""
 LOSS_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {"layers": "0::3", "chunk_size": 128, "lr": 1.0, "decay": 0.0, "update_size": "auto"}
 )
-"""What "loss" has: docs/reading.md has the measurements."""
+"""Defaults of "loss": docs/reading.md has the measurements."""
 _KINDS = (
     (("chunk_size", "conv_kernel", "lookahead"), Integral, "a whole number"),
     (("lr", "decay", "clip", "init_std", "update_size"), Real, "a number"),
@@ -34,7 +34,7 @@ _KINDS = (
 
 
 _LATER = ("first_order", "learn", "objective_options", "rule", "rule_options", "update_size")
-"""Fields that files of the first release do not have: left out while they are as there, so that it can read them."""
+"""Fields added after the first release: left out of files at their defaults, so that it can read them."""
 
 
 def _is(value: Any, kind: type) -> bool:
@@ -67,12 +67,12 @@ class InPlaceTTTConfig:
     objective_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Options of the target, checked by it: "gates", "ridge", "center" of the shipped ones, "start" of "learned"."""
     rule: str = "sum"
-    """How fast weights are read and written: "sum" (the paper), "delta", "momentum", "muon", "norm_preserving", or a
+    """The rule of the fast weights: "sum" (the paper), "delta", "momentum", "muon", "norm_preserving", or a
     registered one."""
     rule_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Options of the rule, checked by it: "soft_cap" of "sum", "beta" of "momentum"."""
     projection: bool = True
-    """Whether P, the target projection, is used."""
+    """True: use P, the target projection."""
     lr: float = None  # type: ignore[assignment]
     """eta: the inner learning rate. 1.0 made training from scratch fail at rows of 16,384 tokens (docs/log.md)."""
     decay: float = None  # type: ignore[assignment]
@@ -80,20 +80,20 @@ class InPlaceTTTConfig:
     clip: float | None = None
     """tau: largest Frobenius norm of one chunk's update; None: no clipping."""
     clip_relative: bool = False
-    """Whether ``clip`` is a fraction of the slow weight's norm."""
+    """True: ``clip`` is a fraction of the slow weight's norm."""
     update_size: float | str | None = None
-    """r: every chunk's update of S is scaled to ``r * ||W0||_F``; "auto": every layer finds its own (rule "adaptive");
-    None: updates are as large as they are."""
+    """r: every chunk's update of S is scaled to ``r * ||W0||_F``; "auto": set per layer (rule "adaptive");
+    None: updates are not scaled."""
     learn: str = "read"
-    """What is learned with objective "loss": "read", what the model is given, or "all", what it writes as well."""
+    """Tokens that objective "loss" learns: "read", the model's input, or "all", its own output as well."""
     first_order: bool = False
-    """Whether a model with objective "loss" may be trained: the gradient is that of reading with every S a constant."""
+    """True: a model with objective "loss" may be trained; the gradient treats every S as a constant."""
     init_std: float | None = None
     """sigma of P's diagonal at the start; None: the model's ``initializer_range``."""
     layers_path: str | None = None
-    """Where the decoder layers are, e.g. "model.layers"; None: the table of families knows."""
+    """Path of the decoder layers, e.g. "model.layers"; None: from the table of families."""
     projection_path: str | None = None
-    """The last projection inside a decoder layer, e.g. "mlp.down_proj"; None: the table of families knows."""
+    """Path of the last projection inside a decoder layer, e.g. "mlp.down_proj"; None: from the table of families."""
 
     def __post_init__(self) -> None:
         for name, value in (LOSS_DEFAULTS if self.objective == "loss" else DEFAULTS).items():
@@ -153,7 +153,7 @@ class InPlaceTTTConfig:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The fields by name, for rules and targets whose own are named alike."""
+        """Return the fields by name, for rules and targets whose own are named alike."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def make_rule(self) -> "Rule":
@@ -167,7 +167,7 @@ class InPlaceTTTConfig:
         return make_rule("adaptive", self.rule_options, self.settings)
 
     def layer_indices(self, count: int) -> tuple[int, ...]:
-        """The adapting layers of a model with ``count`` layers, ascending. UserError when one does not exist."""
+        """Return the model's adapting layers of ``count``, ascending. UserError when one does not exist."""
         if isinstance(self.layers, str):
             try:
                 parts = [int(p) if p.strip() else None for p in self.layers.split(":")]
@@ -189,7 +189,7 @@ class InPlaceTTTConfig:
         return tuple(sorted(set(chosen)))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, with the format's version."""
+        """Return a JSON-ready mapping, with the format's version."""
         values = asdict(self)
         values["layers"] = self.layers if isinstance(self.layers, str) else list(self.layers)
         default = {
@@ -202,7 +202,7 @@ class InPlaceTTTConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "InPlaceTTTConfig":
-        """Inverse of ``to_dict``. A newer format is refused; an unknown key is ignored with a warning."""
+        """Build settings from ``to_dict``'s result. Refuses a newer format; ignores unknown keys with a warning."""
         values = dict(values)
         version = values.pop("format_version", FORMAT_VERSION)
         if not _is(version, Integral) or version > FORMAT_VERSION:
@@ -218,7 +218,7 @@ class InPlaceTTTConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "InPlaceTTTConfig":
-        """From the text of a JSON file. Raises UserError when it is damaged."""
+        """Build settings from the text of a JSON file. Raises UserError when it is damaged."""
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:

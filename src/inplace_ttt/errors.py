@@ -1,12 +1,12 @@
-"""What a user did wrong, said in one plain line."""
+"""Errors that users can fix, each a message of one plain line."""
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: the message says what is wrong and what to do. The command line prints it bare."""
+    """A mistake the user can fix: the message says what is wrong and what to do. The command line prints it bare."""
 
 
 def in_one_line(error: Exception, most: int | None = 300) -> str:
-    """What an error of a library says, without line breaks, its first ``most`` characters (None: all)."""
+    """Return the message of a library's error on one line, its first ``most`` characters (None: all)."""
     return " ".join(str(error).split())[:most]
 
 

@@ -5,10 +5,10 @@ PLACE is a dataset's id on the hub, a folder of data files, or a folder that ``s
 * ``split`` (train; evaluation: test), ``name`` (the configuration), ``revision``: as ``datasets.load_dataset`` has
   them;
 * ``text`` (text): the column of the documents; ``id`` (none; evaluation: id): a column that names them (else their
-  number does);
+  number);
 * ``streaming`` (true): false downloads all of it first.
 
-And the names of models: what can be told of them before anything loads.
+Also checks of model names before anything loads.
 """
 
 from collections.abc import Iterable, Iterator
@@ -40,15 +40,15 @@ class HubDataset:
 
     @property
     def folder(self) -> Path:
-        """PLACE as a folder; for a dataset of the hub there is none."""
+        """Return PLACE as a folder; it does not exist for a dataset of the hub."""
         return Path(self.place).expanduser()
 
     def files(self) -> list[Path]:
-        """The files of a local dataset, sorted; none for one on the hub."""
+        """Return the files of a local dataset, sorted; none for one on the hub."""
         return sorted(path for path in self.folder.rglob("*") if path.is_file()) if self.folder.is_dir() else []
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows in the order of the dataset, each with a string in the column ``text``.
+        """Yield the rows in the order of the dataset, each with a string in the column ``text``.
 
         Raises SourceError where the dataset, its split or its column is missing.
         """
@@ -90,12 +90,12 @@ SETTINGS = tuple(field.name for field in fields(HubDataset) if field.kw_only)
 
 
 def hub_dataset(spec: str, **defaults: str) -> HubDataset:
-    """The dataset that ``spec`` names, with ``defaults`` (a split at least) for what it leaves out. Reads nothing.
+    """Return the dataset ``spec``, with ``defaults`` (a split at least) for what it leaves out. Reads nothing.
 
-    Raises SourceError for another spelling, an unknown setting, a missing folder, and without the datasets library.
+    Raises SourceError for an invalid spelling, an unknown setting, a missing folder, or a missing datasets library.
     """
     place, _, query = spec.removeprefix(PREFIX).partition("?")
-    try:  # a + means itself here, not a space: train+test, C++
+    try:  # a + is literal, not a space: train+test, C++
         given = dict(parse_qsl(query.replace("+", "%2B"), keep_blank_values=True, strict_parsing=bool(query)))
     except ValueError:
         raise SourceError(f"{spec}: write settings as ?split=train&text=content") from None
@@ -106,7 +106,7 @@ def hub_dataset(spec: str, **defaults: str) -> HubDataset:
     if dataset.streaming not in ("true", "false"):
         raise SourceError(f"{spec}: streaming is true or false, not {dataset.streaming!r}")
     on_hub = not dataset.folder.is_dir()
-    if not place or (on_hub and (":" in place or "@" in place)):  # as in hf:NAME@CONFIG:SPLIT, once a spelling
+    if not place or (on_hub and (":" in place or "@" in place)):  # as in hf:NAME@CONFIG:SPLIT, an old spelling
         raise SourceError(f"{spec}: no such dataset, write hf:DATASET?name=CONFIG&split=SPLIT&text=COLUMN")
     if on_hub and (place.startswith((".", "/", "~")) or place.count("/") > 1):
         raise SourceError(f"{spec}: there is no directory {place}")
@@ -129,7 +129,7 @@ def check_model(name: str | Path) -> None:
 
 
 def require_hub_id(name: str) -> None:
-    """Raise UserError unless a name that is no directory here can be one on the hub (OWNER/NAME)."""
+    """Raise UserError unless a name that is not a directory here can be a hub id (OWNER/NAME)."""
     if Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(f"no model directory at {name}")
 

@@ -11,7 +11,7 @@ FORMATS = (".png", ".pdf", ".svg")
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean of ``width`` neighbours centred on each value; only of those that exist at the ends."""
+    """Return the mean of ``width`` neighbours centred on each value; only of those that exist at the ends."""
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     at = np.arange(len(values))
     low, high = np.maximum(at - width // 2, 0), np.minimum(at + width // 2 + 1, len(values))
@@ -20,7 +20,7 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def smooth(values: np.ndarray, cut: int, width: int) -> np.ndarray:
-    """Two running means of half the width, before and after ``cut`` apart: nothing leaks over the first update."""
+    """Take two running means of half the width, before and after ``cut`` apart: nothing leaks over the first update."""
     parts = (values[:cut], values[cut:])
     return np.concatenate([running_mean(running_mean(part, width // 2), width // 2) for part in parts])
 
@@ -28,7 +28,7 @@ def smooth(values: np.ndarray, cut: int, width: int) -> np.ndarray:
 def save_picture(
     path: Path, on: np.ndarray, off: np.ndarray, chunk_size: int, title: str, subtitle: str, width: int | None = None
 ) -> None:
-    """Write what updates gain for tokens 1 to N, smoothed over ``width`` tokens, and below it both losses [N]."""
+    """Draw the gain from updates for tokens 1 to N, smoothed over ``width`` tokens, and below it both losses [N]."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     width = width or smoothing(len(on), chunk_size)
@@ -59,7 +59,7 @@ def save_picture(
 
 
 def styled(width: float, height: float, rows: int = 1, columns: int = 1, **how: Any) -> tuple[Any, Any]:
-    """A figure and its axes [rows, columns] in the style of all pictures; ``how``: further keywords of ``subplots``."""
+    """Return a figure and axes [rows, columns] in the style of all pictures; ``how``: keywords of ``subplots``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -81,7 +81,7 @@ def save(figure: Any, path: Path) -> None:
 
 
 def smoothing(tokens: int, chunk_size: int) -> int:
-    """Tokens to average over: a 24th of the text, at least 64, no more than two chunks."""
+    """Return the tokens to average over: a 24th of the text, at least 64, no more than two chunks."""
     return int(np.clip(tokens // 24, 64, max(64, 2 * chunk_size)))
 
 
@@ -92,7 +92,7 @@ _TICKS, _ROWS_PER_TICK = 4, 3
 
 
 def terminal_chart(on: np.ndarray, off: np.ndarray, *, columns: int = 64, ascii_only: bool = False) -> Text:
-    """Two smoothed curves [N], ``columns`` characters wide, with both axes. "On" is solid, "off" dotted."""
+    """Draw two smoothed curves [N], ``columns`` characters wide, with both axes. "On" is solid, "off" dotted."""
     across, down = (1, 1) if ascii_only else (2, 4)
     rows = _TICKS * _ROWS_PER_TICK + 1
     ticks = _tick_values(min(on.min(), off.min()), max(on.max(), off.max()))
@@ -116,7 +116,7 @@ def terminal_chart(on: np.ndarray, off: np.ndarray, *, columns: int = 64, ascii_
 
 
 def _tick_values(low: float, high: float) -> np.ndarray:
-    """Round numbers, descending, that enclose ``low`` to ``high``."""
+    """Return round numbers, descending, that enclose ``low`` to ``high``."""
     for step in (m * 10.0**e for e in range(-2, 6) for m in (1, 2, 2.5, 5)):
         start = np.floor(low / step) * step
         if start + _TICKS * step >= high:
@@ -125,7 +125,7 @@ def _tick_values(low: float, high: float) -> np.ndarray:
 
 
 def _strokes(level: np.ndarray, solid: bool, every: int) -> list[tuple[int, int]]:
-    """Dots (x, y) of a curve: joined from column to column when ``solid``, else one in each ``every``-th column."""
+    """Return dots (x, y) of a curve: joined from column to column when ``solid``, else one in ``every`` columns."""
     if not solid:
         return [(x, int(level[x])) for x in range(0, len(level), every)]
     points = [(0, int(level[0]))]

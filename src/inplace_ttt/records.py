@@ -1,4 +1,4 @@
-"""What every record of results says about where it comes from, and the files that records are written to."""
+"""Provenance that every record of results holds, and the files that records are written to."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", here.name)  # else the checkout around an installed copy would be named
+        git("ls-files", "--error-unmatch", here.name)  # else it would be the checkout around an installed copy
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -60,7 +60,7 @@ def hardware() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return those of Python and of the libraries that decide the result."""
+    """Return versions of Python and of the libraries that decide the result."""
     found = {"python": sys.version.split()[0], "inplace-ttt": __version__}
     return found | {name: text for name in VERSIONS if (text := _version(name))}
 

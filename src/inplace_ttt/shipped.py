@@ -1,9 +1,9 @@
-"""What comes with the package: a trained model."""
+"""The trained model that comes with the package."""
 
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 SHIPPED = "shipped"
-"""How session files and options name it."""
+"""Name of the shipped model in session files and options."""
 DEFAULT_MODEL = PACKAGE / "models" / "books-and-code"
 """Directory of a small model with fast weights, trained on books and on Python source (see docs/results.md)."""

@@ -1,4 +1,4 @@
-"""Files of text, plain or as JSON lines. Every mistake in them is one plain line."""
+"""Text files, plain or as JSON lines. Every error in them is a message of one line."""
 
 import gzip
 import json
@@ -12,12 +12,12 @@ from typing import IO, Any
 from .errors import SourceError
 
 _BYTES_PER_TOKEN = 32
-"""No more of a file is read than this many bytes for each token that is wanted."""
+"""Maximum number of bytes read for each token wanted."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file's text, or its beginning. ``size`` is the whole file's bytes."""
+    """A text file's content, or its beginning. ``size`` is the whole file's bytes."""
 
     path: Path
     text: str
@@ -55,7 +55,7 @@ def _decode(path: Path, data: bytes, whole: bool) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        if not whole and error.start >= len(data) - 3:  # the cut went through a character
+        if not whole and error.start >= len(data) - 3:  # cut inside a character
             return data[: error.start].decode("utf-8-sig")
         raise SourceError(
             f"{path} is not UTF-8 text (byte {error.start:,} is {data[error.start]:#04x}): convert it first"

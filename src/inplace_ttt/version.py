@@ -1,3 +1,3 @@
-"""The version of the library, for the package, its metadata and its records."""
+"""Version of the library, for the package, its metadata and its records."""
 
 __version__ = "0.2.0"

@@ -1,1 +1,1 @@
-"""What ``inplace-ttt bench`` measures: ours beside no TTT, the materialised formula and the arithmetic limit."""
+"""Measurements of ``inplace-ttt bench``: ours, without TTT, the materialised formula and the arithmetic limit."""

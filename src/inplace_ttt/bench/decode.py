@@ -1,4 +1,4 @@
-"""Token after token: eager and compiled into CUDA graphs, with fast weights and without."""
+"""Decoding speed, eager and compiled into CUDA graphs, with and without fast weights."""
 
 from collections.abc import Callable
 from statistics import median
@@ -17,11 +17,11 @@ from .prefill import build, plain_twin
 from .timing import peak_bytes, seconds
 
 WORSE = 1.5
-"""How much larger than without fast weights the difference between decoding and reading at once may be."""
+"""Limit of the difference between decoding and one pass, over the same difference without fast weights."""
 
 
 class Decoding:
-    """One row that goes on writing; its cache and the following token stay on the device."""
+    """Greedy decoding of one row; its cache and the next token stay on the device."""
 
     def __init__(self, model: Any, cache: Cache, way: str) -> None:
         self.model, self.cache, self.way, self.name = model, cache, way, cache_name(model)
@@ -29,16 +29,16 @@ class Decoding:
         self.graph: DecodingGraph | None = None
 
     def read(self, prompt: Tensor) -> None:
-        """Begins anew with a prompt [1, T]."""
+        """Begin anew with a prompt [1, T]."""
         if isinstance(self.cache, StaticCache):
-            self.cache.reset()  # the graphs know its addresses
+            self.cache.reset()  # the graphs hold its addresses
         else:
             self.cache = DynamicCache(config=self.model.config)
         out = self.model(prompt, **{self.name: self.cache}, logits_to_keep=1)
         self.following = out.logits[:, -1:].argmax(-1)
 
     def feed(self, ids: Tensor) -> Tensor:
-        """Logits [1, 1, V] after one more token."""
+        """Return logits [1, 1, V] after one more token."""
         if self.way == "graph":
             self.graph = self.graph or DecodingGraph(self.model, self.cache)  # type: ignore[arg-type]
             return self.graph(ids)
@@ -46,13 +46,13 @@ class Decoding:
         return logits
 
     def write(self, tokens: int) -> None:
-        """Greedy; nothing waits for the device."""
+        """Decode greedily, without synchronising with the device."""
         for _ in range(tokens):
             self.following = self.feed(self.following)[:, -1:].argmax(-1)
 
 
 def differs(decoding: Decoding, ids: Tensor, prompt: int) -> float:
-    """Relative difference between the logits of single steps and those of one pass."""
+    """Return the relative difference between the logits of single steps and those of one pass."""
     decoding.read(ids[:, :prompt])
     got = torch.cat([decoding.feed(token).clone() for token in ids[:, prompt:].split(1, 1)], 1).double()
     want = decoding.model(ids, use_cache=False).logits[:, prompt:].double()
@@ -63,7 +63,7 @@ def measure(
     shape: str, prompt: int, C: int, device: torch.device, dtype: torch.dtype,
     *, layers: str = "0::6", tokens: int | None = None, rounds: int = 3, log: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """Seconds a token of batch 1 behind ``prompt`` tokens; JSON-ready. A run in graphs writes a whole
+    """Measure the seconds a token of batch 1 behind ``prompt`` tokens; JSON-ready. A run in graphs writes a whole
     chunk of tokens and so meets one update; reading is not timed.
 
     UserError where steps differ from one pass by more than ``WORSE`` times what they do without fast weights.
@@ -76,7 +76,7 @@ def measure(
     length = max(prompt + many, ids.shape[1])
     runs: dict[str, tuple[Decoding, int]] = {}
     errors = {}
-    way = "graph" if device.type == "cuda" else "compiled"  # on a CPU only traced, which shows that it can be
+    way = "graph" if device.type == "cuda" else "compiled"  # on a CPU only traced, to test that tracing works
     torch.compiler.reset()
     with torch.no_grad():
         for name, one in (("no TTT", plain), ("ours", model)):
@@ -89,7 +89,8 @@ def measure(
             runs[f"graphs, {name}"] = graphs, many
         floor = 1e-5 if dtype == torch.float32 else 0.0
         if not errors["ours"] <= WORSE * max(errors["no TTT"], floor):
-            raise UserError(f"no speed of wrong results: steps differ from one pass by {errors['ours']:.2e}")
+            wrong = f"steps differ from one pass by {errors['ours']:.2e}"
+            raise UserError(f"results are wrong, so no timings are shown: {wrong}")
         set_lr(model, lr)
         times, peaks = time_all(runs, text, device, rounds)
     found = {name: whole / runs[name][1] for name, whole in times.items()}
@@ -109,7 +110,7 @@ def measure(
 def time_all(
     runs: dict[str, tuple[Decoding, int]], prompt: Tensor, device: torch.device, rounds: int
 ) -> tuple[dict[str, float], dict[str, int | None]]:
-    """Median seconds and peak memory of writing, each round behind the same prompt; reading it is not timed."""
+    """Return median seconds and peak memory of writing, each round behind the same prompt; reading is not timed."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     peaks: dict[str, int | None] = {}
     for n in range(-1, rounds + 1):  # the first is a warm-up, the last for memory
@@ -125,7 +126,7 @@ def time_all(
 
 
 def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows to print."""
+    """Return columns and rows to print."""
     times = record["results"][0]["seconds_a_token"]
     base = times["graphs, no TTT"]
     return ["decoding", "ms a token", "tokens/s", "over graphs, no TTT"], [

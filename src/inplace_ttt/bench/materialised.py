@@ -19,13 +19,13 @@ from ..hf.context import fast_weights
 from .timing import rates
 
 SHARE = 0.3
-"""Norm of ``lr * S`` beside W0's while a model is checked: mistakes must show."""
+"""Norm of ``lr * S`` over W0's during a check, large enough to reveal errors."""
 OFF = 1 / 3
-"""How far ours may be from the formula, of the distance between updates on and off. Rounding is some 0.1 of it."""
+"""Limit of our distance from the formula, over the distance between updates on and off. Rounding is about 0.1."""
 
 
 def product(z_1TF: Tensor, v_1ND: Tensor, weight_DF: Tensor, C: int, lr: float) -> tuple[Tensor, Tensor]:
-    """Outputs [1, T, D] and every chunk's update [N / C, D, F], in z's precision."""
+    """Return outputs [1, T, D] and every chunk's update [N / C, D, F], in z's precision."""
     T, whole = z_1TF.shape[1], z_1TF.shape[1] // C
     z_MCF, v_UCD = z_1TF[0, : whole * C].view(whole, C, -1), v_1ND[0].view(-1, C, v_1ND.shape[2])
     dW = lr * torch.bmm(v_UCD.mT, z_MCF[: len(v_UCD)])
@@ -60,7 +60,7 @@ def run(call: Call) -> Result:
 
 @contextmanager
 def formula() -> Iterator[None]:
-    """Inside, adapting layers use the materialised formula."""
+    """Make adapting layers use the materialised formula."""
     path = Path("materialised", lambda call: True, run)
     PATHS.insert(0, path)
     try:
@@ -70,7 +70,7 @@ def formula() -> Iterator[None]:
 
 
 def three_ways(model: nn.Module, run: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
-    """``run`` without fast weights, as it is, and with the materialised formula."""
+    """Return ``run`` without fast weights, as it is, and with the materialised formula, by name."""
 
     def inside(context: Callable[[], Any]) -> Callable[[], Any]:
         def there() -> Any:
@@ -83,7 +83,7 @@ def three_ways(model: nn.Module, run: Callable[[], Any]) -> dict[str, Callable[[
 
 
 def weighty_lr(model: nn.Module, ids_1T: Tensor) -> float:
-    """An inner learning rate at which the fast weights after ``ids`` are ``SHARE`` of the slow ones."""
+    """Return an inner learning rate at which the fast weights after ``ids`` are ``SHARE`` of the slow ones."""
     out = model(ids_1T, use_cache=True, logits_to_keep=1)
     sites = {site.index: site for site in runtime_of(model).sites}
     ratios = [
@@ -96,7 +96,7 @@ def weighty_lr(model: nn.Module, ids_1T: Tensor) -> float:
 
 @torch.no_grad()
 def check(model: nn.Module, ids_1T: Tensor) -> float:
-    """Distance of our logits from the formula's, of the distance between updates on and off, with large updates.
+    """Return our logits' distance from the formula's, over that between updates on and off, with large updates.
 
     UserError where it is more than ``OFF``: wrong results are not timed.
     """
@@ -120,14 +120,14 @@ def check(model: nn.Module, ids_1T: Tensor) -> float:
 
 
 def checked(model: Any, shape: dict[str, int], C: int, tokens: int, device: torch.device) -> dict[str, Any]:
-    """What a record of a whole model begins with: its distance from the formula (``check``) and the device's rates."""
+    """Start a record of a whole model: its distance from the formula (``check``) and the device's rates."""
     probe = torch.randint(0, shape["vocab_size"], (1, 2 * C + C // 2), device=device)
     speed = rates(device, model.dtype, tokens, shape["intermediate_size"], shape["hidden_size"])
     return {"from_the_formula": check(model, probe), "rates": speed}
 
 
 def extra_products(shape: dict[str, int], layers: int, tokens: int, *, training: bool = False) -> float:
-    """Floating-point operations that fast weights add: of the chunks' updates and P, and for training their backward.
+    """Count FLOPs that fast weights add: of the chunks' updates and P, and for training their backward.
 
     One product of D * F a token for the updates and one of D * D for P; in a training step the same again where
     activations are recomputed, and in the backward three of D * F and two of D * D.

@@ -20,14 +20,14 @@ from .timing import interleaved, peak_bytes, rates
 
 LR, LOOKAHEAD, KERNEL = 0.1, 2, 5
 SHARES = (0.3, 1.0)
-"""Sizes of the fast weights' output beside the slow one's at which errors are measured; the first decides."""
+"""Norms of the fast weights' output over the slow one's at which errors are measured; the first decides."""
 WORSE = 1.5
-"""How much larger than a plain linear layer's our rounding error may be."""
+"""Limit of our rounding error, over that of a plain linear layer."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The block and what it reads."""
+    """Sizes of the block and of its input."""
 
     hidden: int
     intermediate: int
@@ -61,7 +61,7 @@ class Block:
         return scan(z, v, self.down, table, lr=LR)[0]
 
     def materialised(self, C: int) -> Tensor:
-        """One weight per chunk in z's precision, by a cumulative sum: what the authors' release does."""
+        """Compute one weight per chunk in z's precision, by a cumulative sum, as the authors' release does."""
         z = self.z()
         u = self.u.view(-1, C, self.u.shape[2])
         v = convolve(u.float(), self.kappa.float(), LOOKAHEAD).to(z.dtype) @ self.proj
@@ -80,7 +80,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def errors(shape: Shape, C: int, device: torch.device, dtype: torch.dtype, share: float) -> dict[str, float]:
-    """Our errors against float64, values and every gradient, over those of a plain linear layer on the same data.
+    """Return our errors against float64, values and all gradients, over those of a plain linear layer.
 
     The scan alone and the target alone, each as one layer. The targets are scaled so that in the last chunk the fast
     weights' output has ``share`` of the norm of the slow weight's.
@@ -123,21 +123,22 @@ def errors(shape: Shape, C: int, device: torch.device, dtype: torch.dtype, share
         found[f"{name}: output"] = relative(out.detach(), out64.detach())
         found |= {f"{name}: gradient of {i}": relative(a, b) for i, (a, b) in zip(inputs, pairs, strict=True)}
     base = max(error for name, error in found.items() if name.startswith("plain"))
-    floor = 1e-6 if dtype == torch.float32 else 0.0  # there sums of different order differ more than roundings
+    floor = 1e-6 if dtype == torch.float32 else 0.0  # in float32, summation order matters more than rounding
     return {name: error / max(base, floor) for name, error in found.items() if not name.startswith("plain")}
 
 
 def check(shape: Shape, C: int, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, float]]:
-    """``errors`` by share. UserError where one is above ``WORSE``, or not a number, with the first of ``SHARES``."""
+    """Return ``errors`` by share. UserError where one is above ``WORSE``, or nan, with the first of ``SHARES``."""
     found = {str(share): errors(shape, C, device, dtype, share) for share in SHARES}
     wrong = [f"{name} {ratio:.2f}" for name, ratio in found[str(SHARES[0])].items() if not ratio <= WORSE]
     if wrong:
-        raise UserError(f"no speed of wrong results: errors over a plain layer's above {WORSE}: {', '.join(wrong)}")
+        too_large = f"errors over a plain layer's above {WORSE}: {', '.join(wrong)}"
+        raise UserError(f"results are wrong, so no timings are shown: {too_large}")
     return found
 
 
 def limit(shape: Shape, backward: bool) -> float:
-    """Matrix products of the block with TTT over those without: what arithmetic alone would cost."""
+    """Return the block's matrix products with TTT over those without: the cost of arithmetic alone."""
     proj = shape.hidden / shape.intermediate
     return (13 + 3 * proj) / 9 if backward else (4 + proj) / 3
 
@@ -151,7 +152,7 @@ def measure(
     rounds: int,
     log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Everything about the block, JSON-ready; seconds are medians of interleaved runs."""
+    """Measure everything about the block, JSON-ready; seconds are medians of interleaved runs."""
     found: dict[str, Any] = {"shape": vars(shape), "dtype": str(dtype), "errors": {}, "results": []}
     for C in chunks:
         found["errors"][str(C)] = check(shape, C, device, dtype)
@@ -198,7 +199,7 @@ def measure(
 
 
 def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows to print."""
+    """Return columns and rows to print."""
     rows = []
     for row in record["results"]:
         ratio, peaks = row["over_no_ttt"], row["peak_bytes"]

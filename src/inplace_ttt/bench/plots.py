@@ -17,7 +17,7 @@ WAYS = {
 def prefill(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write a row of panels per attention: extra time in per cent, and extra GiB at the peak where it was measured.
 
-    Records of the same window are joined (of a length that is in several, the last one counts).
+    Records of the same window are merged (for a length in several, the last one counts).
     """
     groups: dict[int | None, dict[int, Any]] = {}
     for record in records:

@@ -1,4 +1,4 @@
-"""A whole model reads a long prompt: time and memory with fast weights over without."""
+"""Prefill of a long prompt by a whole model: time and memory with fast weights over without."""
 
 import copy
 from collections.abc import Callable
@@ -26,7 +26,7 @@ SHAPES: dict[str, dict[str, int]] = {
 
 
 def build(shape: str, layers: str, C: int, window: int | None, device: torch.device, dtype: torch.dtype) -> Any:
-    """A model of random weights with fast weights whose updates are not zero."""
+    """Build a model of random weights with fast weights whose updates are not zero."""
     torch.manual_seed(0)
     options: dict[str, Any] = {"max_position_embeddings": 2**20, "tie_word_embeddings": True, **SHAPES[shape]}
     if window is not None:
@@ -46,7 +46,7 @@ def build(shape: str, layers: str, C: int, window: int | None, device: torch.dev
 
 
 def plain_twin(model: Any) -> Any:
-    """The same model without fast weights; it shares the weights."""
+    """Build the same model without fast weights; it shares the weights."""
     config = copy.deepcopy(model.config)
     del config.inplace_ttt
     with torch.device("meta"):
@@ -61,7 +61,7 @@ def measure(
     shape: str, lengths: list[int], C: int, device: torch.device, dtype: torch.dtype,
     *, layers: str = "0::6", window: int | None = None, rounds: int = 3, log: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """Prefill of one row at each length with a cache; JSON-ready, seconds are medians of interleaved runs."""
+    """Measure prefill of one row at each length with a cache; JSON-ready, seconds are medians of interleaved runs."""
     model = build(shape, layers, C, window, device, dtype)
     if window is not None:  # a dense mask of a long prompt would be larger than the model
         model.set_attn_implementation(choose_attention("auto", device))
@@ -96,7 +96,7 @@ def measure(
 
 
 def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows to print."""
+    """Return columns and rows to print."""
     rows = []
     for row in record["results"]:
         peaks = row["peak_bytes"]

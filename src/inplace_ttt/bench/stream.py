@@ -1,4 +1,4 @@
-"""One row of any length read in bounded memory: a session on a model with a sliding window."""
+"""Throughput and memory of a session that reads one long row, on a model with a sliding window."""
 
 import time
 from collections.abc import Callable
@@ -16,7 +16,7 @@ def measure(
     shape: str, lengths: list[int], C: int, device: torch.device, dtype: torch.dtype,
     *, layers: str = "0::6", window: int | None = 1024, log: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """Reads as many tokens as each length says, in ten parts; tokens per second and memory of each part. JSON-ready."""
+    """Read as many tokens as each length says, in ten parts; tokens per second and memory of each part. JSON-ready."""
     model = build(shape, layers, C, window, device, dtype)
     found: dict[str, Any] = {"shape": shape, "layers": layers, "chunk_size": C, "window": window, "results": []}
     for T in lengths:
@@ -46,7 +46,7 @@ def measure(
 
 
 def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows to print."""
+    """Return columns and rows to print."""
     rows = []
     for row in record["results"]:
         for part in row["parts"]:

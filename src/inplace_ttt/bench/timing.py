@@ -11,7 +11,7 @@ Run = Callable[[], Any]
 
 
 def seconds(run: Run, device: torch.device) -> float:
-    """One run, by the device's own clock."""
+    """Return the seconds of one run, by the device's own clock."""
     if device.type != "cuda":
         start = time.perf_counter()
         run()
@@ -26,7 +26,7 @@ def seconds(run: Run, device: torch.device) -> float:
 
 
 def interleaved(runs: Mapping[str, Run], device: torch.device, *, rounds: int, warmup: int = 2) -> dict[str, float]:
-    """Median seconds of each run; in every round each runs once, so that drift of the machine meets all of them."""
+    """Return median seconds of each run; each runs once per round, so that drift of the machine meets all of them."""
     for _ in range(warmup):
         for run in runs.values():
             run()
@@ -38,7 +38,7 @@ def interleaved(runs: Mapping[str, Run], device: torch.device, *, rounds: int, w
 
 
 def peak_bytes(run: Run, device: torch.device) -> int | None:
-    """Most bytes allocated on the GPU during a run, what was there before included; None on a CPU."""
+    """Return the most bytes allocated on the GPU during a run, earlier ones included; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -49,7 +49,7 @@ def peak_bytes(run: Run, device: torch.device) -> int | None:
 
 
 def rates(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int) -> dict[str, float]:
-    """What the device does: FLOP/s of an [m, k] x [k, n] product, bytes/s of a large copy (read and written)."""
+    """Measure the device: FLOP/s of an [m, k] x [k, n] product, bytes/s of a large copy (read and written)."""
     a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
     size = 2**30 if device.type == "cuda" else 2**26
     x, y = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))

@@ -14,11 +14,11 @@ from .prefill import SHAPES, build
 from .timing import interleaved, peak_bytes
 
 PIECE = 4096
-"""Tokens whose logits exist at once."""
+"""Number of tokens whose logits are in memory."""
 
 
 def loss_of(model: Any, ids_BT: Tensor) -> Tensor:
-    """Mean next-token loss, the logits made piece by piece and again in backward."""
+    """Return the mean next-token loss, the logits made piece by piece and again in backward."""
     hidden = model.model(ids_BT, use_cache=False).last_hidden_state[:, :-1]
 
     def piece(h: Tensor, labels: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def measure(
     shape: str, lengths: list[int], C: int, device: torch.device, dtype: torch.dtype,
     *, layers: str = "0::6", rounds: int = 3, log: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """Training steps of one row at each length; JSON-ready, seconds are medians of interleaved steps."""
+    """Time training steps of one row at each length; JSON-ready, seconds are medians of interleaved steps."""
     model = build(shape, layers, C, None, device, dtype).train()
     known, adapting = SHAPES[shape], len(runtime_of(model).sites)
     found: dict[str, Any] = {"shape": shape, "layers": layers, "chunk_size": C, "results": []}
@@ -70,7 +70,7 @@ def measure(
 
 
 def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows to print."""
+    """Return columns and rows to print."""
     rows = []
     for row in record["results"]:
         speed, peaks = row["tokens_per_second"], row["peak_bytes"]

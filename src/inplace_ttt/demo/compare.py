@@ -22,7 +22,7 @@ Advance = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class LayerUpdates:
-    """What one layer's fast weights did. ``relative_norm``: ||eta S|| / ||W0||, None for a quantised or zero W0."""
+    """Size of one layer's updates. ``relative_norm``: ||eta S|| / ||W0||, None for a quantised or zero W0."""
 
     index: int
     updates: int
@@ -59,7 +59,7 @@ class Comparison:
         return float(gaps.mean()), error
 
     def buckets(self) -> list[tuple[Bucket, Bucket]]:
-        """(on, off) by position: the first chunk, then up to two, four, eight ... chunks."""
+        """Return (on, off) by position: the first chunk, then up to two, four, eight ... chunks."""
         edges, end = [1, self.chunk_size + 1], 2 * self.chunk_size
         while end + self.chunk_size <= self.tokens:
             edges.append(end + 1)
@@ -69,7 +69,7 @@ class Comparison:
         return list(zip(on, off, strict=True))
 
     def by_chunk(self) -> list[dict[str, Any]]:
-        """Mean losses chunk by chunk: ``start`` and ``end`` are the first and last position."""
+        """Return mean losses chunk by chunk: ``start`` and ``end`` are the first and last position."""
         C = self.chunk_size
         return [
             {
@@ -83,11 +83,11 @@ class Comparison:
 
 
 def compare(model: nn.Module, ids: Sequence[int], advance: Advance | None = None, piece: int = PIECE) -> Comparison:
-    """Reads ``ids`` [N + 1] as one document, twice. ``advance(label, tokens)`` is told of each piece read."""
+    """Read ``ids`` [N + 1] as one document, twice. Calls ``advance(label, tokens)`` for each piece."""
     model.eval()
     chunk_size = runtime_of(model).config.chunk_size
     rows = torch.tensor([list(ids)], device=next(model.parameters()).device)
-    with torch.no_grad():  # one-off costs of the first call belong to neither reading
+    with torch.no_grad():  # warm-up: keeps one-off costs out of the timings
         model(input_ids=rows[:, :2], use_cache=False)
     losses, seconds = {}, {}
     for label, context in (("off", updates_off(model)), ("on", nullcontext())):

@@ -1,4 +1,4 @@
-"""Names that a text mentioned before, but further back than the model's attention window."""
+"""Names that a text mentions again after more than the model's attention window."""
 
 import builtins
 import keyword
@@ -13,7 +13,7 @@ import numpy as np
 from .text import Tokens
 
 LIKELY = 0.01
-"""A name is within reach when its tokens together have at least this probability, of all texts that could come."""
+"""A name is within reach when the joint probability of its tokens is at least this."""
 SHORTEST = 4
 _CONTEXT = 48
 _PYTHON = {*keyword.kwlist, *dir(builtins)}
@@ -36,7 +36,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Names:
-    """All names that came again from outside the window.
+    """All names that recur from outside the window.
 
     ``reach``: how far back information can travel through the attention of all layers. ``mean_gain``: nats per name.
     ``found`` and ``lost``: how many were within reach (`LIKELY`) only with updates on, only with updates off.
@@ -53,14 +53,14 @@ class Names:
 
 
 def attention_window(config: Any) -> int | None:
-    """Tokens that each layer sees, itself included; None when some layer sees everything."""
+    """Return the number of tokens that each layer sees, itself included; None when some layer sees everything."""
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
     return int(window) if window and kinds == {"sliding_attention"} else None
 
 
 def returning_names(tokens: Tokens, on: np.ndarray, off: np.ndarray, window: int, layers: int, most: int = 6) -> Names:
-    """Losses [N] of tokens 1 to N with updates on and off -> the names that came again from outside the window."""
+    """Find names that recur from outside the window; losses [N] of tokens 1 to N with updates on and off."""
     all_places = list(_places(tokens, on, off, window))
     found = [p for p in all_places if p.on >= LIKELY > p.off]
     best: dict[str, Place] = {}
@@ -107,22 +107,22 @@ def _places(tokens: Tokens, on: np.ndarray, off: np.ndarray, window: int) -> Ite
 
 
 def _inside_sentence(text: str, start: int) -> bool:
-    """Whether a word or a comma comes before: there a capital is not due to the sentence's beginning."""
+    """Return whether a word or a comma comes before, so that a capital does not merely begin a sentence."""
     before = text[max(start - _CONTEXT, 0) : start].rstrip()
     return before.endswith(",") or before[-1:].isalnum()
 
 
 def _left(text: str, end: int) -> str:
-    """What comes before character ``end``, on one line."""
+    """Return the text before character ``end``, on one line."""
     before = re.sub(r"\s+", " ", text[max(end - 8 * _CONTEXT, 0) : end])
     return before if len(before) <= _CONTEXT else "…" + before[1 - _CONTEXT :]
 
 
 def is_name(word: str, words: set[str]) -> bool:
-    """Whether a word looks like an identifier or a proper name, not like a word of the language.
+    """Return whether a word looks like an identifier or a proper name, not like a word of the language.
 
     That is: an underscore, a digit or an inner capital in it, or a first capital where the text never writes it
-    without; no word of Python's own.
+    without; Python's keywords and builtins are not names.
     """
     if len(word) < SHORTEST or word in _PYTHON or (word.startswith("__") and word.endswith("__")):
         return False

@@ -1,4 +1,4 @@
-"""The demo as a function: a text in, figures out."""
+"""The demo as a function from a text to figures."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from .names import Names, attention_window, returning_names
 from .text import Tokens
 
 CLEAR = 2.0
-"""Standard errors from zero at which a mean difference counts as one."""
+"""Number of standard errors from zero for a clear difference."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class DemoResult:
         return "better" if gain > 0 else "worse"
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures, ready for JSON. Losses are in nats per token, positions count from 0."""
+        """Return all figures, ready for JSON. Losses are in nats per token, positions count from 0."""
         c = self.comparison
         gain, error = c.gain()
         return {
@@ -62,7 +62,7 @@ class DemoResult:
 
 
 def run_demo(name: str, model: nn.Module, source: Source, tokens: Tokens, advance: Advance | None = None) -> DemoResult:
-    """Reads ``tokens`` with ``model`` (called ``name`` in the result) with updates on and off.
+    """Read ``tokens`` with ``model`` (called ``name`` in the result) with updates on and off.
 
     UserError when a loss is not finite.
     """

@@ -33,7 +33,7 @@ class Tokens:
 
 
 def library_file() -> Path:
-    """A long module of the running Python's standard library. UserError when it has none as source."""
+    """Return a long module of the running Python's standard library. UserError when it has none as source."""
     folder = Path(sysconfig.get_path("stdlib"))
     for name in LIBRARY_FILES:
         path = folder / name
@@ -43,9 +43,9 @@ def library_file() -> Path:
 
 
 def tokenize(source: Source, tokenizer: Any, chunk_size: int, most: int) -> Tokens:
-    """The first ``most + 1`` tokens: ``most`` are read, each is asked for the next one.
+    """Return the first ``most + 1`` tokens: ``most`` are read, each is asked for the next one.
 
-    UserError when too few are there for one update and something read after it.
+    UserError when they are too few for one update and tokens after it.
     """
     encoded = tokenizer(source.text, return_offsets_mapping=True, split_special_tokens=True, verbose=False)
     ids, spans = encoded["input_ids"], encoded["offset_mapping"]

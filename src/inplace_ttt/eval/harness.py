@@ -1,7 +1,7 @@
 """Models with fast weights in lm-evaluation-harness, with updates on and off on the same samples.
 
-Importing this module registers the harness model ``inplace-ttt``. The harness looks for no third-party models by
-itself, so its command line is started through this module and takes the same arguments:
+Importing this module registers the harness model ``inplace-ttt``. The harness does not discover third-party models,
+so start its command line through this module, with the same arguments:
 
     python -m inplace_ttt.eval.harness --model inplace-ttt --model_args pretrained=DIR,updates=off --tasks piqa
 
@@ -54,13 +54,13 @@ _HARNESS_ARGUMENTS = {
 
 
 class InPlaceTTTLM(HFLM):  # type: ignore[misc]
-    """A model with fast weights for lm-evaluation-harness.
+    """A wrapper of a model with fast weights for lm-evaluation-harness.
 
     ``pretrained``: what ``inplace_ttt.from_pretrained`` reads (directory, adapter, hub id, the authors' format), or a
     model, attached or plain, which is left as it is. ``updates``: on or off. ``chunk_size``, ``lr``, ``decay``,
-    ``clip`` and ``clip_relative`` read with other settings than the stored ones. ``piece``: tokens read at a time in
+    ``clip`` and ``clip_relative`` override the stored settings. ``piece``: tokens read at a time in
     ``loglikelihood_rolling``. ``max_length``: the model's ``max_position_embeddings`` unless given; unlimited where all
-    layers have sliding windows. A longer prompt raises UserError instead of losing its beginning.
+    layers have sliding windows. A longer prompt raises UserError instead of being truncated.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class InPlaceTTTLM(HFLM):  # type: ignore[misc]
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Inside, the model reads with this object's settings; a model that was passed in gets its own back."""
+        """Apply this object's settings inside ``with``; a model that was passed in gets its own back."""
         if self._settings is None:
             yield
             return
@@ -119,7 +119,7 @@ class InPlaceTTTLM(HFLM):  # type: ignore[misc]
             yield
 
     def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
-        """Logits of rows that may have padding at their end: no real token sees what follows it."""
+        """Return logits of rows that may be padded at their end: no real token sees what follows it."""
         with torch.no_grad(), self._reading():
             logits: Tensor = self.model(input_ids=inps, use_cache=False).logits
         return logits
@@ -151,10 +151,10 @@ class InPlaceTTTLM(HFLM):  # type: ignore[misc]
         return texts
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, read in pieces through a cache.
+        """Return the log-likelihood of whole texts, read in pieces through a cache.
 
         A text of up to ``max_length`` tokens is one window behind the prefix token. A longer one is cut into windows
-        that score ``max_length`` tokens each and know only the one token before them: each starts from an empty cache.
+        that score ``max_length`` tokens each with one token of context before them: each starts from an empty cache.
         """
         windows = []
         for i, request in enumerate(requests):
@@ -190,7 +190,7 @@ class InPlaceTTTLM(HFLM):  # type: ignore[misc]
         )
 
     def get_model_info(self) -> dict[str, Any]:
-        """For the harness's report; asks no hub."""
+        """Return the model's entry in the harness's report, without asking the hub."""
         return {
             "model_num_parameters": self.model.num_parameters(),
             "model_dtype": str(self.model.dtype),
@@ -201,7 +201,7 @@ class InPlaceTTTLM(HFLM):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class Record:
-    """One sample's value of one metric. ``on`` or ``off`` is None when that setting was not run.
+    """A sample's value of one metric. ``on`` or ``off`` is None when that setting was not run.
 
     ``task`` is the name asked for, ``part`` the task below it (for groups such as mmlu), ``length`` RULER's. Perplexity
     metrics are given as nats per word or byte, with the number of these as ``weight``.
@@ -217,7 +217,7 @@ class Record:
     weight: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
@@ -232,7 +232,7 @@ class Paired:
 
 
 if NAME not in model_registry:
-    # By its path, so that running this module as a program registers one class and not two.
+    # By path, so that running this module as a program registers one class, not two.
     model_registry.register(NAME, target="inplace_ttt.eval.harness:InPlaceTTTLM")
 
 
@@ -250,12 +250,12 @@ def run(
     seed: int = 0,
     **arguments: Any,
 ) -> list[Record]:
-    """Run tasks with updates on and off on the same samples; one record for each sample and metric.
+    """Run tasks with updates on and off on the same samples; return one record for each sample and metric.
 
     ``model``: a model or a name as `InPlaceTTTLM` takes it (``arguments`` are its further ones); ``tokenizer`` None
     takes the one beside the model. ``lengths``: RULER's texts in tokens. ``limit``: samples of each task, at each
     length. ``include_path``: a directory of your own task files. Raises UserError, before anything is read, when a
-    task is unknown or its data cannot be had.
+    task is unknown or its data could not be loaded.
     """
     if not updates or set(updates) - {"on", "off"}:
         raise UserError(f"updates must be of on and off, got {updates!r}")
@@ -288,7 +288,7 @@ def run(
 
 
 def paired(records: Sequence[Record]) -> dict[tuple[str, int | None, str], Paired]:
-    """Means and differences by (task, length, metric). Parts of a group count by their samples."""
+    """Return means and differences by (task, length, metric). Parts of a group count by their samples."""
     groups: dict[tuple[str, int | None, str], list[Record]] = {}
     for record in records:
         if record.on is not None and record.off is not None:
@@ -302,7 +302,7 @@ def paired(records: Sequence[Record]) -> dict[tuple[str, int | None, str], Paire
 
 
 def main() -> None:
-    """lm-evaluation-harness's own command line, with the model ``inplace-ttt`` in it."""
+    """Run lm-evaluation-harness's own command line, with the model ``inplace-ttt`` in it."""
     from lm_eval.__main__ import cli_evaluate
 
     try:
@@ -318,7 +318,7 @@ def _load(name: str, device: str | None, dtype: str | torch.dtype | None) -> Any
 
 
 def _tokenizer(given: Any, pretrained: Any, model: Any) -> Any:
-    """A copy of what was passed in, because the harness sets its padding token."""
+    """Return a copy of what was passed in, because the harness sets its padding token."""
     source = pretrained if given is None else given
     if isinstance(source, nn.Module):
         raise UserError("pass the tokenizer with a model object")
@@ -329,7 +329,7 @@ def _tokenizer(given: Any, pretrained: Any, model: Any) -> Any:
 
 
 def _max_length(model: nn.Module) -> int | None:
-    """None leaves it to the harness, which looks into the model's configuration."""
+    """Return the longest text; None leaves it to the harness, which looks into the model's configuration."""
     try:
         return UNLIMITED if all(sliding_windows(model)) else None
     except NotImplementedError:  # unusual kinds of attention

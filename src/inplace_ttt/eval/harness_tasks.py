@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: lists of them, missing data said plainly, and the one way in which they are read."""
+"""Tasks of lm-evaluation-harness: names, loading, and evaluation."""
 
 import io
 import random
@@ -39,7 +39,7 @@ _PER_UNIT = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 def evaluate(
     lm: Any, part: Any, samples: Sequence[int], length: int | None, num_fewshot: int | None = None, seed: int = 0
 ) -> Iterator[tuple[Mapping[str, Any], dict[str, tuple[float, float]]]]:
-    """Samples of one of the harness's tasks as it logs them, each with (value, weight) by metric."""
+    """Yield samples of one of the harness's tasks as it logs them, each with (value, weight) by metric."""
     from lm_eval import evaluate as run
 
     _seed(seed)  # as the harness's own ``simple_evaluate``, which reports on the whole machine each time
@@ -48,7 +48,7 @@ def evaluate(
         part.set_config(key="num_fewshot", value=num_fewshot or 0)
     part.set_fewshot_seed(seed=seed)
     name = part.task_name
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # bars of its own
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # suppresses its progress bars
         found: Any = run(lm=lm, task_dict={"tasks": {name: part}}, samples={name: list(samples)}, bootstrap_iters=0)
     for sample in found["samples"][name]:
         values = {}
@@ -59,7 +59,7 @@ def evaluate(
 
 
 def _value(metric: str, value: Any, length: int | None) -> tuple[float, float] | None:
-    """(value, weight), or None for what is no number of this sample."""
+    """Return (value, weight), or None for an entry that is not a number of this sample."""
     if metric in _PER_UNIT:
         likelihood, units = value
         return -float(likelihood) / units, float(units)
@@ -69,7 +69,7 @@ def _value(metric: str, value: Any, length: int | None) -> tuple[float, float] |
 
 
 def require() -> None:
-    """UserError that names the extra when lm-evaluation-harness is not installed."""
+    """Raise UserError that names the extra when lm-evaluation-harness is not installed."""
     try:
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
@@ -88,15 +88,15 @@ def load_tasks(
     texts: int | None = None,
     seed: int = 0,
 ) -> list[Loaded]:
-    """The tasks by the names asked for, in that order: (name, length, the tasks it stands for).
+    """Return the tasks by the names asked for, in that order: (name, length, the tasks it stands for).
 
     RULER's tasks come once for each of ``lengths`` (the harness puts all lengths in one data set, of which a limit
     would take the first length alone), all others once, with length None. ``tokenizer`` is the directory of the
     tokenizer that measures RULER's texts, ``texts`` of each (None: 500), the same ones for the same ``seed``;
     ``ruler_data`` replaces RULER's downloads. ``include_path``: a directory of your own task files.
 
-    Raises UserError when a name is unknown, a length is missing or too short, or data cannot be had; in the last case
-    it names every task of the list that downloads.
+    Raises UserError when a name is unknown, a length is missing or too short, or data could not be loaded; the
+    last error names every task of the list that downloads.
     """
     require()
     import lm_eval.tasks
@@ -120,7 +120,7 @@ def load_tasks(
         metadata: dict[str, Any] = {"max_seq_lengths": [length], "tokenizer": tokenizer}
         managers[length] = TaskManager(include_path=paths[:1], include_defaults=False, metadata=metadata)
     wanted = [(name, length) for name in names for length in (lengths if name in ruler else (None,))]
-    order = sorted(wanted, key=lambda key: key[0] in RULER_OFFLINE)  # what may fail first, what takes long last
+    order = sorted(wanted, key=lambda key: key[0] in RULER_OFFLINE)  # downloads, which may fail, before slow generation
     found = {}
     for key in order:
         _seed(seed)

@@ -34,12 +34,12 @@ def token_losses(
     cache: Cache | None = None,
     advance: Callable[[int], Any] | None = None,
 ) -> Tensor:
-    """-log p of every token but the first: ids [B, T] -> float32 [B, T - 1] on the same device.
+    """Return -log p of every token but the first: ids [B, T] -> float32 [B, T - 1] on the same device.
 
     With ``piece`` the rows are read through a cache, that many tokens at a time: only one piece's logits exist at once
     and attention needs no [T, T] mask. All rows must be one document without padding. ``last``: only those of the last
     ``last`` tokens, [B, last]; for pieces before them no logits are computed. ``cache``: an empty one to read through;
-    ``advance`` is told the tokens of each piece. Raises ValueError when T < 2.
+    ``advance`` is called with the tokens of each piece. Raises ValueError when T < 2.
     """
     T = input_ids.shape[1]
     if T < 2:
@@ -74,7 +74,7 @@ class Bucket:
 
 
 def loss_by_position(losses: Tensor | np.ndarray, edges: Sequence[int]) -> list[Bucket]:
-    """Losses [N, T - 1] as `token_losses` gives them -> one bucket between neighbouring ``edges``, empty ones left out.
+    """Average losses [N, T - 1] of `token_losses` in buckets between neighbouring ``edges``; empty ones are left out.
 
     Column t holds the loss of the token at position t + 1.
     """
@@ -88,7 +88,7 @@ def loss_by_position(losses: Tensor | np.ndarray, edges: Sequence[int]) -> list[
 
 
 def doubling(largest: int, smallest: int = 256) -> list[int]:
-    """256, 512, 1024, ... up to ``largest``."""
+    """Return 256, 512, 1024, ... up to ``largest``."""
     sizes = []
     while smallest <= largest:
         sizes.append(smallest)
@@ -97,19 +97,19 @@ def doubling(largest: int, smallest: int = 256) -> list[int]:
 
 
 def position_edges(length: int) -> list[int]:
-    """0, 256, 512, 1024, ... up to ``length``."""
+    """Return 0, 256, 512, 1024, ... up to ``length``."""
     return [0, *doubling(length - 1), length]
 
 
 def input_device(root: PreTrainedModel) -> torch.device:
-    """Where token ids must be."""
+    """Return the device on which the model takes token ids."""
     device: torch.device = root.get_input_embeddings().weight.device  # type: ignore[assignment]
     return device
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, no dropout and no gradients."""
+    """Switch off dropout and gradients inside ``with``."""
     was_training = model.training
     model.eval()
     try:
@@ -120,7 +120,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def new_cache(model: nn.Module) -> DynamicCache:
-    """An empty cache for a model."""
+    """Return an empty cache for a model."""
     return DynamicCache(config=unwrap(model).config)
 
 
@@ -154,7 +154,7 @@ class DomainResult:
     document_off: list[float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
@@ -177,10 +177,10 @@ def evaluate_documents(
     batch_size: int = 1,
     console: Console | None = None,
 ) -> dict[str, DomainResult]:
-    """Mean losses by domain, with updates on and (for a model with fast weights) off.
+    """Return mean losses by domain, with updates on and (for a model with fast weights) off.
 
     Each document is cut into windows of ``length`` tokens from its beginning on, at most ``windows`` of them; a
-    document shorter than a window is left out. ``batch_size`` windows are read side by side. Raises UserError when a
+    document shorter than a window is left out. ``batch_size`` windows form a batch. Raises UserError when a
     domain has no document that long.
     """
     edges = list(edges) if edges else position_edges(length)
@@ -210,7 +210,7 @@ def evaluate_documents(
 
 
 def difference(lower: DomainResult, upper: DomainResult) -> Mean:
-    """How far the loss of one model lies below another's (updates on) on the same documents, in nats.
+    """Return by how much one model's loss is lower than another's (updates on) on the same documents, in nats.
 
     Raises ValueError when the two did not read the same documents.
     """
@@ -230,7 +230,7 @@ def _windows(texts: Sequence[Text], length: int, most: int | None) -> Iterator[t
 def _summarise(
     domain: str, names: Sequence[str], losses: Mapping[str, np.ndarray], edges: Sequence[int]
 ) -> DomainResult:
-    """``losses[label]`` [windows, T - 1], ``names`` [windows]."""
+    """Summarise ``losses[label]`` [windows, T - 1] of the documents ``names`` [windows]."""
     documents = list(dict.fromkeys(names))
     member = np.array([[name == document for name in names] for document in documents])
     counts = member.sum(1) * losses["on"].shape[1]

@@ -9,11 +9,11 @@ import numpy as np
 Record = dict[str, Any]
 RESAMPLES = 2000
 DRAWN_AT_ONCE = 1 << 20
-"""Resampled documents that are held at a time: a task can have ten thousand."""
+"""Maximum number of resampled documents in memory: a task can have ten thousand."""
 ENOUGH = 8
-"""Documents from which on a bootstrap interval is trusted for a verdict in words."""
+"""Minimum number of documents for a verdict from a bootstrap interval."""
 REFERENCE = "off"
-"""The variant that others are compared with, where it was measured."""
+"""The reference variant, if it was measured."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Mean:
 
 
 def bootstrap(sums_VN: np.ndarray, weights_VN: np.ndarray, seed: int = 0) -> Mean:
-    """``sum / sum of weights`` of one variant, or of the first minus the second, resampling their N documents."""
+    """Return ``sum / sum of weights`` of one variant, or of the first minus the second, resampling N documents."""
 
     def combine(sums: np.ndarray, weights: np.ndarray) -> Any:
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -44,13 +44,13 @@ def bootstrap(sums_VN: np.ndarray, weights_VN: np.ndarray, seed: int = 0) -> Mea
 
 
 def bootstrap_mean(values: np.ndarray, weights: np.ndarray, seed: int = 0) -> Mean:
-    """Weighted mean of one value a document [N] and its 95% interval, resampling documents."""
+    """Return the weighted mean of one value a document [N] and its 95% interval, resampling documents."""
     weights = np.asarray(weights, np.float64)
     return bootstrap((np.asarray(values, np.float64) * weights)[None], weights[None], seed)
 
 
 def by_group(records: Sequence[Record], keys: Sequence[str]) -> dict[tuple[Any, ...], list[Record]]:
-    """Records that agree in ``keys``, groups in order of first appearance."""
+    """Group records that agree in ``keys``, in order of first appearance."""
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
         groups.setdefault(tuple(record[key] for key in keys), []).append(record)
@@ -58,15 +58,15 @@ def by_group(records: Sequence[Record], keys: Sequence[str]) -> dict[tuple[Any, 
 
 
 def estimate(records: Sequence[Record], value: str, weight: str | None) -> Mean:
-    """``sum(value) / sum(weight)`` (weight None: one each) and its 95% bootstrap interval over documents.
+    """Return ``sum(value) / sum(weight)`` (weight None: one each) and its 95% bootstrap interval over documents.
 
-    One document alone has no interval: both ends are nan.
+    A single document has no interval: both ends are nan.
     """
     return _over_documents([records], value, weight)
 
 
 def difference(a: Sequence[Record], b: Sequence[Record], value: str, weight: str | None) -> Mean:
-    """Mean of ``a`` minus mean of ``b``, resampling the documents of both together.
+    """Return the mean of ``a`` minus the mean of ``b``, resampling the documents of both together.
 
     Raises ValueError when they are not about the same documents.
     """
@@ -89,7 +89,7 @@ def _over_documents(variants: Sequence[Sequence[Record]], value: str, weight: st
 def means(
     records: Sequence[Record], keys: Sequence[str], value: str, weight: str | None = None, to: str = REFERENCE
 ) -> list[dict[str, Any]]:
-    """A row per group and variant: the group, the mean, its interval, its difference to the variant ``to``."""
+    """Return a row per group and variant: the group, the mean, its interval, its difference to the variant ``to``."""
     rows = []
     for group, members in by_group(records, keys).items():
         variants = by_group(members, ["variant"])
@@ -112,5 +112,5 @@ def interval(low: float, high: float, form: str, documents: int) -> str:
 
 
 def against_off(rows: Sequence[Record]) -> list[Record]:
-    """The rows of updates on that have a difference to updates off."""
+    """Return the rows of updates on that have a difference to updates off."""
     return [row for row in rows if row["variant"] == "on" and "difference" in row]

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation, drawn from rows of tables: figures of one style, legible at a column's width."""
+"""Figures of an evaluation, drawn from tables, in one style and legible at a column's width."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,12 +13,12 @@ Curves = Mapping[str, tuple[Sequence[Any], Mapping[str, Sequence[Mean]]]]
 """Title of a panel -> (places on the x axis, label -> a mean at each place)."""
 FIXED = {"on": "#c2410c", "off": "#64748b", "baseline": "#0c4a6e"}
 NAMED = {"on": "updates on", "off": "updates off"}
-"""What a variant is called in a legend, where not by its own name."""
+"""Labels of variants in a legend; others go by their own name."""
 OTHERS = ("#d9a441", "#4d7c0f", "#7c3aed", "#0891b2", "#be185d", "#57534e")
 
 
 def mean_of(row: Mapping[str, Any], name: str = "value") -> Mean:
-    """A row's mean, or with "difference" its difference, with the interval."""
+    """Return a row's mean, or with "difference" its difference, with the interval."""
     low, high = ("low", "high") if name == "value" else (f"{name}_low", f"{name}_high")
     return Mean(row[name], row[low], row[high])
 
@@ -26,9 +26,9 @@ def mean_of(row: Mapping[str, Any], name: str = "value") -> Mean:
 def curves(
     rows: Rows, x: str, panel: str = "domain", *, of: str = "value", count: str | None = "documents"
 ) -> dict[str, tuple[list[Any], dict[str, list[Mean]]]]:
-    """Panel -> (values of ``x``, variant -> means of ``of``), each panel's variants at the same places.
+    """Map panel -> (values of ``x``, variant -> means of ``of``), each panel's variants at the same places.
 
-    ``count``: column of the number that stands in the panel's title as n.
+    ``count``: column of n in the panel's title.
     """
     found: dict[str, tuple[list[Any], dict[str, list[Mean]]]] = {}
     for row in rows:
@@ -44,7 +44,7 @@ def curves(
 
 
 def gaps(rows: Rows, x: str) -> dict[str, tuple[list[Any], dict[str, list[Mean]]]]:
-    """As ``curves``, of the paired differences to updates off, where there are any."""
+    """Return ``curves`` of the paired differences to updates off, where there are any."""
     return curves([row for row in rows if "difference" in row], x, of="difference")
 
 
@@ -59,7 +59,7 @@ def panels(
     top: float | None = None,
     line: tuple[float, str] | None = None,
 ) -> Any:
-    """Panels side by side, lines with bands or ``bars`` with whiskers; ``top``: the y axis goes from 0 to there.
+    """Draw panels side by side, lines with bands or ``bars`` with whiskers; ``top``: upper limit of the y axis.
 
     ``line``: a level to compare with, and its name.
     """
@@ -105,7 +105,7 @@ def panels(
 def differences(
     title: str, rows: Rows, names: Sequence[str], unit: str, better: str = "", to: str = "updates off"
 ) -> Any:
-    """Difference to ``to`` with its interval, a line a row, labelled by ``names``. ``better``: a side."""
+    """Draw differences to ``to`` with intervals, a line a row, labelled by ``names``. ``better``: a side."""
     names = [name for name in names if len({row[name] for row in rows}) > 1] or names[:1]
     figure, ((axis,),) = styled(6.2, 0.9 + 0.32 * len(rows))
     y = np.arange(len(rows))[::-1]
@@ -123,7 +123,7 @@ def differences(
 
 
 def _colours(labels: Sequence[str]) -> dict[str, str]:
-    """One per variant, the same in every picture."""
+    """Return one colour per variant, the same in every picture."""
     others = [label for label in labels if label not in FIXED]
     return {**FIXED, **{label: OTHERS[i % len(OTHERS)] for i, label in enumerate(others)}}
 

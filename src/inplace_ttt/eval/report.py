@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: ``report.html`` with everything in it, JSON, CSV, and the pictures."""
+"""Files that an evaluation writes: ``report.html`` with everything in it, JSON, CSV, and the pictures."""
 
 import csv
 import io
@@ -43,7 +43,7 @@ details { margin: 0.8rem 0; } pre { background: #f8fafc; padding: 0.8rem; overfl
 def write(
     directory: Path, records: Sequence[Record], plan: Mapping[str, Any], useless: Sequence[str] = ()
 ) -> list[str]:
-    """Writes all files into ``directory``; returns the verdicts. ``useless``: why there is nothing to compare."""
+    """Write all files into ``directory``; return the verdicts. ``useless``: why there is nothing to compare."""
     origin = {**about(), "seconds": read_seconds(directory)}
     found = tables(records)
     said = list(useless) or verdicts(found)
@@ -60,23 +60,23 @@ def write(
 
 
 def tables(records: Sequence[Record]) -> Tables:
-    """All tables that the records allow, by name."""
+    """Return all tables that the records allow, by name."""
     return {name: rows for suite in SUITES for name, rows in suite.tables(records).items()}
 
 
 def verdicts(found: Tables) -> list[str]:
-    """Sentences: do the updates help, where, and if not, what to try."""
+    """Return sentences: do the updates help, where, and if not, what to try."""
     return [line for suite in SUITES if hasattr(suite, "verdicts") for line in suite.verdicts(found)]
 
 
 def pictures(found: Tables, plan: Mapping[str, Any]) -> dict[str, "Figure"]:
-    """Figures by file name, those that the tables allow."""
+    """Return figures by file name, those that the tables allow."""
     drawn = [suite.figures(found, plan) for suite in SUITES if hasattr(suite, "figures")]
     return {name: figure for figures in drawn for name, figure in figures.items()}
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no nan: null instead."""
+    """Replace nan and infinities by None, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _finite(x) for key, x in value.items()}
     if isinstance(value, list):
@@ -85,7 +85,7 @@ def _finite(value: Any) -> Any:
 
 
 def _write_csv(path: Path, found: Tables) -> None:
-    """All tables below each other in one: column ``table`` first, empty where a table has no such column."""
+    """Write all tables below each other in one: column ``table`` first, empty where a table has no such column."""
     names = list(dict.fromkeys(name for rows in found.values() for row in rows for name in row))
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, ["table", *names], restval="")
@@ -123,7 +123,7 @@ def _svg(figure: "Figure") -> str:
 
 
 def _cell(row: Record, name: str) -> tuple[str, bool]:
-    """The text of a table's cell, with its interval, and whether it is a clear difference."""
+    """Return the text of a table's cell, with its interval, and whether it is a clear difference."""
     value = row.get(name)
     if name not in ("value", "difference") or value is None:
         return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value), False

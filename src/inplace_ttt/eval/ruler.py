@@ -1,6 +1,6 @@
-"""RULER's texts from lm-evaluation-harness's own generators: in any number, and from the user's text and questions.
+"""RULER's texts by lm-evaluation-harness's generators, in any number, from the user's text and questions.
 
-The harness makes 500 texts of each length whatever is read of them, and downloads essays and questions. Here its
+The harness always makes 500 texts of each length, and downloads essays and questions. Here its
 generators are called directly. A task whose data was not given is left to the harness, which downloads.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import UserError
 
 ALL_TEXTS = 500
-"""How many texts of a task and length RULER has."""
+"""Number of texts of a task and length in RULER."""
 _NUMBERS = {"type_needle_k": "words", "type_needle_v": "numbers"}
 _UUIDS = {"type_needle_k": "uuids", "type_needle_v": "uuids"}
 NIAH: dict[str, dict[str, Any]] = {
@@ -44,13 +44,13 @@ class Questions:
 
 @dataclass(frozen=True)
 class RulerData:
-    """What is used instead of downloads. ``essays``: words of running text; ``questions``: by task."""
+    """Local data instead of downloads. ``essays``: words of running text; ``questions``: by task."""
 
     essays: tuple[str, ...] = ()
     questions: dict[str, Questions] = field(default_factory=dict)
 
     def needs_download(self, task: str) -> str | None:
-        """What would have to be given to make this task's texts here; None if nothing."""
+        """Return the data needed to make this task's texts here; None if nothing is missing."""
         if task in ESSAYS and not self.essays:
             return "running text: --data"
         if task in QUESTIONS and task not in self.questions:
@@ -59,7 +59,7 @@ class RulerData:
 
 
 def load_questions(path: Path | str) -> tuple[str, Questions]:
-    """The task that a file of questions is for, and its questions.
+    """Return the task that a file of questions is for, and its questions.
 
     SQuAD's JSON (also made-up JSON lines ``{"question", "answers": [...], "context"}``) is for ``ruler_qa_squad``,
     HotpotQA's JSON for ``ruler_qa_hotpot``. Raises UserError for a file that is missing or neither.
@@ -114,7 +114,7 @@ def _simple(lines: list[dict[str, Any]]) -> Questions:
 
 
 def _numbered(rows: Sequence[tuple[str, list[str], list[str], list[str]]]) -> Questions:
-    """Question, answers, its own paragraphs, those of the same article; paragraphs become numbers."""
+    """Number the paragraphs of (question, answers, its own paragraphs, those of the same article)."""
     paragraphs = sorted({text for *_, article in rows for text in article})
     if not paragraphs:
         raise ValueError("no questions")
@@ -128,7 +128,7 @@ def _numbered(rows: Sequence[tuple[str, list[str], list[str], list[str]]]) -> Qu
 
 
 def config(task: str, data: RulerData, texts: int) -> dict[str, Any] | str:
-    """The harness's configuration of a task, its texts made by ``make``; its name alone where that needs a download."""
+    """Return the harness's configuration of a task, texts by ``make``; only its name where it needs a download."""
     if data.needs_download(task):
         return task
     try:
@@ -147,7 +147,7 @@ def config(task: str, data: RulerData, texts: int) -> dict[str, Any] | str:
 
 
 def make(task: str, data: RulerData, texts: int, *, tokenizer: str, max_seq_lengths: Sequence[int], **_: Any) -> Any:
-    """``texts`` texts of every length as the harness's data set. ``tokenizer``: the directory of one.
+    """Make ``texts`` texts of every length as the harness's data set. ``tokenizer``: the directory of one.
 
     Raises UserError when the essays or questions are too few for a length.
     """
@@ -183,7 +183,7 @@ def _make(task: str, data: RulerData, texts: int, tokenizer: Any, length: int) -
         (example,) = vt_utils.sys_vartrack_w_noise_random(tokenizer, 1, 500, incremental=5)
         found = vt_utils.sys_vartrack_w_noise_random(tokenizer, icl_example=example, **sized)
     elif task == "ruler_cwe":
-        cwe_utils.RNG.seed(42)  # else the texts depend on what was made before
+        cwe_utils.RNG.seed(42)  # else the texts depend on earlier ones
         found = cwe_utils.sys_word_pair_random(tokenizer=tokenizer, **sized)
     else:
         found = fwe_utils.sys_kwext(tokenizer, **sized)
@@ -191,16 +191,16 @@ def _make(task: str, data: RulerData, texts: int, tokenizer: Any, length: int) -
 
 
 class _InOrder(list[str]):
-    """Paragraphs that stay in order: the harness shuffles the list itself where a prompt has room for all of them, and
-    then the questions' numbers point to others."""
+    """A list of paragraphs that stays in order: the harness shuffles the list itself where a prompt has room for all of
+    them, and then the questions' numbers point to others."""
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """No prints, no bars, no download: nltk's sentence splitter is fetched at import, and the essays' need it."""
+    """Suppress prints, bars and downloads: nltk's sentence splitter is fetched at import, and the essays' need it."""
     import nltk
 
     download = nltk.download
@@ -231,7 +231,7 @@ def _has_splitter() -> bool:
 
 
 def _sentences(text: str) -> list[str]:
-    """Sentences by their last character, where nltk's splitter is not installed."""
+    """Split into sentences by their last character, where nltk's splitter is not installed."""
     import re
 
     return re.split(r"(?<=[.!?])\s+", text)

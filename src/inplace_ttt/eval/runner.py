@@ -1,8 +1,8 @@
-"""Runs suites over variants of a model on the same inputs, unit by unit, and can be broken off and taken up again.
+"""Runner of suites over variants of a model on the same inputs, unit by unit; interrupted runs can be resumed.
 
 The directory of a run holds ``plan.json`` (what is measured, so that a run is never continued as another one) and
 ``records.jsonl``: one line per unit and variant, with all its records. A run that was killed leaves whole lines and
-perhaps a torn last one, which is passed over and measured again.
+perhaps an incomplete last one, which is skipped and measured again.
 """
 
 import json
@@ -25,13 +25,13 @@ PLAN, RECORDS = "plan.json", "records.jsonl"
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of reading: a model, and a context that sets it up (updates off, other settings, ...)."""
+    """A model with a context that sets it up (updates off, other settings, ...)."""
 
     label: str
     model: nn.Module
     context: Callable[[], AbstractContextManager[Any]]
     updates: bool = True
-    """Whether it adapts; suites that need that leave out the others."""
+    """False: a variant without updates; suites that need them leave it out."""
 
 
 def run(
@@ -43,7 +43,7 @@ def run(
     fresh: bool = False,
     console: Console | None = None,
 ) -> list[Record]:
-    """Measures every unit of every suite with every variant; returns all records, those of earlier runs included.
+    """Measure every unit of every suite with every variant; return all records, those of earlier runs included.
 
     ``plan`` (JSON-ready) describes the evaluation. UserError when ``directory`` holds another one, unless ``fresh``.
     """
@@ -86,7 +86,7 @@ def run(
 
 
 def read_records(directory: Path) -> tuple[list[Record], set[tuple[str, str, str]]]:
-    """All records so far, and the (suite, unit, variant) they are of."""
+    """Return all records so far, and the (suite, unit, variant) they are of."""
     records: list[Record] = []
     done: set[tuple[str, str, str]] = set()
     for line in _lines(directory / RECORDS):
@@ -97,7 +97,7 @@ def read_records(directory: Path) -> tuple[list[Record], set[tuple[str, str, str
 
 
 def read_seconds(directory: Path) -> dict[str, float]:
-    """Wall-clock seconds that measuring took, by suite, over all parts of the run."""
+    """Return wall-clock seconds of measuring, by suite, over all parts of the run."""
     seconds: dict[str, float] = {}
     for line in _lines(directory / RECORDS):
         seconds[line["suite"]] = seconds.get(line["suite"], 0.0) + line["seconds"]
@@ -105,7 +105,7 @@ def read_seconds(directory: Path) -> dict[str, float]:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Whole lines of a file of records."""
+    """Yield the whole lines of a file of records."""
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             yield json.loads(text)
@@ -128,6 +128,6 @@ def _prepare(directory: Path, plan: dict[str, Any], fresh: bool) -> None:
 
 
 def _end_with_newline(path: Path) -> None:
-    """What comes next must not join a line that was torn."""
+    """End an incomplete last line, so that the next record does not join it."""
     if path.exists() and (data := path.read_bytes()) and not data.endswith(b"\n"):
         path.write_bytes(data + b"\n")

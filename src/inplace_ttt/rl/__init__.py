@@ -16,7 +16,7 @@ __all__ = ["OTBConfig", "OTBTrainer"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .config import OTBConfig  # first: it says plainly when trl is missing
+    from .config import OTBConfig  # first: its error names the missing trl
 
     if name == "OTBConfig":
         return OTBConfig

@@ -1,4 +1,4 @@
-"""Baselines of the policy gradient per sampled token, on plain tensors: the Optimal Token Baseline and its neighbours.
+"""Baselines of the policy gradient per sampled token, on plain tensors: the Optimal Token Baseline and related ones.
 
 Optimal Token Baseline with the Logit-Gradient Proxy: Li et al., ICML 2026, arXiv 2602.07078. Needs torch alone.
 
@@ -19,7 +19,7 @@ One number per group, from all its rows: ``optimal_trajectory`` (weighted by the
 number of sampled tokens), ``mean``. ``none``: 0.
 """
 LONE_TAILS = ("reward", "zero", "mean")
-"""Where a single row of its group is still alive: the return itself, no advantage, or the return minus the mean."""
+"""Treatments of tokens at which one row of its group is left: its return, no advantage, return minus mean."""
 USES_ENERGY = ("otb", "instant", "optimal_trajectory")
 _BY_POSITION = ("otb", "instant")
 _TINY = 1e-8
@@ -81,10 +81,10 @@ def token_advantages(
 ) -> Advantages:
     """Return the advantage A = G - B of every sampled token.
 
-    ``rewards``: [R] for whole rows or [R, T] for tokens; a row with a NaN counts for nobody and gets A = 0. ``mask``
-    [R, T]: nonzero where a token was sampled (not padding, not the prompt, not a tool's output); rows are compared by
-    the number of tokens that they have sampled, wherever these stand. ``w`` [R, T]: `energy_proxy`, for the baselines
-    in ``USES_ENERGY``. ``group_size``: N, rows [0, N) are the first group. ``ratios`` [R, T]: importance ratios; w is
+    ``rewards``: [R] for whole rows or [R, T] for tokens; a row with a NaN is left out of every baseline and gets A = 0.
+    ``mask`` [R, T]: nonzero where a token was sampled (not padding, not the prompt, not a tool's output); rows are
+    compared by their number of sampled tokens, wherever these stand. ``w`` [R, T]: `energy_proxy`, for the baselines in
+    ``USES_ENERGY``. ``group_size``: N, rows [0, N) are the first group. ``ratios`` [R, T]: importance ratios; w is
     multiplied by their squares.
 
     A row is part of its own baseline unless ``leave_one_out``: without it the expected gradient is too small, by the
@@ -121,7 +121,7 @@ def token_advantages(
         others.fill_diagonal_(0)
 
     def average(values: Tensor, weights: Tensor) -> Tensor:
-        """Weighted mean over the group for each row. Sums of the others alone, never a total minus the own part."""
+        """Return the weighted mean over the group for each row. Sums the others, never a total minus the own part."""
         return (others @ (weights * values)) / (others @ weights + _TINY)
 
     present = valid.to(dtype)

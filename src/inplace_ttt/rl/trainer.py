@@ -44,8 +44,8 @@ class OTBTrainer(GRPOTrainer):
 
     Takes the arguments of trl's GRPOTrainer, by name from the fifth on. ``model`` may have fast weights
     (`inplace_ttt.attach`): completions are then generated and scored with updates on, and the reference model of
-    ``beta`` > 0 is a copy of the model as it was given, fast weights included. vLLM and continuous batching know
-    nothing of fast weights and are refused.
+    ``beta`` > 0 is a copy of the model as it was given, fast weights included. vLLM and continuous batching do not
+    support fast weights and are refused.
 
     Logs, beside GRPO's metrics: ``otb/w`` (mean energy of a token), ``otb/energy`` (mean energy of a completion),
     ``otb/baseline`` (mean over tokens), ``otb/lone_tail`` (share of tokens where one completion of a group is left),

@@ -1,4 +1,4 @@
-"""Streams with persistent fast weights: read anything, for as long as you like, in bounded memory."""
+"""Streams with persistent fast weights: text of any length in bounded memory."""
 
 from .pool import SessionPool
 from .session import Score, Session, Snapshot, Stats

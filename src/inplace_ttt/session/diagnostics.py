@@ -1,4 +1,4 @@
-"""How the fast weights fare while a text is read: measured now, kept over time, and a warning when they do harm."""
+"""Diagnostics of the fast weights: measured now or over time, with a warning when updates hurt."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ from ..core.diagnostics import LayerDiagnostics, effective_rank, key_overlap, ou
 from ..hf.attach import inspect, runtime_of
 
 SAMPLES = 256
-"""Samples that a timeline holds, at most."""
+"""Maximum number of samples in a timeline."""
 PROBES, NOISE_PROBES = (4, 8, 16, 32), 64
 """``harm`` looks at the last 4, 8, 16 or 32 probes, and takes their noise from the last 64."""
 WORTH_SAYING = 0.005
@@ -32,7 +32,7 @@ _DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def measure(
     model: nn.Module, fast: Mapping[int, FastWeights], row: int = 0, config: InPlaceTTTConfig | None = None
 ) -> list[LayerDiagnostics]:
-    """One row's diagnostics of every adapting layer in ``fast`` (``inplace_ttt.fast_weights(cache)``), by layer.
+    """Return one row's diagnostics of every adapting layer in ``fast`` (``inplace_ttt.fast_weights(cache)``), by layer.
 
     The sample of keys is the last completed chunk as ``FastWeights.history`` keeps it: its overlap and its output
     change are taken with S as it was before that chunk's own update (None where a truncation to a rank has mixed the
@@ -58,7 +58,7 @@ def _measure_layer(
     change = overlap = added = clipped = None
     if fast.history and fast.kept[row] and fast.rule.linear:
         z = fast.last_chunk(row)["z"][0]
-        # With one update there was nothing before it, and the difference would be rounding.
+        # Before a first update S is zero, and the difference would be rounding.
         state = fast.before(row) if fast.updates[row] > 1 else {"S": torch.zeros_like(S)[None]}
         if state is not None:
             before = state["S"][0]
@@ -84,7 +84,7 @@ def _measure_layer(
 
 
 def _dense_weight(module: Any, shape: tuple[int, int]) -> Tensor | None:
-    """W0 [D, F]; None where it is quantised."""
+    """Return w0 [D, F]; None where it is quantised."""
     weight = module.weight.detach()
     if weight.dtype not in _DENSE:
         return None
@@ -111,7 +111,7 @@ def _finite(value: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Sample:
-    """What was measured after ``tokens`` tokens. Losses in nats per token, of the same tokens; off None: not probed."""
+    """A measurement after ``tokens`` tokens. Losses in nats per token, of the same tokens; off None: not probed."""
 
     tokens: int
     layers: tuple[LayerDiagnostics, ...]
@@ -130,7 +130,7 @@ class Timeline:
         self.samples: list[Sample] = []
 
     def due(self, tokens: int) -> bool:
-        """Whether a sample is wanted after ``tokens`` tokens."""
+        """Return whether a sample should be taken after ``tokens`` tokens."""
         return tokens >= self.next
 
     @property
@@ -139,7 +139,7 @@ class Timeline:
         return (self.samples[-1].tokens if self.samples else 0) + self.every
 
     def copy(self) -> "Timeline":
-        """An independent one with the same samples."""
+        """Return an independent timeline with the same samples."""
         twin = Timeline(self.every, self.limit)
         twin.samples = list(self.samples)
         return twin
@@ -147,7 +147,7 @@ class Timeline:
     def append(
         self, tokens: int, layers: Iterable[LayerDiagnostics], loss_on: float, loss_off: float | None = None
     ) -> None:
-        """Adds a sample taken after ``tokens`` tokens in all. Raises ValueError unless they are more than before."""
+        """Add a sample taken after ``tokens`` tokens in all. Raises ValueError unless they are more than before."""
         if self.samples and tokens <= self.samples[-1].tokens:
             raise ValueError(f"samples come in order: {tokens} tokens after {self.samples[-1].tokens}")
         self.samples.append(Sample(tokens, tuple(layers), loss_on, loss_off))
@@ -186,19 +186,19 @@ class Timeline:
         return sorted({d.layer for s in self.samples for d in s.layers})
 
     def clipped_share(self, layer: int) -> float | None:
-        """Share of a layer's sampled chunks whose update was clipped; None where nothing is clipped by the settings."""
+        """Return the share of a layer's sampled chunks whose update was clipped; None when no clip is set."""
         known = [d.clipped for s in self.samples for d in s.layers if d.layer == layer and d.clipped is not None]
         return sum(known) / len(known) if known else None
 
     def series(self, name: str, layer: int) -> np.ndarray:
-        """A layer's field ``name``, by sample; NaN where unknown."""
+        """Return a layer's field ``name``, by sample; NaN where unknown."""
         found = ([d for d in s.layers if d.layer == layer] for s in self.samples)
         return _floats(getattr(here[0], name) if here else None for here in found)
 
     # -- as JSON --------------------------------------------------------------------------------------------------
 
     def to_list(self) -> list[dict[str, Any]]:
-        """JSON-ready, one entry per sample; what is not finite becomes None."""
+        """Return a JSON-ready list, one entry per sample; non-finite numbers become None."""
         return [
             {
                 "tokens": s.tokens,
@@ -211,7 +211,7 @@ class Timeline:
 
     @classmethod
     def from_list(cls, entries: Sequence[Mapping[str, Any]], every: int = 2048, limit: int = SAMPLES) -> "Timeline":
-        """Inverse of ``to_list``; the interval of the moment, ``every``, is not part of it."""
+        """Build a timeline from the result of ``to_list``; the current interval, ``every``, is not stored."""
         timeline = cls(every, limit)
         for entry in entries:
             layers = [LayerDiagnostics(**values) for values in entry["layers"]]
@@ -229,7 +229,7 @@ def _floats(values: Iterable[float | None]) -> np.ndarray:
 
 
 def harm(timeline: Timeline, settings: Mapping[str, Any] | None = None) -> str | None:
-    """One line that warns that updates hurt, or None.
+    """Return a line that warns that updates hurt, or None.
 
     Over the last 4, 8, 16 or 32 probes (samples with both losses), loss_on - loss_off must be above ``WORTH_SAYING`` on
     average and by ``4.5 + 12 / (n - 3)`` standard errors, n the probes seen. The noise of one probe comes from the
@@ -256,7 +256,7 @@ def harm(timeline: Timeline, settings: Mapping[str, Any] | None = None) -> str |
     errors = 4.5 + 12 / (len(recent) - 3)
     means = {n: float(recent[-n:].mean()) for n in PROBES if n <= len(recent)}
     found = [n for n, mean in means.items() if mean > max(WORTH_SAYING, errors * noise / math.sqrt(n))]
-    if not found or means[PROBES[0]] <= WORTH_SAYING:  # over for now
+    if not found or means[PROBES[0]] <= WORTH_SAYING:  # no harm at present
         return None
     n, error = max(found), noise / math.sqrt(max(found))
     since = tokens[np.argmax(worse[::-1].cumsum()[::-1])]
@@ -267,7 +267,7 @@ def harm(timeline: Timeline, settings: Mapping[str, Any] | None = None) -> str |
 
 
 def _state_in_words(sample: Sample) -> str:
-    """The layer that changed most."""
+    """Describe the layer that changed most."""
     known = [d for d in sample.layers if d.relative_norm is not None and d.effective_rank is not None]
     if not known:
         return ""

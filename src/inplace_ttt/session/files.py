@@ -1,8 +1,8 @@
 """Session files: one safetensors file with a JSON header. No code in it, nothing is executed when it is read.
 
-The file's metadata holds ``format``, ``version``, ``header`` (JSON: model, settings, where the stream stands) and
-``digest`` (SHA-256 of header and tensors). A file is written beside its final name and renamed when it is whole and on
-disk, so a crash leaves the old file or the new one.
+The file's metadata holds ``format``, ``version``, ``header`` (JSON: model, settings, position of the stream) and
+``digest`` (SHA-256 of header and tensors). It is written to a temporary file, synced and renamed, so a crash
+leaves the old file or the new one.
 """
 
 import glob
@@ -34,7 +34,7 @@ Kind = TypeVar("Kind", bound=Session)
 
 
 def identity(model: nn.Module) -> dict[str, Any]:
-    """What tells one model from another: kind, sizes, precision, settings of the fast weights, and sampled weights."""
+    """Return what identifies a model: kind, sizes, precision, settings of the fast weights, and sampled weights."""
     root = unwrap(model)
     digest = hashlib.sha256()
     for name, parameter in sorted(root.named_parameters()):
@@ -53,7 +53,7 @@ def identity(model: nn.Module) -> dict[str, Any]:
 
 
 def _switched_on(layer: nn.Module) -> list[str]:
-    """The adapters (peft's) that a layer applies, merged or not."""
+    """Return the adapters (peft's) that a layer applies, merged or not."""
     if not hasattr(layer, "base_layer") or getattr(layer, "disable_adapters", False):
         return []
     return list(getattr(layer, "active_adapters", []))
@@ -63,9 +63,9 @@ def _switched_on(layer: nn.Module) -> list[str]:
 
 
 def save(session: Session, path: str | Path) -> None:
-    """Writes ``session`` to ``path``, atomically. OSError when it cannot be written (the old file stays).
+    """Write ``session`` to ``path``, atomically. OSError when it cannot be written (the old file stays).
 
-    Raises UserError when somebody else has written the file since the session was loaded from it or saved to it.
+    Raises UserError when another process has written the file since the session was loaded from it or saved to it.
     """
     target = Path(path)
     if target.is_dir():
@@ -77,12 +77,12 @@ def save(session: Session, path: str | Path) -> None:
 
 
 def write(target: Path, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> None:
-    """One file from tensors and header, all or nothing."""
+    """Write one file from tensors and header, all or nothing."""
     text = json.dumps(header, sort_keys=True)
     metadata = {"format": FORMAT, "version": str(VERSION), "header": text, "digest": _digest(text, tensors)}
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_remains(target)
-    # A directory of our own: safetensors writes into another file first, which a killed process leaves behind.
+    # In a temporary directory: safetensors writes another file first, which a killed process would leave behind.
     folder = tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}.", suffix=".part", dir=target.parent)
     name = os.path.join(folder, target.name)
     try:
@@ -97,7 +97,7 @@ def write(target: Path, tensors: Mapping[str, Tensor], header: dict[str, Any]) -
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 of a fast tokenizer's definition."""
+    """Return the SHA-256 of a fast tokenizer's definition."""
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
@@ -111,7 +111,7 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _remove_remains(target: Path) -> None:
-    """Deletes what processes that were killed while they wrote this file have left."""
+    """Delete temporary files left by processes that were killed while they wrote this file."""
     for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
         owner = part.name.removeprefix(f".{target.name}.").split(".")[0]
         if owner.isdecimal() and not _alive(int(owner)):
@@ -135,7 +135,7 @@ def _umask() -> int:
 
 
 def _sync_directory(path: Path) -> None:
-    with suppress(OSError, AttributeError):  # not every system can
+    with suppress(OSError, AttributeError):  # not supported on every system
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(handle)
@@ -164,7 +164,7 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], int]
 
 
 def model_name(path: str | Path) -> str | None:
-    """The name under which the command line finds a session file's model."""
+    """Return the name by which the command line finds a session file's model."""
     return _named(path, "origin")
 
 
@@ -210,7 +210,7 @@ def _check_version(path: str | Path, version: str) -> None:
 
 
 def load(kind: Callable[..., Kind], path: str | Path, model: nn.Module, tokenizer: Any = None) -> Kind:
-    """The session that ``path`` holds, on ``model``, made by calling ``kind`` as ``Session`` is called.
+    """Return the session stored at ``path``, on ``model``, made by calling ``kind`` as ``Session`` is called.
 
     UserError, changing nothing, when the file is damaged, foreign or newer, or was written with another model,
     precision or tokenizer.
@@ -249,5 +249,5 @@ def _check_model(path: str | Path, have: dict[str, Any], wanted: dict[str, Any])
         "adapters": "with the adapters {} switched on, this model has {}",
     }
     for key, text in words.items():
-        if have[key] != wanted.get(key) and (key != "adapters" or key in wanted):  # older files do not say
+        if have[key] != wanted.get(key) and (key != "adapters" or key in wanted):  # older files lack it
             raise UserError(f"{path} was written " + text.format(wanted.get(key), have[key]))

@@ -1,4 +1,4 @@
-"""What a session learned as a PEFT LoRA adapter of the base model, for anything that serves LoRA."""
+"""Export of a session's fast weights as a PEFT LoRA adapter of the base model, for servers that support LoRA."""
 
 import json
 import warnings
@@ -17,7 +17,7 @@ from ..hf.names import base_of
 from .parts import SessionParts as Session
 
 RANK = 64
-"""Servers of LoRA stop at a few hundred, some at 64; S has as many directions as the smaller of its sizes."""
+"""LoRA servers limit the rank to a few hundred, some to 64; S has full rank min(D, F)."""
 EXACT = 1e-6
 """Singular values below this share of the largest one are rounding."""
 
@@ -37,13 +37,12 @@ class ExportedLayer:
 
 
 def export(session: Session, directory: str | Path, rank: int | None = RANK) -> list[ExportedLayer]:
-    """Writes ``adapter_config.json`` and ``adapter_model.safetensors``: lr * S of every layer as B A, by truncated SVD.
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``: lr * S of every layer as B A, by truncated SVD.
 
-    ``rank``: at most this many directions a layer; None: as many as S has, so that nothing is lost. A warning says what
-    a rank leaves out; the returned layers have it as numbers. Loaded with peft
-    on the base model (without fast weights) it gives the logits that the session's weights of this moment give; it does
-    not learn on. Tokens whose chunk is not full yet (``stats().pending``) are not in it. Of a rule that keeps the norms
-    of W0's rows it is a DoRA adapter, with these norms as its magnitude.
+    ``rank``: maximum rank per layer; None: the rank of S, which is lossless. A warning gives the truncation error, and
+    so do the returned layers. Loaded with peft on the base model (without fast weights) it gives the logits of the
+    session's present weights; it does not keep learning. Tokens whose chunk is not full yet (``stats().pending``) are
+    not in it. For a rule that keeps the norms of W0's rows it is a DoRA adapter, with these norms as its magnitude.
 
     Raises UserError on a rank below 1, when nothing was learned yet, and when the fast weights are not finite; OSError
     when the files cannot be written.
@@ -80,7 +79,7 @@ def export(session: Session, directory: str | Path, rank: int | None = RANK) -> 
         tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = A.float(), B.float()
         if rule.dora is not None:
             slow = site.slow_weight(module, rule)
-            assert slow is not None  # its rule reads nothing without one
+            assert slow is not None  # a DoRA rule has no updates without W0
             tensors[f"{prefix}.lora_magnitude_vector"] = torch.linalg.vector_norm(slow.detach().float(), dim=1)
         layers.append(ExportedLayer(site.index, name, len(A), full, error))
     path = Path(directory)
@@ -97,7 +96,7 @@ def export(session: Session, directory: str | Path, rank: int | None = RANK) -> 
 
 
 def factor(change_DF: Tensor, rank: int | None) -> tuple[Tensor, Tensor, int, float]:
-    """A [r, F], B [D, r] with ``B A`` nearest to ``change``; its own rank; the relative error in Frobenius norm."""
+    """Return A [r, F] and B [D, r] with ``B A`` nearest to ``change``; its own rank; the relative Frobenius error."""
     U, s, Vh = torch.linalg.svd(change_DF, full_matrices=False)
     full = max(int((s > EXACT * s[0]).sum()), 1)
     r = full if rank is None else min(rank, full)
@@ -115,7 +114,7 @@ def _adapter_config(layers: list[ExportedLayer], transposed: bool, root: Any, us
         "base_model_name_or_path": (base := base_of(root)).place or base.name or None,
         "inference_mode": True,
         "r": top,
-        "lora_alpha": top,  # scale 1
+        "lora_alpha": top,  # so that lora_alpha / r = 1
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": transposed,

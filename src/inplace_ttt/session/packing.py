@@ -1,4 +1,4 @@
-"""A session as tensors and JSON values, and back with everything checked."""
+"""Conversion of a session to tensors and JSON values, and back with all values checked."""
 
 from typing import Any
 
@@ -19,11 +19,11 @@ from .stream import RECENT, Reader, Stream
 from .text import StreamEncoder
 
 NUMBERS = {"position": int, "cached": int, "tokens": int, "written": int, "started": bool, "recent": list}
-"""What a stream is besides its tensors."""
+"""Fields of a stream that are not tensors, with their types."""
 
 
 def pack(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A session's tensors (CPU, each with its own storage) and the rest as JSON values."""
+    """Return a session's tensors (CPU, each with its own storage) and the rest as JSON values."""
     stream, reader, encoder = session._stream, session._reader, session._encoder
     keys, layers = to_tensors(stream.cache)
     tensors = {f"context.{name}": value for name, value in keys.items()}
@@ -64,7 +64,7 @@ def pack_fast(fast: FastWeights) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def unpack(session: Session, tensors: dict[str, Tensor], header: dict[str, Any], version: int = 2) -> None:
-    """Puts a stored state into a new session. ValueError (KeyError, TypeError) where it makes no sense."""
+    """Put a stored state into a new session. Raises ValueError (KeyError, TypeError) when it is invalid."""
     reader = session._reader
     left = {name: value.to(reader.device) for name, value in tensors.items()}
     if version == 1:
@@ -72,7 +72,7 @@ def unpack(session: Session, tensors: dict[str, Tensor], header: dict[str, Any],
     numbers = header["stream"]
     _check(numbers.keys() == NUMBERS.keys(), "the stream's values are not those of this version")
     for name, kind in NUMBERS.items():
-        _check(type(numbers[name]) is kind, f"{name} is no {kind.__name__}")
+        _check(type(numbers[name]) is kind, f"{name} is not of type {kind.__name__}")
         _check(kind is list or numbers[name] >= 0, f"{name} is negative")
     _check(all(type(i) is int for i in numbers["recent"]) and len(numbers["recent"]) <= RECENT, "recent holds no ids")
     reader.check(numbers["recent"])
@@ -97,8 +97,8 @@ def unpack(session: Session, tensors: dict[str, Tensor], header: dict[str, Any],
     _check(not left, f"unknown tensors {', '.join(sorted(left)[:3])}")
     encoder = None if session.tokenizer is None else _encoder(session.tokenizer, header["text"])
     timeline, origin = _timeline(header["timeline"]), header["origin"]
-    _check(origin is None or isinstance(origin, str), "origin is no name")
-    if reader.fits(stream, 1):  # tried out: whether all shapes are this model's
+    _check(origin is None or isinstance(origin, str), "origin is not a string")
+    if reader.fits(stream, 1):  # a forward call fails where a shape is wrong
         for _ in reader.feed(stream.copy(), [0]):
             pass
     session.origin = origin
@@ -117,17 +117,17 @@ def _encoder(tokenizer: Any, text: Any) -> StreamEncoder:
 
 def _timeline(values: Any) -> Timeline:
     every, samples = values["every"], values["samples"]
-    _check(type(every) is int and every >= 0, "the timeline's interval is no number of tokens")
+    _check(type(every) is int and every >= 0, "the timeline's interval is not a number of tokens")
     for sample in samples:
-        _check(_is_number(sample["tokens"], int), "a sample's tokens are no number")
+        _check(_is_number(sample["tokens"], int), "a sample's tokens are not a number")
         numbers = [sample["loss_on"], sample["loss_off"], *(x for layer in sample["layers"] for x in layer.values())]
-        _check(all(x is None or isinstance(x, int | float) for x in numbers), "a sample holds what is no number")
-        _check(all(type(layer["layer"]) is int for layer in sample["layers"]), "a sample's layer is no number")
+        _check(all(x is None or isinstance(x, int | float) for x in numbers), "a sample's value is not a number")
+        _check(all(type(layer["layer"]) is int for layer in sample["layers"]), "a sample's layer is not a number")
     return Timeline.from_list(samples, every=every)
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
-    """Of numbers that a setting could not be (whole numbers in a file have no bound)."""
+    """Check numbers against what the settings allow (whole numbers in a file have no bound)."""
     numbers = [x for x in settings.values() if isinstance(x, int | float)]
     _check(all(abs(x) < 1 << 60 for x in numbers), "a setting is out of range")
 
@@ -207,12 +207,12 @@ def record_tensors(record: Record) -> dict[str, Tensor]:
 
 
 def restore_record(stream: Stream, tensors: dict[str, Tensor], values: Any, reader: Reader) -> None:
-    """Give a stream its pending columns back, checked."""
+    """Restore a stream's pending columns, checked."""
     if values is None:
         _check(not tensors, "pending columns without their header")
         return
     if not stream.cache.get_seq_length():
-        return  # versions before 0.2.0 wrote what drop_context had left of a context
+        return  # versions before 0.2.0 wrote columns of a dropped context
     base, starts = values["base"], values["starts"]
     ids, n = tensors["ids"], tensors["ids"].shape[1]
     _check(_is_number(base, int) and base + n == stream.cache.get_seq_length(), "the pending columns' place")
@@ -253,7 +253,7 @@ def upgrade(tensors: dict[str, Tensor], header: dict[str, Any], reader: Reader) 
         _check(same == (1, config.chunk_size, config.decay), "the fast weights were made under other settings")
         header["fast"][index] = {name: values[name] for name in kept}
         rule, v = reader.settings.rule, tensors.get(prefix + "history.v")
-        if rule.outer and rule.whole and v is not None:  # targets were kept as they came
+        if rule.outer and rule.whole and v is not None:  # version 1 stored the raw targets
             site, C = sites[int(index)], config.chunk_size
             z, chunks = tensors[prefix + "history.z"].reshape(-1, C, tensors[prefix + "history.z"].shape[-1]), v.shape
             slow = site.slow_weight(site.projection(), rule)
@@ -267,7 +267,7 @@ def _check_context(stream: Stream, reader: Reader) -> None:
     for i, layer in enumerate(stream.cache.layers):
         layer_: Any = layer
         n = layer_.get_seq_length()
-        _check(_is_number(n, int), f"the length of layer {i} is no number")
+        _check(_is_number(n, int), f"the length of layer {i} is not a number")
         held = min(n, layer_.sliding_window - 1) if layer_.is_sliding else n
         _check(layer_.is_sliding or n == stream.cached, f"layer {i} holds {n} tokens of {stream.cached}")
         _check(n <= stream.cached, f"layer {i} holds more tokens than were read")
@@ -280,7 +280,7 @@ def _check_context(stream: Stream, reader: Reader) -> None:
 
 
 def _is_number(value: Any, kind: Any) -> bool:
-    """Whether it is one, not below 0 (nan passes: what was lost of S may be that)."""
+    """Return whether it is such a number, not below 0 (nan passes: what truncation lost of S may be nan)."""
     return isinstance(value, kind) and not isinstance(value, bool) and not value < 0
 
 
@@ -290,7 +290,7 @@ def _like(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, name: st
 
 
 def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Removes and returns the tensors of a prefix, without it."""
+    """Remove the tensors of a prefix from the mapping; return them without it."""
     names = [name for name in tensors if name.startswith(prefix)]
     return {name.removeprefix(prefix): tensors.pop(name) for name in names}
 

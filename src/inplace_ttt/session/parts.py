@@ -1,4 +1,4 @@
-"""A session as seen by the modules that do a part of its work: writing, files, LoRA export."""
+"""Interface of a session for the modules that implement parts of it: generation, files, LoRA export."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -13,7 +13,7 @@ from .text import StreamEncoder
 
 
 class SessionParts(Protocol):
-    """What ``Session`` lends to these modules. They are documented there."""
+    """The part of ``Session`` that these modules use. Its members are documented there."""
 
     tokenizer: Any
     origin: str | None

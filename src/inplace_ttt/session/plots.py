@@ -1,4 +1,4 @@
-"""Diagnostics over a reading, as a picture, and the latest ones as a table."""
+"""Diagnostics over time as a picture, and the latest ones as a table."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +18,14 @@ PANELS = (
     ("key_overlap", "overlap of new keys", "share inside the span of S"),
 )
 FEW = ("#0891b2", "#d9a441", "#be185d", "#0c4a6e", "#4d7c0f", "#7c3aed")
-"""Colours of few layers, told apart at a glance; more than these go from ``SHALLOW`` to ``DEEP``."""
+"""Distinct colours for a few layers; more layers get a gradient from ``SHALLOW`` to ``DEEP``."""
 SHALLOW, DEEP = "#7dd3fc", "#0c4a6e"
 NAMED = 8
-"""Layers that get a line each in the legend; of more, some do."""
+"""Maximum number of layers in the legend."""
 
 
 def save_diagnostics(path: Path, timeline: Timeline, title: str) -> None:
-    """Writes the picture: one panel per diagnostic, one line per layer, and below them the losses and the gain."""
+    """Write the picture: one panel per diagnostic, one line per layer, and below them the losses and the gain."""
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
@@ -79,7 +79,7 @@ def _headings(axes: Any, heading: str, unit: str) -> None:
 
 
 def _probed(axes: Any, x: np.ndarray, values: np.ndarray, **style: Any) -> None:
-    """A curve through the samples that have a value."""
+    """Draw a curve through the samples that have a value."""
     known = ~np.isnan(values)
     axes.plot(x[known], values[known], lw=1.4, marker="o", ms=2.5 if known.sum() < 40 else 0, **style)
 
@@ -94,13 +94,13 @@ def _gain(axes: Any, x: np.ndarray, values: np.ndarray) -> None:
 
 
 def _some(handles: Sequence[Any], labels: Sequence[str]) -> tuple[list[Any], list[str]]:
-    """``NAMED`` entries at most, evenly spread, the first and the last among them."""
+    """Return at most ``NAMED`` entries, evenly spread, the first and the last among them."""
     at: list[int] = np.unique(np.linspace(0, len(labels) - 1, NAMED).round().astype(int)).tolist() if labels else []
     return [handles[i] for i in at], [labels[i] for i in at]
 
 
 def diagnostics_table(layers: Sequence[LayerDiagnostics], timeline: Timeline | None = None) -> Table:
-    """The terminal's table of one measurement; with a timeline also the share of sampled chunks that were clipped."""
+    """Tabulate one measurement for the terminal; with a timeline also the share of sampled chunks that were clipped."""
     shares = {} if timeline is None else {d.layer: timeline.clipped_share(d.layer) for d in layers}
     clips = any(share is not None for share in shares.values())
     table = Table(title="What the fast weights are like", title_justify="left", title_style="bold")

@@ -1,4 +1,4 @@
-"""Many sessions on one model, writing in one batch."""
+"""Many sessions on one model that generate in one batch."""
 
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -20,9 +20,9 @@ from .writing import check_continuable, check_most, end_tokens, read_prompt
 
 
 class SessionPool:
-    """Sessions by name that share a model and settings. ``generate`` takes their decode steps in one batch.
+    """A set of named sessions that share a model and settings. ``generate`` batches their decode steps.
 
-    Each session writes what it would write alone (to rounding: the same products in a batch of another size). They may
+    Each session generates the same as alone (up to rounding: the same products in a batch of another size). They may
     differ in everything: length, tokens pending, context, weights. ``batch``: the most rows of one step; further
     sessions wait until another has finished. Options as for ``Session``; ``state="auto"`` or a rank makes idle and
     active sessions smaller.
@@ -38,13 +38,13 @@ class SessionPool:
     # -- a mapping of sessions ------------------------------------------------------------------------------------
 
     def open(self, name: str) -> Session:
-        """The session ``name``, a new one if there is none."""
+        """Return the session ``name``, a new one if there is none."""
         if name not in self._sessions:
             self._sessions[name] = self._blank.fork()
         return self._sessions[name]
 
     def add(self, name: str, session: Session) -> Session:
-        """Takes in a session (a fork of another one, say).
+        """Add a session (a fork of another one, say).
 
         Raises UserError when the name is taken, the session is in here already, is writing at the moment, or reads with
         other settings.
@@ -62,15 +62,15 @@ class SessionPool:
         return session
 
     def fork(self, name: str, new: str) -> Session:
-        """A copy of the session ``name`` under a new name."""
+        """Copy the session ``name`` to a new name."""
         return self.add(new, self[name].fork())
 
     def load(self, name: str, path: str | Path) -> Session:
-        """A session from a file."""
+        """Load a session from a file."""
         return self.add(name, Session.load(path, self._blank._reader.model, self._blank.tokenizer))
 
     def close(self, name: str) -> None:
-        """Forgets a session."""
+        """Remove a session from the pool."""
         self[name]._check_idle()
         del self._sessions[name]
 
@@ -90,7 +90,7 @@ class SessionPool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all sessions hold; tensors that forks share are counted for each of them."""
+        """Return the bytes that all sessions hold; tensors that forks share are counted for each of them."""
         stats = [session.stats() for session in self._sessions.values()]
         return sum(s.bytes_context + s.bytes_fast_weights for s in stats)
 
@@ -105,7 +105,7 @@ class SessionPool:
         stop: str | Sequence[str] = (),
         **sampling: Any,
     ) -> Any:
-        """Continues several sessions: a prompt (or None) by name, or names alone. Options as for ``Session.generate``.
+        """Continue several sessions: a prompt (or None) by name, or names alone. Options as for ``Session.generate``.
 
         Returns the new texts by name; with ``stream`` an iterator over (name, piece) as they come. Sessions without a
         tokenizer give lists of ids. Sessions that a name does not find are opened.
@@ -128,7 +128,7 @@ class SessionPool:
         return found
 
     def writers(self) -> "Writers":
-        """The pool's sessions as writers that join and leave while others write. At most one such set at a time."""
+        """Return the pool's sessions as writers that join and leave while others write. One such set at a time."""
         return Writers(self._blank._reader)
 
     def _run(
@@ -158,7 +158,7 @@ class SessionPool:
 
 
 class Writer:
-    """One session's turn to write: the tokens it chooses, and their text.
+    """One session that is generating: the tokens it samples, and their text.
 
     After each step of ``Writers`` that names it: ``piece`` is the text (without a tokenizer: the ids) that is new,
     "" for none; ``finished`` is None, "stop" (end of text, or a stop string), "length", or "error" with ``error``;
@@ -183,7 +183,7 @@ class Writer:
         self._held: Any = None
 
     def _choose(self, logits: Tensor) -> None:
-        """Shows what was read last; chooses the next token from logits [V], or finishes."""
+        """Emit the text of the last token; sample the next one from logits [V], or finish."""
         self.piece = self._show()
         if self.stops.found or self.left == 0:
             return self._finish("stop" if self.stops.found else "length")
@@ -211,13 +211,13 @@ class Writer:
 
 
 class Writers:
-    """Sessions that write together, one token each a step. Others may join, and any may leave, between two steps.
+    """Sessions that generate together, one token each per step. Between steps others may join and any may leave.
 
-    A session is busy from ``join`` until it has finished or left; each writes what it would write alone.
+    A session is busy from ``join`` until it has finished or left; each generates the same as alone.
     """
 
     def __init__(self, reader: Reader) -> None:
-        self._reader, self._batch = reader, _Groups(reader)
+        self._reader, self._batch = reader, _BatchesByState(reader)
         self.active: list[Writer] = []
 
     def join(
@@ -229,7 +229,7 @@ class Writers:
         learn: bool | None = None,
         **sampling: Any,
     ) -> Writer:
-        """Lets a session of the pool write from the next step on. Reads held characters, or BOS where nothing else is.
+        """Let a session of the pool write from the next step on. Reads held characters, or BOS where nothing else is.
 
         Options as for ``Session.generate``; ``learn``: whether it learns what it writes (objective "loss"; None: as
         the configuration says). Raises UserError on settings out of range, and where the session is busy or has
@@ -250,17 +250,17 @@ class Writers:
         return self._add(writer)
 
     def leave(self, writer: Writer) -> None:
-        """Takes a writer out between two steps; what it wrote stays written. Harmless when it has finished."""
+        """Remove a writer between two steps; its tokens stay in the session. Harmless when it has finished."""
         if writer in self.active:
             self._batch.close()  # gives the session its cache back
             self.active.remove(writer)
             self._release(writer)
 
     def step(self) -> list[Writer]:
-        """Lets every session read the token it chose, all in one batch, and choose the next one.
+        """Feed every session its sampled token, all in one batch, and sample the next one.
 
         Returns the writers; the finished ones are out. A session whose prediction is not a number or whose context is
-        full finishes with an error, the others go on. After another exception all sessions are as before the step.
+        full finishes with an error, the others continue. After another exception all sessions are as before the step.
         """
         for writer in self.active:
             stream = writer.session._stream
@@ -292,14 +292,14 @@ class Writers:
         return stepped
 
     def _logits(self, writers: list[Writer]) -> list[Tensor]:
-        """What each predicts next, [V] on the CPU: one transfer for all of them."""
+        """Return each session's next-token logits, [V] on the CPU: one transfer for all of them."""
         found = [w.session._stream.logits for w in writers]
         if not found or self._reader.device.type == "cpu":
             return found  # type: ignore[return-value]
         return list(torch.stack(found).cpu())  # type: ignore[arg-type]
 
     def close(self) -> None:
-        """Lets all writers leave."""
+        """Let all writers leave."""
         self._batch.close()
         for writer in self.active:
             self._release(writer)
@@ -316,8 +316,8 @@ class Writers:
             writer._held = None
 
 
-class _Groups:
-    """One batch for streams whose state is S, one for those whose state is still pairs: neither costs the other."""
+class _BatchesByState:
+    """Two batches: streams whose state is S and streams whose state is pairs, so that one does not slow the other."""
 
     def __init__(self, reader: Reader) -> None:
         self.batches = (_Batch(reader), _Batch(reader))
@@ -326,10 +326,10 @@ class _Groups:
         self.chunk_size, self.most = config.chunk_size, min(sizes) if reader.form == "auto" else math.inf
 
     def step(self, writers: list["Writer"]) -> None:
-        """Feed to each stream the token that its writer chose."""
+        """Feed to each stream the token that its writer sampled."""
         streams, tokens = [w.session._stream for w in writers], [w.token or 0 for w in writers]
         reader = self.batches[0].reader
-        if reader.by_loss:  # a chunk that is complete is run again from its own context: one after another
+        if reader.by_loss:  # each full chunk is run again from its own context, so no batching
             for writer, stream, token in zip(writers, streams, tokens, strict=True):
                 for _ in reader.feed(stream, [token], learn=writer.learn):
                     pass
@@ -338,23 +338,23 @@ class _Groups:
         for i, stream in enumerate(streams):
             groups[self._dense_next(stream)].append(i)
         for batch, group in zip(self.batches, groups, strict=True):
-            batch.keep([streams[i] for i in group])  # all of them first: a stream may move from one to the other
+            batch.keep([streams[i] for i in group])  # both before any step: a stream may move to the other batch
         for batch, group in zip(self.batches, groups, strict=True):
             if group:
                 batch.step([streams[i] for i in group], [tokens[i] for i in group])
 
     def _dense_next(self, stream: Stream) -> bool:
-        """Whether the pairs are too many when the present chunk is complete."""
+        """Return whether the state becomes dense (too many pairs) when the current chunk is complete."""
         return (stream.tokens // self.chunk_size + 1) * self.chunk_size >= self.most
 
     def close(self) -> None:
-        """Gives every stream its cache back."""
+        """Give every stream its cache back."""
         for batch in self.batches:
             batch.close()
 
 
 class _Batch:
-    """Streams whose caches lie side by side in one, for as long as the same ones take part."""
+    """Streams whose caches are stacked into one batched cache, for as long as the same ones take part."""
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
@@ -363,13 +363,13 @@ class _Batch:
         self.mask: Tensor = torch.zeros(0, 0, dtype=torch.int64)
 
     def keep(self, streams: list[Stream]) -> None:
-        """Lets go of the streams unless these same ones go on, with room for one more token."""
+        """Release the batched streams unless they are these same ones, with room for one more token."""
         same = len(streams) == len(self.streams) and all(a is b for a, b in zip(streams, self.streams, strict=True))
         if not same or any(self.reader.room(stream) <= 0 for stream in streams):
             self.close()
 
     def step(self, streams: list[Stream], tokens: list[int]) -> None:
-        """Feeds one token to each stream. ``keep`` comes first."""
+        """Feed one token to each stream. ``keep`` comes first."""
         if self.cache is None:
             for stream in streams:
                 self.reader.make_room(stream)
@@ -384,7 +384,7 @@ class _Batch:
             self.reader.advance(stream, [token], row[-1])
 
     def close(self) -> None:
-        """Gives every stream its cache back."""
+        """Give every stream its cache back."""
         if self.cache is not None:
             for b, stream in enumerate(self.streams):
                 stream.cache = split(self.cache, self.mask, b)

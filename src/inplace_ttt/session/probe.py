@@ -1,4 +1,4 @@
-"""Looks now and then at what the updates did: loss of the next tokens with and without them, before learning those."""
+"""Probes: at intervals, the loss of the next tokens with and without updates, before these tokens are learned."""
 
 import copy
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ SAMPLE = 256
 
 
 class Probe:
-    """Takes a sample every ``every`` tokens (0: never)."""
+    """A sampler of diagnostics every ``every`` tokens (0: never)."""
 
     def __init__(self, reader: Reader, every: int) -> None:
         self.reader, self.every = reader, every
 
     def before(self, stream: Stream, timeline: Timeline, ids: Sequence[int], at: int = 0) -> int:
-        """Called before the ids from ``at`` on are fed: takes a sample if one is due and as many ids are there.
+        """Take a sample before the ids from ``at`` on are fed, if one is due and as many ids are there.
 
         Returns how many ids may be fed before the next call.
         """
@@ -33,7 +33,7 @@ class Probe:
         return min(rest, max(timeline.next - stream.tokens, SAMPLE))
 
     def losses(self, stream: Stream, ids: Sequence[int]) -> tuple[float, float]:
-        """Nats per token of ids, with the fast weights and without them.
+        """Return the losses of ids in nats per token, with the fast weights and without them.
 
         Without: the slow weights alone read as many tokens as attention sees now, at most ``RECENT``, from scratch; a
         model whose window is much longer than that would do a little better.

@@ -1,4 +1,4 @@
-"""What a session says about a text, and about itself."""
+"""Results of scoring and of studying, and a session's statistics."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 class Score:
     """``tokens`` [n]: ids of a text, BOS included; ``losses``: -log p in nats of each.
 
-    A stream's very first token has nothing before it and no loss: then ``losses`` has one entry less.
+    A stream's first token has no context and so no loss: then ``losses`` has one entry less.
     """
 
     tokens: tuple[int, ...]
@@ -16,13 +16,13 @@ class Score:
 
     @property
     def mean(self) -> float:
-        """Nats per scored token; nan when there is none."""
+        """Return nats per scored token; nan when there is none."""
         return sum(self.losses) / len(self.losses) if self.losses else float("nan")
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Where a session stands. ``bytes_*`` are memory held; ``pending`` tokens wait for their chunk to fill up."""
+    """Statistics of a session. ``bytes_*`` are memory held; ``pending`` tokens wait for their chunk to fill up."""
 
     tokens: int
     written: int
@@ -38,13 +38,13 @@ class Stats:
     warning: str | None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Studied:
-    """What a study took. ``questions``: the model's own that were learned; ``losses``: of each update, nats a token."""
+    """Result of a study. ``questions``: the model's own that were learned; ``losses``: of each update, nats a token."""
 
     sentences: int
     questions: int

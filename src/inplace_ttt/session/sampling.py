@@ -1,4 +1,4 @@
-"""From logits to the next token, by transformers' own logits processors; and where a text stops."""
+"""Sampling of the next token by transformers' own logits processors, and stop strings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. ``temperature`` 0: the most likely one. Raises UserError on values out of range."""
+    """Sampling settings. ``temperature`` 0 is greedy. Raises UserError on values out of range."""
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -42,7 +42,7 @@ class Sampling:
                 raise UserError(message)
 
     def processors(self) -> LogitsProcessorList:
-        """In transformers' own order."""
+        """Return the logits processors in transformers' own order."""
         found = LogitsProcessorList()
         if self.repetition_penalty != 1.0:
             found.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
@@ -60,7 +60,7 @@ class Sampling:
 
 
 class Sampler:
-    """Chooses tokens one by one. Draws on the CPU, so a seed means the same on every device."""
+    """A sampler of single tokens. Draws on the CPU, so a seed means the same on every device."""
 
     def __init__(self, settings: Sampling) -> None:
         self.settings, self.processors = settings, settings.processors()
@@ -71,7 +71,7 @@ class Sampler:
             self.generator.manual_seed(settings.seed)
 
     def __call__(self, recent: Sequence[int], logits: Tensor) -> int:
-        """The next token after the ids ``recent`` (what the repetition penalty looks at), from logits [V]."""
+        """Return the next token after the ids ``recent`` (for the repetition penalty), from logits [V]."""
         if logits.isnan().any():
             raise UserError("the model's prediction is not a number: the updates ran away. Try a decay, or less lr")
         before: Any = torch.tensor([list(recent)], dtype=torch.int64)
@@ -82,9 +82,9 @@ class Sampler:
 
 
 class StopText:
-    """Passes text on up to the stop string that is complete first; what may become one is held back.
+    """A filter that ends text at the first stop string; a possible beginning of one is held back.
 
-    Of several that end at the same character the longest counts, so it does not matter in which pieces the text comes.
+    Of several that end at the same character the longest counts, so how the text is split does not matter.
     """
 
     def __init__(self, stops: str | Sequence[str]) -> None:
@@ -93,7 +93,7 @@ class StopText:
             raise UserError("a stop string is empty")
 
     def push(self, text: str) -> str:
-        """The text that is safe to show."""
+        """Add text; return the text that is safe to show."""
         self.held += text
         places = [(at + len(stop), at) for stop in self.stops if (at := self.held.find(stop)) >= 0]
         if places:
@@ -105,11 +105,11 @@ class StopText:
         return shown
 
     def flush(self) -> str:
-        """What was held back for a stop string that did not come."""
+        """Return the text that was held back for a stop string that did not come."""
         shown, self.held = self.held, ""
         return shown
 
     def _overlap(self, stop: str) -> int:
-        """Length of the longest end of the held text that begins ``stop``."""
+        """Return length of the longest end of the held text that begins ``stop``."""
         longest = min(len(stop) - 1, len(self.held))
         return next((n for n in range(longest, 0, -1) if self.held.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""Session: a stream that a model keeps learning from."""
+"""Session: a stream of text with persistent fast weights."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -43,9 +43,9 @@ class Session:
     """One stream of text that ``model`` reads, writes and learns from, of any length in bounded memory.
 
     Text is the same text however it is cut: ``read("hel")``, ``read("lo")`` is ``read("hello")``. Characters whose
-    token may still change are held until more text comes, or until something else than reading is asked for.
-    Every token is scored and attended to before any update that saw it. Nothing here is trained by gradient descent on
-    the slow weights: the model is as it was, and one model serves many sessions (one call at a time).
+    token may still change are held until more text comes, or until any other method is called.
+    Every token is scored and attended to before any update that saw it. The slow weights are not trained:
+    the model does not change, and one model serves many sessions (one call at a time).
 
     Raises UserError when the model has no fast weights and on settings out of range.
 
@@ -53,12 +53,12 @@ class Session:
         model: an attached model (``inplace_ttt.from_pretrained`` or ``attach``). Several sessions may share it.
         tokenizer: its fast tokenizer; None for token ids only.
         window: layers with full attention see the last ``window`` tokens (three quarters of it just after the window
-            has moved on); None: as many as the model has positions. Sliding-window layers keep their own window.
+            has moved); None: as many as the model has positions. Sliding-window layers keep their own window.
         sinks: first tokens that these layers see besides.
         state: form of the fast weights: "dense" (S, [D, F] a layer), "auto" (the pairs of keys and targets while they
             are smaller than S), or a rank r (S is kept to its r leading directions, an approximation).
-        probe_every: tokens between two looks at what the updates did (``timeline``, ``warning``); 0: never. Left out:
-            16,384, or 64 chunks if that is more. A look needs 256 tokens that come at once.
+        probe_every: tokens between two probes of the updates (``timeline``, ``warning``); 0: never. Left out:
+            16,384, or 64 chunks if that is more. A probe needs 256 tokens in one call.
         **settings: chunk_size, lr, decay, clip, clip_relative: how the stream is read. Left out, as the model's own
             settings say, except that a model without decay gets ``STREAM_DECAY`` (``decay=0``: the plain sum).
     """
@@ -83,7 +83,7 @@ class Session:
             raise UserError(f"probe_every {probe_every}: a number of tokens, 0 for never")
         self.tokenizer = tokenizer
         self.origin: str | None = None
-        """Name by which the command line finds the model again."""
+        """Name by which the command line loads the model."""
         self._reader = Reader(model, config, window, sinks, state)
         self._probe = Probe(self._reader, max(16384, 64 * config.chunk_size) if probe_every is None else probe_every)
         self._busy = False
@@ -92,12 +92,12 @@ class Session:
     # -- reading --------------------------------------------------------------------------------------------------
 
     def read(self, source: Readable, *, scored: bool = False, progress: Any = None, passes: int = 1) -> Score:
-        """Reads a text, a ``Path``, an open file, an iterator of texts, or token ids; learns from every full chunk.
+        """Read a text, a ``Path``, an open file, an iterator of texts, or token ids; learn from every full chunk.
 
         Ids [n] or [1, n] are read as they are, after held characters; where a stream begins, the tokenizer's prefix
         (BOS) comes first, unless they begin with it. With ``scored`` the result holds the loss of every token read (of
         held characters: later), else it is empty. ``progress(n)`` is called with the tokens of each piece. ``passes``:
-        read it so often, each time with an empty context and what was learned before; losses are those of the first.
+        number of times to read it, each with an empty context and the weights learned so far; losses: the first pass's.
 
         Raises UserError for what is neither text nor token ids of this model, and where the context is full and cannot
         move on. After an exception (Ctrl-C too) everything read so far stays read and learned.
@@ -140,14 +140,14 @@ class Session:
 
         Needs objective "loss". Sentences are learned alone, and questions about them that the model asks and answers
         with the sentence before it (docs/reading.md). Only the fast weights change: the context stays, with what it
-        holds; what is pending is learned first. ``minutes``: at most. ``progress(share, loss)`` is called on the way;
-        what it raises ends the study, and what was learned until then stays learned.
+        holds; what is pending is learned first. ``minutes``: time limit. ``progress(share, loss)`` is called meanwhile;
+        an exception that it raises ends the study, and what was learned until then stays learned.
         """
         with self._exclusive():
             return study(self, source, minutes, progress)
 
     def score(self, source: Readable) -> Score:
-        """Loss of a text as the continuation of what was read, learning on the way; the session stays as it was.
+        """Return the losses of a text as continuation, learning on the way; the session itself does not change.
 
         The text is tokenised on its own: what was read, held characters included, ends before it.
         """
@@ -170,12 +170,12 @@ class Session:
         stop: str | Sequence[str] = (),
         **sampling: Any,
     ) -> Any:
-        """Reads ``prompt`` and continues; returns the new text, or with ``stream`` an iterator over its pieces.
+        """Read ``prompt`` and continue; return the new text, or with ``stream`` an iterator over its pieces.
 
         Greedy unless ``temperature`` is given (further: top_k, top_p, min_p, repetition_penalty, seed). Ends at the
         model's end-of-text token (which is not read), at a ``stop`` string (left out of the text), or after
-        ``max_new_tokens``. What is written is part of the stream and learned from like what is read; to leave no
-        trace, generate on a ``fork``. Raises UserError when there is nothing to continue.
+        ``max_new_tokens``. Generated tokens are part of the stream and learned like those read; to leave the
+        session unchanged, generate on a ``fork``. Raises UserError when there is nothing to continue.
         """
         if self.tokenizer is None:
             raise UserError("this session has no tokenizer, so it cannot write text: use generate_ids")
@@ -189,7 +189,7 @@ class Session:
     def generate_ids(
         self, prompt: Sequence[int] | Tensor | str | None = None, *, max_new_tokens: int = 256, **sampling: Any
     ) -> list[int]:
-        """As ``generate``, in token ids, and without a tokenizer if the prompt is ids; no ``stop``, no ``stream``."""
+        """Generate as ``generate``, in ids; needs no tokenizer if the prompt is ids; no ``stop``, no ``stream``."""
         check_most(max_new_tokens)
         with closing(tokens(self, prompt, max_new_tokens, Sampler(Sampling(**sampling)))) as found:
             return list(found)
@@ -225,11 +225,11 @@ class Session:
     def ask(self, question: str, *, chat: bool = False, **options: Any) -> Any:
         """Answer from the fast weights alone: the context is dropped first. Options as for ``generate``.
 
-        ``chat``: as a user's message in the tokenizer's chat template. The session stays as it was, whatever is asked.
+        ``chat``: as a user's message in the tokenizer's chat template. The session does not change.
         What is not yet in the fast weights (with objective "learned" the tokens ``pending`` in ``stats``) cannot be
         remembered; where nothing is in them at all, a warning says so.
         """
-        copy = self.fork()  # not in a with statement: with stream=True it writes when this call is over
+        copy = self.fork()  # not in a with statement: with stream=True it generates after this call
         copy.drop_context()
         if not copy.stats().updates:
             size = self._reader.config.chunk_size
@@ -247,7 +247,7 @@ class Session:
     # -- the stream as a thing ------------------------------------------------------------------------------------
 
     def fork(self) -> "Session":
-        """An independent session in the same state. Cheap: only what changes is copied, when it changes."""
+        """Return an independent session in the same state. Cheap: only what changes is copied, when it changes."""
         self._check_idle()
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
@@ -256,13 +256,13 @@ class Session:
         return twin
 
     def snapshot(self) -> Snapshot:
-        """The present state, to come back to with ``restore``."""
+        """Return the present state, to come back to with ``restore``."""
         self._check_idle()
         encoder = None if self._encoder is None else self._encoder.fork()
         return Snapshot(self._reader, self._stream.copy(), encoder, self._timeline.copy())
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Goes back to a snapshot of this session or of a fork of it.
+        """Go back to a snapshot of this session or of a fork of it.
 
         Raises UserError for a snapshot of a session of another model, or with other settings.
         """
@@ -274,7 +274,7 @@ class Session:
         self._timeline = snapshot.timeline.copy()
 
     def reset(self) -> None:
-        """Forgets everything: a new document begins."""
+        """Forget everything: a new document begins."""
         self._check_idle()
         self._clear()
 
@@ -285,12 +285,12 @@ class Session:
         """
         with self._exclusive():
             if not self._reader.fits(self._stream, self._waiting()):
-                self._reader.drop_context(self._stream)  # full, and held characters could not be read
+                self._reader.drop_context(self._stream)  # else the held characters could not be read
             self._flush()
             self._reader.drop_context(self._stream)
 
     def save(self, path: str | Path) -> None:
-        """Writes the session to one safetensors file, atomically. See ``files``."""
+        """Write the session to one safetensors file, atomically. See ``files``."""
         from .files import save
 
         self._check_idle()
@@ -298,13 +298,13 @@ class Session:
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module, tokenizer: Any = None) -> "Session":
-        """A session from a file; UserError, with the reason, when it is damaged or belongs to another model."""
+        """Load a session from a file; UserError, with the reason, when it is damaged or belongs to another model."""
         from .files import load
 
         return load(cls, path, model, tokenizer)
 
     def export_lora(self, directory: str | Path, rank: int | None = 64) -> Any:
-        """Writes what was learned as a PEFT LoRA adapter of the base model. See ``lora.export``."""
+        """Write what was learned as a PEFT LoRA adapter of the base model. See ``lora.export``."""
         from .lora import export
 
         self._check_idle()
@@ -314,7 +314,7 @@ class Session:
 
     @property
     def next_logits(self) -> Tensor | None:
-        """Logits [V] of the next token in the model's dtype, a copy, with all text read so far (held characters too).
+        """Return logits [V] of the next token in the model's dtype, a copy, after all text so far (held text too).
 
         None where nothing is in context.
         """
@@ -331,22 +331,22 @@ class Session:
 
     @property
     def timeline(self) -> Timeline:
-        """What the probes saw."""
+        """Samples of the probes."""
         return self._timeline
 
     @property
     def warning(self) -> str | None:
-        """One line when the updates look harmful, by the probes, or when the model was never trained."""
+        """Return a line when the updates look harmful, by the probes, or when the model was never trained."""
         if not is_trained(self._reader.model):
             return UNTRAINED
         return harm(self._timeline, self._settings())
 
     def diagnostics(self) -> list[Any]:
-        """``LayerDiagnostics`` of every adapting layer, now; empty before the first token."""
+        """Return ``LayerDiagnostics`` of every adapting layer, now; empty before the first token."""
         return measure(self._reader.model, self._stream.fast, config=self._reader.config)
 
     def stats(self) -> Stats:
-        """Where the session stands."""
+        """Return the session's statistics."""
         stream = self._stream
         held = "" if self._encoder is None else self._encoder.held
         waiting = self._waiting()
@@ -391,7 +391,7 @@ class Session:
         self._timeline = Timeline(self._probe.every)
 
     def _ids(self, source: Readable) -> Iterator[list[int]]:
-        """Token ids of a source, settled piece by piece."""
+        """Yield the token ids of a source, settled piece by piece."""
         if (ids := token_ids(source)) is not None:
             self._reader.check(ids)
             if ids:
@@ -407,19 +407,19 @@ class Session:
                 yield self._begin() + ids
 
     def _begin(self) -> list[int]:
-        """The tokenizer's prefix, once a stream."""
+        """Feed the tokenizer's prefix (BOS), once per stream."""
         if self._stream.started or self._encoder is None:
             return []
         return list(self._encoder.prefix)
 
     def _waiting(self) -> int:
-        """Tokens that the held characters would be."""
+        """Return the tokens that the held characters would be."""
         if self._encoder is None or not self._encoder.held:
             return 0
         return len(self._begin() + self._encoder.fork().flush())
 
     def _flush(self, scored: bool = False) -> Score:
-        """Turns held characters into tokens: the text ends here."""
+        """Turn held characters into tokens: the text ends here."""
         if self._encoder is None or not self._encoder.held:
             return Score((), ())
         ids = self._begin() + self._encoder.flush()
@@ -427,7 +427,7 @@ class Session:
         return Score(tuple(ids) if scored else (), tuple(losses))
 
     def _feed(self, ids: list[int], scored: bool, learn: bool = True) -> Iterator[tuple[int, list[float]]]:
-        """Feeds ids with a probe where one is due; yields each piece's size and (if scored) losses."""
+        """Feed ids with a probe where one is due; yield each piece's size and (if scored) losses."""
         self._reader.check(ids)
         at = 0
         while at < len(ids):

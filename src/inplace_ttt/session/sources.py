@@ -1,4 +1,4 @@
-"""What a session reads: texts, files and token ids."""
+"""Inputs of a session: texts, files and token ids."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
@@ -12,11 +12,11 @@ from ..errors import UserError
 
 Readable = str | Path | IO[Any] | Iterable[str] | Sequence[int] | np.ndarray | Tensor
 BLOCK = 1 << 18
-"""Characters turned into tokens at once, at most: bounds the memory."""
+"""Maximum number of characters tokenised at once, to bound memory."""
 
 
 def token_ids(source: Any) -> list[int] | None:
-    """The ids that ``source`` holds, a flat sequence, an array or a tensor [n] or [1, n]; None when it holds texts.
+    """Return the ids in ``source``, a flat sequence, an array or a tensor [n] or [1, n]; None when it holds texts.
 
     Raises UserError for what is neither, or looks like ids and is something else.
     """
@@ -35,9 +35,9 @@ def token_ids(source: Any) -> list[int] | None:
 
 
 def texts(source: Any) -> Iterator[str]:
-    """A text, a file (by ``Path`` or open in text mode) or an iterable of texts, in parts.
+    """Yield a text, a file (by ``Path`` or open in text mode) or an iterable of texts, in parts.
 
-    Raises UserError where something is no text.
+    Raises UserError for anything that is not text.
     """
     if isinstance(source, str):
         for at in range(0, len(source), BLOCK):

@@ -1,7 +1,7 @@
-"""What a session carries from call to call, and how tokens are fed to it in bounded memory.
+"""A session's state from call to call, and how tokens are fed to it in bounded memory.
 
-The text a session has read is cut into calls on a grid that depends on the number of tokens alone, so however it
-arrives the same calls happen to the cache, up to where a call ends inside a chunk (which changes nothing).
+Tokens are cut into calls on a grid that depends on their number alone, so the cache sees the same calls however text
+arrives, except where a call ends inside a chunk (which changes nothing).
 """
 
 import copy
@@ -28,16 +28,16 @@ from ..hf.settings import Settings
 from ..hf.window import clear, empty_cache, evict, native_window, sliding_windows
 
 PIECE = 2048
-"""Tokens fed in one call, at most."""
+"""Maximum number of tokens in one call."""
 SCORED_LOGITS = 1 << 25
-"""Logits of one call, at most, where all of them are wanted."""
+"""Maximum number of logits in one call that returns all of them."""
 RECENT = 2048
-"""Last tokens remembered by id: context of the probes, and of the repetition penalty."""
+"""Number of last ids stored: context of the probes and of the repetition penalty."""
 
 
 @dataclass
 class Stream:
-    """One row's state: KV cache with fast weights, and where it stands."""
+    """One row's state: KV cache with fast weights, and its position."""
 
     cache: DynamicCache
     position: int = 0
@@ -49,15 +49,15 @@ class Stream:
     written: int = 0
     """Tokens that ``generate`` added."""
     started: bool = False
-    """Whether the tokenizer's prefix (BOS) was fed."""
+    """True once the tokenizer's prefix (BOS) was fed."""
     logits: Tensor | None = None
-    """[V]: prediction of the next token; None at a stream's beginning."""
+    """Logits [V] of the next token; None at a stream's beginning."""
     recent: list[int] = field(default_factory=list)
     messages: tuple[Mapping[str, str], ...] = ()
-    """What was said in a chat that is still in context; a session's file does not have it."""
+    """Messages of a chat that are still in context; not saved in a session's file."""
 
     def copy(self) -> "Stream":
-        """An independent copy that shares tensors which are only ever replaced."""
+        """Return an independent copy that shares tensors which are only ever replaced."""
         return replace(self, cache=copy_cache(self.cache), recent=list(self.recent))
 
     @property
@@ -73,7 +73,7 @@ class Stream:
 
 
 def copy_cache(cache: DynamicCache) -> DynamicCache:
-    """A cache of its own: keys, values and S are shared, as calls replace them; the pending buffers are copied."""
+    """Copy a cache: keys, values and S are shared, as calls replace them; the pending buffers are copied."""
     new = copy.copy(cache)
     new.layers = []
     for layer in cache.layers:
@@ -92,7 +92,7 @@ def _share(fast: FastWeights) -> FastWeights:
 
 
 class Reader:
-    """Feeds tokens to streams of one model under one set of settings.
+    """A reader of tokens into streams of one model under one set of settings.
 
     ``window``: tokens that layers with full attention keep (None: the model's own limit), ``sinks``: the first tokens
     that they keep besides. When the window is full its oldest quarter is dropped and the cached keys move to smaller
@@ -106,7 +106,7 @@ class Reader:
         self.gates = any(site.gates for site in self.runtime.sites)
         self.by_loss = self.runtime.loss_forward is not None
         self.adapts = True
-        """Whether it reads with the fast weights; if not, they stay empty."""
+        """False: reads without fast weights; they stay empty."""
         self.device: torch.device = self.root.get_input_embeddings().weight.device  # type: ignore[assignment]
         self.relocation = _relocation(self.runtime, model)
         self.own_window = native_window(model)
@@ -147,35 +147,36 @@ class Reader:
         return window
 
     def new(self) -> Stream:
-        """An empty stream."""
+        """Return an empty stream."""
         return Stream(empty_cache(self.root.config))
 
     def install(self, stream: Stream, layer: int, fast: FastWeights) -> None:
-        """Gives a stream's layer fast weights that were kept elsewhere."""
+        """Set the fast weights of a stream's layer to ones that were stored elsewhere."""
         install(stream.cache, layer, fast)
 
     def reads_like(self, other: "Reader") -> bool:
-        """Whether streams of ``other`` may go on here."""
+        """Return whether streams of ``other`` can be continued here."""
         mine, theirs = ((r.runtime, r.config, r.window, r.sinks, r.form) for r in (self, other))
         return mine == theirs
 
     def check(self, ids: Sequence[int]) -> None:
-        """UserError for ids that the model does not know."""
+        """Raise UserError for ids that the model does not know."""
         if not ids:
             return
         weight: Any = self.root.get_input_embeddings().weight
         known = weight.shape[0]
         if wrong := [i for i in (min(ids), max(ids)) if not 0 <= i < known]:
-            raise UserError(f"token id {wrong[0]} is none of this model's, 0 to {known - 1}: is the tokenizer its own?")
+            outside = f"token id {wrong[0]} is outside this model's vocabulary, 0 to {known - 1}"
+            raise UserError(f"{outside}: use the model's own tokenizer")
 
     # -- housekeeping ---------------------------------------------------------------------------------------------
 
     def fits(self, stream: Stream, n: int) -> bool:
-        """Whether ``n`` more tokens can be read without forgetting the context first."""
+        """Return whether ``n`` more tokens can be read without dropping the context first."""
         return self.relocation.supported or self.room(stream) >= n
 
     def room(self, stream: Stream) -> int:
-        """Tokens that fit before the window must move on."""
+        """Return how many tokens fit before the window must be moved."""
         if self.own_window is None:
             return self.window + self.sinks - stream.cached
         if not self.relocation.supported:
@@ -221,7 +222,7 @@ class Reader:
         C = self.config.chunk_size
         pending = next((fast.seen[0] % C for fast in stream.fast.values()), 0)
         if not pending:
-            self.make_room(stream, C)  # all of it: what comes later must fit as well
+            self.make_room(stream, C)  # for the whole chunk: its later tokens must fit as well
         return min(rest, (pending + self.room(stream)) // C * C - pending)
 
     def commit(self, stream: Stream) -> bool:
@@ -252,7 +253,7 @@ class Reader:
         """Feed ``ids`` piece by piece; yield each piece's size n and its logits, [n, V] if ``scored``, else [1, V].
 
         ``learn``: False for tokens that are read but not learned (objective "loss"). A piece is taken whole or not at
-        all: whatever breaks off a call, the stream is as it was before the piece.
+        all: after an exception the stream is as it was before the piece.
         """
         at = 0
         while at < len(ids):
@@ -276,7 +277,7 @@ class Reader:
         scored: bool = False,
         learn: bool = True,
     ) -> Tensor:
-        """Logits [B, n, V] ([B, 1, V] unless ``scored``) of ids [B, n]."""
+        """Return logits [B, n, V] ([B, 1, V] unless ``scored``) of ids [B, n]."""
         if self.root.__dict__.get(RUNTIME) is not self.runtime:
             raise UserError("the model's fast weights were taken out since this session began: begin a new one")
         if self.adapts and not self.runtime.enabled:
@@ -305,7 +306,7 @@ class Reader:
         return torch.tensor([s.position for s in streams])[:, None] + torch.arange(n)
 
     def advance(self, stream: Stream, ids: Sequence[int], logits: Tensor) -> None:
-        """Notes that ``ids`` were fed and what the model predicts next."""
+        """Record that ``ids`` were fed, and the logits of the next token."""
         n = len(ids)
         stream.position += n
         stream.tokens += n
@@ -319,7 +320,7 @@ _PROBING = threading.Lock()
 
 
 def _relocation(runtime: Any, model: nn.Module) -> Relocation:
-    """Try out once a model, not in several threads at once, whether its cached tokens can be moved."""
+    """Test once per model, not in several threads at once, whether its cached tokens can be moved."""
     with _PROBING:
         if runtime.relocation is None:
             runtime.relocation = Relocation.of(model)
@@ -328,7 +329,7 @@ def _relocation(runtime: Any, model: nn.Module) -> Relocation:
 
 
 def losses_of(before: Tensor | None, logits_nV: Tensor, ids: Sequence[int]) -> list[float]:
-    """-log p in nats of ids [n], each by the logits of the token before it (``before`` [V] for the first, or none)."""
+    """Return -log p in nats of ids [n] by the logits of the token before (``before`` [V] for the first, or none)."""
     rows = logits_nV[:-1] if before is None else torch.cat([before[None], logits_nV[:-1]])
     if not len(rows):
         return []
@@ -343,7 +344,7 @@ def _is_count(value: Any, least: int) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, no dropout; afterwards each module is in the mode in which it was."""
+    """Switch to eval mode inside ``with``; afterwards each module is back in its former mode."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -356,9 +357,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def whole(cache: DynamicCache) -> Iterator[None]:
-    """All or nothing: an exception inside (Ctrl-C, out of memory) leaves the cache as it was before.
+    """Restore the cache when an exception (Ctrl-C, out of memory) is raised inside ``with``.
 
-    Calls replace a cache's tensors and write into none but the pending buffers, beyond what counts as filled.
+    Calls replace a cache's tensors; only the pending buffers are written in place, beyond their filled part.
     """
     layers = list(cache.layers)
     saved = [dict(layer.__dict__) for layer in layers]

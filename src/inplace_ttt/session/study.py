@@ -1,10 +1,10 @@
 """Study: learn what a text says so that it can be asked for, with no context left.
 
-Reading stores a text: each fact behind all that came before it. To be found by its key alone, a fact must be learned
-from its key alone. So what is learned are questions about the text's sentences that the model asks and answers itself
-while the sentence is before it, each from an empty context. Several such examples make one update. Beside them come
+Reading stores each fact under all the text before it. To be recalled from its key alone, it must be learned from that
+key alone. So the examples are questions about the text's sentences that the model asks and answers itself with the
+sentence in context; they are learned from an empty context. Several such examples make one update. Beside them come
 parts of the text on which the model is held to its own predictions without fast weights, so that it stays what it was
-on ordinary text. Where the model asks nothing of use, the sentences themselves are learned.
+on ordinary text. Where no question is useful, the sentences themselves are learned.
 """
 
 import random
@@ -54,33 +54,33 @@ Answer: Silverwater
 
 Text: {text}
 Question:"""
-"""How a model is made to ask and to answer, whether it was tuned for chats or not."""
+"""Prompts that make a model ask and answer, whether it was tuned for chats or not."""
 STARTS = ("", " What", " Where", " When", " Who", " How")
-"""How a question may begin: tries for each sentence."""
+"""Beginnings of questions to try for each sentence."""
 ABOUT = "What do you know about {name}?"
 ANSWER = "{text}\n\n{question}"
 _END = re.compile(r"(?<=[.!?])[\"'\u2019\u201d)\]]*\s+|\n\s*\n\s*")
 
 
 TOKENS, LEAST = 256, 64
-"""Of one update; of a short text's, an eighth of it all but at least so many."""
+"""Tokens of one update: ``TOKENS``, or for short texts an eighth of all, at least ``LEAST``."""
 SIZE = 2e-3
-"""r of an update at first, where the session's is "auto"."""
+"""Initial r of an update, where the session's is "auto"."""
 PASSES = 16
-"""Over all examples, at most."""
+"""Maximum number of passes over all examples."""
 WRITING = 0.35
 """Share of the time in which questions are written."""
 KEEP = 1.0
-"""Tokens of ordinary text for each that is learned."""
+"""Tokens of ordinary text per learned token."""
 COMMON = 3
-"""Sentences that say something about a name; one that more of them have tells nothing apart."""
+"""Maximum number of sentences with one name; a more frequent name does not identify any of them."""
 
 
 @dataclass(frozen=True)
 class Example:
     """Token ids to be learned, ``answer``, after ``prompt`` and nothing else.
 
-    ``source``: the prompt with the text before it, by which the model itself tells what to predict (soft targets).
+    ``source``: the prompt with the text before it, from which the model computes soft targets.
     """
 
     prompt: tuple[int, ...]
@@ -92,7 +92,7 @@ class Example:
 
     @property
     def keeps(self) -> bool:
-        """Whether nothing new is learned: the model is held to what it predicts without fast weights."""
+        """True when nothing new is learned: the model is held to its predictions without fast weights."""
         return self.source == self.prompt
 
 
@@ -134,7 +134,7 @@ def is_about(pair: Pair) -> bool:
 
 
 class Examples:
-    """Makes examples of texts for one tokenizer and its chat template, if any. ``prefix``: of a text (BOS)."""
+    """A maker of examples of texts for one tokenizer and its chat template, if any. ``prefix``: of a text (BOS)."""
 
     def __init__(self, tokenizer: Any, template: Template | None, prefix: Sequence[int] = (), most: int = 96) -> None:
         self.tokenizer, self.template, self.prefix, self.most = tokenizer, template, tuple(prefix), most
@@ -228,7 +228,7 @@ def study(session: Session, source: Any, minutes: float, progress: Any = None) -
     if tokenizer is None or session._encoder is None:
         raise UserError("this session has no tokenizer, so it cannot study a text: make it with one")
     config = replace(reader.config, decay=0.0)
-    if config.update_size == "auto":  # which follows one text; these are many, and the size shrinks with the time
+    if config.update_size == "auto":  # "auto" tracks one text; here the size decays with the time
         config = replace(config, update_size=SIZE)
     size = config.update_size
     config.make_rule().need("outer", "study")
@@ -360,5 +360,5 @@ def _padded(given: Sequence[tuple[Sequence[int], Sequence[int]] | None], device:
         end = len(prompt) + len(answer)
         ids[row, :end] = torch.tensor([*prompt, *answer])
         targets[row, len(prompt) : end] = ids[row, len(prompt) : end]
-    targets[:, 0] = -1  # nothing comes before it
+    targets[:, 0] = -1  # the first token has no context
     return ids.to(device), targets.to(device)

@@ -15,7 +15,7 @@ from .writing import end_tokens, read_exactly, write
 Messages = Sequence[Mapping[str, str]]
 
 WORDS, REPLY = f"words{token_hex(8)}", f"reply{token_hex(8)}"
-"""Stand where the user's words and the model's go."""
+"""Placeholders for the user's words and the model's."""
 SOME: Messages = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
 
 
@@ -37,7 +37,7 @@ class Template:
 
     @classmethod
     def of(cls, session: Any) -> "Template | None":
-        """The template of a session's tokenizer, if it has one. Answers end where it ends a turn from now on."""
+        """Return the template of a session's tokenizer, if it has one. Answers end where it ends a turn from now on."""
         if not getattr(session.tokenizer, "chat_template", None):
             return None
         template, root = cls(session.tokenizer), session._reader.root
@@ -45,18 +45,18 @@ class Template:
         return template
 
     def feed(self, session: Any, messages: Messages, words: str) -> list[int]:
-        """Ids that let ``session`` answer the user's words after ``messages``."""
+        """Return the ids that let ``session`` answer the user's words after ``messages``."""
         if not messages and self.goes_on(session._stream.recent):
             messages = SOME
         ids = self.opening(messages, words)
         if messages:
             return ids
         if not session.stats().in_context and not session.stats().held_characters:
-            session._stream.started = True  # the template itself says how a text begins
+            session._stream.started = True  # the template contains the text's prefix
         return self._after_prefix(session, ids)
 
     def conversation(self, session: Session, messages: Messages, begun: bool) -> list[int]:
-        """Ids, to be read exactly as they are, that let ``session`` answer new messages of any role.
+        """Return ids, to be read exactly as they are, that let ``session`` answer new messages of any role.
 
         ``begun``: an answer came before them, whose end was not read. UserError where the template refuses them.
         """
@@ -72,7 +72,7 @@ class Template:
         return ids if begun else self._after_prefix(session, ids)
 
     def _turns(self, messages: Messages, contents: Sequence[str], begun: bool, prompt: bool = True) -> str:
-        """New messages as text, with these contents; ``prompt``: up to where the answer begins."""
+        """Render new messages as text, with these contents; ``prompt``: up to where the answer begins."""
         new = [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
         if not begun:
             return self._render(new, prompt)
@@ -90,14 +90,14 @@ class Template:
 
     @staticmethod
     def _after_prefix(session: Session, ids: list[int]) -> list[int]:
-        """The ids without the tokenizer's prefix, unless a text begins here."""
+        """Return the ids without the tokenizer's prefix, unless a text begins here."""
         stats, encoder = session.stats(), session._encoder
         prefix = [] if encoder is None else encoder.prefix
         inside = stats.in_context or stats.held_characters
         return ids[len(prefix) :] if inside and ids[: len(prefix)] == prefix else ids
 
     def opening(self, messages: Messages, words: str) -> list[int]:
-        """Ids of a user's turn after ``messages`` (their ``closing`` was fed), up to where the answer begins."""
+        """Return ids of a user's turn after ``messages`` (their ``closing`` was fed), up to where the answer begins."""
         ids, plain = (self._ids(self._turn(messages, text)) for text in (words, WORDS))
         if self._controls(ids) != self._controls(plain):
             head, _, tail = self._turn(messages, WORDS).partition(WORDS)
@@ -105,18 +105,18 @@ class Template:
         return ids[_common(ids, self.closing(messages)) :] if messages else ids
 
     def closing(self, messages: Messages) -> list[int]:
-        """Ids that follow the last answer in ``messages`` whatever comes next: the end of the turn."""
+        """Return the ids that follow the last answer in ``messages`` whatever comes next: the end of the turn."""
         answered = [*messages[:-1], {"role": "assistant", "content": REPLY}]
         end = self._ids(self._after_reply(self._render(answered, False)))
         return end[: _common(end, self._ids(self._turn(messages, WORDS)))]
 
     def goes_on(self, recent: Sequence[int]) -> bool:
-        """Whether a turn ends in the tokens ``recent``: the beginning of a conversation (a system prompt) was fed."""
+        """Return whether a turn ends within ``recent``: the beginning of a conversation (a system prompt) was fed."""
         closing, n = self.closing(SOME), len(self.closing(SOME))
         return bool(self.ends) and any(list(recent[i : i + n]) == closing for i in range(len(recent) - n + 1))
 
     def _turn(self, messages: Messages, words: str) -> str:
-        """A user's turn as text: all of the template at first, later what comes after the last answer."""
+        """Render a user's turn: all of the template at first, later what comes after the last answer."""
         user = {"role": "user", "content": words}
         if not messages:
             return self._render([user], True)
@@ -143,7 +143,7 @@ class Template:
         return [i for i in ids if i in self.control]
 
     def _spell(self, words: str) -> list[int]:
-        """Ids of words without the tokens that were added to the vocabulary."""
+        """Return the ids of words without the tokens that were added to the vocabulary."""
         from tokenizers import Tokenizer
 
         spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
@@ -172,7 +172,7 @@ def converse(
         ids = template.conversation(session, new, begun)
         rest = [ids] if learn is None else template.by_message(new, begun, ids)
         wanted = [True] if learn is None else [*(message["role"] in learn for message in new), False]
-        done = template.closing(SOME) if begun else []  # was read at the end of the turn before
+        done = template.closing(SOME) if begun else []  # read at the end of the previous turn
         skip = _common(ids, done)
         for part, is_learned in zip(rest, wanted, strict=True):
             read_exactly(session, part[skip:], is_learned)
@@ -194,5 +194,5 @@ def converse(
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common beginning."""
+    """Return the length of the common beginning."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))

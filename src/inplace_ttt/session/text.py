@@ -1,4 +1,4 @@
-"""Text that arrives in pieces to token ids and back: the same ids, the same text, however it was cut."""
+"""Incremental tokenizing and decoding: the same ids and the same text, however the input is cut."""
 
 import json
 import re
@@ -13,25 +13,25 @@ from tokenizers import Encoding, Tokenizer
 
 from inplace_ttt.errors import UserError
 
-# What works on a text character by character or word by word, so that a word's tokens do not depend on far text.
+# Components that work by character or by word, so that a word's tokens do not depend on far text.
 _LOCAL_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend", "Replace", "BertNormalizer"}
 _LOCAL_SPLITTERS = {
     *("ByteLevel", "Split", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit", "BertPreTokenizer"),
     *("Metaspace", "CharDelimiterSplit"),
 }
 _ORDINARY = re.compile(r"\[(?:\\.|[^\]\\])*\]|\\[^AG]")  # character classes and escapes of a regex
-_AT_START = re.compile(r"\\[AG]|\^")  # these find a beginning in the middle of a text that is tokenised from there
-_GAPS = " \n\t\r\u3001\u3002\uff0c\uff01\uff1f"  # white space, Chinese comma and full stop: what ends a word
+_AT_START = re.compile(r"\\[AG]|\^")  # these would match where tokenising starts in the middle of a text
+_GAPS = " \n\t\r\u3001\u3002\uff0c\uff01\uff1f"  # ends of words: white space, Chinese comma and full stop
 _WORDS_AHEAD = 3  # a word is settled when this many words follow: a regex looks two ahead at most ("'", "re")
 _CONTEXT = 16  # characters of settled text to keep, at least: more than a regex looks behind
 _STEP = 256  # new characters before text is tokenised again
 _WINDOW = 1 << 15  # characters tokenised at once: bounds the memory
-_PENDING = 32  # ids without a complete character before the decoder gives up on them
+_PENDING = 32  # maximum ids without a complete character
 _REPLACEMENT = "\ufffd"
 
 
 class StreamEncoder:
-    """Token ids of a text that arrives in pieces: the same ids however it is cut.
+    """An incremental tokenizer for text that arrives in pieces: the same ids however it is cut.
 
     The pushes and the flush after them give ``tokenizer(text, add_special_tokens=False, split_special_tokens=True)``.
     The last words are held back, about 300 characters at most in common text; a long run without white space or
@@ -65,7 +65,7 @@ class StreamEncoder:
         return self._parts[0] if self._parts else ""
 
     def push(self, text: str) -> list[int]:
-        """Ids that no further text can change. Raises UserError on half a surrogate pair, which is no character."""
+        """Add text; return ids that no further text can change. Raises UserError on half a surrogate pair."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -104,14 +104,14 @@ class StreamEncoder:
             )
 
     def flush(self) -> list[int]:
-        """Ids of what is held: the text ends here. The next push begins a new text, tokenised on its own."""
+        """Return the ids of the held text, which ends here. The next push begins a new text, tokenised on its own."""
         encoding = self._splitter.encode(self._anchor + self.held)
         ids: list[int] = encoding.ids[self._first_held(encoding) :]
         self._start()
         return ids
 
     def _settle(self, window: str) -> tuple[list[int], int]:
-        """Ids of the settled beginning of the window, and its length; moves the anchor there."""
+        """Return the ids of the settled beginning of the window, and its length; move the anchor there."""
         text = self._anchor + window
         encoding = self._splitter.encode(text)
         first = self._first_held(encoding)
@@ -125,23 +125,23 @@ class StreamEncoder:
 
     def _first_held(self, encoding: Encoding) -> int:
         first = _token_at(encoding, len(self._anchor))
-        if first is None:  # tried out when the anchor was chosen; ids that were returned would be wrong
+        if first is None:  # tested when the anchor was chosen; else returned ids would be wrong
             raise RuntimeError("this tokenizer joins words that it kept apart before: its text cannot come in pieces")
         return first
 
     def state(self) -> dict[str, Any]:
-        """All there is to know, for JSON; ``restore`` gives an equal encoder."""
+        """Return the encoder's state for JSON; ``restore`` gives an equal encoder."""
         return {"anchor": self._anchor, "held": self.held, "wait": self._wait}
 
     @classmethod
     def restore(cls, tokenizer: Any, state: dict[str, Any]) -> "StreamEncoder":
-        """The encoder that gave ``state``, which had the same tokenizer."""
+        """Build the encoder that gave ``state``, with the same tokenizer."""
         encoder = cls(tokenizer)
         encoder._load(state)
         return encoder
 
     def fork(self) -> "StreamEncoder":
-        """An encoder at the same place of the text; they go on apart."""
+        """Return an independent copy at the same position in the text."""
         encoder = object.__new__(StreamEncoder)
         encoder._splitter, encoder.prefix, encoder._tail = self._splitter, list(self.prefix), self._tail
         encoder._load(self.state())
@@ -153,7 +153,7 @@ class StreamEncoder:
 
 
 class _Splitter:
-    """A copy of a tokenizer, and where text can be cut so that the tokens on both sides stay as they are.
+    """A copy of a tokenizer that finds where text can be cut so that the tokens on both sides stay as they are.
 
     ``words``: between two pre-tokens, when more of them and a gap follow. ``pairs``: BPE over the whole text; no token
     of the vocabulary has these two characters side by side, so nothing ever merges across. ``None``: nowhere.
@@ -177,9 +177,9 @@ class _Splitter:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def cut(self, text: str, encoding: Encoding, begin: int) -> tuple[int, int, int] | None:
-        """The last place after ``begin`` that can be cut: the token, the character, the character where to start again.
+        """Return the last place after ``begin`` that can be cut: token, character, character where to start again.
 
-        Starting again there gives the same tokens from the cut on: this is tried out.
+        Tokenising from there gives the same tokens from the cut on: this is tested.
         """
         # The gap ends words that count from their end (digits in threes) and what normalisation can join.
         limit = min(len(text) - self._longest, max(map(text.rfind, _GAPS)))
@@ -196,7 +196,7 @@ class _Splitter:
         return (token, position, anchor) if same and _token_at(encoding, position) == token else None
 
     def _places(self, text: str, encoding: Encoding, limit: int) -> Iterator[tuple[int, int]]:
-        """Where text can be cut, from the end: a token and where it begins."""
+        """Yield the places where text can be cut, from the end: a token and where it begins."""
         offsets = encoding.offsets
         words: list[Any] = encoding.word_ids if self._kind == "words" else []
         tokens: list[str] = encoding.tokens if self._kind == "pairs" else []
@@ -224,7 +224,7 @@ def _splitter(tokenizer: Any) -> _Splitter:
 
 
 def _kind(spec: dict[str, Any]) -> str | None:
-    """Where texts can be cut for this tokenizer, see ``_Splitter``."""
+    """Return how this tokenizer's text can be cut, see ``_Splitter``."""
     normalizers, splitters = list(_flat(spec["normalizer"])), list(_flat(spec["pre_tokenizer"]))
     replaced = [part["pattern"].get("String", "") for part in normalizers if part["type"] == "Replace"]
     regexes = [part["pattern"].get("Regex", "") for part in splitters if part["type"] == "Split"]
@@ -244,14 +244,14 @@ def _kind(spec: dict[str, Any]) -> str | None:
 
 
 def _splits(part: dict[str, Any], replaced: list[str]) -> bool:
-    """Whether this pre-tokenizer ever finds something to split at; Gemma's looks for what its normaliser removed."""
+    """Return whether this pre-tokenizer ever splits; Gemma's looks for characters that its normaliser removed."""
     if part["type"] in ("ByteLevel", "Metaspace"):
         return bool(part["use_regex" if part["type"] == "ByteLevel" else "split"])
     return part["type"] != "Split" or part["pattern"].get("String") not in replaced
 
 
 def _flat(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """The parts of a normaliser or a pre-tokenizer."""
+    """Yield the parts of a normaliser or a pre-tokenizer."""
     if part is not None and part["type"] == "Sequence":
         for inner in part.get("normalizers") or part.get("pretokenizers") or ():
             yield from _flat(inner)
@@ -260,7 +260,7 @@ def _flat(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 
 def _token_at(encoding: Encoding, place: int) -> int | None:
-    """How many tokens are before ``place``; None when a token crosses it or normalisation moved one across."""
+    """Count the tokens before ``place``; None when a token crosses it or normalisation moved one across."""
     offsets = encoding.offsets
     before = sum(start < place for start, _ in offsets)
     return before if all(end <= place for _, end in offsets[:before]) else None
@@ -274,11 +274,11 @@ def _prefix(tokenizer: Any) -> list[int]:
 
 
 class StreamDecoder:
-    """Text of ids that arrive one by one; characters come when all their bytes are there. Special tokens are skipped.
+    """An incremental decoder; characters come when all their bytes are there. Special tokens are skipped.
 
     The pushes and the flush after them give ``tokenizer.decode(ids, skip_special_tokens=True)`` without clean-up of
-    spaces; only where bytes that form no character follow bytes that do, byte fallback tokens would take the character
-    back, which was returned already. ``prompt``: the ids before, so that a first space comes out right; their text is
+    spaces; only where invalid bytes follow a complete character, byte fallback would replace that character, which was
+    already returned. ``prompt``: the ids before, so that a first space comes out right; their text is
     not returned.
     """
 
@@ -289,7 +289,7 @@ class StreamDecoder:
         self._shown = len(self._tokenizer.decode(self._context))
 
     def _whole(self, ids: list[int]) -> tuple[list[int], list[int]]:
-        """The ids up to the last whole character, and those of a character to be completed."""
+        """Return the ids up to the last whole character, and those of a character to be completed."""
         ends = range(len(ids), max(len(ids) - 4, -1), -1)
         for end, start in product(ends, range(4)):  # the rest of a character that was cut spoils what follows it
             whole = not self._tokenizer.decode(ids[start:end]).endswith(_REPLACEMENT)
@@ -298,16 +298,16 @@ class StreamDecoder:
         return ids, []
 
     def push(self, token: int) -> str:
-        """The text that is complete with this token, "" when there is none."""
+        """Add a token; return the text that it completes, "" when there is none."""
         self._pending.append(token)
         text = self._tokenizer.decode(self._context + self._pending)
         if not text.endswith(_REPLACEMENT):
             return self._show(text)
-        # No character has this many ids: all but the last one is lost for good.
+        # No character has this many ids: all but the last one are invalid.
         return self._show(text, missing=1) if len(self._pending) >= _PENDING else ""
 
     def flush(self) -> str:
-        """What no token completed, as replacement characters; "" when nothing is missing."""
+        """Return replacement characters for bytes that no token completed; "" when nothing is missing."""
         return self._show(self._tokenizer.decode(self._context + self._pending))
 
     def _show(self, text: str, missing: int = 0) -> str:

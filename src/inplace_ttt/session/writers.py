@@ -1,7 +1,7 @@
-"""Two writers of one session file: the later one is told so, and does not wipe out what the other has written.
+"""Guards against two writers of one session file: the later one gets an error and overwrites nothing.
 
-A command holds the file from its beginning to its end, so that a second one is refused before it reads anything. And
-whoever saves a session where it was loaded or saved before checks that the file is still the one that it knew.
+A command holds the file while it runs, so that a second one is refused before it reads anything. And saving a session
+where it was loaded from or saved to checks that the file has not changed since.
 """
 
 import os
@@ -22,7 +22,7 @@ except ImportError:  # Windows: without the lock, with the check
     fcntl = None  # type: ignore[assignment]
 
 PATIENCE = 30.0
-"""Seconds that a save waits for another one of the same file."""
+"""Seconds that a save waits for another save of the same file."""
 _known: "WeakKeyDictionary[Any, dict[Path, str | None]]" = WeakKeyDictionary()
 """By session: digests of the files that it was loaded from or saved to, None where there was no file."""
 _held: dict[Path, int] = {}
@@ -37,7 +37,7 @@ def remember(session: Any, path: str | Path) -> None:
 
 @contextmanager
 def saving(session: Any, path: Path) -> Iterator[None]:
-    """Around writing ``session`` to ``path``. Raises UserError when the file is not the one that the session knows."""
+    """Guard writing ``session`` to ``path``. Raises UserError when the file is not the one that the session knows."""
     place = path.resolve()
     place.parent.mkdir(parents=True, exist_ok=True)
     lock = None if place in _held else _wait(place)
@@ -57,7 +57,7 @@ def saving(session: Any, path: Path) -> Iterator[None]:
 
 @contextmanager
 def holding(path: Path | None) -> Iterator[None]:
-    """Inside, no other process may save to ``path``. Raises UserError when another one holds it."""
+    """Prevent other processes from saving to ``path`` inside ``with``. Raises UserError when another one holds it."""
     place = None if path is None else path.resolve()
     if place is None or place in _held or not place.parent.is_dir():
         yield
@@ -86,7 +86,7 @@ def _wait(place: Path) -> int:
 
 
 def _lock(place: Path) -> int | None:
-    """A locked descriptor of the file beside ``place`` that stands for it, None while somebody else has one."""
+    """Lock the file beside ``place`` that stands for it; return its descriptor, None while another process holds it."""
     name = _lock_file(place)
     while True:
         handle = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
@@ -115,7 +115,7 @@ def _lock_file(place: Path) -> Path:
 
 
 def _digest(place: Path) -> str | None:
-    """What tells a session file's content; None where there is no file."""
+    """Return a digest of a session file's content; None where there is no file."""
     try:
         with safe_open(str(place), framework="pt") as file:
             return str((file.metadata() or {}).get("digest", ""))

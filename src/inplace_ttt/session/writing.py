@@ -13,7 +13,7 @@ NOTHING = "nothing to continue: read something first, or give a prompt"
 
 
 def write(session: Session, prompt: Any, most: int, stops: StopText, sampler: Sampler) -> Generator[str, None, None]:
-    """The new text, in pieces."""
+    """Generate text; yield it in pieces."""
     decoder: StreamDecoder | None = None
     with closing(tokens(session, prompt, most, sampler)) as found:
         for token in found:
@@ -27,7 +27,7 @@ def write(session: Session, prompt: Any, most: int, stops: StopText, sampler: Sa
 
 
 def tokens(session: Session, prompt: Any, most: int, sampler: Sampler) -> Generator[int, None, None]:
-    """The new tokens."""
+    """Sample tokens, feed each and yield it."""
     with session._exclusive():
         read_prompt(session, prompt)
         reader, stream = session._reader, session._stream
@@ -45,7 +45,7 @@ def tokens(session: Session, prompt: Any, most: int, sampler: Sampler) -> Genera
 def replay(session: Session, ids: list[int], learn: bool | None = None) -> None:
     """Read tokens that this session wrote once, as if it wrote them now. Same state as after writing them.
 
-    ``learn``: whether they are learned (objective "loss"); None: as the configuration says.
+    ``learn``: learn them (objective "loss"); None: as in the configuration.
     """
     with session._exclusive():
         read_prompt(session, None)
@@ -67,7 +67,7 @@ def read_exactly(session: Session, ids: list[int], learn: bool = True, prefix: b
 
 
 def read_prompt(session: Session, prompt: Any) -> None:
-    """Reads what is held and the prompt, or BOS if there is nothing else; UserError where nothing can be continued."""
+    """Read what is held and the prompt, or BOS if there is nothing else; UserError where nothing can be continued."""
     check_continuable(session, prompt)
     for ids in () if prompt is None else session._ids(prompt):
         for _ in session._feed(ids, False):
@@ -81,7 +81,7 @@ def read_prompt(session: Session, prompt: Any) -> None:
 
 
 def check_continuable(session: Session, prompt: Any) -> None:
-    """UserError where there is nothing to continue, as far as can be told without reading."""
+    """Raise UserError when there is nothing to continue, as far as can be told without reading."""
     held = session._encoder is not None and session._encoder.held
     empty = prompt is None or (isinstance(prompt, str | list | tuple) and not prompt)
     if session._stream.logits is None and empty and not held and not session._begin():
@@ -89,13 +89,13 @@ def check_continuable(session: Session, prompt: Any) -> None:
 
 
 def check_most(most: int) -> None:
-    """UserError for a negative number of new tokens."""
+    """Raise UserError for a negative number of new tokens."""
     if most < 0:
         raise UserError(f"max_new_tokens {most}: 0 or more")
 
 
 def end_tokens(root: Any, tokenizer: Any) -> set[int]:
-    """Ids that end a text."""
+    """Return the ids that end a text."""
     own = getattr(getattr(root, "generation_config", None), "eos_token_id", None)
     ids = [own if own is not None else root.config.get_text_config().eos_token_id]
     ids.append(getattr(tokenizer, "eos_token_id", None))

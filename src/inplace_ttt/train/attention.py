@@ -104,14 +104,14 @@ def varlen_attention(
             raise NotImplementedError(f"varlen attention has no {name}: choose attn_implementation: flex_attention")
     bounds = document_bounds(position_ids, B, T, query.device)
     if bounds.numel() == B + 1 and (sliding_window is None or sliding_window >= T):
-        # Whole rows: the kernel that PyTorch has for them is about twice as fast on Hopper.
+        # Whole rows: PyTorch's kernel for them is about twice as fast on Hopper.
         query, key, value = (x.to(dtype) for x in (query, key, value))
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **rest)
     if key.shape[1] != H:  # the flag for grouped heads is not in every supported version
         key, value = (x.repeat_interleave(H // x.shape[1], 1) for x in (key, value))
     flat = [x.to(dtype).transpose(1, 2).reshape(B * T, H, d) for x in (query, key, value)]
     left = -1 if sliding_window is None else sliding_window - 1
-    # T bounds the longest document without asking the device for it.
+    # T bounds the longest document without a device synchronisation.
     out = _varlen(*flat, bounds, bounds, T, T, scale=scaling, window_size=(left, 0))
     return out.view(B, T, H, d), None
 
@@ -129,8 +129,8 @@ def flex_attention(
 def document_bounds(position_ids: Tensor | None, rows: int, tokens: int, device: torch.device) -> Tensor:
     """Return where documents begin in the flattened rows, and their end: int32 [documents + 1].
 
-    All layers of a forward get the same ``position_ids`` tensor: the last answer is kept, so that the device is asked
-    once a forward.
+    All layers of a forward get the same ``position_ids`` tensor: the last result is cached, so that there is one device
+    synchronisation per forward.
     """
     if position_ids is None:
         return torch.arange(0, (rows + 1) * tokens, tokens, dtype=torch.int32, device=device)

@@ -1,9 +1,9 @@
-"""Training's loss from hidden states, some tokens at a time, so that whole logits [B, T, V] are never there.
+"""Training loss from hidden states, some tokens at a time, so that logits [B, T, V] are never in memory.
 
 For one row of 131,072 tokens and Qwen3's vocabulary they and their gradient would take 200 GB. While a model trains its
-head hands hidden states on as they are, and its loss function applies the head's weight piece by piece. Both happen
-inside the model's own forward, where FSDP2 has gathered the weight; backward gathers it again before it makes a piece's
-logits again.
+head returns the hidden states unchanged, and its loss function applies the head's weight piece by piece. Both happen
+inside the model's own forward, where FSDP2 has gathered the weight; backward gathers it again before it recomputes a
+piece's logits.
 
 Shapes: B rows, T tokens, N = B T, D hidden size, V vocabulary.
 """
@@ -34,9 +34,9 @@ def tokens_at_once(vocabulary: int) -> int:
 
 @contextmanager
 def loss_in_pieces(model: PreTrainedModel, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
-    """Inside, ``model(labels=...)`` computes its loss piece by piece, and its "logits" are hidden states.
+    """Make ``model(labels=...)`` compute its loss piece by piece; its "logits" are hidden states then.
 
-    A model that this would not be right for keeps whole logits; ``say`` then gets one line.
+    A model for which this would be wrong keeps whole logits; ``say`` then gets one line.
     """
     reason = why_whole(model)
     if reason is not None:
@@ -77,7 +77,7 @@ def loss_of_hidden(
         shift_labels = pad(labels, (0, 1), value=ignore_index)[..., 1:]
     hidden_ND, labels_N = logits.flatten(0, -2), shift_labels.flatten().to(logits.device)
     kind = hidden_ND.device.type
-    # Cast in each piece: a cast of autocast's own would be shared, and sum the pieces' gradients in half precision.
+    # Cast in each piece: autocast would share one cast, and sum the pieces' gradients in half precision.
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_ND.dtype
     size = tokens_at_once(head.weight.shape[0])
     pieces = list(zip(torch.split(hidden_ND, size), torch.split(labels_N, size), strict=True))
@@ -106,7 +106,7 @@ def _piece(
 def _aliases(weight: Tensor) -> Iterator[Tensor]:
     """Yield the weight for one piece after another; gradients of a half-precision one are summed in float32.
 
-    Summed in bf16 over 74 pieces (128k tokens of Qwen3) it is six times as far from the truth as one product's, see
+    Summed in bf16 over 74 pieces (128k tokens of Qwen3) its error is six times that of one product, see
     docs/log.md. A float32 copy of the weight would do, at 8 bytes more a number.
     """
     if weight.dtype.itemsize > 2 or not weight.requires_grad:
@@ -149,16 +149,16 @@ def why_whole(model: PreTrainedModel) -> str | None:
     device, given = head.weight.device, list[tuple[Tensor, int]]()
 
     def base(*_: Any, **__: Any) -> BaseModelOutputWithPast:
-        hidden = torch.zeros(1, 2, head.in_features, dtype=torch.bfloat16, device=device)  # so a cast is seen as well
+        hidden = torch.zeros(1, 2, head.in_features, dtype=torch.bfloat16, device=device)  # to detect a cast as well
         return BaseModelOutputWithPast(last_hidden_state=hidden)
 
     def hand_on(hidden: Tensor) -> Tensor:
-        given.append((hidden, hidden._version))  # the version: what changes it in place counts
+        given.append((hidden, hidden._version))  # the version detects in-place changes
         return hidden
 
     def loss(logits: Tensor, *_: Any, **__: Any) -> Tensor:
         if len(given) == 1 and logits is given[0][0] and logits._version == given[0][1]:
-            raise _LogitsUnchanged  # nothing of the forward after that matters
+            raise _LogitsUnchanged  # the rest of the forward does not matter
         return logits.sum()
 
     stand_in: Any = object.__new__(type(model))
@@ -169,10 +169,10 @@ def why_whole(model: PreTrainedModel) -> str | None:
         type(model).forward(stand_in, input_ids=ids, labels=ids, use_cache=False)
     except _LogitsUnchanged:
         return None
-    except Exception:  # whatever it is, whole logits are right
+    except Exception:  # any failure: use whole logits
         return f"the forward of {name} cannot be followed from its head to its loss"
     return f"{name} changes its logits before the loss"
 
 
 class _LogitsUnchanged(Exception):  # noqa: N818
-    """The loss got the tensor that the head gave."""
+    """A signal that the loss received the tensor that the head returned."""

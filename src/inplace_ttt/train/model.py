@@ -100,7 +100,7 @@ def _load_base(base: str, keywords: dict[str, Any], tensor: int) -> PreTrainedMo
         raise
     except (OSError, ValueError, TypeError, StrictDataclassError, SafetensorError) as error:
         raise UserError(f"model.base: cannot load {base}: {in_one_line(error)}") from None
-    except KeyError as error:  # of settings that are not complete
+    except KeyError as error:  # incomplete settings
         raise UserError(f"model.base: cannot load {base}: its settings lack {error}") from None
     assert isinstance(model, PreTrainedModel)
     return model
@@ -131,7 +131,7 @@ def save_model(
 ) -> None:
     """Write a trained model as bfloat16, converting it in place, and the tokenizer.
 
-    Of a frozen ``base`` that is the adapter, which names the base; else the whole model.
+    With a frozen ``base`` only the adapter, which names the base; else the whole model.
     """
     nn.Module.to(model, torch.bfloat16)
     if not is_attached(model):
@@ -139,7 +139,7 @@ def save_model(
         tokenizer.save_pretrained(directory)
         return
     is_adapter = trainable != "all" and bool(base_of(model).name)
-    # Whether the adapting projections differ from the base's: trained now, or by an adapter that the run began with.
+    # Save the adapting projections if they differ from the base's: trained now, or in the adapter it started from.
     settings = Path(str(base)) / "inplace_ttt.json"
     before = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     has_own = before.get("kind") == "adapter" and not before["fingerprint"]

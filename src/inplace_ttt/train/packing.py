@@ -2,7 +2,7 @@
 
 A document longer than a row is cut into row-long pieces, each a document of its own. Cuts fall on multiples of ``cut``
 tokens of the document: with the chunk size, every piece starts a chunk of the whole document, and the piece's chunks
-are those that it would have there. What is left over at both ends is packed with other leftovers, best fit first. Where
+are those that it would have there. The remainders at both ends are packed with others, best fit first. Where
 the first cut falls changes from epoch to epoch. Nothing predicts across a boundary: ``position_ids`` restart at 0 at
 every document and its first token has no label.
 """
@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from inplace_ttt.errors import UserError
 
-IGNORED = -100  # label of a token that nothing predicts
+IGNORED = -100  # label of a token that is not predicted
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class TokenStore:
 
 
 class TokenWriter:
-    """Writes ``stem.tokens`` and ``stem.json`` a document at a time, inside ``with``; `TokenStore.load` reads them."""
+    """A writer of ``stem.tokens`` and ``stem.json`` by document, inside ``with``; `TokenStore.load` reads them."""
 
     def __init__(self, stem: Path) -> None:
         self.stem, self.names, self.offsets = stem, list[str](), [0]
@@ -217,7 +217,7 @@ def row_tensors(store: TokenStore, row: Row, layout: Layout) -> dict[str, Tensor
 class PackedRows(Dataset[dict[str, Tensor]]):
     """``rows`` packed rows, epoch after epoch: item n is the same whatever was asked for before (so runs resume).
 
-    The up to ``group - 1`` rows that an epoch has over are left out, so that every epoch starts a batch.
+    Up to ``group - 1`` remaining rows of an epoch are dropped, so that every epoch starts a batch.
     """
 
     def __init__(self, store: TokenStore, rows: int, layout: Layout) -> None:

@@ -1,7 +1,7 @@
 """A recipe's run on several processes (docs/parallel.md): Hugging Face's Trainer around PyTorch's FSDP2 and our slices.
 
 The model is sharded before the Trainer sees it and marked as prepared, so accelerate leaves it as it is: the same code
-runs on GPUs (NCCL) and on CPUs (gloo), where accelerate refuses FSDP2 and context parallelism. Whatever the layout, a
+runs on GPUs (NCCL) and on CPUs (gloo), where accelerate refuses FSDP2 and context parallelism. With any layout a
 step reads the same rows: a recipe's ``batch_size`` is that of all processes together.
 """
 
@@ -42,13 +42,13 @@ SHARDED, SCHEDULER = "sharded", "scheduler.pt"
 
 
 class Rank:
-    """This process among those of a run."""
+    """A process among those of a run."""
 
     def __init__(self, spec: ParallelSpec, device: str) -> None:
         self.spec, self.device = spec, device
         self.is_alone = spec.processes == 1
         self.is_main = self.is_alone or dist.get_rank() == 0
-        """Whether this is the process that writes and prints."""
+        """True on the process that writes and prints."""
         self.meshes: Meshes | None = None
         if not self.is_alone and spec.tensor == 1:
             self.meshes = make_meshes(device, data=spec.data, shard=spec.shard, context=spec.context)
@@ -119,7 +119,7 @@ def start(spec: ParallelSpec) -> Rank:
             raise UserError(f"process {local} of this machine has no GPU: it has {torch.cuda.device_count()}")
         if has_cuda:
             torch.cuda.set_device(local)
-        # Others wait while the first process makes the tokens.
+        # The timeout covers tokenising on the first process.
         dist.init_process_group("nccl" if has_cuda else "gloo", timeout=timedelta(hours=1))
     return Rank(spec, "cuda" if has_cuda else "cpu")
 
@@ -175,7 +175,7 @@ class ParallelTrainer(PackedTrainer):
         if self.rank.meshes is None:
             return count
         dist.all_reduce(count)
-        return count / self.rank.meshes.context / dist.get_world_size()  # slices of a row counted it once each
+        return count / self.rank.meshes.context / dist.get_world_size()  # each slice of a row counted it
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with nullcontext() if self.rank.context is None else self.rank.context.step():
@@ -214,7 +214,7 @@ class ParallelTrainer(PackedTrainer):
         """Put parameters of one kind of tensor in each group: fused and foreach steps cannot mix them."""
         for module in self.model.modules():  # type: ignore[union-attr]
             if isinstance(module, FSDPModule):
-                module.reshard()  # after a forward the outermost one holds whole parameters
+                module.reshard()  # after a forward the root module holds unsharded parameters
         optimizer = super().create_optimizer(*args, **kwargs)
         split = []
         for group in optimizer.param_groups:

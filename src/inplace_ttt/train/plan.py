@@ -2,7 +2,7 @@
 
 Symbols: N parameters (n of them trained), B rows, T tokens a row, L layers, D hidden size, F intermediate size, V
 vocabulary, H heads of width d, G of them for keys and values. Gradients and optimizer state are AdamW's in float32.
-Several processes: what they share is divided by them, what FSDP2 gathers for a while is added.
+Several processes: sharded memory is divided by them, and what FSDP2 gathers temporarily is added.
 """
 
 import math
@@ -62,7 +62,7 @@ class Plan:
     tokens: int
     processes: int
     is_packed: bool
-    """Whether attention is the one for packed rows."""
+    """True when attention is the one for packed rows."""
 
     @property
     def total(self) -> int:
@@ -77,7 +77,7 @@ class Plan:
     def seconds_per_token(self, tflops: float, bandwidth: float) -> float:
         """Return the time of one process on a device of so many TFLOP/s and TB/s by its data sheet.
 
-        The three parts are added, because eager training overlaps them little. Recorded runs are met within a fifth; a
+        The three parts are added, because eager training overlaps them little. Accurate to 20% for recorded runs; a
         small model that waits for its host takes longer.
         """
         peak, rate = tflops * 1e12, MEMORY * bandwidth * 1e12
@@ -108,7 +108,7 @@ def _count(number: int) -> str:
 def plan(recipe: Recipe, *, logit_tokens: int | None = None) -> Plan:
     """Plan a recipe. Builds the model without weights; UserError when its shape cannot be known.
 
-    ``logit_tokens``: how many tokens' logits are there at once; None: as many as `inplace_ttt.train.loss` makes.
+    ``logit_tokens``: number of tokens whose logits are in memory; None: as many as `inplace_ttt.train.loss` makes.
     """
     with torch.device("meta"):
         make: Any = AutoModelForCausalLM.from_config
@@ -135,7 +135,7 @@ def plan(recipe: Recipe, *, logit_tokens: int | None = None) -> Plan:
     # Memory at the peak, the beginning of the backward. Of one layer and token are kept: two norms in float32, their
     # outputs (autocast casts them for each of five projections), queries, keys, values, the attention's output, and
     # the MLP's gate, up, activation, product; of targets, in the backward, the keys again.
-    kept = 1 if checkpointing else L  # layers whose activations are there at once
+    kept = 1 if checkpointing else L  # layers whose activations are in memory
     adapting = min(kept, 0 if ttt is None else len(ttt.layer_indices(L)))
     of_layer = 2 * 2 * 4 * D + half * ((5 if casts else 2) * D + 2 * heads + 4 * F)
     of_layer += (2 * 4 + half) * heads if head_norms else 0
@@ -147,7 +147,7 @@ def plan(recipe: Recipe, *, logit_tokens: int | None = None) -> Plan:
         "weights in bf16 (autocast)": 2 * N if casts else 0,
         # float32 under autocast
         "inputs of all layers": tokens * L * D * (4 if alone else half) if checkpointing else 0,
-        # With checkpointing the logits are gone before the first layer is computed again.
+        # With checkpointing the logits are freed before the first layer is recomputed.
         "activations": max(layers - logits, 0) if checkpointing else layers,
         "logits and their gradient": logits,
         # The rule's tensors, and their gradients in the backward.
@@ -205,8 +205,8 @@ def flops_per_token(
 ) -> tuple[float, float]:
     """Return FLOPs of forward and backward: of matrix products, the scan's included, and of attention.
 
-    ``length``: tokens of a row. Of mixtures of experts, all experts count. ``is_frozen``: the base gets no gradients.
-    ``recomputed`` counts what activation checkpointing computes again: it does, and MFU by convention does not.
+    ``length``: tokens of a row. For mixtures of experts, all experts count. ``is_frozen``: the base gets no gradients.
+    ``recomputed`` adds the recomputation of activation checkpointing, which MFU by convention leaves out.
     """
     config = model.config.get_text_config()
     embeddings: Any = model.get_input_embeddings()

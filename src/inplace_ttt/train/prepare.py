@@ -87,7 +87,7 @@ def _write(data: DataSpec, spec: TokenizerSpec, path: str, directory: Path, say:
 
 def _encode(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], stem: Path) -> dict[str, int]:
     """Write a domain's store; return how many documents, bytes of text and tokens it has."""
-    names: deque[str] = deque()  # of texts that are on their way through the tokenizer
+    names: deque[str] = deque()  # of texts in the tokenizer's queue
     size = 0
 
     def texts() -> Iterator[str]:

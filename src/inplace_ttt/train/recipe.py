@@ -36,7 +36,7 @@ def find_recipe(name: str | Path) -> Path:
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, data: bool = True) -> Recipe:
     """Read and check a recipe. ``overrides`` are ``key.sub=value`` with a YAML value. Raises RecipeError.
 
-    ``data``: whether its data must be there (a plan needs none).
+    ``data``: require that its data exists (a plan needs none).
     """
     try:
         values = load_yaml(find_recipe(path).read_text(encoding="utf-8"))
@@ -54,7 +54,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, data: bool =
 def make_recipe(values: Mapping[str, Any], *, data: bool = True) -> Recipe:
     """Make a checked recipe from plain values. Raises RecipeError. ``data``: as ``load_recipe`` has it."""
     recipe = build(Recipe, expand_variables(dict(values), optional=None if data else "data"))
-    object.__setattr__(recipe, "raw", dict(values))  # as written: results then name no machine's paths
+    object.__setattr__(recipe, "raw", dict(values))  # as written, so that results contain no machine's paths
     _check_numbers(recipe)
     _check_model(recipe.model, recipe.tokenizer)
     _check_data(recipe.data, data)

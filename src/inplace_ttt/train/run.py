@@ -54,7 +54,7 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
 
     It then holds ``model/`` (weights in bf16, of a frozen base the adapter alone; tokenizer), ``run.json``,
     ``evaluation.json`` (test windows), ``loss.png``, and ``checkpoints/``. With ``prepare_only`` only the tokens are
-    made. Raises UserError for everything the user can mend.
+    made. Raises UserError for everything that the user can fix.
     """
     console = console or Console()
     say: Callable[[str], None] = partial(console.print, highlight=False, soft_wrap=True)
@@ -96,7 +96,7 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
     if is_main:
         plot_losses(curve, output / "loss.png", recipe.name)
 
-    # The Trainer leaves autocast around forward; the saved copy is what people load, so that copy is evaluated.
+    # The Trainer leaves autocast around forward; so evaluate the saved copy, which users load.
     model.config.use_cache = True
     if rank is not None:  # together they write all weights, the main process reads them
         base, whole = base_of(model), output / "whole"
@@ -281,7 +281,7 @@ def _rows(recipe: Recipe, prepared: Prepared) -> PackedRows | StreamedRows:
         return PackedRows(TokenStore.join(list(prepared.stores("train").values())), count, layout)
     domains = documents_of(recipe.data.train)
     streamed = StreamedRows(domains, tokenizer, count, layout, prepared.directory / "windows")
-    streamed[0]  # what cannot be read is told before anything is trained
+    streamed[0]  # report unreadable sources before training
     return streamed
 
 

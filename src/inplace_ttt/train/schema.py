@@ -24,8 +24,8 @@ class RecipeError(UserError):
 def build(cls: type[T], values: object, where: str = "") -> T:
     """Build the dataclass ``cls`` from a mapping. ``where`` names the place in messages ("data.train").
 
-    A class attribute ``shorthand`` names the field that a bare value is for; ``elsewhere`` says of settings that people
-    look for here what to write instead.
+    A class attribute ``shorthand`` names the field that a bare value is for; ``elsewhere`` maps settings that belong
+    elsewhere to what to write instead.
     """
     if (shorthand := getattr(cls, "shorthand", None)) and isinstance(values, str | list):
         values = {shorthand: values}
@@ -106,7 +106,7 @@ def load_yaml(text: str) -> Any:
 def expand_variables(value: Any, where: str = "", optional: str | None = None) -> Any:
     """Replace ``${NAME}`` in every text by the environment variable. Raises RecipeError for one that is not set.
 
-    ``optional``: a setting in which one that is not set stays as it is.
+    ``optional``: a setting in which an unset variable stays as it is.
     """
     if isinstance(value, Mapping):
         return {key: expand_variables(item, _join(where, key), optional) for key, item in value.items()}

@@ -1,6 +1,6 @@
-"""Sizes of the fast weights in a forward call, relative to the slow ones: measured, logged, and an lr chosen by them.
+"""Sizes of the fast weights in a forward call, relative to the slow ones: measured, logged, and used to choose the lr.
 
-Hooks on the adapting projections measure the first row of a batch, in the call that happens anyway. Sizes are Frobenius
+Hooks on the adapting projections measure the first row of a batch, without an extra call. Sizes are Frobenius
 norms relative to that of W0, without the inner learning rate. Rows that context parallelism cuts give the updates of a
 process's own slice (the state that it starts from is not known here); layers under tensor parallelism give nothing.
 """
@@ -45,12 +45,12 @@ class Sizes:
     state: Tensor | None
     """The largest ``||S||_F / ||W0||_F`` that a token of the row was read with, float32 []; None: not measured."""
     is_probed: bool
-    """Whether the average tap was taken for a convolution that is zero: the call's own updates were zero then."""
+    """True when the average tap replaced a convolution that is zero: the call's own updates were zero then."""
 
 
 @contextmanager
 def measuring(model: nn.Module, *, probe: bool = False, states: bool = True) -> Iterator[dict[int, Sizes]]:
-    """Inside, the first forward call of every adapting layer leaves its `Sizes` in the mapping, by layer.
+    """Collect the `Sizes` of every adapting layer's first forward call in the mapping, by layer.
 
     ``probe``: a convolution that is zero still (a fresh model's) counts as the average tap, 1/K each. ``states=False``
     leaves S out, which costs a [D, F] buffer. Rows without a complete chunk leave nothing.
@@ -75,7 +75,7 @@ def _measure(site: Any, module: Any, z: Tensor, probe: bool, states: bool) -> Si
         return None
     if getattr(module, "split", False):  # norms are spread over processes
         return None
-    u = site._source(context, context.call).detach()  # of the call itself, so with gradients
+    u = site._source(context, context.call).detach()  # part of the call, so it has gradients
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
         return _row_sizes(site, module, z, u, probe, states)
 
@@ -122,7 +122,7 @@ def _row_sizes(site: Any, module: Any, z: Tensor, u: Tensor, probe: bool, states
 # -- an inner learning rate, so that one setting fits both targets, any width and any chunk size -----------------------
 #
 # The target's source u has unit RMS for ``hidden_states`` and about 0.02 for ``input_embed``, and an update sums over a
-# chunk, so a good eta for one model is far off for another. What carries over is the size of one chunk's update
+# chunk, so a good eta for one model is far off for another. Comparable between models is the size of one chunk's update
 # relative to the weight that it changes, eta ||dW||_F / ||W0||_F. At the start kappa = 0 and so dW = 0: the probe
 # measures with the average of the taps in kappa's place (every tap 1/K) and P as it is.
 
@@ -159,7 +159,7 @@ def two_digits(lr: float) -> float:
 
 
 class FastWeightMonitor(TrainerCallback):
-    """Measures the first row of every step that is logged, and of the first `FIRST_STEPS`.
+    """A callback that measures the first row of every step that is logged, and of the first `FIRST_STEPS`.
 
     ``entries()`` are the log's: ``update_norm/layer_N``, ||lr dW|| / ||W0|| of the median chunk, and
     ``state_norm/layer_N``, the largest ||lr S|| / ||W0|| in the row, and ``ttt_cosine``, the mean cosine of v_t and
@@ -209,7 +209,7 @@ class FastWeightMonitor(TrainerCallback):
         """Return the sizes of the step that just ended; nothing when it was not watched."""
         found: dict[str, float] = {}
         for layer, sizes in sorted(self._sizes.items()):
-            lr = 0.0 if sizes.is_probed else sizes.lr  # the log tells what happened, the probe is for the check alone
+            lr = 0.0 if sizes.is_probed else sizes.lr  # log real updates only; the probe is for the check
             found[f"update_norm/layer_{layer}"] = lr * float(sizes.updates.median())
             if sizes.state is not None:
                 found[f"state_norm/layer_{layer}"] = lr * float(sizes.state)

@@ -26,7 +26,7 @@ from inplace_ttt.text_files import read_json_lines, read_text
 
 SPLITS = ("train", "validation", "test")
 HELD_OUT_PERCENT = 10
-"""Of the standard library's modules, for validation and for test each."""
+"""Share of the standard library's modules for validation, and for test."""
 _LEFT_OUT = re.compile(r"(^|/)(tests?|(site|dist)-packages)/|/test_[^/]*$")
 _GENERATED = re.compile(r"auto-?\s?generated|automatically generated|@generated|do not (edit|modify)", re.IGNORECASE)
 
@@ -84,7 +84,7 @@ def hash_of(document: Document) -> bytes:
 
 
 def split_source(spec: str) -> tuple[str, str]:
-    """``kind:where`` -> (kind, where). Raises SourceError for anything else."""
+    """Split ``kind:where`` into (kind, where). Raises SourceError for anything else."""
     kind, _, where = spec.partition(":")
     if kind == "packages":
         raise SourceError(

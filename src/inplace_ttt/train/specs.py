@@ -25,7 +25,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class TrainedTokenizer:
-    """A byte-level BPE trained on the training split; ``max_bytes`` of it are looked at."""
+    """A byte-level BPE trained on ``max_bytes`` of the training split."""
 
     vocab_size: int
     max_bytes: int = 32_000_000

@@ -1,9 +1,9 @@
-"""Rows made while training: documents are read, tokenised and packed a window at a time, nothing is made beforehand.
+"""Rows made while training: documents are read, tokenised and packed a window at a time, without preparation.
 
 Documents are taken from the domain that has given the fewest tokens so far, in the order of its sources; one that ends
 begins again. A *window* is the next ``WINDOW_ROWS`` rows' worth of them, and is cut, packed and shuffled like an epoch
-of its own (`inplace_ttt.train.packing.plan_rows`). So row n depends on sources, tokenizer and settings alone. Where
-each window begins is noted on disk: a resumed run skips the documents before its window without tokenising them.
+of its own (`inplace_ttt.train.packing.plan_rows`). So row n depends on sources, tokenizer and settings alone. Each
+window's start is on disk, so a resumed run skips the documents before its window without tokenising them.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
         self._domains = {name: _Domain(documents, tokenizer) for name, documents in domains.items()}
         key = hashlib.sha256(json.dumps([asdict(layout), WINDOW_ROWS, list(domains)]).encode()).hexdigest()[:16]
         self._notes = notes / key
-        self._process: int | None = None  # files that another process opened must not be read on
+        self._process: int | None = None  # file handles of another process must not be used
         self._window, self._first = 0, 0
         self._store = TokenStore.build([])
         self._plan: list[Row] = []
@@ -84,7 +84,7 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
         """Go to the last known beginning of a window at or before row ``index``."""
         self._process = os.getpid()
         if get_worker_info() is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not come along into this process
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
         known = [first for path in self._notes.glob("*.json") if (first := int(path.stem)) <= index]
         note = json.loads((self._notes / f"{max(known)}.json").read_text(encoding="utf-8")) if known else {}
         self._window, self._first, self._plan = note.get("window", 0) - 1, note.get("first", 0), []
@@ -104,7 +104,7 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
         self._plan, _ = plan_rows(self._store.offsets, self.layout, self._window)
         if not self._plan:
             raise UserError("there is no text to train on: every document is empty")
-        # Where the next window begins; whichever process is there first writes it, all would write the same.
+        # The start of the next window; the first process writes it, all would write the same.
         first = self._first + len(self._plan)
         if not (path := self._notes / f"{first}.json").exists():
             domains = {name: (domain.documents, domain.tokens) for name, domain in self._domains.items()}
@@ -112,12 +112,12 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
 
 
 class _Domain:
-    """Token ids of a domain's documents, without end."""
+    """An endless stream of token ids of a domain's documents."""
 
     def __init__(self, documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> None:
         self._all, self._tokenizer = documents, tokenizer
         self.documents, self.tokens = 0, 0
-        """Given so far, those of earlier passes included."""
+        """Given so far, including earlier passes."""
         self._ids: Iterator[np.ndarray] = iter(())
 
     def go_to(self, documents: int, tokens: int) -> None:

@@ -28,7 +28,7 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train on about ``max_bytes`` bytes, taken in turn from every domain; iterates twice over each of them.
 
-    Digits stand alone. The one special token is beginning, end of text and padding. The same documents give the same
+    Every digit is a token. The only special token is BOS, EOS and padding. The same documents give the same
     tokenizer on every machine. Raises UserError when the vocabulary is too small or the text too short to fill it.
     """
     if vocab_size < SMALLEST_VOCABULARY:
@@ -77,7 +77,7 @@ def encode_documents(
     """Yield the token ids of each text, then the end-of-text token: uint16 [n], uint32 for large vocabularies.
 
     Special tokens that a text spells out are encoded as ordinary text. Long texts are cut at newlines and encoded on
-    all cores, unless the tokenizer gives other tokens for a cut text: then texts are encoded whole.
+    all cores, unless cutting changes the tokens: then texts are encoded whole.
     ``cut=False`` encodes them whole in any case. About ``characters`` of text are read ahead (16 million).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -52,7 +52,7 @@ def training_arguments(
         average_tokens_across_devices=False,
         torch_compile=recipe.compile,
         logging_steps=recipe.log_every,
-        logging_nan_inf_filter=False,  # it would wait for the device in every step; the log's own check stops the run
+        logging_nan_inf_filter=False,  # it would synchronise in every step; the log's own check stops the run
         eval_strategy="steps" if recipe.eval_every else "no",
         eval_steps=recipe.eval_every or None,
         save_strategy="steps" if recipe.save_every else "no",
@@ -185,7 +185,7 @@ class PackedTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean validation loss by domain: ``eval_DOMAIN``, and ``eval_DOMAIN_off`` with the updates switched off."""
+        """Return mean validation loss by domain: ``eval_DOMAIN``, and ``eval_DOMAIN_off`` with updates switched off."""
         started = time.perf_counter()
         model = self.model
         assert isinstance(model, nn.Module)
@@ -204,7 +204,7 @@ class PackedTrainer(Trainer):
 
     @torch.no_grad()
     def _mean_loss(self, model: nn.Module, rows: Sequence[dict[str, Tensor]]) -> float:
-        """Loss per predicted token over ``rows``, in nats."""
+        """Return the loss per predicted token over ``rows``, in nats."""
         total, tokens = torch.zeros((), dtype=torch.float64, device=self.args.device), 0
         for batch in DataLoader(rows, batch_size=self.args.per_device_eval_batch_size):  # type: ignore[arg-type]
             count = int((batch["labels"][:, 1:] != IGNORED).sum())
@@ -221,7 +221,7 @@ class PackedTrainer(Trainer):
 
 @contextmanager
 def taught(model: nn.Module, weight: float, is_alone: bool) -> Iterator[None]:
-    """Inside, the targets learn from the loss's gradient at their layer's output (`inplace_ttt.core.teaching`)."""
+    """Let the targets learn from the loss's gradient at their layer's output (`inplace_ttt.core.teaching`)."""
     sites = runtime_of(model).sites if is_attached(model) else []
     for site in sites:
         site.teacher = Teacher(weight, is_alone)
@@ -233,7 +233,7 @@ def taught(model: nn.Module, weight: float, is_alone: bool) -> Iterator[None]:
 
 
 class InnerLrWarmup(TrainerCallback):
-    """Raises the fast weights' learning rate linearly to ``lr`` over the first ``steps`` steps."""
+    """A callback that raises the fast weights' learning rate linearly to ``lr`` over the first ``steps`` steps."""
 
     def __init__(self, model: nn.Module, lr: float, steps: int) -> None:
         self.model, self.lr, self.steps = model, lr, steps
@@ -247,7 +247,7 @@ class InnerLrWarmup(TrainerCallback):
 
 
 class MarkComplete(TrainerCallback):
-    """Marks each checkpoint once all of it is on disk, so that a killed run never resumes from half of one."""
+    """A callback that marks checkpoints that are complete on disk, so that no run resumes from half of one."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -1,7 +1,7 @@
-"""What can be measured. A suite cuts its work into units that can be measured one by one, in any order.
+"""Suites of measurements. A suite cuts its work into units that can be measured one by one, in any order.
 
-A module here owns all of its suite: ``from_options`` (what the command line asks for), and what people read of the
-records: ``tables``, ``verdicts`` and ``figures``.
+Each module defines one suite: ``from_options`` builds it from the command line; ``tables``, ``verdicts`` and
+``figures`` present its records.
 """
 
 from collections.abc import Sequence
@@ -32,9 +32,9 @@ class Suite(Protocol):
     name: str
 
     def units(self) -> Sequence[Unit]:
-        """All units, the same ones in every run."""
+        """Return all units, the same ones in every run."""
         ...
 
     def measure(self, model: "nn.Module", unit: Unit) -> list[Record]:
-        """The figures of one unit, by the model as it is set at the moment (updates on or off, any settings)."""
+        """Measure one unit, by the model as it is set at the moment (updates on or off, any settings)."""
         ...

@@ -17,7 +17,7 @@ from . import Record, Tables, Unit
 from .texts import Document
 
 SLICES = 16
-"""A task's samples are measured in about as many units, of at least ``SMALLEST`` samples each."""
+"""Approximate number of units per task, of at least ``SMALLEST`` samples each."""
 SMALLEST = 32
 
 
@@ -32,7 +32,7 @@ class HarnessSuite:
     prompt can be paired), "task" as asked for, "part" (below it), "length" (RULER's, else None), "metric", and "value"
     with "weight": a mean is sum(value) / sum(weight). Perplexities are in nats per word or byte.
 
-    UserError for a prompt that is longer than the model reads: none is cut.
+    Raises UserError for a prompt that is longer than the model's context: none is truncated.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class HarnessSuite:
                     self._work[f"{where}/{start}"] = (task, length, part, samples)
 
     def units(self) -> Sequence[Unit]:
-        """``tokens`` is a guess: the harness does not say how long its samples are."""
+        """Return all units. ``tokens`` is a guess: the harness does not say how long its samples are."""
         return [Unit(key, len(samples) * (length or 256)) for key, (_, length, _, samples) in self._work.items()]
 
     def measure(self, model: nn.Module, unit: Unit) -> list[Record]:
-        """The samples of one unit, by the model as it is set."""
+        """Return the samples of one unit, by the model as it is set."""
         from ..harness import InPlaceTTTLM
 
         task, length, part, samples = self._work[unit.key]
@@ -74,7 +74,7 @@ class HarnessSuite:
 def harness_suite(
     tokenizer: Any, names: Sequence[str], *, files: Path | None = None, limit: int | None = None, batch_size: int = 1
 ) -> HarnessSuite:
-    """Tasks by name; "paper" stands for the paper's set. UserError when one is unknown or its data cannot be had."""
+    """Build a suite of tasks, "paper" for the paper's. UserError when one is unknown or its data does not load."""
     named = [task for name in names for task in (PAPER if name == "paper" else (name,))]
     if ruler := sorted(set(named) & {*RULER, "ruler"}):
         raise UserError(f"--tasks {', '.join(ruler)}: RULER has a suite of its own: --suite ruler")
@@ -93,9 +93,9 @@ def ruler_suite(
     limit: int | None = None,
     batch_size: int = 1,
 ) -> HarnessSuite:
-    """RULER at ``lengths``: the tasks whose texts can be made here from ``data``, and with ``download`` all thirteen.
+    """Build RULER at ``lengths``: tasks whose texts can be made from ``data``, with ``download`` all thirteen.
 
-    ``longest``: tokens that the model reads at most. UserError for longer texts.
+    ``longest``: the model's maximum number of tokens. UserError for longer texts.
     """
     if longest is not None and max(lengths) > longest:
         raise UserError(f"--lengths {max(lengths)}: {_too_long(longest)}")
@@ -107,7 +107,7 @@ def ruler_suite(
 
 
 def _check_room(loaded: Sequence[Loaded], tokenizer: Any, longest: int) -> None:
-    """UserError for a text of RULER that is too long, before any is read."""
+    """Raise UserError for a text of RULER that is too long, before any is read."""
     for task, length, parts in loaded:
         for text in parts[0].eval_docs:  # "length" leaves out the beginning of the answer, which is in the prompt
             needed = text["length"] + len(tokenizer(text["gen_prefix"])["input_ids"])
@@ -140,7 +140,7 @@ def _from_files(
 
 
 def from_options(options: Any, tokenizer: Any) -> HarnessSuite:
-    """The suite ``harness`` of the command line."""
+    """Build the suite ``harness`` of the command line."""
     how: Any = {"files": options.task_files, "limit": options.limit, "batch_size": options.batch_size}
     return harness_suite(tokenizer, options.tasks, **how)
 
@@ -148,7 +148,7 @@ def from_options(options: Any, tokenizer: Any) -> HarnessSuite:
 def ruler_from_options(
     options: Any, texts: Sequence[Document], tokenizer: Any, model: nn.Module
 ) -> tuple[HarnessSuite, list[str]]:
-    """RULER with the text of --data as its essays; a note for each kind of data that is missing."""
+    """Build RULER with the text of --data as its essays; a note for each kind of data that is missing."""
     require()
     from ..harness import InPlaceTTTLM
 
@@ -168,7 +168,7 @@ def ruler_from_options(
 
 
 def tables(records: Sequence[Record]) -> Tables:
-    """Means by task and metric; RULER's by length."""
+    """Return means by task and metric; RULER's by length."""
     found = {}
     if harness := [r for r in records if r["suite"] == "harness"]:
         found["harness"] = means(harness, ["task", "metric"], "value", "weight")
@@ -179,7 +179,7 @@ def tables(records: Sequence[Record]) -> Tables:
 
 
 def verdicts(found: Tables) -> list[str]:
-    """A metric with updates, and its difference to without."""
+    """Describe each metric with updates, and its difference to without."""
     lines = []
     for table in ("harness", "ruler"):
         for row in against_off(found.get(table, [])):
@@ -190,7 +190,7 @@ def verdicts(found: Tables) -> list[str]:
 
 
 def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Differences by task (which side is better depends on the metric), and RULER's score by length."""
+    """Draw differences by task (which side is better depends on the metric), and RULER's score by length."""
     drawn = {}
     if rows := [row for row in found.get("harness", []) if "difference" in row]:
         names = ("task", "metric", "variant")

@@ -68,7 +68,7 @@ class RecallSuite:
         self._work = {f"{length}/{n}": (length, n) for length in self.lengths for n in pairs}
 
     def units(self) -> Sequence[Unit]:
-        """One unit per length and number of pairs, with all its trials."""
+        """Return one unit per length and number of pairs, with all its trials."""
         return [Unit(key, length * self.trials) for key, (length, _) in self._work.items()]
 
     def document(self, unit: Unit, trial: int) -> tuple[str, list[int], list[int]]:
@@ -88,7 +88,7 @@ class RecallSuite:
 
     @torch.no_grad()
     def measure(self, model: nn.Module, unit: Unit) -> list[Record]:
-        """One record per question. Works with and without fast weights, updates on or off."""
+        """Return one record per question. Works with and without fast weights, updates on or off."""
         length, pairs = self._work[unit.key]
         made = [self.document(unit, trial) for trial in range(self.trials)]
         ids = torch.tensor([row for _, row, _ in made], device=input_device(unwrap(model)))
@@ -114,19 +114,19 @@ class RecallSuite:
 
 
 def from_options(options: Any, texts: Sequence[Document], tokenizer: Any) -> RecallSuite:
-    """The suite of the command line."""
+    """Build the suite of the command line."""
     return RecallSuite(tokenizer, texts, options.lengths or None, trials=options.trials)
 
 
 def tables(records: Sequence[Record]) -> Tables:
-    """Share of right answers by number of pairs, and by length."""
+    """Return the share of right answers by number of pairs, and by length."""
     mine = [r for r in records if r["suite"] == "mqar"]
     names = {"recall": ("pairs",), "recall by length": ("pairs", "length")}
     return {name: means(mine, keys, "correct") for name, keys in names.items()} if mine else {}
 
 
 def verdicts(found: Tables) -> list[str]:
-    """How many answers are right with updates, and what that is more than without."""
+    """Say how many answers are right with updates, and what that is more than without."""
     lines = []
     for row in against_off(found.get("recall", [])):
         gap, low, high = (100 * row[f"difference{end}"] for end in ("", "_low", "_high"))
@@ -137,7 +137,7 @@ def verdicts(found: Tables) -> list[str]:
 
 
 def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Share of right answers by length, a panel for each number of pairs."""
+    """Draw the share of right answers by length, a panel for each number of pairs."""
     rows = by_group(found.get("recall by length", []), ["pairs"])
     titled = [{**row, "title": f"Recall, {n} pairs"} for (n,), members in rows.items() for row in members]
     drawn = plots.curves(titled, "length", "title")

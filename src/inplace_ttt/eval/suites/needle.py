@@ -25,7 +25,7 @@ from .texts import Document, tokenize, words
 
 KINDS = ("single", "multi-key", "multi-value", "multi-query")
 CANDIDATES = 10
-"""Words that an answer is chosen from."""
+"""Number of candidate words for an answer."""
 TEMPLATE = "\nThe{key} Captain{value} said"
 """A common word right before the value: a small model binds a rare name to it far better than to a rare key."""
 
@@ -44,7 +44,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Needle:
-    """What one unit reads and asks: ``ids``, exactly the unit's length, and the questions, each on its own."""
+    """Input of one unit: ``ids``, exactly the unit's length, and the questions, each asked on its own."""
 
     document: str
     ids: list[int]
@@ -122,11 +122,11 @@ class NeedleSuite:
             raise UserError(f"a haystack of {shortest:,} tokens has no room for {needed:,} of facts and their spacing")
 
     def units(self) -> Sequence[Unit]:
-        """Trial by trial, so that a part of a run covers everything; ``tokens`` counts the document's."""
+        """Return units trial by trial, so that a part of a run covers everything; ``tokens`` counts the document's."""
         return [Unit(key, length) for key, (_, length, _, _) in self._work.items()]
 
     def measure(self, model: nn.Module, unit: Unit) -> list[Record]:
-        """One record per answer. Works with and without fast weights, updates on or off."""
+        """Return one record per answer. Works with and without fast weights, updates on or off."""
         kind, length, depth, trial = self._work[unit.key]
         needle = self.needle(unit)
         about = {"document": needle.document, "kind": kind, "length": length, "depth": depth}
@@ -137,7 +137,7 @@ class NeedleSuite:
             return [about | self._answer(model, read, question) for question in needle.questions]
 
     def needle(self, unit: Unit) -> Needle:
-        """The document and the questions of a unit."""
+        """Return the document and the questions of a unit."""
         kind, length, depth, trial = self._work[unit.key]
         document, text = self._haystack(length, trial)
         free = np.setdiff1d(self._words, text).tolist()
@@ -165,7 +165,7 @@ class NeedleSuite:
         return [*before, key, *between, value, *after]
 
     def _haystack(self, length: int, trial: int) -> tuple[Document, list[int]]:
-        """The stretch of text that a trial reads, of any length the same beginning."""
+        """Return the stretch of text that a trial reads, of any length the same beginning."""
         document = self._documents[trial % len(self._documents)]
         last = len(document.ids) - max(self.lengths)
         start = random.Random(f"{self.seed}/{trial}").randint(0, last)
@@ -174,7 +174,7 @@ class NeedleSuite:
     def _plant(
         self, text: Sequence[int], facts: Sequence[tuple[int, int]], depth: float, draw: random.Random
     ) -> tuple[list[int], dict[int, int]]:
-        """The text with the facts in it, as long as before, and by value the end of its last mention."""
+        """Return the text with the facts in it, as long as before, and by value the end of its last mention."""
         order = [fact for _ in range(self.mentions) for fact in draw.sample(facts, len(facts))]
         room = len(text) - len(order) * len(self._sentence(0, 0))
         at = round(depth * (room - self.spacing * max(len(order) - 1, 0)))
@@ -204,7 +204,7 @@ class NeedleSuite:
 
 
 def _split(tokenizer: Any, template: str) -> tuple[list[int], list[int], list[int]]:
-    """Token ids before the key, between key and value, and after the value."""
+    """Return token ids before the key, between key and value, and after the value."""
     before, key, rest = template.partition("{key}")
     between, value, after = rest.partition("{value}")
     if not key or not value or "{key}" in rest or "{value}" in before + after:
@@ -214,7 +214,7 @@ def _split(tokenizer: Any, template: str) -> tuple[list[int], list[int], list[in
 
 
 def rank_of_first(scores: np.ndarray) -> int:
-    """How many of the others do not score less than the first: ties and NaN count against it."""
+    """Count the others that do not score less than the first: ties and NaN count against it."""
     return int((~(scores[0] > scores[1:])).sum())
 
 
@@ -222,20 +222,20 @@ def rank_of_first(scores: np.ndarray) -> int:
 
 
 def from_options(options: Any, texts: Sequence[Document], tokenizer: Any) -> NeedleSuite:
-    """The suite of the command line."""
+    """Build the suite of the command line."""
     lengths = options.lengths or (1024, 2048, 4096)
     return NeedleSuite(tokenizer, texts, lengths, options.depths, options.kinds, options.trials)
 
 
 def tables(records: Sequence[Record]) -> Tables:
-    """Share of right answers by kind, length and depth."""
+    """Return the share of right answers by kind, length and depth."""
     mine, keys = [r for r in records if r["suite"] == "needle"], ("kind", "length", "depth")
     names = {"needle": 1, "needle by length": 2, "needle by length and depth": 3}
     return {name: means(mine, keys[:n], "correct") for name, n in names.items()} if mine else {}
 
 
 def verdicts(found: Tables) -> list[str]:
-    """How many answers are right with updates, and what that is more than without."""
+    """Say how many answers are right with updates, and what that is more than without."""
     lines = []
     for row in against_off(found.get("needle", [])):
         gap, low, high = (100 * row[f"difference{end}"] for end in ("", "_low", "_high"))
@@ -245,7 +245,7 @@ def verdicts(found: Tables) -> list[str]:
 
 
 def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Share of right answers by length, a panel for each kind."""
+    """Draw the share of right answers by length, a panel for each kind."""
     if not (found_rows := found.get("needle by length")):
         return {}
     trials = plan["trials"] * len(plan["depths"])

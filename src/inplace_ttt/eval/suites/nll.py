@@ -24,7 +24,7 @@ from .texts import Document
 CLASSES = ("in window", "before the window", "never")
 PIECE = 2048
 MOST_LOGITS = 1 << 26
-"""Logits that exist at once, at most."""
+"""Maximum number of logits in memory."""
 
 
 class NllSuite:
@@ -87,11 +87,11 @@ class NllSuite:
             )
 
     def units(self) -> Sequence[Unit]:
-        """Windows and sliding contexts, document by document; ``tokens`` counts those read."""
+        """Return windows and sliding contexts, document by document; ``tokens`` counts those read."""
         return [Unit(key, end - start) for key, (_, start, end, _) in self._work.items()]
 
     def measure(self, model: nn.Module, unit: Unit) -> list[Record]:
-        """Records of one unit, by the model as it is set. Raises KeyError for a unit of another suite."""
+        """Return records of one unit, by the model as it is set. Raises KeyError for a unit of another suite."""
         document, start, end, context = self._work[unit.key]
         ids = document.ids[start:end].astype(np.int64)
         losses = window_losses(model, ids, self.piece, None if context is None else self.block)
@@ -110,7 +110,7 @@ class NllSuite:
 
 
 def window_losses(model: nn.Module, ids: np.ndarray, piece: int = PIECE, last: int | None = None) -> np.ndarray:
-    """-log p of every token but the first, read from an empty cache: ids int64 [T] -> float64 [T - 1].
+    """Return -log p of every token but the first, from an empty cache: ids int64 [T] -> float64 [T - 1].
 
     ``last``: of the last ``last`` tokens only.
     """
@@ -124,7 +124,7 @@ def window_losses(model: nn.Module, ids: np.ndarray, piece: int = PIECE, last: i
 
 
 def piece_size(model: nn.Module, piece: int) -> int:
-    """``piece``, or less where all layers slide: the attention mask of a long piece is mostly outside the window."""
+    """Return ``piece``, or less where all layers slide: a long piece's mask is mostly outside the window."""
     try:
         window = native_window(model)
     except NotImplementedError:  # unusual kinds of attention
@@ -133,7 +133,7 @@ def piece_size(model: nn.Module, piece: int) -> int:
 
 
 def token_classes(ids: np.ndarray, window: int) -> np.ndarray:
-    """Ids [T] -> [T]: 0 if the id occurs among the ``window`` tokens before, 1 if only further back, 2 if not before.
+    """Map ids [T] -> [T]: 0 if the id is among the ``window`` tokens before, 1 if only further back, 2 if new.
 
     The numbers are indices into ``CLASSES``. With sliding attention over ``window`` tokens (the one that predicts
     included), class 0 is what the prediction can see.
@@ -152,11 +152,11 @@ def _total(losses: np.ndarray) -> Record:
 # -- what people read --------------------------------------------------------------------------------------------------
 
 LAYER = "without layer "
-"""How readings with one layer switched off are labelled."""
+"""Prefix of labels for readings with one layer switched off."""
 
 
 def from_options(options: Any, texts: Sequence[Document], model: nn.Module) -> NllSuite:
-    """The suite of the command line. UserError when no document has a whole window."""
+    """Build the suite of the command line. UserError when no document has a whole window."""
     suite = NllSuite(texts, options.length, options.windows, window=native_window(model) or 256)
     if options.windows and not any(unit.key.startswith("window/") for unit in suite.units()):
         longest = max(len(text.ids) for text in texts)
@@ -167,7 +167,7 @@ def from_options(options: Any, texts: Sequence[Document], model: nn.Module) -> N
 
 
 def tables(records: Sequence[Record]) -> Tables:
-    """Mean losses by domain and position, class, context; and every other reading against updates on."""
+    """Return mean losses by domain and position, class, context; and every other reading against updates on."""
     mine = [r for r in records if r["suite"] == "nll"]
     found = {}
     for kind, keys in (
@@ -187,7 +187,7 @@ def tables(records: Sequence[Record]) -> Tables:
 
 
 def _in_all_contexts(records: list[Record]) -> list[Record]:
-    """Only documents that have the longest context: else the curve would compare different texts."""
+    """Keep only documents that have the longest context: else the curve would compare different texts."""
     kept = []
     for members in by_group(records, ["domain"]).values():
         longest = max(r["context"] for r in members)
@@ -197,7 +197,7 @@ def _in_all_contexts(records: list[Record]) -> list[Record]:
 
 
 def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Paired differences to updates off by position and context, loss by class, all readings beside each other."""
+    """Draw paired differences to updates off by position and context, loss by class, all readings side by side."""
     drawn, gap = {}, "loss less updates off (nats per token)"
     zero = (0.0, "updates off")
     if drawable := plots.gaps(found.get("nll by position", []), "end"):
@@ -228,7 +228,7 @@ def _turned(row: Record) -> Record:
 
 
 def verdicts(found: Tables) -> list[str]:
-    """Do the updates help, which layers and which other settings; and if they hurt, what to try."""
+    """Say whether updates help, which layers and which other settings; and if they hurt, what to try."""
     lines = [_verdict(row) for row in against_off(found.get("nll by document", []))]
     hurt = any(": updates hurt" in line for line in lines)
     compared = found.get("nll against updates on", [])
@@ -247,7 +247,7 @@ def verdicts(found: Tables) -> list[str]:
 
 
 def _verdict(row: Record) -> str:
-    """Whether updates help, where there are enough documents and the interval leaves zero out."""
+    """Say whether updates help, where there are enough documents and the interval excludes zero."""
     domain, gap, low, high, n = (
         row[key] for key in ("domain", "difference", "difference_low", "difference_high", "documents")
     )
@@ -263,7 +263,7 @@ def _verdict(row: Record) -> str:
 
 
 def _layers(domain: str, rows: Sequence[Record]) -> list[str]:
-    """One sentence of what each layer's updates do: the loss without them against that with all."""
+    """Describe in a sentence each layer's updates: the loss without them against that with all."""
     if not rows:
         return []
     about, documents = f"{domain}, loss when one layer's updates are switched off", rows[0]["documents"]
@@ -285,7 +285,7 @@ def _layers(domain: str, rows: Sequence[Record]) -> list[str]:
 
 
 def _settings(domain: str, rows: Sequence[Record]) -> list[str]:
-    """The best of the other settings against the model's own."""
+    """Compare the best of the other settings with the model's own."""
     if not rows:
         return []
     best = min(rows, key=lambda row: row["value"])
@@ -299,6 +299,6 @@ def _settings(domain: str, rows: Sequence[Record]) -> list[str]:
 
 
 def _span(row: Record) -> str:
-    """The interval of a row's difference, to be put after it; empty where one document gives none."""
+    """Format the interval of a row's difference; empty where one document gives none."""
     low, high = row["difference_low"], row["difference_high"]
     return "" if np.isnan(low) else f", {interval(low, high, '+.3f', row['documents'])}"

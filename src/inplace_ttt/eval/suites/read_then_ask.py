@@ -4,8 +4,8 @@ A name that occurs nowhere else is mentioned in a long document a few times. The
 continued, and the name competes with others that were not mentioned:
 
 * ``none``: nothing was read;
-* ``memory``: the document was read and dropped from the context: only the fast weights know it;
-* ``context``: the document was read and whatever of it the model's attention still reaches is there too.
+* ``memory``: the document was read and dropped from the context: only the fast weights hold it;
+* ``context``: the document was read and is in context as far as attention reaches.
 
 A name is *recognised* when, of all candidates, reading raised its log-probability the most (against ``none``), and
 *preferred* when it is the most likely of them outright. Chance is one in the number of candidates for both.
@@ -44,7 +44,7 @@ class Task:
     candidates: int = 10
 
     def __post_init__(self) -> None:
-        """UserError for a task that cannot be set."""
+        """Raise UserError for impossible settings."""
         for wrong, message in (
             (self.mentions < 1 or self.length < self.mentions, f"{self.mentions} mentions in {self.length} tokens"),
             (self.distance < 0, f"distance {self.distance}: 0 or more tokens"),
@@ -60,7 +60,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one trial gave, by condition: is the name recognised, preferred; its log-probability in nats."""
+    """Result of one trial, by condition: is the name recognised, preferred; its log-probability in nats."""
 
     task: Task
     recognised: dict[str, bool]
@@ -68,14 +68,14 @@ class Answer:
     log_probability: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 def trial(
     session: Session, tokenizer: Any, text: Sequence[int], task: Task, seed: int, vocabulary: Sequence[int]
 ) -> Answer:
-    """One trial on ``text``, token ids of at least ``length + distance`` tokens. ``session`` stays as it was.
+    """Run one trial on ``text``, ids of at least ``length + distance`` tokens. ``session`` stays as it was.
 
     The names come from ``vocabulary`` (see ``words``), those that the text does not use.
 
@@ -91,8 +91,8 @@ def trial(
     draw = random.Random(seed)
     choices = draw.sample(free, task.candidates)
     question, sentence = _sentence(tokenizer, task.template, choices[0])
-    # The first of equals counts as the best (reading may change nothing, bfloat16 logits are often equal): where the
-    # name stands among the candidates is left to chance, so that it is not favoured.
+    # The first of equals counts as the best (reading may change nothing, bfloat16 logits are often equal): the name's
+    # place among the candidates is random, so that it is not favoured.
     place = draw.randrange(task.candidates)
     choices[0], choices[place] = choices[place], choices[0]
     document = _planted(text, sentence, task)
@@ -116,14 +116,14 @@ def trial(
 
 
 def _sentence(tokenizer: Any, template: str, name: int) -> tuple[list[int], list[int]]:
-    """The question, and the sentence with the name in it, in token ids."""
+    """Return the question, and the sentence with the name in it, in token ids."""
     before, _, after = template.partition("{name}")
     question, rest = (tokenizer(x, add_special_tokens=False)["input_ids"] if x else [] for x in (before, after))
     return question, [*question, name, *rest]
 
 
 def _planted(text: Sequence[int], sentence: Sequence[int], task: Task) -> list[int]:
-    """The text with the sentence put in, the last one at the end of the first ``length`` tokens."""
+    """Return the text with the sentence put in, the last one at the end of the first ``length`` tokens."""
     step = task.length / task.mentions
     document: list[int] = []
     start = 0
@@ -163,11 +163,11 @@ class MemorySuite:
                 self._work[f"{count} mentions/{distance} tokens/{seed}"] = (task, document, ids, seed)
 
     def units(self) -> Sequence[Unit]:
-        """One per trial."""
+        """Return one unit per trial."""
         return [Unit(key, 2 * (task.length + task.distance)) for key, (task, *_) in self._work.items()]
 
     def measure(self, model: nn.Module, unit: Unit) -> list[Record]:
-        """One record per condition."""
+        """Return one record per condition."""
         task, name, ids, seed = self._work[unit.key]
         answer = trial(Session(model, probe_every=0), self.tokenizer, ids, task, seed, self.words)
         return [
@@ -192,18 +192,18 @@ COLOURS = dict(zip(LABELS.values(), ("#94a3b8", "#c2410c", "#0c4a6e"), strict=Tr
 
 
 def from_options(options: Any, texts: Sequence[Document], tokenizer: Any) -> MemorySuite:
-    """The suite of the command line."""
+    """Build the suite of the command line."""
     return MemorySuite(tokenizer, texts, trials=options.trials)
 
 
 def tables(records: Sequence[Record]) -> Tables:
-    """Share of names that are preferred."""
+    """Return the share of names that are preferred."""
     mine = [r for r in records if r["suite"] == "read-then-ask"]
     return {"read, then ask": means(mine, ["distance", "mentions", "condition"], "correct")} if mine else {}
 
 
 def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Right answers by mentions, a panel for each distance."""
+    """Draw right answers by mentions, a panel for each distance."""
     rows = [
         {**row, "variant": LABELS[row["condition"]], "since": f"{row['distance']:,} tokens since"}
         for row in found.get("read, then ask", [])

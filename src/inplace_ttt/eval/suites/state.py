@@ -1,4 +1,4 @@
-"""Suite ``diagnostics``: what the fast weights are like after each window that ``nll`` measures."""
+"""Suite ``diagnostics``: diagnostics of the fast weights after each window that ``nll`` measures."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,7 +15,7 @@ from .nll import NllSuite, piece_size
 
 
 class StateSuite:
-    """Reads the windows of an ``NllSuite`` and measures the fast weights at their end, layer by layer."""
+    """A suite that reads the windows of an ``NllSuite`` and measures the fast weights at their end, layer by layer."""
 
     name = "diagnostics"
     needs_updates = True
@@ -24,11 +24,11 @@ class StateSuite:
         self.nll = nll
 
     def units(self) -> Sequence[Unit]:
-        """The windows, by the same keys as in ``nll``."""
+        """Return the windows, by the same keys as in ``nll``."""
         return [unit for unit in self.nll.units() if unit.key.startswith("window/")]
 
     def measure(self, model: nn.Module, unit: Unit) -> list[Record]:
-        """One record per layer: the fields of ``LayerDiagnostics``."""
+        """Return one record per layer: the fields of ``LayerDiagnostics``."""
         document, start, end, _ = self.nll._work[unit.key]
         cache = new_cache(model)
         with evaluating(model):
@@ -47,7 +47,7 @@ WORDS = {
 
 
 def tables(records: Sequence[Record]) -> Tables:
-    """Means by layer, and what goes with a gain where ``nll`` was measured, too."""
+    """Return means by layer, and which measurements correlate with the gain where ``nll`` was measured, too."""
     mine, nll = ([r for r in records if r["suite"] == name] for name in ("diagnostics", "nll"))
     found = {"fast weights": _state(mine), "what goes with a gain": correlations(mine, nll)}
     return {name: rows for name, rows in found.items() if rows}
@@ -66,7 +66,7 @@ def _state(records: Sequence[Record]) -> list[Record]:
 
 
 def correlations(state: Sequence[Record], nll: Sequence[Record]) -> list[Record]:
-    """Over windows: correlation of the gain (off - on) with each layer's overlap of keys and effective rank."""
+    """Correlate, over windows, the gain (off - on) with each layer's overlap of keys and effective rank."""
     losses = {
         (r["variant"], r["unit"]): r["loss_sum"] / r["tokens"] for r in nll if r["kind"] == "document" and r["tokens"]
     }
@@ -85,7 +85,7 @@ def correlations(state: Sequence[Record], nll: Sequence[Record]) -> list[Record]
 
 
 def verdicts(found: Tables) -> list[str]:
-    """For each figure of the fast weights: in which layers more of it went with more or with less gain."""
+    """Say for each figure of the fast weights in which layers it correlates with the gain."""
     rows = found.get("what goes with a gain", [])
     lines, any_clear = [], False
     for (figure,), members in by_group(rows, ["figure"]).items():
@@ -109,7 +109,7 @@ def verdicts(found: Tables) -> list[str]:
 
 
 def interval_of_r(r: float, n: int) -> tuple[float, float]:
-    """95% interval of a correlation of n points (Fisher's transform, points taken as independent)."""
+    """Return the 95% interval of a correlation of n points (Fisher's transform, points taken as independent)."""
     if n < 4:
         return -1.0, 1.0
     middle, half = np.arctanh(np.clip(r, -0.999999, 0.999999)), 1.959964 / np.sqrt(n - 3)

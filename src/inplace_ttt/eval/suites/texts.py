@@ -16,10 +16,10 @@ TEXT_FILES = frozenset(
     [".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".html", ".xml", ".csv",
      ".py", ".js", ".ts", ".c", ".h", ".cpp", ".rs", ".go", ".java"]
 )  # fmt: skip
-"""What counts as a text file inside a directory. A file given by its own name may be called anything."""
+"""Suffixes of text files inside a directory. A file given by its own name may have any."""
 JSON_LINES = (".jsonl", ".jsonl.xz", ".jsonl.gz")
 MOST_ROWS = 1000
-"""Rows of a dataset that are read: an evaluation needs a few long documents, not millions of short ones."""
+"""Maximum rows read from a dataset: an evaluation needs a few long documents, not millions of short ones."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Document:
 def load_texts(
     sources: Sequence[Path | str], tokenizer: Any, *, domain: str = "text", tokens: int | None = None
 ) -> list[Document]:
-    """The documents of all sources, in order, of each its first ``tokens`` tokens (None: all).
+    """Return the documents of all sources, in order, of each its first ``tokens`` tokens (None: all).
 
     A source is
 
@@ -70,13 +70,13 @@ def check_source(source: Path | str) -> None:
 
 
 def tokenize(tokenizer: Any, text: str) -> np.ndarray:
-    """Token ids int32 [n] of a text alone: nothing added, nothing in it special."""
+    """Return token ids int32 [n] of a text alone: nothing added, nothing in it special."""
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     return np.array(ids, np.int32)
 
 
 def words(tokenizer: Any) -> list[int]:
-    """Single tokens that are a capitalised or a lower-case word of five letters or more after a space."""
+    """Return single tokens that are a capitalised or a lower-case word of five letters or more after a space."""
     found = []
     for token in sorted(tokenizer.get_vocab().values()):
         text = tokenizer.decode([token])
@@ -86,7 +86,7 @@ def words(tokenizer: Any) -> list[int]:
 
 
 def stretches(documents: Sequence[Document], length: int) -> Iterator[tuple[str, list[int]]]:
-    """Name and ids of neighbouring parts of ``length`` tokens, the first of every document first."""
+    """Yield name and ids of neighbouring parts of ``length`` tokens, the first of every document first."""
     longest = max((len(document.ids) for document in documents), default=0)
     for at in range(0, longest - length + 1, length):
         for document in documents:
@@ -95,7 +95,7 @@ def stretches(documents: Sequence[Document], length: int) -> Iterator[tuple[str,
 
 
 def _dataset(spec: str, domain: str) -> Iterator[tuple[str, str, str]]:
-    """Name, domain and text of a dataset's rows."""
+    """Yield name, domain and text of a dataset's rows."""
     dataset = hub_dataset(spec, split="test", id="id")
     whole = f"{dataset.place}@{dataset.name}" if dataset.name else dataset.place
     for number, row in enumerate(islice(dataset.rows(), MOST_ROWS)):
@@ -105,7 +105,7 @@ def _dataset(spec: str, domain: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _texts(source: Path, domain: str) -> Iterator[tuple[str, str, str]]:
-    """Name, domain and text of a source's documents."""
+    """Yield name, domain and text of a source's documents."""
     if not source.is_dir():
         yield from _file(source, domain)
         return

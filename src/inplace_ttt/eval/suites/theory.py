@@ -1,4 +1,4 @@
-"""Suite ``theory``: what one update does to the logits, with next-token and with reconstruction targets.
+"""Suite ``theory``: the effect of one update on the logits, with next-token and with reconstruction targets.
 
 Theorem 1 (docs/method.md): a pair (key, value) stands in the text and the key comes again. One update whose target is
 the embedding of the *next* token raises the logit of the value; one whose target is the embedding of the *same* token
@@ -27,7 +27,7 @@ from . import Record, Tables, Unit
 from .texts import Document, stretches, words
 
 TARGETS = ("own", "next_token", "reconstruction")
-"""The model's own target as it is, and the two of the theorem."""
+"""The model's own target and the two of the theorem."""
 
 
 class TheorySuite:
@@ -35,14 +35,14 @@ class TheorySuite:
 
     The theorem's targets replace a layer's convolution and projection by ``s * u[t + 1]`` and ``s * u[t]``, u the token
     embeddings; s makes the update as large (Frobenius norm) as the model's own is in that layer, so that the three
-    differ in where their updates point, and not in size. Every other setting is the model's at the moment. A model with
+    differ in the direction of their updates, not in size. All other settings are the model's current ones. A model with
     objective "loss" has no target to replace: only its own is measured.
 
     One record per target, with "document", "target", "chance" and, of the logits after the second key, updates on minus
     off,
 
     * "right": that of the value; "others": the mean of ``candidates`` - 1 words that the text does not use either;
-      "margin": right - others, which no change of all logits alike can make;
+      "margin": right - others, invariant to a shift of all logits;
     * "won": 1 if the value's logit rose the most of all candidates (chance: one in ``candidates``).
 
     Raises UserError when no document is long enough, a text leaves too few words, or an update of the model is zero.
@@ -74,12 +74,12 @@ class TheorySuite:
         self._work = {f"pair/{trial}": (*parts[trial % len(parts)], trial) for trial in range(trials)}
 
     def units(self) -> Sequence[Unit]:
-        """One per trial."""
+        """Return one unit per trial."""
         tokens = (1 + len(TARGETS)) * (self.chunk_size + self.gap)
         return [Unit(key, tokens) for key in self._work]
 
     def measure(self, model: nn.Module, unit: Unit) -> list[Record]:
-        """One record per target, by the model as it is set."""
+        """Return one record per target, by the model as it is set."""
         name, _, _ = self._work[unit.key]
         ids, choices = self.pair(unit)
         runtime = runtime_of(model)
@@ -99,7 +99,7 @@ class TheorySuite:
     def _read(
         self, model: nn.Module, target: str, own: dict[int, float], ids: Sequence[int], choices: Sequence[int]
     ) -> np.ndarray:
-        """The candidates' logits when the layers learn from ``target``, with updates of the size of ``own``."""
+        """Return the candidates' logits when the layers learn from ``target``, with updates of the size of ``own``."""
         if target == "own":
             return _logits(model, ids, choices)
         with _fixed_target(model, target, dict.fromkeys(own, 1.0)):
@@ -108,7 +108,7 @@ class TheorySuite:
             return _logits(model, ids, choices)
 
     def pair(self, unit: Unit) -> tuple[list[int], list[int]]:
-        """What a unit reads, the second key last, and the candidates: the value first."""
+        """Return the ids that a unit reads, the second key last, and the candidates: the value first."""
         name, text, trial = self._work[unit.key]
         free = np.setdiff1d(self._words, text).tolist()
         if len(free) <= self.candidates:
@@ -119,7 +119,7 @@ class TheorySuite:
         return [*text[:place], key, choices[0], *text[place + 2 :], key], choices
 
     def _update_norms(self, model: nn.Module, ids: Sequence[int]) -> dict[int, float]:
-        """By layer: the Frobenius norm of S after the first chunk."""
+        """Return by layer the Frobenius norm of S after the first chunk."""
         cache = new_cache(model)
         feed(model, cache, ids[: self.chunk_size], self.chunk_size)
         states = {i: fast.dense() for i, fast in fast_weights(cache).items() if fast.seen[0]}
@@ -127,21 +127,21 @@ class TheorySuite:
 
 
 def _logits(model: nn.Module, ids: Sequence[int], choices: Sequence[int]) -> np.ndarray:
-    """Ids [n], read from an empty cache -> float64 [choices]: logits of the token after them."""
+    """Read ids [n] from an empty cache; return float64 [choices], the logits of the token after them."""
     rows = torch.tensor([list(ids)], device=input_device(unwrap(model)))
     logits: Tensor = model(input_ids=rows, use_cache=False, logits_to_keep=1).logits
     return logits[0, -1, list(choices)].double().cpu().numpy()
 
 
 def _figures(change: np.ndarray) -> Record:
-    """Changes of the candidates' logits, the right one first."""
+    """Summarise the changes of the candidates' logits, the right one first."""
     right, others = float(change[0]), float(change[1:].mean())
     return {"right": right, "others": others, "margin": right - others, "won": int((change[0] > change[1:]).all())}
 
 
 @contextmanager
 def _fixed_target(model: nn.Module, objective: str, scales: dict[int, float]) -> Iterator[None]:
-    """Inside, the layers of ``scales`` learn from embeddings at a fixed shift, times their scale."""
+    """Make the layers of ``scales`` learn from embeddings at a fixed shift, times their scale."""
     runtime = runtime_of(model)
     settings = replace(runtime.config, objective=objective, objective_options={}, target="input_embed")
     with ExitStack() as stack:
@@ -165,19 +165,19 @@ COLOURS = {"the word that followed before": plots.FIXED["on"], "other words": pl
 
 
 def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model: nn.Module) -> TheorySuite:
-    """The suite of the command line."""
+    """Build the suite of the command line."""
     return TheorySuite(tokenizer, texts, runtime_of(model).config.chunk_size, trials=4 * options.trials)
 
 
 def tables(records: Sequence[Record]) -> Tables:
-    """Each change of the logits by target."""
+    """Return each change of the logits by target."""
     mine = [r for r in records if r["suite"] == "theory"]
     rows = [{"change": name, **row} for name in CHANGES for row in means(mine, ["target"], name)]
     return {"theory": rows} if rows else {}
 
 
 def verdicts(found: Tables) -> list[str]:
-    """What one update did to the logits, a sentence per target."""
+    """Describe the effect of one update on the logits, a sentence per target."""
     rows = [row for row in found.get("theory", []) if row["variant"] == "on"]
     at, lines = {(row["target"], row["change"]): row for row in rows}, []
     for target in dict.fromkeys(row["target"] for row in rows):
@@ -192,7 +192,7 @@ def verdicts(found: Tables) -> list[str]:
 
 
 def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Changes of the logits of the word that followed the key before, and of other words."""
+    """Draw changes of the logits of the word that followed the key before, and of other words."""
     labels = dict(zip(CHANGES, COLOURS, strict=False))
     rows = [
         {
