@@ -1,4 +1,4 @@
-"""Worked examples of rules beside the paper's sum. Each is its formula; the generic scan does the rest."""
+"""Further rules beside the paper's sum. Each implements its formula only; the generic scan does the rest."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from .rules import Rule, State, register_rule, slow_norm
 class Delta(Rule):
     """Delta rule with one step per chunk: ``S' = (1 - decay) S + (V - lr Z S^T)^T Z / C``.
 
-    What is written is the error of what S already recalls, so a key that comes again overwrites instead of piling up
+    It writes the error of what S recalls for a key, so a repeated key overwrites its value instead of accumulating
     (Widrow & Hoff 1960; for sequence layers: Schlag et al. 2021, Yang et al. 2024, there token by token).
     """
 
@@ -101,18 +101,18 @@ class NormPreserving(Rule):
 
 @register_rule("adaptive")
 class Adaptive(Rule):
-    """A sized write that finds its own size r and forgets what hurts, ``update_size="auto"``; v must be ``-dL/do``.
+    """A sized write with an adaptive size r and decay of harmful updates, ``update_size="auto"``; v must be ``-dL/do``.
 
-    With that target the chunk's loss says for free how it depends on S: ``g = <V, lr S Z> / C`` is minus its derivative
-    with respect to S's scale, in nats per token. As the loss is about convex along S, g is also a lower bound of what S
-    gained on the chunk. Before a chunk is written (hypergradient descent, Almeida et al. 1998, Baydin et al. 2018),
+    With that target ``g = <V, lr S Z> / C`` is minus the derivative of the chunk's loss with respect to S's scale, in
+    nats per token, at no extra cost. The loss is approximately convex along S, so g is also a lower bound of S's gain
+    on the chunk. Before a chunk is written (hypergradient descent, Almeida et al. 1998, Baydin et al. 2018),
 
-    * ``log r' = log r + rate * clip((g / d - aim) / width, -2, 1)``, d = ``lr r |W0| n / C``: what a write of this size
-      promises to first order. The first chunk of a document takes the r for which d = ``decrease``; ``largest`` is a
-      bound;
+    * ``log r' = log r + rate * clip((g / d - aim) / width, -2, 1)``, d = ``lr r |W0| n / C``: the first-order
+      decrease predicted for a write of this size. The first chunk of a document takes the r for which d = ``decrease``;
+      ``largest`` is a bound;
     * ``S' = (1 - decay) S / (1 + max(0, -m - tolerance) / slope) + r |W0| dW / n``, m the running mean of g over some 4
-      chunks, n the larger of |dW| and its running mean over 20: what hurts shrinks, and a chunk that asks for little
-      (where a text repeats itself, say) writes little and says little about r.
+      chunks, n the larger of |dW| and its running mean over 20: a harmful S shrinks, and a chunk with a small
+      gradient (repeated text, say) writes little and changes r little.
     """
 
     decay: float = 0.0
