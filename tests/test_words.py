@@ -10,7 +10,7 @@ import pytest
 import inplace_ttt
 
 ROOT = Path(inplace_ttt.__file__).parent
-CHECKED = ("cli", "core", "fast")
+CHECKED = ("cli", "core", "fast", "hf")
 """Packages that follow this; others are added as they are rewritten."""
 OPENINGS = re.compile(r"(what|how|whether|where)\b", re.IGNORECASE)
 HABITS = re.compile(r"\b(is|are) no\b(?! (longer|more))|\bgo(es)? on\b")

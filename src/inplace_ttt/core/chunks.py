@@ -94,8 +94,8 @@ class ChunkTable:
     *Regular* (``index`` is None): T real tokens of one document in every row, and chunk m is extended positions
     m*C .. (m+1)*C - 1, cut at P + T, in all of them. Otherwise ``index`` lists the positions.
 
-    Only chunks that matter are listed: a chunk that sees the initial state and whose update nobody uses is left out,
-    unless that state adds something to the output (``from_zero`` is False).
+    Only chunks with an effect are listed: a chunk that sees the initial state and whose update is never used is left
+    out, unless that state adds to the output (``from_zero`` is False).
     """
 
     chunk_size: int

@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerDiagnostics:
-    """Diagnostics of one layer and row. None: unknown (no dense weight, no completed chunk kept, or not finite).
+    """A record of one layer and row. None: unknown (no dense weight, no completed chunk kept, or not finite).
 
     "The last chunk" is the newest completed one; while it was read, the fast weights were those before its own update.
     """

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass
 class ReferenceState:
-    """State of one row between calls: S [D, F], the pending pairs (z [F], u [D]), tokens read."""
+    """A state of one row between calls: S [D, F], the pending pairs (z [F], u [D]), tokens read."""
 
     S: Tensor
     pending: list[tuple[Tensor, Tensor]] = field(default_factory=list)

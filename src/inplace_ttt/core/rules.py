@@ -152,7 +152,7 @@ def make_rule(name: str, options: Mapping[str, Any], settings: Mapping[str, Any]
 
 @register_rule("sum")
 class Sum(Rule):
-    """The paper's rule: ``S' = (1 - decay) S + f * sum_t v_t z_t^T``, read as ``lr * S z``.
+    """A sum, the paper's rule: ``S' = (1 - decay) S + f * sum_t v_t z_t^T``, read as ``lr * S z``.
 
     f is 1 for the plain write, or depends on the chunk's ``dW = sum_t v_t z_t^T``; at most one of these is given:
 

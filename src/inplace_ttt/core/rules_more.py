@@ -10,7 +10,7 @@ from .rules import Rule, State, register_rule, slow_norm
 
 @register_rule("delta")
 class Delta(Rule):
-    """Delta rule with one step per chunk: ``S' = (1 - decay) S + (V - lr Z S^T)^T Z / C``.
+    """A delta rule with one step per chunk: ``S' = (1 - decay) S + (V - lr Z S^T)^T Z / C``.
 
     It writes the error of what S recalls for a key, so a repeated key overwrites its value instead of accumulating
     (Widrow & Hoff 1960; for sequence layers: Schlag et al. 2021, Yang et al. 2024, there token by token).
@@ -27,7 +27,7 @@ class Delta(Rule):
 
 @register_rule("momentum")
 class Momentum(Rule):
-    """Heavy ball: ``M' = beta M + sum_t v_t z_t^T``, ``S' = (1 - decay) S + M'``.
+    """A heavy-ball rule: ``M' = beta M + sum_t v_t z_t^T``, ``S' = (1 - decay) S + M'``.
 
     Polyak 1964; as test-time training: Titans, Behrouz et al. 2024.
     """
@@ -48,7 +48,7 @@ class Momentum(Rule):
 
 @register_rule("muon")
 class Muon(Rule):
-    """``S' = (1 - decay) S + NS5(sum_t v_t z_t^T)``: all singular values of a chunk's update become about 1.
+    """A Muon rule, ``S' = (1 - decay) S + NS5(sum_t v_t z_t^T)``: all singular values of an update become about 1.
 
     Five Newton-Schulz steps with Jordan's coefficients (Muon, 2024; in test-time training: LaCT, Zhang et al. 2025).
     """
@@ -72,7 +72,9 @@ class Muon(Rule):
 
 @register_rule("norm_preserving")
 class NormPreserving(Rule):
-    """Rows keep W0's norms: ``W = diag(|W0_r| / |(W0 + lr T)_r|) (W0 + lr T)``, ``T' = (1 - decay) T + sum v_t z_t^T``.
+    """A rule whose weight keeps the norms of W0's rows.
+
+    ``W = diag(|W0_r| / |(W0 + lr T)_r|) (W0 + lr T)``, ``T' = (1 - decay) T + sum v_t z_t^T``.
 
     T itself is never scaled; what is read is ``S = (W - W0) / lr``, so everything that works with a matrix works here.
     W is that of a DoRA adapter (Liu et al. 2024) whose magnitude was not touched.

@@ -1,7 +1,7 @@
 """The scan: every token of a chunk is read with the state after the chunks before it.
 
-``scan`` asks the registered fast paths first (``PATHS``); what none of them supports goes through ``generic``, a loop
-over the chunk table for any rule, differentiable and checkpointed in segments.
+``scan`` tries the registered fast paths first (``PATHS``) and otherwise runs ``generic``, a loop over the chunk table for
+any rule, differentiable and checkpointed in segments.
 
 Shapes: B rows, T new tokens, P pending tokens, U chunks that may update, C tokens of a chunk, F width of z, D output.
 """
@@ -26,7 +26,7 @@ log = logging.getLogger("inplace_ttt")
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """Inputs of one layer's scan.
+    """A call: the inputs of one layer's scan.
 
     z [B, T, F]; v [B, U * C, D] as written (``Rule.values`` is applied), None when no chunk updates; ``keep`` [B, U]:
     gates; ``weight`` [D, F] and ``bias`` [D] of a slow product to include, of z's dtype; ``slow``: W0 for the rule,
@@ -49,7 +49,7 @@ class Call:
 
 
 class Result(NamedTuple):
-    """Outputs [B, T, D] and the state after the call (None: that of ``Rule.init``)."""
+    """A pair: outputs [B, T, D] and the state after the call (None: that of ``Rule.init``)."""
 
     out: Tensor
     state: State | None

@@ -66,7 +66,7 @@ class FastWeights:
         return None if self.tensors is None else self.tensors.get("S")
 
     def dense(self) -> Tensor | None:
-        """Return S [B, D, F] of a linear rule in whatever form it is held; None while zero. UserError otherwise."""
+        """Return S [B, D, F] of a linear rule from any form of state; None while zero. UserError for other rules."""
         self.rule.need("linear", "a matrix of fast weights")
         return self.S
 
@@ -377,7 +377,7 @@ class FastWeights:
         return self.tensors
 
     def reset(self) -> None:
-        """Forget everything: the next token begins a document."""
+        """Reset all rows: the next token begins a document."""
         self.__dict__.update(self.new(self.rows).__dict__)
 
     def fork(self) -> "FastWeights":

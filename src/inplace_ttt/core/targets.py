@@ -134,7 +134,7 @@ def _assign(weight: Any, value: Tensor) -> None:
 
 
 class TargetConv(nn.Module):
-    """Kernel kappa of a depthwise convolution over time: ``weight`` [D, 1, K], applied by ``convolve``.
+    """A kernel kappa of a depthwise convolution over time: ``weight`` [D, 1, K], applied by ``convolve``.
 
     Zero at the start; with ``tap`` one at that tap.
     """
@@ -161,7 +161,7 @@ class TargetConv(nn.Module):
 
 
 class TargetProjection(nn.Module):
-    """Projection P: ``weight`` [D, D], diagonal at the start, used as ``c P`` (not as ``nn.Linear`` would)."""
+    """A projection P: ``weight`` [D, D], diagonal at the start, used as ``c P`` (not as ``nn.Linear`` would)."""
 
     def __init__(self, width: int, std: float) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class TargetProjection(nn.Module):
 
 
 class TargetGates(nn.Module):
-    """Gates of a token: beta = 2 sigmoid(w.u + b) from 1, gamma = exp(-softplus(w.u + b)) from 1 to seven digits."""
+    """A token's gates: beta = 2 sigmoid(w.u + b) from 1, gamma = exp(-softplus(w.u + b)) from 1 to seven digits."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -257,7 +257,7 @@ class Shaped(Target):
 
 @register_target("learned")
 class Learned(Shaped):
-    """The paper's target: ``c_t = sum_k kappa[:, k] u[t + k - (K-1-L)]`` inside the chunk, ``v_t = c_t P``.
+    """A learned target, the paper's: ``c_t = sum_k kappa[:, k] u[t + k - (K-1-L)]`` inside the chunk, ``v_t = c_t P``.
 
     kappa is zero and P is diagonal N(0, std^2) at the start, so nothing changes before training. With
     ``start="next_token"`` kappa is one at the tap of the next token and P is zero, so nothing changes either, and v
@@ -358,7 +358,7 @@ class NextError(Shaped):
 
 @register_target("loss")
 class Loss(Target):
-    """``v_t = -dL/do_t``, L the next-token losses inside the chunk: no parameters. hf/loss.py computes it.
+    """A target without parameters: ``v_t = -dL/do_t``, L the next-token losses inside the chunk. See hf/loss.py.
 
     Mikolov et al. 2010; Krause et al. 2018 (dynamic evaluation); TTT-E2E, arXiv 2512.23675 (as a layer's update).
     """

@@ -90,7 +90,7 @@ class Lesson:
 
 
 class _Taught(torch.autograd.Function):
-    """Identity of the first argument; in backward the second gets the teacher's gradient."""
+    """An identity of the first argument; in backward the second gets the teacher's gradient."""
 
     @staticmethod
     def forward(ctx: Any, out_BTD: Tensor, v_BND: Tensor, teacher: Teacher, table: ChunkTable) -> Tensor:

@@ -16,7 +16,7 @@ Key = tuple[object, ...]
 
 
 class StepBuffers:
-    """Buffers of one layer's steps: pending z [B, C, F] and u [B, C, D], and the folded weight [B, D, F]."""
+    """A layer's buffers for steps: pending z [B, C, F] and u [B, C, D], and the folded weight [B, D, F]."""
 
     def __init__(self, owner: object, z_BCF: Tensor, u_BCD: Tensor) -> None:
         self._owner = id(owner)

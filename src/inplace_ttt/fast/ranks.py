@@ -283,7 +283,7 @@ def piece_totals(
 
 
 class _PieceTotals(torch.autograd.Function):
-    """Autograd function of ``sum_m weight_m * sum_t v_t z_t^T``; a single product without weights."""
+    """An autograd function of ``sum_m weight_m * sum_t v_t z_t^T``; a single product without weights."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, v: Tensor, weights: Tensor | None, C: int) -> Tensor:
@@ -326,7 +326,7 @@ def exclusive_scan(totals_RDF: Tensor, table: SliceTable, group: Group) -> Tenso
 
 
 class _ExclusiveScan(torch.autograd.Function):
-    """Autograd function of ``exclusive_scan``; backward is the same scan, from the last piece to the first."""
+    """An autograd function of ``exclusive_scan``; backward is the same scan, from the last piece to the first."""
 
     @staticmethod
     def forward(ctx: Any, totals: Tensor, table: SliceTable, group: Group) -> Tensor:

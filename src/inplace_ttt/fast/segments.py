@@ -22,7 +22,7 @@ SEGMENT_BYTES = 400 * 2**20
 
 
 class Segment(NamedTuple):
-    """Slots ``first`` .. ``last - 1``. Regular calls: their new tokens are ``start`` .. ``stop - 1`` of every row."""
+    """A segment: slots ``first`` .. ``last - 1``. Regular calls: its new tokens are ``start`` .. ``stop - 1`` of rows."""
 
     first: int
     last: int
@@ -50,7 +50,7 @@ class Slots:
         if index_BMC is not None:
             rows = torch.arange(self.B, device=z_BTF.device)[:, None, None] * self.T
             new = index_BMC >= prefix
-            self.flat = torch.where(new, index_BMC - prefix + rows, self.B * self.T)  # last: a row nobody reads
+            self.flat = torch.where(new, index_BMC - prefix + rows, self.B * self.T)  # last: an unused row
             self.old = (index_BMC >= 0) & ~new
 
     def segments(self) -> list[Segment]:

@@ -37,7 +37,7 @@ def walk(
     begin: may be S itself; None: zero.
     mode: "forward", "reverse" or "unwind".
     pairs: x [B, n', c, D] and z [B, n', c, F] of the first n' slots (reverse: all; else those that may update).
-    updates: slots below it may update; ``update`` says which rows do there, None: all.
+    updates: slots below it may update; ``update``: rows that do, None: all.
     """
     args = (S_BDF, begin_BDF, folds_BnDF, pairs, weight_DF, update_Bn, reset_Bn, lr, keep, updates)
     if folds_BnDF.is_cuda and folds_BnDF.dtype in (torch.bfloat16, torch.float16) and has_triton():

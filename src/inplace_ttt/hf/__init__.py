@@ -1,3 +1,3 @@
-"""The only folder that knows transformers. With any module of it come the entries for transformers' Auto classes."""
+"""The only package that imports transformers. Importing it registers this library with transformers' Auto classes."""
 
 from . import auto as auto
