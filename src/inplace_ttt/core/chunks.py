@@ -39,7 +39,7 @@ def document_ids(
     return None if all(x is None for x in given) else _document_ids(*given, rows, tokens)
 
 
-# Reads tensors on the host: under torch.compile one graph break, before the first layer.
+# Reads tensors on the host: one graph break under torch.compile, before the first layer.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _document_ids(
     attention_mask: Tensor | None,
@@ -245,7 +245,7 @@ def _irregular(documents: Tensor, C: int, before: tuple[int, ...], keep_state: b
     after = torch.where(count > 0, position.gather(1, (count - 1).clamp(min=0)[:, None])[:, 0] + 1, seen)
     restarted = (count > 0) & (number.max(1).values > 0)
 
-    # Keep the slots that matter, in order.
+    # Keep the slots with an effect, in order.
     matter = exists & ((slot_chunk > 0) | update | wanted) if from_zero else exists
     place = matter.long().cumsum(1) - 1
     steps = int(matter.sum(1).max())

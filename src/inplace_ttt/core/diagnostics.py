@@ -39,7 +39,7 @@ class LayerDiagnostics:
     largest_rank: int
     """min(D, F)."""
     key_overlap: float | None
-    """``key_overlap`` of the last chunk's keys with what was learned before it."""
+    """``key_overlap`` of the last chunk's keys with what S stored before it."""
     update_norm: float | None
     """lr * ||dW||_F / ||W0||_F of the last chunk, as it was written."""
     clipped: bool | None

@@ -33,7 +33,7 @@ def read(
     """Read new tokens; return the projection's output [B, T, D], or the fast weights' part of it.
 
     z_BTF: inputs of the projection. u_BTD: the target's source. table: the call's chunks, on z's device.
-    target: a ``Target`` (or what behaves like one). width: D.
+    target: a ``Target`` (or an object with its interface). width: D.
     state: of the tokens read before, updated in place; None: start from nothing and keep nothing.
     weight, bias: of the slow product, computed in the same pass, [D, F] of z's dtype; None: return the fast part alone.
     slow: W0 [D, F] for rules that use it; None where there is no dense one.

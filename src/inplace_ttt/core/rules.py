@@ -6,7 +6,7 @@ A rule is a frozen dataclass of numbers; its state from chunk to chunk is a dict
 * ``apply`` returns the fast weights' part of the projection's output,
 * ``update`` returns the state after one complete chunk.
 
-All three are pure: they return new tensors and write into none. What a rule *promises* (``linear``, ``additive``,
+All three are pure: they return new tensors and modify none. What a rule *promises* (``linear``, ``additive``,
 ``outer``) decides which features support it; the others raise an error that names it. docs/extending.md has a worked
 example.
 
@@ -79,7 +79,7 @@ class Rule:
         return {"S": self.keep * state["S"] + outer(v, z)}
 
     def write(self, z: Tensor, v: Tensor, W0: Tensor | None) -> Tensor:
-        """Return what a chunk adds to S, [B, D, F] (additive rules)."""
+        """Return a chunk's update of S, [B, D, F] (additive rules)."""
         return outer(self.values(z, v, W0), z)
 
     def values(self, z: Tensor, v: Tensor, W0: Tensor | None) -> Tensor:

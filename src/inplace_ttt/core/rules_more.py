@@ -76,8 +76,8 @@ class NormPreserving(Rule):
 
     ``W = diag(|W0_r| / |(W0 + lr T)_r|) (W0 + lr T)``, ``T' = (1 - decay) T + sum v_t z_t^T``.
 
-    T itself is never scaled; what is read is ``S = (W - W0) / lr``, so everything that works with a matrix works here.
-    W is that of a DoRA adapter (Liu et al. 2024) whose magnitude was not touched.
+    T itself is never scaled; the state that is read is ``S = (W - W0) / lr``, so features that need a matrix work here.
+    W is that of a DoRA adapter (Liu et al. 2024) with W0's magnitudes.
     """
 
     decay: float = 0.0

@@ -1,7 +1,7 @@
 """The scan: every token of a chunk is read with the state after the chunks before it.
 
-``scan`` tries the registered fast paths first (``PATHS``) and otherwise runs ``generic``, a loop over the chunk table for
-any rule, differentiable and checkpointed in segments.
+``scan`` tries the registered fast paths first (``PATHS``) and otherwise runs ``generic``, a loop over the chunk table
+for any rule, differentiable and checkpointed in segments.
 
 Shapes: B rows, T new tokens, P pending tokens, U chunks that may update, C tokens of a chunk, F width of z, D output.
 """

@@ -276,7 +276,7 @@ class FastWeights:
                 factor = torch.ones(self.rows, device=z.device).index_fill(0, index, rule.keep)
                 self.tensors = {name: scaled(x, factor) for name, x in start.items()}
             return start
-        old = {name: x.index_select(0, index) for name, x in start.items()}  # a copy: others may hold them
+        old = {name: x.index_select(0, index) for name, x in start.items()}  # a copy: forks may share these tensors
         if rule.outer and keep_B1 is None:
             new = old | {"S": accumulate(None if self.tensors is None else old["S"], z, v, rule.keep)}
         else:
@@ -325,7 +325,7 @@ class FastWeights:
         for name in self.numbers:
             setattr(self, name, tuple(getattr(self, name)[b] for b in order))
         self.rows = len(order)
-        self.tensors = self.tensors if any(self.updates) else None  # what other rows made it hold
+        self.tensors = self.tensors if any(self.updates) else None  # allocated for rows that are gone now
         self.history = self.history if any(self.kept) else {}
 
     @staticmethod

@@ -56,7 +56,7 @@ class StepBuffers:
             self.folded, self._key = None, None
             return
         version = None if weight_DF is None or weight_DF.is_inference() else weight_DF._version
-        # The tensors are in the key themselves: while they are, nothing else has their address.
+        # The key holds the tensors themselves, so that their addresses are not reused.
         key = (S_BDF, weight_DF, None if weight_DF is None else weight_DF.data_ptr(), version, lr)
         if self._key is not None and _same(self._key, key):
             return

@@ -256,7 +256,7 @@ class FactoredWeights(FastWeights):
     def _stack(self, parts: Sequence[FastWeights], rows: Sequence[int]) -> None:
         factored: list[Any] = list(parts)
         forms = {x.form for x in factored}
-        self.form = "auto" if "auto" in forms else max(forms)  # the one that loses least
+        self.form = "auto" if "auto" in forms else max(forms)  # the least lossy one
         for name in ("count", "raw", "lost"):
             setattr(self, name, tuple(n for x in factored for n in getattr(x, name)))
         if any(x.tensors is not None for x in factored):

@@ -127,7 +127,7 @@ class SliceTable:
         if documents is None:
             return cls._regular(slices, rows, length, C, keep)
         whole = ChunkTable.build(rows, tokens, C, documents=documents)
-        if whole.index is None:  # one document everywhere after all
+        if whole.index is None:  # every row is one document
             return cls._regular(slices, rows, length, C, keep)
         return cls._irregular(slices, whole, length, keep)
 

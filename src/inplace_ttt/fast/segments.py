@@ -22,7 +22,7 @@ SEGMENT_BYTES = 400 * 2**20
 
 
 class Segment(NamedTuple):
-    """A segment: slots ``first`` .. ``last - 1``. Regular calls: its new tokens are ``start`` .. ``stop - 1`` of rows."""
+    """A range of slots ``first`` .. ``last - 1``. Regular calls: new tokens ``start`` .. ``stop - 1`` of every row."""
 
     first: int
     last: int

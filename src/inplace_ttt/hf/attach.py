@@ -226,7 +226,7 @@ def _target(
         if hasattr(module, "reset_parameters"):
             added: Any = module
             added._inplace_ttt_added, added._is_hf_initialized = True, not weight.is_meta
-    if is_split(weight):  # the processes' random numbers differ
+    if is_split(weight):  # random numbers differ between processes
         group = weight.device_mesh.get_group()  # type: ignore[attr-defined]
         for parameter in target.parameters():
             torch.distributed.broadcast(parameter.data, group=group, group_src=0)

@@ -85,7 +85,7 @@ class FastCacheLayer:
         drop = -tokens_to_remove
         if tokens_to_remove > 0:  # the older meaning: length to keep
             drop = max(self.get_seq_length() - tokens_to_remove, 0)  # type: ignore[attr-defined]
-        before = dict(self.fast.__dict__)  # a rollback replaces tensors and writes into none
+        before = dict(self.fast.__dict__)  # a rollback replaces tensors and modifies none
         record = self.record
         try:
             self.fast.rollback(int(drop))
@@ -108,7 +108,7 @@ class FastCacheLayer:
         new = object.__new__(type(self))
         memo[id(self)] = new
         for key, value in self.__dict__.items():
-            if key == "steps":  # made again when they are needed
+            if key == "steps":  # made again when needed
                 continue
             new.__dict__[key] = value.fork() if isinstance(value, FastWeights) else copy.deepcopy(value, memo)
         return new

@@ -233,7 +233,7 @@ class Runtime:
     def running_sites(self) -> list[LayerSite]:
         """Return the layers that adapt at present."""
         off = self.settings.disabled_layers
-        running = self.model_config.num_hidden_layers  # early-exit drafting lowers it for a while
+        running = self.model_config.num_hidden_layers  # early-exit drafting lowers it temporarily
         return [site for site in self.sites if site.index < running and site.index not in off]
 
     def _cache(self, module: nn.Module, given: dict[str, Any]) -> Cache | None:
@@ -310,7 +310,7 @@ class Forward:
         """The module's own ``forward`` attribute, if it had one."""
 
     @property
-    def __signature__(self) -> inspect.Signature:  # by which transformers tells what a model understands
+    def __signature__(self) -> inspect.Signature:  # transformers reads accepted arguments from it
         return inspect.signature(type(self.module).forward.__get__(self.module) if self.own is None else self.own)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -343,7 +343,7 @@ class PrepareInputs:
         self.runtime = runtime
 
     @property
-    def __signature__(self) -> inspect.Signature:  # by which transformers tells what a model understands
+    def __signature__(self) -> inspect.Signature:  # transformers reads accepted arguments from it
         return inspect.signature(self._own)
 
     @property

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 register_pieces()
 IGNORED = -100
-_AT_ONCE = 1 << 25  # logits turned to float32 at a time
+_AT_ONCE = 1 << 25  # logits converted to float32 at a time
 Sliding = dict[int, tuple[Tensor, Tensor]]
 """Keys and values of the sliding layers, by layer."""
 
@@ -186,7 +186,7 @@ class LossForward:
         self.cache_name = cache_name(runtime.model)
 
     @property
-    def __signature__(self) -> inspect.Signature:  # by which transformers tells what a model understands
+    def __signature__(self) -> inspect.Signature:  # transformers reads accepted arguments from it
         return inspect.signature(self.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -690,7 +690,7 @@ def learn_from(
     States are dense and belong to no cache.
     """
     settings, (rows, tokens) = runtime.settings if config is None else Settings(config), ids_RMn.shape
-    settings.rule.need("outer", "an update from several short texts")  # in which padding counts for nothing
+    settings.rule.need("outer", "an update from several short texts")  # padding must add nothing to it
     with torch.inference_mode(False), torch.no_grad():
         call = LossCall(settings.rule, states, rows, tokens, True)
         output = _Learner(runtime.loss_forward, None, {}).call(call, {"input_ids": ids_RMn}, None, None, 0)

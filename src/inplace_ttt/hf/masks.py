@@ -73,7 +73,7 @@ def _documents(seen_BTK: Tensor, real_BT: Tensor, past: int, state: FastWeights 
     oldest = torch.where(real_BT & (numbers == 0), first, K).amin(1, keepdim=True)
     start = torch.where(numbers == 0, oldest, torch.where(begins, own, 0).cummax(1).values)
     reach = torch.where(real_BT, own - first, 0).amax(1, keepdim=True)
-    # Real tokens up to each column: none lies between where a token should begin to see and where it does.
+    # Real tokens up to each column: none may lie between the expected and the actual first visible column.
     count = pad(exists.long().cumsum(1), (1, 0))
     missed = count.gather(1, first) - count.gather(1, torch.maximum(start, own - reach))
     right = (seen_BTK == run).all(-1) & (first >= start) & (missed <= 0)

@@ -67,7 +67,7 @@ def from_first(model: PreTrainedModel | None) -> PreTrainedModel:
     dist.broadcast_object_list(sent)
     if model is None:
         model = sent[0]
-        torch.manual_seed(sent[1])  # of the GPU too
+        torch.manual_seed(sent[1])  # seeds the GPU too
         torch.set_rng_state(sent[2])
     return model
 
