@@ -1,3 +1,3 @@
-"""The only package that imports transformers. Importing it registers this library with transformers' Auto classes."""
+"""Support for transformers models. Importing it registers this library's directories with the Auto classes."""
 
 from . import auto as auto

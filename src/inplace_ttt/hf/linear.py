@@ -47,7 +47,7 @@ class FastWeight:
 
 
 class FastWeightLinear(FastWeight, nn.Linear):
-    """A ``nn.Linear`` that adapts."""
+    """An ``nn.Linear`` that adapts."""
 
     slow_class = nn.Linear
     fuses = True

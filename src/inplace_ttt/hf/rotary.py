@@ -23,9 +23,9 @@ class Angles:
     kwargs: tuple[tuple[str, Any], ...]
 
     def turn(self, by: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine [1, 1, R] of the angles of ``by`` >= 0 positions, without the model's scale, as ``x``.
+        """Return cosine and sine [1, 1, R] of a rotation by ``by`` >= 0 positions, without the model's scale, like ``x``.
 
-        Only powers of two are exact in float32, so the rotation is a product of those.
+        Only powers of two have exact phases in float32, so the rotation is a product of those.
         """
         powers = [1 << k for k in range(by.bit_length()) if by >> k & 1] or [0]
         cos, sin = self._at(self.rotary, torch.tensor([powers], device=x.device), x)

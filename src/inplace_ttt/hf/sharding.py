@@ -40,8 +40,8 @@ def shard_layers(
     """Shard ``model`` in place over ``mesh`` and return it: every decoder layer, then the rest.
 
     mesh: a ``DeviceMesh`` of one dimension, or of two (replicas, shards). precision: dtype in which layers compute
-    (``torch.bfloat16``, say); parameters, gradient reduction and optimizer keep the parameters' own dtype; None: that
-    dtype. Gradients are means over the mesh's ranks. Call ``attach`` before, the optimizer after.
+    (``torch.bfloat16``, say); parameters, gradient reduction and optimizer keep the parameters' own dtype; None: layers
+    compute in it too. Gradients are means over the mesh's ranks. Call ``attach`` before, the optimizer after.
     """
     root = unwrap(model)
     layers = layers_of(root)
