@@ -23,7 +23,7 @@ class Angles:
     kwargs: tuple[tuple[str, Any], ...]
 
     def turn(self, by: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine [1, 1, R] of a rotation by ``by`` >= 0 positions, without the model's scale, like ``x``.
+        """Return cosine and sine [1, 1, R] of a rotation by ``by`` >= 0 positions, unscaled, in the dtype of ``x``.
 
         Only powers of two have exact phases in float32, so the rotation is a product of those.
         """
