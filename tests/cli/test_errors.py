@@ -113,7 +113,7 @@ def test_model_that_breaks_down(cli, folder, tmp_path, tokenizer):
             layer.mlp.ttt_proj.weight.fill_(torch.nan)
     ittt.save_pretrained(model, tmp_path / "broken", tokenizer)
     said = line(cli("demo", folder.text, "--model", tmp_path / "broken", "--plot", tmp_path / "x.png"))
-    assert "broken breaks down with updates on: its loss is no number from token " in said
+    assert "broken breaks down with updates on: its loss is not a number from token " in said
 
 
 def test_missing_shipped_model(cli, folder, tmp_path, monkeypatch):

@@ -147,8 +147,8 @@ def test_damaged_session(cli, folder, session, cut, says):
 
 def test_other_file_is_no_session(cli, folder, path):
     path.write_text("something that is dear to me")
-    assert "no whole session file" in line(cli("chat", "--session", path))
-    assert "no session file" in line(cli("chat", "--session", folder.model / "base" / "model.safetensors"))
+    assert "not a complete session file" in line(cli("chat", "--session", path))
+    assert "not a session file" in line(cli("chat", "--session", folder.model / "base" / "model.safetensors"))
     assert path.read_text() == "something that is dear to me"
 
 

@@ -97,7 +97,7 @@ class TestRefused:
         data = saved.read_bytes()
         for share in (0, 1e-5, 0.01, 0.3, 0.7, 0.999999):
             saved.write_bytes(data[: int(len(data) * share)])
-            self.refuse(saved, "no whole session file")
+            self.refuse(saved, "not a complete session file")
 
     def test_a_flipped_bit_anywhere(self, saved):
         data = bytearray(saved.read_bytes())
@@ -113,11 +113,11 @@ class TestRefused:
     def test_foreign(self, saved, tmp_path):
         other = tmp_path / "other.safetensors"
         save_file({"x": torch.zeros(3)}, other)
-        self.refuse(other, "no session file")
+        self.refuse(other, "not a session file")
         other.write_text("Call me Ishmael.")
-        self.refuse(other, "no whole session file")
+        self.refuse(other, "not a complete session file")
         torch.save({"x": 1}, other)
-        self.refuse(other, "no whole session file")
+        self.refuse(other, "not a complete session file")
         self.refuse(tmp_path, "directory")
         self.refuse(tmp_path / "missing", "no such file")
 

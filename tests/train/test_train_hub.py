@@ -64,7 +64,7 @@ def test_a_folder_may_be_called_anything(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("hf:", "is no document source: write jsonl:PATH, text:PATH, hf:DATASET"),
+        ("hf:", "is not a document source: write jsonl:PATH, text:PATH, hf:DATASET"),
         ("hf:./nowhere", "there is no directory ./nowhere"),
         ("hf:a/b?splits=train", "no setting 'splits', only split, name"),
         ("hf:a/b?split", r"write settings as \?split=train"),

@@ -1,4 +1,4 @@
-"""Arithmetic that everything shares: precision of the state, outer-product sums, norms without the update.
+"""Shared arithmetic: precision of the state, outer-product sums, norms without the update.
 
 Shapes: B rows, N or C tokens, D output width, F width of z.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 SCORED_AT_ONCE = 1 << 26
-"""Logits turned to float32 at a time."""
+"""Most logits converted to float32 at once."""
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -21,7 +21,7 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def exact(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep autocast out of an operator: the caller has chosen its precision."""
+    """Disable autocast inside an operator: the caller has chosen its precision."""
 
     @wraps(function)
     def run(first: Tensor, *args: Any) -> Any:
@@ -62,7 +62,7 @@ def shrink(norm: Tensor, longest: Tensor | float) -> Tensor:
 
 
 def accumulate(S: Tensor | None, z: Tensor, v: Tensor, keep: float | Tensor) -> Tensor:
-    """``S <- keep * S + sum_t v_t z_t^T``, in place where S exists (step 3 of the method). Not differentiable."""
+    """Compute ``S <- keep * S + sum_t v_t z_t^T`` (step 3 of the method), in place if S exists. Not differentiable."""
     if S is None:
         return outer(v, z)
     if isinstance(keep, Tensor) or keep != 1.0:
@@ -73,7 +73,7 @@ def accumulate(S: Tensor | None, z: Tensor, v: Tensor, keep: float | Tensor) -> 
 
 
 def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log p in nats of ``targets`` [...] by ``logits`` [..., V], in float32, a part of the tokens at a time."""
+    """Return -log p in nats of ``targets`` [...] under ``logits`` [..., V], in float32, some tokens at a time."""
     flat = logits.reshape(-1, logits.shape[-1])
     tokens = max(1, SCORED_AT_ONCE // flat.shape[1])
     pairs = zip(torch.split(flat, tokens), torch.split(targets.reshape(-1), tokens), strict=True)

@@ -1,4 +1,4 @@
-"""Which tokens of a call form which chunk of which document in which row.
+"""The chunk table of a call: the tokens of each chunk, its document and its row.
 
 The chunk grid of a document is anchored at its first real token, so padding, packing and the way a text is cut into
 calls never change which chunk a token belongs to.
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import UserError
 
 HOST = "cpu"
-"""Where tables are made, whatever PyTorch's default device is."""
+"""Device on which tables are built, whatever PyTorch's default device is."""
 
 
 def document_ids(
@@ -28,7 +28,7 @@ def document_ids(
     rows: int,
     tokens: int,
 ) -> Tensor | None:
-    """Document number of each token, int64 [B, T], -1 for padding; None when every row is one unpadded document.
+    """Return each token's document number, int64 [B, T], -1 for padding; None if every row is one unpadded document.
 
     Documents come from ``seq_idx`` [B, T] (any numbering), else ``cu_seqlens`` [n + 1] (one row, flattened batch), else
     from the steps of ``position_ids`` [B, T] or [1, T]: a step other than +1 starts a document. Padding comes from the
@@ -39,7 +39,7 @@ def document_ids(
     return None if all(x is None for x in given) else _document_ids(*given, rows, tokens)
 
 
-# Reads tensors on the host: under torch.compile one graph break, before the first layer.
+# Reads tensors on the host: one graph break under torch.compile, before the first layer.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _document_ids(
     attention_mask: Tensor | None,
@@ -89,13 +89,13 @@ def _document_ids(
 
 @dataclass(frozen=True, eq=False)
 class ChunkTable:
-    """The chunks of one call.
+    """A table of the chunks of one call.
 
     *Regular* (``index`` is None): T real tokens of one document in every row, and chunk m is extended positions
     m*C .. (m+1)*C - 1, cut at P + T, in all of them. Otherwise ``index`` lists the positions.
 
-    Only chunks that matter are listed: a chunk that sees the initial state and whose update nobody uses is left out,
-    unless that state adds something to the output (``from_zero`` is False).
+    Only chunks with an effect are listed: a chunk that sees the initial state and whose update is never used is left
+    out, unless that state adds to the output (``from_zero`` is False).
     """
 
     chunk_size: int
@@ -108,7 +108,7 @@ class ChunkTable:
     updates: int
     """Slots 0 .. updates-1 may change S."""
     keep_state: bool
-    """Whether the state after the call is wanted."""
+    """True if the state after the call is needed."""
     seen: tuple[int, ...]
     """Tokens read of each row's current document after this call; seen % C of them are pending."""
     restarted: tuple[bool, ...]
@@ -128,21 +128,21 @@ class ChunkTable:
 
     @property
     def appends(self) -> bool:
-        """Whether the call only adds to the pending tokens: it completes no chunk and has no padding."""
+        """Tell if the call only adds to the pending tokens: it completes no chunk and has no padding."""
         return self.index is None and self.prefix + self.tokens < self.chunk_size
 
     @property
     def changes_state(self) -> bool:
-        """Whether S after the call differs from S before it."""
+        """Tell if S after the call differs from S before it."""
         return self.updates > 0 or (self.reset is not None and self.steps > 0)
 
     @property
     def pending(self) -> tuple[int, ...]:
-        """Tokens of each row that wait for their chunk to complete, after this call."""
+        """Return the number of pending tokens of each row after this call."""
         return tuple(n % self.chunk_size for n in self.seen)
 
     def to(self, device: torch.device) -> "ChunkTable":
-        """The same table with its tensors on ``device``."""
+        """Return the same table with its tensors on ``device``."""
         if self.index is None or self.index.device == device:
             return self
         moved = {name: getattr(self, name) for name in ("index", "update", "reset", "tail", "rest")}
@@ -160,7 +160,7 @@ class ChunkTable:
         keep_state: bool = False,
         from_zero: bool = True,
     ) -> "ChunkTable":
-        """Table of a call of ``rows`` x ``tokens``.
+        """Build the table of a call of ``rows`` x ``tokens``.
 
         ``documents``: as ``document_ids`` gives them. ``seen``: tokens already read of each row's current document
         (None: nothing); a row's first document in the call continues it. ``from_zero``: the initial state adds nothing
@@ -245,7 +245,7 @@ def _irregular(documents: Tensor, C: int, before: tuple[int, ...], keep_state: b
     after = torch.where(count > 0, position.gather(1, (count - 1).clamp(min=0)[:, None])[:, 0] + 1, seen)
     restarted = (count > 0) & (number.max(1).values > 0)
 
-    # Keep the slots that matter, in order.
+    # Keep the slots with an effect, in order.
     matter = exists & ((slot_chunk > 0) | update | wanted) if from_zero else exists
     place = matter.long().cumsum(1) - 1
     steps = int(matter.sum(1).max())

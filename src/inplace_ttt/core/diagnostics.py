@@ -1,4 +1,4 @@
-"""What the fast weights of one layer and row have become: their size, effect, rank, and how new the new keys are.
+"""Diagnostics of one layer's fast weights in one row: size, effect, rank, and overlap of new keys with earlier ones.
 
 On a continually trained model whose updates did harm, the harm per task went with the overlap of new keys with the
 span of earlier ones (r = -0.73 with the gain) and with a low effective rank of S (r = +0.75). S adds ``v_t z_t^T``:
@@ -6,7 +6,7 @@ keys that come again along the same few directions pile up there, keys in new di
 
 Everything is computed in float64. Singular values come from the Gram matrix of S's smaller side: those below about 1e-8
 of the largest are rounding, which moves an effective rank by less than 1e-3 for sides up to 4,096. A decomposition
-costs some min(D, F)^2 * (10 * min(D, F) + F) multiply-adds: for now and then, not for every call.
+costs about min(D, F)^2 * (10 * min(D, F) + F) multiply-adds: too much for every call.
 
 Shapes: D output width, F width of z, N tokens.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerDiagnostics:
-    """One layer and row. None: unknown (no dense weight, no completed chunk at hand, or a number that is not finite).
+    """A record of one layer and row. None: unknown (no dense weight, no completed chunk kept, or not finite).
 
     "The last chunk" is the newest completed one; while it was read, the fast weights were those before its own update.
     """
@@ -39,34 +39,34 @@ class LayerDiagnostics:
     largest_rank: int
     """min(D, F)."""
     key_overlap: float | None
-    """``key_overlap`` of the last chunk's keys with what was learned before it."""
+    """``key_overlap`` of the last chunk's keys with what S stored before it."""
     update_norm: float | None
     """lr * ||dW||_F / ||W0||_F of the last chunk, as it was written."""
     clipped: bool | None
-    """Whether that update is as long as the clip allows; None also without clipping."""
+    """True if that update has the largest norm that the clip allows; None also without clipping."""
 
 
 def relative_norm(S_DF: Tensor, weight_DF: Tensor, lr: float) -> float | None:
-    """``|lr| * ||S||_F / ||W0||_F``; None for a zero W0."""
+    """Compute ``|lr| * ||S||_F / ||W0||_F``; None for a zero W0."""
     return _ratio(abs(lr) * _norm(S_DF), _norm(weight_DF))
 
 
 def output_change(S_DF: Tensor, weight_DF: Tensor, z_NF: Tensor, lr: float) -> float | None:
-    """Root mean square over the N tokens of ``||lr S z_t||``, divided by that of ``||W0 z_t||``; None where this is 0.
+    """Compute the root mean square over tokens of ``||lr S z_t||`` over that of ``||W0 z_t||``; None where that is 0.
 
-    A ratio of two averages: no single token with a tiny ``W0 z_t`` can blow it up.
+    A ratio of two averages, so a single token with a tiny ``W0 z_t`` does not dominate it.
     """
     z = _double(z_NF)
     return _ratio(abs(lr) * _norm(z @ _double(S_DF).mT), _norm(z @ _double(weight_DF).mT))
 
 
 def singular_values(S_DF: Tensor) -> Tensor:
-    """The min(D, F) singular values, ascending; NaN where S is not finite."""
+    """Return the min(D, F) singular values, ascending; NaN where S is not finite."""
     return _gram_spectrum(S_DF)[0].sqrt()
 
 
 def effective_rank_of(singular_values: Tensor) -> float:
-    """exp of the entropy of the singular values divided by their sum: n for n equal ones, 1 for a single one.
+    """Compute exp of the entropy of the normalised singular values: n for n equal ones, 1 for a single one.
 
     Roy & Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007. 0 for all zero.
     """
@@ -78,16 +78,16 @@ def effective_rank_of(singular_values: Tensor) -> float:
 
 
 def effective_rank(S_DF: Tensor) -> float:
-    """``effective_rank_of`` the singular values of S; NaN where S is not finite."""
+    """Return ``effective_rank_of`` the singular values of S; NaN where S is not finite."""
     return effective_rank_of(singular_values(S_DF))
 
 
 def key_overlap(S_DF: Tensor, z_NF: Tensor, energy: float = 0.99) -> float:
-    """Share of the keys' squared norm, sum_t ||z_t||^2, that lies in the span of what S learned from earlier keys.
+    """Compute the share of the keys' squared norm, sum_t ||z_t||^2, in the span of the earlier keys that S stores.
 
-    That span: the fewest leading right singular vectors that hold ``energy`` of ||S||_F^2, k of them. 0 for orthogonal
-    keys, a zero S or zero keys, 1 for keys inside; k / F is what keys without any preferred direction would have. NaN
-    where something is not finite.
+    The span is that of the fewest leading right singular vectors that hold ``energy`` of ||S||_F^2, k of
+    them. 0 for orthogonal keys, a zero S or zero keys, 1 for keys inside; isotropic keys give k / F. NaN where
+    something is not finite.
     """
     S, z = _double(S_DF), _double(z_NF)
     squares, vectors = _gram_spectrum(S)
@@ -104,13 +104,13 @@ def key_overlap(S_DF: Tensor, z_NF: Tensor, energy: float = 0.99) -> float:
 
 
 def update_norm(v_ND: Tensor, z_NF: Tensor) -> float:
-    """``||sum_t v_t z_t^T||_F`` from two [N, N] Gram matrices: sum over t, s of ``(v_t . v_s) (z_t . z_s)``."""
+    """Compute ``||sum_t v_t z_t^T||_F`` from two [N, N] Gram matrices: sum over t, s of ``(v_t . v_s) (z_t . z_s)``."""
     v, z = _double(v_ND), _double(z_NF)
     return math.sqrt(max(float(((v @ v.mT) * (z @ z.mT)).sum()), 0.0))
 
 
 def _gram_spectrum(S_DF: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and eigenvectors (columns) of the Gram matrix of S's smaller side (its rows if equal)."""
+    """Return ascending eigenvalues and eigenvectors (columns) of S's Gram matrix, smaller side (rows if equal)."""
     S = _double(S_DF)
     gram = S @ S.mT if S.shape[0] <= S.shape[1] else S.mT @ S
     if not gram.isfinite().all():

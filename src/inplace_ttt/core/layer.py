@@ -1,7 +1,7 @@
-"""One layer's part of a call, the one place where its five steps are composed.
+"""One layer's part of a call, in five steps: past -> target -> scan -> recall -> absorb.
 
-past -> target -> scan -> recall -> absorb: the pending tokens join the new ones, complete chunks get their targets,
-the scan reads and writes, a state held in another form adds its own part, and the state takes over what is left.
+Prepend the pending tokens, compute the targets of complete chunks, scan (read and write), add the output of a state
+held in another form, and update the state.
 """
 
 from collections.abc import Callable
@@ -33,12 +33,12 @@ def read(
     """Read new tokens; return the projection's output [B, T, D], or the fast weights' part of it.
 
     z_BTF: inputs of the projection. u_BTD: the target's source. table: the call's chunks, on z's device.
-    target: a ``Target`` (or what behaves like one). width: D.
-    state: what was read before, brought up to date in place; None: nothing, and nothing is kept.
-    weight, bias: a slow product to take along, [D, F] of z's dtype; None: the result is the fast weights' part alone.
-    slow: W0 [D, F] for rules that look at it; None where there is no dense one.
+    target: a ``Target`` (or an object with its interface). width: D.
+    state: of the tokens read before, updated in place; None: start from nothing and keep nothing.
+    weight, bias: of the slow product, computed in the same pass, [D, F] of z's dtype; None: return the fast part alone.
+    slow: W0 [D, F] for rules that use it; None where there is no dense one.
 
-    None: the fast weights add nothing to any token. Then no slow product is taken either.
+    Return None if the fast weights add nothing to any token; the slow product is not computed then.
     """
     past = (None, None) if state is None else state.past(table)
     v, keep = values_of(target, u_BTD, z_BTF, table, past)
@@ -83,7 +83,7 @@ def written(
 def complete(
     state: FastWeights, rows: list[int], target: Callable[..., Any], rule: Rule, slow: Tensor | None = None
 ) -> None:
-    """Take in the full pending chunks of some rows (see ``FastWeights.end_step``)."""
+    """Apply the update of some rows' completed pending chunk (see ``FastWeights.end_step``)."""
     assert state.z is not None
     assert state.u is not None
     table = ChunkTable.build(state.rows, state.chunk_size, state.chunk_size, keep_state=True)

@@ -1,11 +1,11 @@
-"""Where a chunk's tokens lie in a call's tensors: slices when all rows agree, gathers otherwise."""
+"""Access to a chunk's tokens in a call's tensors: slices when all rows agree, gathers otherwise."""
 
 import torch
 from torch import Tensor
 
 
 class Layout:
-    """Access to chunk m of a call. *Applied* tokens are the new ones; *absorbed* ones include the pending prefix."""
+    """A view of a call's tensors by chunk. *Applied* tokens are new; *absorbed* ones include the pending prefix."""
 
     def __init__(
         self,
@@ -30,13 +30,13 @@ class Layout:
         return slice(max(m * self.C - self.P, 0), min((m + 1) * self.C - self.P, self.T))
 
     def applied(self, x_BTW: Tensor, m: int) -> Tensor:
-        """Rows of ``x`` at slot m's new tokens, [B, <= C, W], zero where there is none."""
+        """Return ``x`` at slot m's new tokens, [B, <= C, W], zero where there is none."""
         if self.index is None:
             return x_BTW[:, self._span(m)]
         return torch.where(self._new[:, m], x_BTW.reshape(-1, x_BTW.shape[-1])[self._flat[:, m]], 0)
 
     def add_product(self, out_BTW: Tensor, m: int, a_BCM: Tensor, b_BMW: Tensor, scale: float = 1.0) -> None:
-        """Adds ``scale * a @ b`` to ``out`` at slot m's new tokens."""
+        """Add ``scale * a @ b`` to ``out`` at slot m's new tokens."""
         if self.index is None:
             out_BTW[:, self._span(m)].baddbmm_(a_BCM, b_BMW, alpha=scale)
             return
@@ -56,7 +56,7 @@ class Layout:
         return out_BTW.flatten(0, 1).index_add(0, flat.flatten(), value.flatten(0, 2)).view_as(out_BTW)
 
     def absorbed(self, m: int) -> Tensor:
-        """z of slot m's tokens, pending ones included, [B, C, F]; zero where there is none."""
+        """Return z of slot m's tokens, pending ones included, [B, C, F]; zero where there is none."""
         z = self.applied(self.z, m)
         if self.past is None:
             return z
@@ -66,7 +66,7 @@ class Layout:
         return torch.where(self._old[:, m], self.past.gather(1, where.expand_as(z)).to(z.dtype), z)
 
     def add_absorbed(self, dz_BTF: Tensor, dpast_BPF: Tensor | None, m: int, a_BCM: Tensor, b_BMF: Tensor) -> None:
-        """Adds ``a @ b`` to the gradients of z and of the pending z at slot m's tokens."""
+        """Add ``a @ b`` to the gradients of z and of the pending z at slot m's tokens."""
         head = self.P if self.index is None and m == 0 else 0
         self.add_product(dz_BTF, m, a_BCM[:, head:], b_BMF)
         if dpast_BPF is None:
@@ -79,12 +79,12 @@ class Layout:
         dpast_BPF.scatter_add_(1, where.expand_as(value), value)
 
     def targets(self, v_BND: Tensor, m: int) -> Tensor:
-        """v of slot m, [B, C, D]; zero for rows whose slot does not update."""
+        """Return v of slot m, [B, C, D]; zero for rows whose slot does not update."""
         v = v_BND[:, m * self.C : (m + 1) * self.C]
         return v if self.update is None else v * self.update[:, m, None, None]
 
     def add_to_targets(self, dv_BND: Tensor, m: int, a_BCF: Tensor, b_BFD: Tensor) -> None:
-        """Adds ``a @ b`` to the gradient of slot m's targets."""
+        """Add ``a @ b`` to the gradient of slot m's targets."""
         part = dv_BND[:, m * self.C : (m + 1) * self.C]
         if self.update is None:
             part.baddbmm_(a_BCF, b_BFD)

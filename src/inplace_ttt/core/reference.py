@@ -14,14 +14,14 @@ from torch import Tensor
 
 @dataclass
 class ReferenceState:
-    """What one row carries from call to call: S [D, F], the pending pairs (z [F], u [D]), tokens read."""
+    """A state of one row between calls: S [D, F], the pending pairs (z [F], u [D]), tokens read."""
 
     S: Tensor
     pending: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 def chunk_targets(u_CD: Tensor, kappa_DK: Tensor, proj_DD: Tensor | None, lookahead: int) -> Tensor:
-    """Targets v [C, D] of one complete chunk: ``c_t = sum_k kappa[:, k] * u[t + k - (K-1-L)]``, ``v_t = c_t P``."""
+    """Compute targets v [C, D] of a whole chunk: ``c_t = sum_k kappa[:, k] * u[t + k - (K-1-L)]``, ``v_t = c_t P``."""
     C, K = u_CD.shape[0], kappa_DK.shape[1]
     rows = []
     for t in range(C):
@@ -36,7 +36,7 @@ def chunk_targets(u_CD: Tensor, kappa_DK: Tensor, proj_DD: Tensor | None, lookah
 
 
 def clipped(dW: Tensor, clip: float | Tensor | None) -> Tensor:
-    """dW scaled to Frobenius norm ``clip`` where it is longer."""
+    """Scale dW down to Frobenius norm ``clip`` where it is longer."""
     if clip is None:
         return dW
     norm = torch.linalg.vector_norm(dW)
@@ -58,10 +58,10 @@ def reference(
     clip: float | Tensor | None = None,
     states: Sequence[ReferenceState] | None = None,
 ) -> tuple[Tensor, list[ReferenceState]]:
-    """Outputs [B, T, D] of the adapting projection and the state of each row after the last token.
+    """Return outputs [B, T, D] of the adapting projection and each row's state after the last token.
 
-    ``documents_BT`` numbers each token's document; -1 is padding, which gets the slow weight's output and leaves the
-    state alone. A row's first document continues the one in ``states``; a change of number starts from S = 0.
+    ``documents_BT`` numbers each token's document; -1 is padding, which gets the slow weight's output and does not
+    change the state. A row's first document continues the one in ``states``; a change of number starts from S = 0.
     Section 2 of docs/method.md: apply, target, update, reset.
     """
     B, T, F = z_BTF.shape

@@ -1,13 +1,14 @@
-"""A rule: how the fast weights of a layer are read and written. One class, one registration.
+"""Rules: the read and the update of a layer's fast weights. One class and one registration each.
 
-A rule is a frozen dataclass of numbers; what it carries from chunk to chunk is a dict of tensors, [rows, ...] each:
+A rule is a frozen dataclass of numbers; its state from chunk to chunk is a dict of tensors, [rows, ...] each:
 
-* ``init`` makes the state in which a document begins,
-* ``apply`` gives the fast weights' part of the projection's output,
-* ``update`` takes one complete chunk in.
+* ``init`` returns the state at the beginning of a document,
+* ``apply`` returns the fast weights' part of the projection's output,
+* ``update`` returns the state after one complete chunk.
 
-All three are pure: they return new tensors and write into none. What a rule *promises* (``linear``, ``additive``,
-``outer``) decides which features serve it; the others refuse it by name. docs/extending.md has a worked example.
+All three are pure: they return new tensors and modify none. What a rule *promises* (``linear``, ``additive``,
+``outer``) decides which features support it; the others raise an error that names it. docs/extending.md has a worked
+example.
 
 Shapes: B rows, C tokens of a chunk, D output width, F width of z (the projection's input).
 """
@@ -30,7 +31,7 @@ Kind = TypeVar("Kind", bound="type[Rule]")
 
 @dataclass(frozen=True)
 class Rule:
-    """Base of all rules. The fields of a subclass are its ``rule_options``.
+    """A base class of all rules. The fields of a subclass are its ``rule_options``.
 
     A field that is named like a setting of ``InPlaceTTTConfig`` (``lr``, say) gets that setting's value unless the
     options give one.
@@ -47,13 +48,13 @@ class Rule:
     outer: ClassVar[bool] = False
     """``write`` is ``sum_t v'_t z_t^T`` with v' = ``values(z, v, W0)``: the fast paths, pairs and factors of rank r."""
     from_zero: ClassVar[bool] = True
-    """A state as ``init`` makes it adds nothing to the output, so chunks that see it alone need no work."""
+    """The initial state (``init``) adds nothing to the output, so chunks that see only that state are skipped."""
     dora: ClassVar[str | None] = None
     """Name of the state's tensor T for which W0 + lr S is W0 + lr T with rows scaled to W0's norms (a DoRA adapter)."""
     free: ClassVar[tuple[str, ...]] = ("lr",)
     """Fields that may change while a document is read."""
     needs_weight: ClassVar[bool] = True
-    """Whether ``update`` looks at W0: False saves de-quantising the weight of a quantised model for every chunk."""
+    """True if ``update`` uses W0; False saves de-quantising the weight of a quantised model for every chunk."""
 
     def init(self, B: int, D: int, F: int, like: Tensor) -> State:
         """Return the state of B rows at the beginning of a document, on ``like``'s device."""
@@ -66,8 +67,8 @@ class Rule:
     def update(self, state: State, z: Tensor, v: Tensor, W0: Tensor | None) -> State:
         """Return the state after a chunk with inputs z [B, C, F] and targets v [B, C, D].
 
-        ``W0``: the slow weight [D, F], not to be differentiated; de-quantised where it is not dense, or None then
-        without ``needs_weight``; None where the weight is split over several ranks.
+        ``W0``: the slow weight [D, F], treated as a constant; de-quantised where it is not dense (None in that case
+        without ``needs_weight``); None where the weight is split over several ranks.
         """
         return {"S": self.keep * state["S"] + self.write(z, v, W0)}
 
@@ -78,21 +79,21 @@ class Rule:
         return {"S": self.keep * state["S"] + outer(v, z)}
 
     def write(self, z: Tensor, v: Tensor, W0: Tensor | None) -> Tensor:
-        """Return what a chunk adds to S, [B, D, F] (additive rules)."""
+        """Return a chunk's update of S, [B, D, F] (additive rules)."""
         return outer(self.values(z, v, W0), z)
 
     def values(self, z: Tensor, v: Tensor, W0: Tensor | None) -> Tensor:
-        """Return the targets as they are written, [B, C, D] (outer rules). B may count the chunks of several rows."""
+        """Return v' [B, C, D], the targets as written (outer rules). B may count the chunks of several rows."""
         return v
 
     @property
     def keep(self) -> float:
-        """What an update leaves of S (additive rules)."""
+        """Return the factor by which an update scales S (additive rules)."""
         return 1.0
 
     @property
     def whole(self) -> bool:
-        """Whether an update needs all of F at once, which tensor parallelism splits."""
+        """Tell if an update needs all of F at once, which tensor parallelism splits."""
         return not self.outer or type(self).values is not Rule.values
 
     def difference(self, other: "Rule") -> str | None:
@@ -112,7 +113,7 @@ class Rule:
 
 
 def register_rule(name: str) -> Callable[[Kind], Kind]:
-    """Make a subclass of ``Rule`` known as ``InPlaceTTTConfig(rule=name)``; it becomes a frozen dataclass."""
+    """Register a subclass of ``Rule`` for ``InPlaceTTTConfig(rule=name)``; it becomes a frozen dataclass."""
 
     def register(cls: Kind) -> Kind:
         if not issubclass(cls, Rule):
@@ -151,7 +152,7 @@ def make_rule(name: str, options: Mapping[str, Any], settings: Mapping[str, Any]
 
 @register_rule("sum")
 class Sum(Rule):
-    """The paper's rule: ``S' = (1 - decay) S + f * sum_t v_t z_t^T``, read as ``lr * S z``.
+    """A sum, the paper's rule: ``S' = (1 - decay) S + f * sum_t v_t z_t^T``, read as ``lr * S z``.
 
     f is 1 for the plain write, or depends on the chunk's ``dW = sum_t v_t z_t^T``; at most one of these is given:
 

@@ -1,4 +1,4 @@
-"""Worked examples of rules beside the paper's sum. Each is its formula; the generic scan does the rest."""
+"""Further rules beside the paper's sum. Each implements its formula only; the generic scan does the rest."""
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from .rules import Rule, State, register_rule, slow_norm
 
 @register_rule("delta")
 class Delta(Rule):
-    """Delta rule with one step per chunk: ``S' = (1 - decay) S + (V - lr Z S^T)^T Z / C``.
+    """A delta rule with one step per chunk: ``S' = (1 - decay) S + (V - lr Z S^T)^T Z / C``.
 
-    What is written is the error of what S already recalls, so a key that comes again overwrites instead of piling up
+    It writes the error of what S recalls for a key, so a repeated key overwrites its value instead of accumulating
     (Widrow & Hoff 1960; for sequence layers: Schlag et al. 2021, Yang et al. 2024, there token by token).
     """
 
@@ -27,7 +27,7 @@ class Delta(Rule):
 
 @register_rule("momentum")
 class Momentum(Rule):
-    """Heavy ball: ``M' = beta M + sum_t v_t z_t^T``, ``S' = (1 - decay) S + M'``.
+    """A heavy-ball rule: ``M' = beta M + sum_t v_t z_t^T``, ``S' = (1 - decay) S + M'``.
 
     Polyak 1964; as test-time training: Titans, Behrouz et al. 2024.
     """
@@ -48,7 +48,7 @@ class Momentum(Rule):
 
 @register_rule("muon")
 class Muon(Rule):
-    """``S' = (1 - decay) S + NS5(sum_t v_t z_t^T)``: all singular values of a chunk's update become about 1.
+    """A Muon rule, ``S' = (1 - decay) S + NS5(sum_t v_t z_t^T)``: all singular values of an update become about 1.
 
     Five Newton-Schulz steps with Jordan's coefficients (Muon, 2024; in test-time training: LaCT, Zhang et al. 2025).
     """
@@ -72,10 +72,12 @@ class Muon(Rule):
 
 @register_rule("norm_preserving")
 class NormPreserving(Rule):
-    """Rows keep W0's norms: ``W = diag(|W0_r| / |(W0 + lr T)_r|) (W0 + lr T)``, ``T' = (1 - decay) T + sum v_t z_t^T``.
+    """A rule whose weight keeps the norms of W0's rows.
 
-    T itself is never scaled; what is read is ``S = (W - W0) / lr``, so everything that works with a matrix works here.
-    W is that of a DoRA adapter (Liu et al. 2024) whose magnitude was not touched.
+    ``W = diag(|W0_r| / |(W0 + lr T)_r|) (W0 + lr T)``, ``T' = (1 - decay) T + sum v_t z_t^T``.
+
+    T itself is never scaled; the state that is read is ``S = (W - W0) / lr``, so features that need a matrix work here.
+    W is that of a DoRA adapter (Liu et al. 2024) with W0's magnitudes.
     """
 
     decay: float = 0.0
@@ -101,18 +103,18 @@ class NormPreserving(Rule):
 
 @register_rule("adaptive")
 class Adaptive(Rule):
-    """A sized write that finds its own size r and forgets what hurts, ``update_size="auto"``; v must be ``-dL/do``.
+    """A sized write with an adaptive size r and decay of harmful updates, ``update_size="auto"``; v must be ``-dL/do``.
 
-    With that target the chunk's loss says for free how it depends on S: ``g = <V, lr S Z> / C`` is minus its derivative
-    with respect to S's scale, in nats per token. As the loss is about convex along S, g is also a lower bound of what S
-    gained on the chunk. Before a chunk is written (hypergradient descent, Almeida et al. 1998, Baydin et al. 2018),
+    With that target ``g = <V, lr S Z> / C`` is minus the derivative of the chunk's loss with respect to S's scale, in
+    nats per token, at no extra cost. The loss is approximately convex along S, so g is also a lower bound of S's gain
+    on the chunk. Before a chunk is written (hypergradient descent, Almeida et al. 1998, Baydin et al. 2018),
 
-    * ``log r' = log r + rate * clip((g / d - aim) / width, -2, 1)``, d = ``lr r |W0| n / C``: what a write of this size
-      promises to first order. The first chunk of a document takes the r for which d = ``decrease``; ``largest`` is a
-      bound;
+    * ``log r' = log r + rate * clip((g / d - aim) / width, -2, 1)``, d = ``lr r |W0| n / C``: the first-order
+      decrease predicted for a write of this size. The first chunk of a document takes the r for which d = ``decrease``;
+      ``largest`` is a bound;
     * ``S' = (1 - decay) S / (1 + max(0, -m - tolerance) / slope) + r |W0| dW / n``, m the running mean of g over some 4
-      chunks, n the larger of |dW| and its running mean over 20: what hurts shrinks, and a chunk that asks for little
-      (where a text repeats itself, say) writes little and says little about r.
+      chunks, n the larger of |dW| and its running mean over 20: a harmful S shrinks, and a chunk with a small
+      gradient (repeated text, say) writes little and changes r little.
     """
 
     decay: float = 0.0

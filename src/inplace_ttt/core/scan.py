@@ -1,7 +1,7 @@
-"""The scan: every token of a chunk is read with the state that the chunks before it left.
+"""The scan: every token of a chunk is read with the state after the chunks before it.
 
-``scan`` asks the registered fast paths first (``PATHS``); what none of them supports goes through ``generic``, a loop
-over the chunk table for any rule, differentiable and checkpointed in segments.
+``scan`` tries the registered fast paths first (``PATHS``) and otherwise runs ``generic``, a loop over the chunk table
+for any rule, differentiable and checkpointed in segments.
 
 Shapes: B rows, T new tokens, P pending tokens, U chunks that may update, C tokens of a chunk, F width of z, D output.
 """
@@ -26,11 +26,11 @@ log = logging.getLogger("inplace_ttt")
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What one layer's scan works on.
+    """A call: the inputs of one layer's scan.
 
     z [B, T, F]; v [B, U * C, D] as written (``Rule.values`` is applied), None when no chunk updates; ``keep`` [B, U]:
-    gates; ``weight`` [D, F] and ``bias`` [D] of a slow product to be taken along, of z's dtype; ``slow``: W0 for the
-    rule, None where there is no dense one; ``state`` before the call, None: as ``Rule.init`` makes it; ``past``
+    gates; ``weight`` [D, F] and ``bias`` [D] of a slow product to include, of z's dtype; ``slow``: W0 for the rule,
+    None where there is no dense one; ``state`` before the call, None: that of ``Rule.init``; ``past``
     [B, P, F]: z of the pending tokens. ``width``: D. ``watch``: called with each slot's number and the state before it.
     """
 
@@ -49,14 +49,14 @@ class Call:
 
 
 class Result(NamedTuple):
-    """Outputs [B, T, D] and the state after the call (None: as a document begins)."""
+    """A pair: outputs [B, T, D] and the state after the call (None: that of ``Rule.init``)."""
 
     out: Tensor
     state: State | None
 
 
 class Path(NamedTuple):
-    """A fast path. ``supports`` says whether ``run`` computes a call, and must be cheap."""
+    """A fast path. ``supports`` tells if ``run`` can compute a call, and must be cheap."""
 
     name: str
     supports: Callable[[Call], bool]
@@ -83,7 +83,7 @@ def scan(call: Call) -> Result:
 
 
 def generic(call: Call) -> Result:
-    """Run a call of any rule, chunk by chunk. Work and memory are the rule's own; all tensors get gradients."""
+    """Run a call of any rule, chunk by chunk. The rule determines work and memory; all tensors get gradients."""
     rule, table, z = call.rule, call.table, call.z
     B, T, F = z.shape
     with torch.autocast(z.device.type, enabled=False):
@@ -114,7 +114,7 @@ def generic(call: Call) -> Result:
 
 
 def _segment(call: Call, layout: Layout, start: State, state: State, slots: Any) -> tuple[list[Tensor], State]:
-    """Some slots in order: what the state adds to their tokens' outputs, and the state after them."""
+    """Run some slots in order; return the state's part of their tokens' outputs, and the state after them."""
     rule, parts = call.rule, []
     for m in slots:
         if layout.reset is not None:
@@ -130,12 +130,12 @@ def _segment(call: Call, layout: Layout, start: State, state: State, slots: Any)
 
 
 def where(rows_B: Tensor, new: State, old: State) -> State:
-    """Return the state with some rows of ``new``, the others of ``old``."""
+    """Select per row between two states: ``new`` where ``rows_B``, else ``old``."""
     return {k: torch.where(rows_B.view(-1, *[1] * (old[k].dim() - 1)), new[k], old[k]) for k in old}
 
 
 def scaled(x: Tensor, keep_B: Tensor) -> Tensor:
-    """Return a state's tensor [B, ...] times one factor per row."""
+    """Multiply a state's tensor [B, ...] by one factor per row."""
     return x * keep_B.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 

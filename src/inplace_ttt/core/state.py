@@ -1,4 +1,4 @@
-"""What a reader carries from call to call: the fast weights and the tokens whose chunk is not complete yet."""
+"""State between calls: the fast weights and the pending tokens, whose chunk is not complete yet."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -16,21 +16,21 @@ from .scan import scaled
 from .targets import chunked
 
 ROLLBACK_TOKENS = 128
-"""Completed chunks are kept for at least this many tokens, so that rejected drafts can be taken back."""
+"""Completed chunks are kept for at least this many tokens, so that rejected drafts can be rolled back."""
 
 
 class FastWeights:
-    """State of one layer for B rows, under one rule.
+    """A state of one layer for B rows, under one rule.
 
-    ``tensors``: the rule's state, [B, ...] each, None while every row is where a document begins; pending inputs z
-    [B, C, F] and u [B, C, D], of which row b's first ``seen[b] % C`` are filled; ``history``: the last completed
+    ``tensors``: the rule's state, [B, ...] each, None while every row is at the beginning of a document; pending inputs
+    z [B, C, F] and u [B, C, D], of which row b's first ``seen[b] % C`` are filled; ``history``: the last completed
     chunks for ``rollback``, [B, R * C, W] each: z, u and v as written where an update can be subtracted again, else
     z, u and the states before them, [B, R, ...] under "state.NAME".
 
     ``snapshots``: keep states in the history even if the rule is additive (gated targets). ``form``: "dense" here;
     others are subclasses (``fast.factors``).
 
-    All tensors are replaced, never written into, but for the pending buffers beyond what counts as filled.
+    All tensors are replaced, never modified in place, except the unfilled part of the pending buffers.
     """
 
     numbers: tuple[str, ...] = ("seen", "kept")
@@ -47,7 +47,7 @@ class FastWeights:
         self.u: Tensor | None = None
         self.history: dict[str, Tensor] = {}
         self.slow: Tensor | None = None
-        """W0 as the last call gave it, for undoing updates that depend on it. Not part of the state."""
+        """W0 of the last call, for undoing updates that depend on it. Not part of the state."""
         self.seen: tuple[int, ...] = (0,) * rows
         self.kept: tuple[int, ...] = (0,) * rows
         self.real: Tensor | None = None
@@ -62,32 +62,32 @@ class FastWeights:
 
     @property
     def S(self) -> Tensor | None:
-        """S [B, D, F] of a linear rule; None while zero."""
+        """Return S [B, D, F] of a linear rule; None while zero."""
         return None if self.tensors is None else self.tensors.get("S")
 
     def dense(self) -> Tensor | None:
-        """Return S [B, D, F] of a linear rule in whatever form it is held; None while zero. UserError otherwise."""
+        """Return S [B, D, F] of a linear rule from any form of state; None while zero. UserError for other rules."""
         self.rule.need("linear", "a matrix of fast weights")
         return self.S
 
     @property
     def updates(self) -> tuple[int, ...]:
-        """Chunks absorbed of each row's current document."""
+        """Return the number of updates of each row's current document."""
         return tuple(n // self.chunk_size for n in self.seen)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, all rows."""
+        """Return the bytes of all tensors, all rows."""
         return sum(x.numel() * x.element_size() for x in self.all_tensors().values())
 
     def all_tensors(self) -> dict[str, Tensor]:
-        """Return every tensor by a name of its own."""
+        """Return every tensor under a unique name."""
         found = {name: getattr(self, name) for name in self.parts if getattr(self, name) is not None}
         found |= {f"tensors.{name}": x for name, x in (self.tensors or {}).items()}
         return found | {f"history.{name}": x for name, x in self.history.items()}
 
     def past(self, table: ChunkTable) -> tuple[Tensor | None, Tensor | None]:
-        """Return pending z [B, P, F] and u [B, P, D] that the table's prefix speaks of."""
+        """Return pending z [B, P, F] and u [B, P, D], P = ``table.prefix``."""
         if not table.prefix or self.z is None or self.u is None:
             return None, None
         return self.z[:, : table.prefix], self.u[:, : table.prefix]
@@ -95,30 +95,30 @@ class FastWeights:
     # -- around a call --------------------------------------------------------------------------------------------
 
     def begin(self, rule: Rule, table: ChunkTable, z_BTF: Tensor, v_BND: Tensor | None) -> ChunkTable:
-        """Return the table to scan a call with, from ``tensors``. ``rule``: as it is from now on."""
+        """Return the table to scan a call with, from ``tensors``. ``rule``: that of this call and later ones."""
         self.rule = rule
         return table
 
     def recall(self, table: ChunkTable, z_BTF: Tensor) -> Tensor | None:
-        """Return what a state in another form adds, ``S z_t`` [B, T, D] in S's precision; None for nothing."""
+        """Return the output of a state in another form, ``S z_t`` [B, T, D] in S's precision; None for nothing."""
         return None
 
     def output(self, rule: Rule, z_BTF: Tensor, width: int) -> Tensor | None:
-        """Return what the state adds to the output, [B, T, D], all of it for every token; None for nothing."""
+        """Return the state's part of the output, [B, T, D], without updates between tokens; None for nothing."""
         if self.tensors is None and rule.from_zero:
             return None
         state = rule.init(self.rows, width, z_BTF.shape[-1], z_BTF) if self.tensors is None else self.tensors
         return rule.apply(state, z_BTF)
 
     def wanted_snapshots(self, table: ChunkTable) -> set[int]:
-        """Return the slots whose state before them goes into the history."""
+        """Return the slots whose preceding state goes into the history."""
         if not self.snapshots:
             return set()
         return {m for own in completed(table) for m in own[-self.reach :]}
 
     @property
     def reach(self) -> int:
-        """R: chunks of a row that the history holds."""
+        """Return R, the number of chunks per row that the history holds."""
         return -(-ROLLBACK_TOKENS // self.chunk_size)
 
     def absorb(
@@ -149,10 +149,10 @@ class FastWeights:
         self.note(table.tokens, table.real, table.seen)
 
     def _absorb_chunks(self, slots: list[list[int]], restarted: list[int], chunks: dict[str, Tensor] | None) -> None:
-        """Take completed chunks into a state that the scan does not carry."""
+        """Apply completed chunks to a state that the scan does not carry."""
 
     def note(self, tokens: int, real: Tensor | None, seen: tuple[int, ...]) -> None:
-        """Note positions that were fed, and which of them are tokens (bool [B, tokens]; None: all)."""
+        """Record the positions read, and which of them are tokens (bool [B, tokens]; None: all)."""
         most = ROLLBACK_TOKENS + 2 * self.chunk_size
         if real is not None or self.real is not None:
             old = torch.ones(self.rows, self.fed, dtype=torch.bool, device=HOST) if self.real is None else self.real
@@ -223,7 +223,7 @@ class FastWeights:
 
     @property
     def can_step(self) -> bool:
-        """Whether the next token can be taken by a step: something was read, and S is dense (or zero)."""
+        """Tell if the next token can be read by a step: something was read, and S is dense (or zero)."""
         if not self.rule.linear or (self.tensors is None and not self.rule.from_zero):
             return False
         return self.z is not None and self.u is not None and self.z.shape[1] == self.chunk_size
@@ -234,7 +234,7 @@ class FastWeights:
         return [b for b, n in enumerate(self.seen) if n % self.chunk_size == 0]
 
     def complete(self, rows: list[int], rule: Rule, v_BCD: Tensor, keep_B1: Tensor | None, slow: Tensor | None) -> None:
-        """Take in the full pending chunks of some rows, with targets v (as written, for outer rules)."""
+        """Apply the update of some rows' completed pending chunk, with targets v (as written, for outer rules)."""
         assert self.z is not None
         assert self.u is not None
         index = torch.tensor(rows, device=self.z.device)
@@ -246,7 +246,7 @@ class FastWeights:
     def complete_with(
         self, rows: list[int], rule: Rule, z_RCF: Tensor, v_RCD: Tensor, slow: Tensor | None, *, learned: bool = True
     ) -> None:
-        """Take in a chunk of some rows whose inputs and targets are given. ``learned``: False leaves the state."""
+        """Apply the update of a given chunk of some rows. ``learned`` False: decay only, no write."""
         with torch.autocast(z_RCF.device.type, enabled=False):
             v = rule.values(z_RCF, v_RCD.to(z_RCF.dtype), slow) if rule.outer and learned else v_RCD
         index = torch.tensor(rows, device=z_RCF.device)
@@ -271,12 +271,12 @@ class FastWeights:
         self.rule, self.slow = rule, slow if rule.additive and not rule.outer else None
         index = torch.tensor(rows, device=z.device)
         start = rule.init(self.rows, v.shape[-1], z.shape[-1], z) if self.tensors is None else self.tensors
-        if not learned:  # time passes all the same
+        if not learned:  # decay still applies
             if rule.additive and rule.keep != 1 and self.tensors is not None:
                 factor = torch.ones(self.rows, device=z.device).index_fill(0, index, rule.keep)
                 self.tensors = {name: scaled(x, factor) for name, x in start.items()}
             return start
-        old = {name: x.index_select(0, index) for name, x in start.items()}  # a copy: others may hold them
+        old = {name: x.index_select(0, index) for name, x in start.items()}  # a copy: forks may share these tensors
         if rule.outer and keep_B1 is None:
             new = old | {"S": accumulate(None if self.tensors is None else old["S"], z, v, rule.keep)}
         else:
@@ -288,9 +288,9 @@ class FastWeights:
         return start
 
     def add(self, rule: Rule, z_BNF: Tensor, v_BND: Tensor, slow: Tensor | None) -> None:
-        """Take in an update that comes from no tokens of the rows, of any length, and count it like a chunk.
+        """Apply an update of any length that does not come from tokens of the rows, and count it as one chunk.
 
-        For outer rules. A state that begins does so as its own rule says, which may carry more than ``rule`` writes.
+        For outer rules. An empty state is initialised by its own rule, which may carry more than ``rule`` writes.
         """
         if self.tensors is None:
             self.tensors = self.rule.init(self.rows, v_BND.shape[-1], z_BNF.shape[-1], z_BNF)
@@ -300,9 +300,9 @@ class FastWeights:
         self.seen = tuple(n + self.chunk_size for n in self.seen)
 
     def adopt(self, other: "FastWeights") -> None:
-        """Take over a dense state of the same rows that began as this one and has learned since, between two chunks.
+        """Adopt, between two chunks, a dense state of the same rows that started from this one and has learned since.
 
-        Its updates are counted, and cannot be taken back.
+        Its updates are counted, and cannot be rolled back.
         """
         if any(n % self.chunk_size for n in self.seen):
             raise ValueError("tokens are pending: close their chunk first")
@@ -310,7 +310,7 @@ class FastWeights:
         self.seen = tuple(mine + more for mine, more in zip(self.seen, other.seen, strict=True))
 
     def close_chunk(self) -> None:
-        """End every row's pending chunk here: the next token begins one."""
+        """Close every row's pending chunk here: the next token begins one."""
         C = self.chunk_size
         self.seen = tuple(-(-n // C) * C for n in self.seen)
 
@@ -325,12 +325,12 @@ class FastWeights:
         for name in self.numbers:
             setattr(self, name, tuple(getattr(self, name)[b] for b in order))
         self.rows = len(order)
-        self.tensors = self.tensors if any(self.updates) else None  # what other rows made it hold
+        self.tensors = self.tensors if any(self.updates) else None  # allocated for rows that are gone now
         self.history = self.history if any(self.kept) else {}
 
     @staticmethod
     def stack(parts: Sequence["FastWeights"]) -> "FastWeights":
-        """Put the rows of several states side by side, copied; positions that a shorter row never had are padding.
+        """Concatenate the rows of several states (copies); shorter rows are padded.
 
         Dense where one of them is. Raises ValueError for no states, or for states of different chunk size or rule.
         """
@@ -358,7 +358,7 @@ class FastWeights:
         return new
 
     def _stack(self, parts: Sequence["FastWeights"], rows: Sequence[int]) -> None:
-        """Take over the states of ``parts``, dense."""
+        """Copy the rows of ``parts`` into this state, dense."""
         states = [part.as_dense() for part in parts]
         known = next((state for state in states if state is not None), None)
         if known is None:
@@ -373,11 +373,11 @@ class FastWeights:
         self.tensors = {name: x for name, x in found.items() if x is not None}
 
     def as_dense(self) -> State | None:
-        """Return the rule's tensors; None while they are as at a beginning."""
+        """Return the rule's tensors; None while they are those of ``Rule.init``."""
         return self.tensors
 
     def reset(self) -> None:
-        """Forget everything: the next token begins a document."""
+        """Reset all rows: the next token begins a document."""
         self.__dict__.update(self.new(self.rows).__dict__)
 
     def fork(self) -> "FastWeights":
@@ -388,7 +388,7 @@ class FastWeights:
         return twin
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Send every tensor of all rows through ``function``."""
+        """Apply ``function`` to every tensor of all rows."""
         for name in self.parts:
             if getattr(self, name) is not None:
                 setattr(self, name, function(getattr(self, name)))
@@ -396,13 +396,13 @@ class FastWeights:
         self.history = {name: function(x) for name, x in self.history.items()}
 
     def detach(self) -> None:
-        """Cut the state off the graph that made it (truncated backpropagation through time)."""
+        """Detach the state from its autograd graph (truncated backpropagation through time)."""
         self._map(torch.Tensor.detach)
 
     def rollback(self, tokens: int) -> None:
-        """Take back the last ``tokens`` positions fed to every row; padding among them is skipped.
+        """Undo the last ``tokens`` positions read by every row; padding among them is skipped.
 
-        Raises ValueError, changing nothing, when they reach further back than the kept chunks.
+        Raises ValueError, changing nothing, when that is further back than the kept chunks.
         """
         if tokens <= 0:
             return
@@ -438,7 +438,7 @@ class FastWeights:
         return {name: x[b : b + 1, x.shape[1] - n * C : x.shape[1] - (n - 1) * C] for name, x in found.items()}
 
     def before(self, b: int, chunks: int = 1) -> State | None:
-        """Return row b's state before its last completed chunks, [1, ...]; None where it cannot be told."""
+        """Return row b's state before its last completed chunks, [1, ...]; None where it is unknown."""
         if self.snapshots:
             return {
                 name.removeprefix("state."): x[b : b + 1, x.shape[1] - chunks]
@@ -455,7 +455,7 @@ class FastWeights:
         return {"S": S}
 
     def _reopen(self, b: int, chunks: int) -> None:
-        """Make row b's last completed chunks pending again; their updates leave the state."""
+        """Undo the updates of row b's last completed chunks and make their tokens pending again."""
         self._undo(b, chunks)
         first = self.last_chunk(b, chunks)
         if self.z is not None and self.u is not None:
@@ -470,7 +470,7 @@ class FastWeights:
         self.kept = tuple(k - chunks if row == b else k for row, k in enumerate(self.kept))
 
     def _undo(self, b: int, chunks: int) -> None:
-        """Take row b's last updates out of the state."""
+        """Remove row b's last updates from the state."""
         old = self.before(b, chunks)
         if old is None or self.tensors is None:
             return
@@ -479,7 +479,7 @@ class FastWeights:
 
 
 def completed(table: ChunkTable) -> list[list[int]]:
-    """Return per row the slots that its current document completes in a call."""
+    """Return for each row the slots in which a call completes chunks of the row's current document."""
     if table.update is None or table.reset is None:
         return [list(range(table.updates))] * table.rows
     slots = []
@@ -490,7 +490,7 @@ def completed(table: ChunkTable) -> list[list[int]]:
 
 
 def stacked(parts: Sequence[Tensor | None], rows: Sequence[int], side: str = "right") -> Tensor | None:
-    """Join tensors [rows, n, ...] along the rows, zero where one is None or has a smaller n; None where all are."""
+    """Concatenate tensors [rows, n, ...] along the rows, zero where one is None or has a smaller n; None if all are."""
     known = [x for x in parts if x is not None]
     if not known:
         return None

@@ -1,8 +1,8 @@
-"""A target: where the values come from that a chunk writes. One class, one registration.
+"""Targets: the values v that a chunk writes. One class and one registration each.
 
-A target is an ``nn.Module`` that owns its parameters in child modules; after attach these stand beside the adapting
-projection as ``mlp.ttt_NAME``. It gets complete chunks only and must keep to them: what it takes from a later token of
-the chunk is allowed, because a chunk's update is first used in the next one.
+A target is an ``nn.Module`` that owns its parameters in child modules; after attach these are beside the adapting
+projection as ``mlp.ttt_NAME``. It gets complete chunks and sees nothing outside them. It may look at later tokens of
+the same chunk, because a chunk's update is first used in the next one.
 
 Shapes: B rows, U complete chunks of C tokens, D output width, F width of z, K taps.
 """
@@ -22,11 +22,11 @@ TARGETS: dict[str, type["Target"]] = {}
 """Targets by name."""
 Kind = TypeVar("Kind", bound="type[Target]")
 Values = tuple[Tensor | None, Tensor | None]
-"""Targets v [B, U * C, D] of the chunks that update, and what each leaves of the state before it [B, U]; or None."""
+"""Targets v [B, U * C, D] of the chunks that update, and the factors [B, U] by which they scale S first; or None."""
 
 
 class Target(nn.Module):
-    """Base of all targets. Keyword arguments of a subclass's ``__init__`` after ``width`` are ``objective_options``.
+    """A base class of all targets. Keywords of a subclass's ``__init__`` after ``width`` are ``objective_options``.
 
     A keyword that is named like a setting of ``InPlaceTTTConfig`` gets that setting's value unless the options give
     one. ``width``: D.
@@ -34,13 +34,13 @@ class Target(nn.Module):
 
     name: ClassVar[str] = ""
     source: ClassVar[str | None] = None
-    """Where u comes from: "input_embed" (token embeddings), "hidden_states" (the MLP's input), "both" (side by side,
-    [..., 2 D]), "loss" (the gradient of the next-token loss at the projection's output); None: as the configuration's
-    ``target`` says."""
+    """Source of u: "input_embed" (token embeddings), "hidden_states" (the MLP's input), "both" (concatenated,
+    [..., 2 D]), "loss" (the gradient of the next-token loss at the projection's output); None: the configuration's
+    ``target``."""
     needs_keys: ClassVar[bool] = False
-    """Whether ``forward`` looks at z."""
+    """True if ``forward`` uses z."""
     gates: bool = False
-    """Whether ``forward`` also returns what each chunk leaves of the state before it."""
+    """True if ``forward`` also returns a decay factor of the state for each chunk."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -60,12 +60,12 @@ class Target(nn.Module):
 
     @property
     def is_trained(self) -> bool:
-        """Whether it writes anything: False for parameters whose initial values make every update zero."""
+        """Tell if it writes anything; False for parameters whose initial values make every update zero."""
         return True
 
 
 def register_target(name: str) -> Callable[[Kind], Kind]:
-    """Make a subclass of ``Target`` known as ``InPlaceTTTConfig(objective=name)``."""
+    """Register a subclass of ``Target`` for ``InPlaceTTTConfig(objective=name)``."""
 
     def register(cls: Kind) -> Kind:
         if not issubclass(cls, Target):
@@ -107,7 +107,7 @@ def values_of(
 ) -> Values:
     """Return targets and gates of the chunks of a call that update. ``past``: pending z and u.
 
-    The result has the dtype that the target gives (that of autocast, where it is on).
+    The result has the dtype of the target's output (autocast's, where it is on).
     """
     if not table.updates:
         return None, None
@@ -115,7 +115,7 @@ def values_of(
     past_z, past_u = past
     u = chunked(u_BTD, past_u, table).unflatten(1, (U, C))  # type: ignore[no-untyped-call]
     z = chunked(z_BTF, past_z, table).unflatten(1, (U, C)) if getattr(target, "needs_keys", False) else None  # type: ignore[no-untyped-call]
-    found = target.forward(u, z) if isinstance(target, nn.Module) else target(u, z)  # it is no module of the model
+    found = target.forward(u, z) if isinstance(target, nn.Module) else target(u, z)  # not a submodule of the model
     v, keep = found if isinstance(found, tuple) else (found, None)
     return v.flatten(1, 2), keep
 
@@ -124,7 +124,7 @@ def values_of(
 
 
 def _assign(weight: Any, value: Tensor) -> None:
-    """Copy a whole value into a parameter; where it is sharded, all ranks take the first one's."""
+    """Copy a full tensor into a parameter; where it is sharded, all ranks use rank 0's value."""
     value = value.to(weight.dtype)
     if hasattr(weight, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
@@ -134,7 +134,7 @@ def _assign(weight: Any, value: Tensor) -> None:
 
 
 class TargetConv(nn.Module):
-    """kappa: depthwise convolution over time, ``weight`` [D, 1, K], applied by ``convolve``.
+    """A kernel kappa of a depthwise convolution over time: ``weight`` [D, 1, K], applied by ``convolve``.
 
     Zero at the start; with ``tap`` one at that tap.
     """
@@ -153,7 +153,7 @@ class TargetConv(nn.Module):
             _assign(self.weight, torch.eye(self.weight.shape[2], device="cpu")[self.tap].expand(self.weight.shape))
 
     def forward(self) -> Tensor:
-        """Return the weight, so that hooks (accelerate's, say) can fetch one that is offloaded."""
+        """Return the weight, so that hooks (accelerate's, say) can load one that is offloaded."""
         return self.weight
 
     def extra_repr(self) -> str:
@@ -161,7 +161,7 @@ class TargetConv(nn.Module):
 
 
 class TargetProjection(nn.Module):
-    """P: ``weight`` [D, D], diagonal at the start, used as ``c P`` (not as ``nn.Linear`` would)."""
+    """A projection P: ``weight`` [D, D], diagonal at the start, used as ``c P`` (not as ``nn.Linear`` would)."""
 
     def __init__(self, width: int, std: float) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class TargetProjection(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the diagonal anew, with the CPU's random numbers whatever the default device is."""
+        """Sample the diagonal again, with the CPU's random generator whatever the default device is."""
         _assign(self.weight, torch.diag(torch.randn(self.weight.shape[0], device="cpu") * self.std))
 
     def forward(self) -> Tensor:
@@ -183,7 +183,7 @@ class TargetProjection(nn.Module):
 
 
 class TargetGates(nn.Module):
-    """Gates of a token: beta = 2 sigmoid(w.u + b) from 1, gamma = exp(-softplus(w.u + b)) from 1 to seven digits."""
+    """A token's gates: beta = 2 sigmoid(w.u + b) from 1, gamma = exp(-softplus(w.u + b)) from 1 to seven digits."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class TargetGates(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set beta to 1 and gamma next to 1."""
+        """Set beta to 1 and gamma to almost 1."""
         nn.init.zeros_(self.weight)
         self.bias.copy_(torch.tensor([0.0, -16.0]))
 
@@ -203,7 +203,7 @@ class TargetGates(nn.Module):
 
 
 class Shaped(Target):
-    """What the shipped targets share: an optional projection P, centring, gates, and the ridge write.
+    """A base of the shipped targets: an optional projection P, centring, gates, and the ridge write.
 
     * ``center``: ``v_t`` less its mean over the chunk, so that what all tokens have in common does not add up.
     * ``gates``: ``S' = (prod_t gamma_t) S + sum_t beta_t (prod_{s>t} gamma_s) v_t z_t^T``, beta and gamma from u:
@@ -245,7 +245,7 @@ class Shaped(Target):
         return self.gated(u)[0]
 
     def gated(self, u: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the values before the ridge write, and what each chunk leaves of the state (None without gates)."""
+        """Return the values before the ridge write, and each chunk's decay factor of the state (None without gates)."""
         v = self.projected(u)
         if self.center:
             v = v - v.mean(-2, keepdim=True)
@@ -262,13 +262,13 @@ class Shaped(Target):
         return v if P is None else v.to(P.dtype) @ P
 
     def mix(self, u: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """Return c [B, U, C, D], what P is applied to; ``dtype``: P's, None without one."""
+        """Return c [B, U, C, D], the input of P; ``dtype``: P's, None without one."""
         raise NotImplementedError
 
 
 @register_target("learned")
 class Learned(Shaped):
-    """The paper's target: ``c_t = sum_k kappa[:, k] u[t + k - (K-1-L)]`` inside the chunk, ``v_t = c_t P``.
+    """A learned target, the paper's: ``c_t = sum_k kappa[:, k] u[t + k - (K-1-L)]`` inside the chunk, ``v_t = c_t P``.
 
     kappa is zero and P is diagonal N(0, std^2) at the start, so nothing changes before training. With
     ``start="next_token"`` kappa is one at the tap of the next token and P is zero, so nothing changes either, and v
@@ -339,24 +339,24 @@ class Shift(Shaped):
 
 @register_target("next_token")
 class NextToken(Shift):
-    """The next token's source."""
+    """A target from the next token's source."""
 
     shift = 1
 
 
 @register_target("reconstruction")
 class Reconstruction(Shift):
-    """The same token's source."""
+    """A target from the same token's source."""
 
     shift = 0
 
 
 @register_target("next_error")
 class NextError(Shaped):
-    """The next token less what was expected: ``v_t = e[t + 1] P + h[t] Q``, e the embedding, h the MLP's input.
+    """A prediction error: ``v_t = e[t + 1] P + h[t] Q``, e the embedding, h the MLP's input.
 
-    Minus the gradient of a loss is what came minus what was predicted, so a target that stands for it needs both. P and
-    Q are zero at the start; a chunk's last token, whose next one is not there, has v = 0.
+    Minus the gradient of a loss is the observed minus the predicted value, so a target that approximates it needs both.
+    P and Q are zero at the start; a chunk's last token, whose next token is outside the chunk, has v = 0.
     """
 
     source = "both"
@@ -378,7 +378,7 @@ class NextError(Shaped):
 
 @register_target("loss")
 class Loss(Target):
-    """``v_t = -dL/do_t``, L the next-token losses inside the chunk: no parameters. hf/loss.py computes it.
+    """A target without parameters: ``v_t = -dL/do_t``, L the next-token losses inside the chunk. See hf/loss.py.
 
     Mikolov et al. 2010; Krause et al. 2018 (dynamic evaluation); TTT-E2E, arXiv 2512.23675 (as a layer's update).
     """
@@ -424,11 +424,11 @@ def convolve(u_NCD: Tensor, kappa_DK: Tensor, lookahead: int) -> Tensor:
 
 
 FUSED: list[Callable[[Tensor, Tensor, int, int, torch.dtype], Tensor | None]] = []
-"""Faster convolutions of [B, U * C, D], asked in order; each returns None for what it does not support."""
+"""Faster convolutions of [B, U * C, D], tried in order; each returns None for inputs that it does not support."""
 
 
 def convolved(u: Tensor, kappa_DK: Tensor, lookahead: int, dtype: torch.dtype | None) -> Tensor:
-    """Return ``convolve`` of u [B, U, C, D]; ``dtype``: what it is needed in (None: float32 at least)."""
+    """Return ``convolve`` of u [B, U, C, D]; ``dtype``: of the result (None: float32 at least)."""
     B, U, C, D = u.shape
     for fused in FUSED:
         found = fused(u.flatten(1, 2), kappa_DK, C, lookahead, torch.float32 if dtype is None else dtype)

@@ -1,8 +1,8 @@
-"""Teaching by the loss: pull a target's values towards what the loss asks of them, in the same backward pass.
+"""An auxiliary loss that pulls a target's values towards minus the loss gradient, in the same backward pass.
 
-The next-token loss L asks of the projection's output o to change along ``-dL/do_t``. Otherwise a target learns that
-through the sum S, chunks later; here each token of a chunk that updates teaches it directly. The loss's backward
-computes dL/do anyway, on the trajectory that adapts already, so teaching costs one more product with the target's
+The next-token loss L decreases if the projection's output o changes along ``-dL/do_t``. Without teaching a target
+learns that through the sum S only, chunks later; here each token of a chunk that updates trains it directly. The loss's
+backward computes dL/do anyway, with the fast weights updated, so teaching costs one more product with the target's
 parameters.
 
 Shapes: B rows, T tokens of the call, N = U * C tokens of the chunks that update, D width of o and v.
@@ -20,7 +20,7 @@ from .targets import Target, chunked
 
 
 class Teacher:
-    """What one layer's target is taught. ``weight``: of the auxiliary loss; 0: only cosines are measured.
+    """A teacher of one layer's target. ``weight``: of the auxiliary loss; 0: only cosines are measured.
 
     ``is_alone``: the target gets no gradient but the teacher's. ``measures``: backward adds up the cosines of v_t and
     ``-dL/do_t`` in ``total``, their sum and their number [2]; tokens where one of the two is zero are left out.
@@ -32,14 +32,14 @@ class Teacher:
 
     @property
     def is_needed(self) -> bool:
-        """Whether a call that is about to be made has anything for it to do."""
+        """Tell if the next call needs the teacher."""
         return torch.is_grad_enabled() and (self.weight > 0 or self.measures)
 
     def gradient(self, g_BTD: Tensor, v_BND: Tensor, table: ChunkTable) -> Tensor:
         """Return the gradient of ``weight * mean_b mean_t |v_t| (1 - cos(v_t, -g_t))`` for v [B, N, D], |v_t| constant.
 
-        The factor ``|v_t|`` takes the pole away that a cosine has where v is zero, as it is at the start: there the
-        gradient is that of ``-<v_t, w_t>``, w_t the unit vector along ``-g_t``. The mean over t is over a row's tokens
+        The factor ``|v_t|`` removes the cosine's singularity at v = 0, where v is at the start; there the gradient
+        is that of ``-<v_t, w_t>``, w_t the unit vector along ``-g_t``. The mean over t is over a row's tokens
         whose chunk updates, so that it does not matter which rows are read together. In float32 at least.
         """
         B, T, D = g_BTD.shape
@@ -58,7 +58,7 @@ class Teacher:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Return the rows of x at length 1, zero where they are zero, however small they are."""
+    """Normalise the rows of x to length 1, however small they are; zero rows stay zero."""
     tiny = torch.finfo(x.dtype).tiny
     x = x / x.abs().amax(-1, keepdim=True).clamp(min=tiny)
     unit: Tensor = x / x.norm(dim=-1, keepdim=True).clamp(min=tiny)
@@ -66,14 +66,14 @@ def _unit(x: Tensor) -> Tensor:
 
 
 class Lesson:
-    """A layer's target in one call, as ``read`` calls it; ``given`` connects the output with the values afterwards."""
+    """A layer's target in one call, as ``read`` calls it; ``given`` then connects the output with the values."""
 
     def __init__(self, teacher: Teacher, target: Target) -> None:
         self.teacher, self.target, self.needs_keys = teacher, target, target.needs_keys
         self.v: Tensor | None = None
 
     def __call__(self, u: Tensor, z: Tensor | None) -> Any:
-        """Return what the target's ``forward`` does."""
+        """Return the result of the target's ``forward``."""
         v = self.target.taught(u.detach(), None if z is None else z.detach()).flatten(1, 2)
         self.v = v if self.teacher.weight > 0 else v.detach()
         found = self.target.forward(u, z)
@@ -82,7 +82,7 @@ class Lesson:
         return tuple(x.detach() for x in found) if isinstance(found, tuple) else found.detach()
 
     def given(self, out_BTD: Tensor | None, table: ChunkTable) -> Tensor | None:
-        """Return the output as it is, whose gradient teaches the target."""
+        """Return the output unchanged; its gradient teaches the target."""
         if out_BTD is None or self.v is None:
             return out_BTD
         found: Tensor = _Taught.apply(out_BTD, self.v, self.teacher, table)  # type: ignore[no-untyped-call]
@@ -90,7 +90,7 @@ class Lesson:
 
 
 class _Taught(torch.autograd.Function):
-    """The first argument as it is; in backward the second gets the teacher's gradient."""
+    """An identity of the first argument; in backward the second gets the teacher's gradient."""
 
     @staticmethod
     def forward(ctx: Any, out_BTD: Tensor, v_BND: Tensor, teacher: Teacher, table: ChunkTable) -> Tensor:

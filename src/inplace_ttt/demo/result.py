@@ -70,7 +70,7 @@ def run_demo(name: str, model: nn.Module, source: Source, tokens: Tokens, advanc
     for label, losses in (("on", comparison.on), ("off", comparison.off)):
         wrong = np.flatnonzero(~np.isfinite(losses))
         if len(wrong):
-            where = f"its loss is no number from token {wrong[0] + 1:,} on"
+            where = f"its loss is not a number from token {wrong[0] + 1:,} on"
             raise UserError(f"{name} breaks down with updates {label}: {where}")
     config = unwrap(model).config
     window = attention_window(config)

@@ -1,9 +1,9 @@
-"""What is fast where a rule allows it. Importing this package registers the fast paths (``core.scan.PATHS``).
+"""Fast paths for rules that allow them. Importing this package registers them (``core.scan.PATHS``).
 
-``outer``: outer rules as one operator, forward and backward. ``segments``: it in batched products over segments of
-chunks; ``walk``: one pass that makes the weights a segment's chunks see (Triton for half precision). ``convolution``:
-the target's convolution in one kernel. ``factors``: S as pairs or factors of rank r. ``decoding``: one token at a time.
-``ranks``: rows that are cut over processes.
+``outer``: outer rules as one operator, forward and backward. ``segments``: that in batched products over segments
+of chunks; ``walk``: one pass that computes the weights a segment's chunks see (Triton for half precision).
+``convolution``: the target's convolution in one kernel. ``factors``: S as pairs or factors of rank r. ``decoding``: one
+token at a time. ``ranks``: rows that are split over processes.
 """
 
 import torch
@@ -17,7 +17,7 @@ __all__ = ["has_triton", "scan"]
 
 
 def _fused_convolution(u: Tensor, kappa: Tensor, C: int, lookahead: int, dtype: torch.dtype) -> Tensor | None:
-    """The convolution as one Triton kernel: on CUDA, below float64."""
+    """Run the convolution as one Triton kernel: on CUDA, below float64."""
     if not u.is_cuda or torch.float64 in (u.dtype, kappa.dtype) or not has_triton():
         return None
     from .convolution import convolve

@@ -1,4 +1,4 @@
-"""What is installed here."""
+"""Checks for optional packages."""
 
 from importlib.util import find_spec
 
@@ -6,5 +6,5 @@ _TRITON = find_spec("triton") is not None
 
 
 def has_triton() -> bool:
-    """Tell whether Triton is there (it comes with PyTorch's CUDA builds)."""
+    """Tell if Triton is installed (it comes with PyTorch's CUDA builds)."""
     return _TRITON

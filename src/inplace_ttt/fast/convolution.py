@@ -19,7 +19,7 @@ def _convolve_kernel(
     u, kappa, out, N, D, C, lead, u_row, u_token, out_row,
     K: tl.constexpr, SIGN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """``out[t] = sum_k kappa[:, k] * u[t + SIGN * (k - lead)]`` within t's chunk."""
+    """Compute ``out[t] = sum_k kappa[:, k] * u[t + SIGN * (k - lead)]`` within t's chunk."""
     b = tl.program_id(2).to(tl.int64)
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
@@ -41,9 +41,9 @@ def _taps_kernel(
     u, g, part, N, D, C, lead, parts, u_row, u_token, g_row, g_token,
     K: tl.constexpr, TAPS: tl.constexpr, SPAN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """``part[i, d, k] = sum_t g[t, d] * u[t + k - lead, d]`` over the i-th SPAN tokens; the order of sums is fixed.
+    """Compute ``part[i, d, k] = sum_t g[t, d] * u[t + k - lead, d]`` over the i-th SPAN tokens, in a fixed order.
 
-    TAPS: the power of two from K on.
+    TAPS: K rounded up to a power of two.
     """
     b = tl.program_id(2).to(tl.int64)
     d, k = tl.program_id(1) * BD + tl.arange(0, BD), tl.arange(0, TAPS)
@@ -86,7 +86,7 @@ def _(u: Tensor, kappa: Tensor, chunk_size: int, lookahead: int, dtype: torch.dt
 
 @torch.library.custom_op("inplace_ttt::convolve_backward", mutates_args=())
 def convolve_backward_op(g: Tensor, u: Tensor, kappa: Tensor, chunk_size: int, lookahead: int) -> tuple[Tensor, Tensor]:
-    """Gradients of the sources and of the taps."""
+    """Return the gradients of the sources and of the taps."""
     B, N, D = u.shape
     K, lead = kappa.shape[1], kappa.shape[1] - 1 - lookahead
     du = _run(g, kappa, chunk_size, lead, u.dtype, -1)
@@ -121,6 +121,6 @@ convolve_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def convolve(u_BND: Tensor, kappa_DK: Tensor, chunk_size: int, lookahead: int, dtype: torch.dtype) -> Tensor:
-    """``core.target.convolve`` for chunks that lie end to end: [B, N, D] in ``dtype``, summed in float32."""
+    """Run ``core.targets.convolve`` on contiguous chunks: [B, N, D] in ``dtype``, summed in float32."""
     out: Tensor = convolve_op(u_BND, kappa_DK, chunk_size, lookahead, dtype)
     return out

@@ -1,7 +1,7 @@
-"""One token at a time: buffers at fixed addresses and one folded weight, so that every step is the same few kernels.
+"""One token at a time: buffers at fixed addresses and one folded weight, so that every step runs the same kernels.
 
-Nothing on the device depends on where in its chunk a token is but a counter, so a step can be compiled or captured in
-a CUDA graph once and run for every token. What happens once per chunk (update, folding) happens between the steps.
+On the device only a counter depends on a token's place in its chunk, so a step can be compiled or captured in a CUDA
+graph once and run for every token. Work per chunk (update, folding) is done between the steps.
 
 Shapes: B rows, C tokens of a chunk, D output width, F width of z.
 """
@@ -16,7 +16,7 @@ Key = tuple[object, ...]
 
 
 class StepBuffers:
-    """What one layer's steps read and write: pending z [B, C, F] and u [B, C, D], and the folded weight [B, D, F]."""
+    """A layer's buffers for steps: pending z [B, C, F] and u [B, C, D], and the folded weight [B, D, F]."""
 
     def __init__(self, owner: object, z_BCF: Tensor, u_BCD: Tensor) -> None:
         self._owner = id(owner)
@@ -24,13 +24,13 @@ class StepBuffers:
         self._flat = tuple(_fixed(x.flatten(0, 1).clone()) for x in (z_BCF, u_BCD))
         self.z, self.u = (flat.view_as(x) for flat, x in zip(self._flat, (z_BCF, u_BCD), strict=True))
         self.folded: Tensor | None = None
-        """``W0 + lr * S``, or per row ``lr * S`` where the slow product is taken apart; None while S = 0."""
+        """``W0 + lr * S``, or per row ``lr * S`` where the slow product is computed separately; None while S = 0."""
         self.fused = False
-        """Whether W0 is in ``folded``."""
+        """True if ``folded`` includes W0."""
         self._key: Key | None = None
 
     def fit(self, owner: object, z_BCF: Tensor, u_BCD: Tensor) -> bool:
-        """Whether pending tokens like these can live here; a copy of the owner needs buffers of its own."""
+        """Tell if the buffers fit these pending tokens; a copy of the owner needs its own buffers."""
         if self._owner != id(owner):
             return False
         pairs = ((self.z, z_BCF), (self.u, u_BCD))
@@ -38,7 +38,7 @@ class StepBuffers:
         return alike and not _frozen(self.z)
 
     def take(self, z_BCF: Tensor, u_BCD: Tensor) -> None:
-        """Copies pending tokens that another kind of call left."""
+        """Copy the pending tokens of another kind of call into the buffers."""
         self.z.copy_(z_BCF)
         self.u.copy_(u_BCD)
         self._key = None  # that call may have come with other weights
@@ -46,16 +46,17 @@ class StepBuffers:
     def fold(
         self, S_BDF: Tensor | None, weight_DF: Tensor | None, lr: float, always: bool, width: int | None = None
     ) -> None:
-        """Makes ``folded`` what S, W0 (None: apart) and lr say, if it is not; sums in S's precision, rounds once.
+        """Compute ``folded`` from S, W0 (None: separate) and lr if they changed; sums in S's precision, rounds once.
 
-        ``always``: also while S = 0, so that a graph of the steps outlives the first update. ``width``: D; None: u's.
+        ``always``: also while S = 0, so that a graph of the steps stays valid after the first update. ``width``: D;
+        None: u's.
         """
         self.fused = weight_DF is not None
         if S_BDF is None and not always:
             self.folded, self._key = None, None
             return
         version = None if weight_DF is None or weight_DF.is_inference() else weight_DF._version
-        # The tensors are in the key themselves: while they are, nothing else has their address.
+        # The key holds the tensors themselves, so that their addresses are not reused.
         key = (S_BDF, weight_DF, None if weight_DF is None else weight_DF.data_ptr(), version, lr)
         if self._key is not None and _same(self._key, key):
             return
@@ -74,9 +75,9 @@ class StepBuffers:
     def step(
         self, z_B1F: Tensor, u_B1D: Tensor, where_B: Tensor, plain: Callable[[Tensor], Tensor], bias_D: Tensor | None
     ) -> Tensor:
-        """Keeps one token of every row at flat positions ``where``, b * C + pending; the output [B, 1, D].
+        """Store one token of every row at flat positions ``where``, b * C + pending; return the output [B, 1, D].
 
-        ``plain``: the slow product, bias included; ``bias`` apart, for where W0 is folded in.
+        ``plain``: the slow product, bias included; ``bias`` is used where W0 is folded in.
         """
         for flat, x in zip(self._flat, (z_B1F, u_B1D), strict=True):
             flat.index_copy_(0, where_B, x[:, 0].to(flat.dtype))
@@ -89,14 +90,14 @@ class StepBuffers:
 
 
 class StepClock:
-    """Where the next token of every row goes, on each device, and on the host what the devices hold."""
+    """A counter of the next token's place in every row's buffer: one copy per device, and the host's record of it."""
 
     def __init__(self) -> None:
         self._at: tuple[int, ...] | None = None
         self._where: dict[torch.device, Tensor] = {}
 
     def set(self, pending: tuple[int, ...], C: int, devices: set[torch.device]) -> dict[torch.device, Tensor]:
-        """Flat positions [B] by device; copied there only where they are not what the last step left."""
+        """Return flat positions [B] by device; copied there only if they differ from those after the last step."""
         at = tuple(b * C + n for b, n in enumerate(pending))
         stale = self._at != at
         for device in devices:
@@ -109,7 +110,7 @@ class StepClock:
         return {device: self._where[device] for device in devices}
 
     def tick(self) -> None:
-        """One token of every row was taken."""
+        """Advance by one token in every row."""
         if self._at is not None:
             self._at = tuple(n + 1 for n in self._at)
             for where in self._where.values():
@@ -121,11 +122,11 @@ def _same(a: Key, b: Key) -> bool:
 
 
 def _frozen(x: Tensor) -> bool:
-    """Whether the tensor, made in inference mode, cannot be written into here."""
+    """Tell if the tensor was made in inference mode and cannot be modified here."""
     return x.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _fixed(x: Tensor) -> Tensor:
-    """Tells compiled code that the tensor stays where it is, so that CUDA graphs may write into it."""
+    """Mark the tensor's address as static for compiled code, so that CUDA graphs may write into it."""
     torch._dynamo.mark_static_address(x)
     return x

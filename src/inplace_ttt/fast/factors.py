@@ -1,7 +1,7 @@
-"""S in factors: the pairs (v_t, z_t) themselves while they are smaller than S, or the best few for their sum.
+"""S in factors: the pairs (v_t, z_t) themselves while they are smaller than S, or a truncation to rank r.
 
-``S = left^T right`` per row, so ``S z = sum_n left_n (right_n . z)``. Factors are replaced, never written into, so
-copies of a state may share them, and only ``dense`` makes a tensor of S's size.
+``S = left^T right`` per row, so ``S z = sum_n left_n (right_n . z)``. Factors are never modified in place, so copies
+of a state may share them, and only ``dense`` allocates a tensor of S's size.
 
 Shapes: B rows, N factors, D output width, F width of z, C tokens of a chunk, T new tokens.
 """
@@ -24,13 +24,13 @@ from ..errors import UserError
 
 @exact
 def dense(left_BND: Tensor, right_BNF: Tensor) -> Tensor:
-    """S [B, D, F] in left's precision."""
+    """Compute S [B, D, F] in left's precision."""
     return torch.bmm(left_BND.mT, right_BNF.to(left_BND.dtype))
 
 
 @exact
 def apply(x_BTF: Tensor, left_BND: Tensor, right_BNF: Tensor, scale_BT: Tensor | None = None) -> Tensor:
-    """``scale_t * S x_t``, [B, T, D] in left's precision: N * (D + F) multiply-adds a token. Differentiable."""
+    """Compute ``scale_t * S x_t``, [B, T, D] in left's precision: N * (D + F) multiply-adds a token. Differentiable."""
     dtype = left_BND.dtype
     if dtype != x_BTF.dtype == right_BNF.dtype and x_BTF.is_cuda and not torch.is_grad_enabled():
         scores_BTN = torch.bmm(x_BTF, right_BNF.mT, out_dtype=dtype)
@@ -41,15 +41,15 @@ def apply(x_BTF: Tensor, left_BND: Tensor, right_BNF: Tensor, scale_BT: Tensor |
 
 @exact
 def norm(left_BND: Tensor, right_BNF: Tensor) -> Tensor:
-    """Frobenius norm of S [B] from N x N products; where S = 0, a number above 0 and next to it."""
+    """Compute the Frobenius norm of S [B] from N x N products; where S = 0, a tiny positive number."""
     return norm_of(left_BND, right_BNF.to(left_BND.dtype))
 
 
 @exact
 def truncate(left_BND: Tensor, right_BNF: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Factors of the best approximation of S with at most ``rank`` of them, and its relative Frobenius error [B].
+    """Return at most ``rank`` factors that best approximate S, and the relative Frobenius error [B].
 
-    A QR decomposition [F, N] and the eigenvectors of an N x N Gram matrix, in float64: some 2 N^2 (D + F) + 10 N^3
+    A QR decomposition [F, N] and the eigenvectors of an N x N Gram matrix, in float64: about 2 N^2 (D + F) + 10 N^3
     multiply-adds; an error below 1e-8 is rounding.
     """
     basis_FN, R_NN = torch.linalg.qr(right_BNF.to(left_BND.dtype).mT)
@@ -61,9 +61,9 @@ def truncate(left_BND: Tensor, right_BNF: Tensor, rank: int) -> tuple[Tensor, Te
 
 
 def remaining(table: ChunkTable, keep: float, like: Tensor) -> Tensor | None:
-    """Return the factor by which each new token's view of the incoming S has shrunk, [1 or B, T]; None: not at all.
+    """Return the factor by which each new token's view of the incoming S has decayed, [1 or B, T]; None: 1 everywhere.
 
-    ``keep^m`` after m updates of the row in the call, nothing in a later document (or in padding).
+    ``keep^m`` after m updates of the row in the call, 0 in a later document (or in padding).
     """
     C, P, T = table.chunk_size, table.prefix, table.tokens
     if table.index is None or table.update is None or table.reset is None:
@@ -77,11 +77,11 @@ def remaining(table: ChunkTable, keep: float, like: Tensor) -> Tensor | None:
 
 
 class FactoredWeights(FastWeights):
-    """Fast weights of an outer rule whose S is held in factors, of which rows may have different numbers.
+    """A state of an outer rule with S in factors; their number may differ between rows.
 
     ``form``: "auto": the pairs (v_t, z_t), ``left`` and ``right``, while they are fewer than D * F / (D + F), then
-    dense until ``reset``. A number r: factors, cut to the best r when a row has more than 2 * r, at most once in
-    max(r, C) tokens: lossy (``truncation``), save for what a call's later tokens see of its own chunks.
+    dense until ``reset``. A number r: factors, truncated to rank r when a row has more than 2 * r, at most once in
+    max(r, C) tokens: lossy (``truncation``), except that a call's later tokens see its own chunks exactly.
     """
 
     numbers = (*FastWeights.numbers, "count", "raw", "lost")
@@ -94,15 +94,15 @@ class FactoredWeights(FastWeights):
         self.rule.need("outer", f"a state of form {form!r}")
         self.form = form
         self.left: Tensor | None = None
-        """[B, N, D] in S's precision, with decay in it; zero beyond a row's own factors."""
+        """[B, N, D] in S's precision, decay included; zero beyond a row's own factors."""
         self.right: Tensor | None = None
-        """[B, N, F]; of pairs z as it came, in its dtype."""
+        """[B, N, F]; of pairs the unchanged z, in its dtype."""
         self.count: tuple[int, ...] = (0,) * rows
-        """Each row's factors: the first ones."""
+        """Number of each row's factors, which are the first ones."""
         self.raw: tuple[int, ...] = (0,) * rows
-        """How many of these, the last ones, are the pairs of whole chunks, which can be taken out again."""
+        """Number of these, the last ones, that are pairs of whole chunks and can be removed again."""
         self.lost: tuple[float, ...] = (0.0,) * rows
-        """Frobenius norm of what truncation discarded: the root of the sum of squares."""
+        """Frobenius norm of the parts that truncation discarded: root of the sum of squares."""
 
     def new(self, rows: int) -> "FactoredWeights":
         return FactoredWeights(rows, self.chunk_size, self.rule, form=self.form)
@@ -113,10 +113,10 @@ class FactoredWeights(FastWeights):
 
     @property
     def truncation(self) -> tuple[float, ...]:
-        """Each row's error ``|S - dense()| / |S|`` (Frobenius) from cuts to a rank, 0 where there was none.
+        """Return each row's truncation error ``|S - dense()| / |S|`` (Frobenius), 0 without truncations.
 
-        Exact after one cut; over several, the parts cut off count as orthogonal to each other and to what is left, so
-        a text that repeats itself, and loses the same part every time, is worse than this says.
+        Exact after one truncation; over several, the discarded parts count as orthogonal to each other and to the rest,
+        so the true error is larger for a repetitive text, which loses the same part every time.
         """
         if not any(self.lost):
             return (0.0,) * self.rows
@@ -134,8 +134,8 @@ class FactoredWeights(FastWeights):
     def begin(self, rule: Rule, table: ChunkTable, z_BTF: Tensor, v_BND: Tensor | None) -> ChunkTable:
         """Return the table to scan a call with: the given one, or one without a state afterwards.
 
-        The latter where S is and stays in factors; then ``recall`` gives what they add to the call's output. Turns to
-        the dense form first where the call's chunks would make the pairs too many.
+        The latter where S is and stays in factors; then ``recall`` returns their part of the call's output. Converts to
+        the dense form first if the call's chunks would exceed the limit of pairs.
         """
         self.rule = rule
         if self.tensors is not None:
@@ -153,14 +153,14 @@ class FactoredWeights(FastWeights):
         return replace(table, updates=min(table.updates, max(table.steps - 1, 0)), keep_state=False)
 
     def recall(self, table: ChunkTable, z_BTF: Tensor) -> Tensor | None:
-        """``S z_t`` [B, T, D], in S's precision, of the factors held before a call; None where there are none."""
+        """Compute ``S z_t`` [B, T, D], in S's precision, of the factors held before a call; None without factors."""
         if self.left is None:
             return None
         out: Tensor = apply(z_BTF, self.left, self.right, remaining(table, self.rule.keep, self.left))
         return out
 
     def _absorb_chunks(self, slots: list[list[int]], restarted: list[int], chunks: dict[str, Tensor] | None) -> None:
-        """Chunks of a call, by row and in order, join the factors: ``S <- keep * S + sum_t v_t z_t^T``."""
+        """Append a call's chunks to the factors, by row and in order: ``S <- keep * S + sum_t v_t z_t^T``."""
         if restarted:
             self.clear(restarted)
         if self.tensors is not None or chunks is None:
@@ -235,7 +235,7 @@ class FactoredWeights(FastWeights):
             self._take_back(b, chunk["z"], chunk["v"])
 
     def _take_back(self, b: int, z_1CF: Tensor, v_1CD: Tensor) -> None:
-        """Row b before its last update: its pairs go, or are subtracted where a truncation has mixed them with S."""
+        """Undo row b's last update: drop its pairs, or subtract them where a truncation has mixed them with S."""
         C = self.chunk_size
         if self.raw[b] >= C:
             self._scale([b], 0.0, first=self.count[b] - C)
@@ -256,7 +256,7 @@ class FactoredWeights(FastWeights):
     def _stack(self, parts: Sequence[FastWeights], rows: Sequence[int]) -> None:
         factored: list[Any] = list(parts)
         forms = {x.form for x in factored}
-        self.form = "auto" if "auto" in forms else max(forms)  # the one that loses least
+        self.form = "auto" if "auto" in forms else max(forms)  # the least lossy one
         for name in ("count", "raw", "lost"):
             setattr(self, name, tuple(n for x in factored for n in getattr(x, name)))
         if any(x.tensors is not None for x in factored):
@@ -269,13 +269,13 @@ class FactoredWeights(FastWeights):
             )
 
     def clear(self, rows: Sequence[int]) -> None:
-        """No factors in some rows."""
+        """Remove the factors of some rows."""
         self._scale(rows, 0.0)
         self.count, self.raw = (tuple(0 if b in rows else n for b, n in enumerate(x)) for x in (self.count, self.raw))
         self._trim()
 
     def _join(self, rows: Sequence[int], z_RCF: Tensor, v_RCD: Tensor, keep: float) -> None:
-        """One chunk's pairs behind the factors of R rows."""
+        """Append one chunk's pairs to the factors of R rows."""
         C, device = z_RCF.shape[1], z_RCF.device
         v = v_RCD.to(z_RCF.dtype).to(state_dtype(z_RCF.dtype))
         if keep != 1.0:
@@ -291,7 +291,7 @@ class FactoredWeights(FastWeights):
         self.right = pad(right, more).index_put(where, z_RCF.to(right.dtype))
 
     def _truncate(self) -> None:
-        """Rows of more than twice the form's rank get their best factors instead. Gradients end there."""
+        """Truncate rows with more than twice the form's rank. Gradients stop there."""
         over = [b for b, n in enumerate(self.count) if isinstance(self.form, int) and n > 2 * self.form]
         if not over or self.left is None or self.right is None:
             return
@@ -307,13 +307,13 @@ class FactoredWeights(FastWeights):
         self.right = self.right[:, :N].to(right.dtype).index_copy(0, index, pad(right, more))
 
     def _trim(self) -> None:
-        """Leaves out factors that are no row's."""
+        """Drop trailing factors that no row uses."""
         N = max(self.count)
         if self.left is not None and self.right is not None and self.left.shape[1] > N:
             self.left, self.right = self.left[:, :N].clone(), self.right[:, :N].clone()
 
     def _scale(self, rows: Sequence[int], by: float, first: int = 0) -> None:
-        """Some rows' factors from the ``first`` on times ``by``; what was lost with them, when it is all of them."""
+        """Scale some rows' factors from ``first`` on by ``by``; ``lost`` too if that is all of them."""
         if not first:
             self.lost = tuple(x * by if b in rows else x for b, x in enumerate(self.lost))
         if self.left is not None:
@@ -323,14 +323,14 @@ class FactoredWeights(FastWeights):
 
 
 def _add(numbers: tuple[int, ...], rows: Sequence[int], more: int) -> tuple[int, ...]:
-    """``numbers``, those of some rows larger by ``more``."""
+    """Return ``numbers`` with those of some rows increased by ``more``."""
     return tuple(n + more if b in rows else n for b, n in enumerate(numbers))
 
 
 def fast_weights(
     rows: int, chunk_size: int, rule: Rule, form: str | int = "dense", *, gates: bool = False
 ) -> FastWeights:
-    """Return an empty state in this form. UserError where the rule does not promise what the form needs."""
+    """Return an empty state in this form. UserError if the rule does not support the form."""
     if form == "dense":
         return FastWeights(rows, chunk_size, rule, snapshots=gates)
     if gates:

@@ -24,7 +24,7 @@ Tensors = tuple[Tensor, Tensor]
 
 
 def keep_factor(layout: Layout, m: int, keep: float) -> float | Tensor:
-    """Return what slot m's update leaves of S: a number, or [B, 1, 1] where only some rows update."""
+    """Return the factor by which slot m's update scales S: a number, or [B, 1, 1] where only some rows update."""
     if layout.update is None or keep == 1.0:
         return keep
     return 1.0 - (1.0 - keep) * layout.update[:, m, None, None].to(state_dtype(layout.z.dtype))
@@ -43,7 +43,7 @@ def sweep(
     *,
     transposed: bool = False,
 ) -> Tensor | None:
-    """Adds ``lr * S_m x_t`` (``lr * S_m^T x_t`` when transposed) to ``out``, slot by slot; S after the last one."""
+    """Add ``lr * S_m x_t`` (``lr * S_m^T x_t`` if transposed) to ``out``, slot by slot; return S after the last one."""
     reset = layout.reset
     S = None if state is None else state.to(state_dtype(x.dtype), copy=updates > 0 or reset is not None)
     for m in range(steps):
@@ -80,7 +80,7 @@ def scan_op(
     width: int,
     keep_state: bool,
 ) -> Tensors:
-    """Outputs and, where it is kept, S after the last update."""
+    """Return outputs and, if it is kept, S after the last update."""
     B, T, F = z.shape
     dtype = state_dtype(z.dtype)
     S: Tensor | None
@@ -127,9 +127,9 @@ def scan_backward_op(
     updates: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of z, v, state and past (empty where the input was None), and that of W0 where it is known already.
+    """Return gradients of z, v, state, past (empty for None inputs), and of W0 if the backend computes it here.
 
-    ``last``: S after the last update, if forward kept it (the torch backend has no use for it).
+    ``last``: S after the last update, if forward kept it (the torch backend ignores it).
 
     ``dL/dz_t = (W0 + lr S_i)^T g_t + H_i^T v_t`` and ``dL/dv_t = H_i z_t``, where H_i = dL/dS_{i+1} is the reverse
     prefix sum ``H_{i-1} = keep * H_i + lr * sum_t g_t z_t^T``.
@@ -241,7 +241,7 @@ def scan(
     v_BND: targets as they are written; None when no chunk updates.
     weight_DF: slow weight of z's dtype; None for the fast weights' part alone (then ``width``, or state or v, gives D).
     table: the call's chunks, on z's device.
-    lr: inner learning rate. keep, in (0, 1]: what an update leaves of S.
+    lr: inner learning rate. keep, in (0, 1]: factor by which an update scales S.
     state_BDF: S before the call (None: zero). past_BPF: z of the pending tokens, when ``table.prefix`` > 0.
     backend: a name in ``BACKENDS``, or "auto": ``segments`` on CUDA, else ``torch``.
 
@@ -289,7 +289,7 @@ def scan(
 
 
 def supports(call: Call) -> bool:
-    """Tell whether the call is of an outer rule that reads and writes as the base class does, without gates."""
+    """Tell if the call is of an outer rule with the base class's read and write, without gates."""
     rule, kind = call.rule, type(call.rule)
     own = kind.apply is Rule.apply and kind.update is Rule.update and kind.init is Rule.init
     return (

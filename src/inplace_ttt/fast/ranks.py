@@ -1,17 +1,18 @@
-"""The scan over a row that is cut into slices on several ranks (section 4 of the method: context parallelism).
+"""The scan over a row split into slices on several ranks (section 4 of the method: context parallelism).
 
 A row of T tokens is cut into P *pieces* of equal length. Contiguous slices: piece r lies on rank r. Head-tail slices:
-two pieces a rank, r and P - 1 - r, so that causal attention costs every rank the same. A piece is read like a row of
-its own with an initial state: the updates of the pieces before it, in document order,
+two pieces a rank, r and P - 1 - r, so that causal attention costs every rank the same. A piece is read like a
+separate row with an initial state: the updates of the pieces before it, in document order,
 
     state[p + 1] = carry[p] * state[p] + total[p],   state[0] = 0,
 
-where ``total[p]`` [D, F] is what piece p's own chunks leave and ``carry[p]`` what it leaves of what came in (its decay;
-0 when a document begins inside). ``exclusive_scan`` computes it: every rank gets a share of F of all totals, goes over
-the pieces, and sends the states back. A rank sends 2 * D * F numbers per piece and row, however many ranks there are.
+where ``total[p]`` [D, F] is the sum of piece p's own updates at its end and ``carry[p]`` the factor by which it scales
+the incoming state (its decay; 0 when a document begins inside). ``exclusive_scan`` computes it: every rank gets a share
+of F of all totals, loops over the pieces, and sends the states back. A rank sends 2 * D * F numbers per piece and row,
+however many ranks there are.
 
-Everything that depends on documents is planned from the whole row, alike on all ranks: they issue the same collectives
-in the same order, and raise the same errors.
+Everything that depends on documents is computed from the whole row, identically on all ranks: they issue the same
+collectives in the same order, and raise the same errors.
 
 Shapes: B rows, k pieces on this rank, R = B * k (piece rows, ``b * k + j``), P pieces, M chunk slots of a piece,
 U updating ones, C chunk size, D, F as elsewhere.
@@ -36,7 +37,7 @@ Group = Any
 
 @dataclass(frozen=True)
 class Slices:
-    """How a row is cut: which pieces lie on which rank."""
+    """A split of a row: the pieces of each rank."""
 
     ranks: int
     rank: int
@@ -44,55 +45,55 @@ class Slices:
 
     @property
     def own(self) -> int:
-        """k: pieces on a rank."""
+        """Return k, the number of pieces on a rank."""
         return 2 if self.head_tail and self.ranks > 1 else 1
 
     @property
     def pieces(self) -> int:
-        """P."""
+        """Return P, the number of pieces of a row."""
         return self.own * self.ranks
 
     def of(self, rank: int) -> tuple[int, ...]:
-        """The pieces of a rank, in document order."""
+        """Return the pieces of a rank, in document order."""
         return (rank,) if self.own == 1 else (rank, self.pieces - 1 - rank)
 
     def where(self) -> list[tuple[int, int]]:
-        """(rank, j) of piece p: it is the j-th piece of that rank."""
+        """Return (rank, j) for every piece: it is the j-th piece of that rank."""
         places = {p: (rank, j) for rank in range(self.ranks) for j, p in enumerate(self.of(rank))}
         return [places[p] for p in range(self.pieces)]
 
     def cut(self, x: Tensor, dim: int = 1) -> Tensor:
-        """This rank's part of a whole row. Raises ValueError when the length is no multiple of the pieces."""
+        """Return this rank's part of a whole row. ValueError if the length is not a multiple of the pieces."""
         if x.shape[dim] % self.pieces:
             raise ValueError(f"{x.shape[dim]} tokens cannot be cut into {self.pieces} equal pieces")
         parts = x.chunk(self.pieces, dim)
         return torch.cat([parts[p] for p in self.of(self.rank)], dim)
 
     def join(self, parts: Sequence[Tensor], dim: int = 1) -> Tensor:
-        """The whole row from every rank's part, in the order of the ranks."""
+        """Return the whole row from every rank's part, in the order of the ranks."""
         pieces = [part.chunk(self.own, dim) for part in parts]
         return torch.cat([pieces[rank][j] for rank, j in self.where()], dim)
 
 
 @dataclass(frozen=True, eq=False)
 class SliceTable:
-    """The chunks of this rank's pieces, and how states pass from piece to piece."""
+    """A table of the chunks of this rank's pieces, and the factors of states from piece to piece."""
 
     slices: Slices
     rows: int
     table: ChunkTable
     """Of R = B * k piece rows; the same number of slots on all ranks."""
     weights: Tensor | None
-    """float64 [R, U]: what is left of each slot's update at the end of its piece; None: all of it, everywhere."""
+    """float64 [R, U]: factor of each slot's update at the end of its piece; None: 1 everywhere."""
     binary: bool
-    """Whether the weights are 0 and 1 only."""
+    """True if all weights are 0 or 1."""
     carry: Tensor
     """float64 [P, B]."""
     continues: bool
-    """Whether any piece reads with a state from before it."""
+    """True if any piece starts from a state of earlier pieces."""
 
     def to(self, device: torch.device) -> "SliceTable":
-        """The same table with its tensors on ``device``."""
+        """Return the same table with its tensors on ``device``."""
         if self.carry.device == device:
             return self
         weights = None if self.weights is None else self.weights.to(device)
@@ -100,7 +101,7 @@ class SliceTable:
 
     @property
     def scanned(self) -> ChunkTable:
-        """The table for the scan itself: nobody inside a regular piece sees the update of its last chunk."""
+        """Return the table for the scan: inside a regular piece no token sees the update of the last chunk."""
         table = self.table
         return (
             table if table.index is not None else replace(table, updates=max(table.tokens - 1, 0) // table.chunk_size)
@@ -110,8 +111,9 @@ class SliceTable:
     def build(
         cls, slices: Slices, rows: int, tokens: int, chunk_size: int, *, documents: Tensor | None, keep: float
     ) -> "SliceTable":
-        """Table of ``rows`` whole rows of ``tokens``; ``documents`` [B, T] as ``core.document_ids`` gives them.
-        ``keep``: the rule's.
+        """Build the table of ``rows`` whole rows of ``tokens``. ``keep``: the rule's.
+
+        ``documents`` [B, T]: as ``core.document_ids`` returns them.
 
         Raises ValueError, with the fix, when a slice boundary lies inside a chunk that updates.
         """
@@ -125,7 +127,7 @@ class SliceTable:
         if documents is None:
             return cls._regular(slices, rows, length, C, keep)
         whole = ChunkTable.build(rows, tokens, C, documents=documents)
-        if whole.index is None:  # one document everywhere after all
+        if whole.index is None:  # every row is one document
             return cls._regular(slices, rows, length, C, keep)
         return cls._irregular(slices, whole, length, keep)
 
@@ -219,7 +221,7 @@ class SliceTable:
     def _piece(
         whole: ChunkTable, piece: Tensor, has: Tensor, p: int, length: int, M: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """index [B, M, C], update and reset [B, M] of piece p's slots, moved to the front."""
+        """Return index [B, M, C], update and reset [B, M] of piece p's slots, moved to the front."""
         assert whole.index is not None
         assert whole.update is not None
         assert whole.reset is not None
@@ -251,9 +253,8 @@ def scan_slice(
     """Run this rank's pieces of the rows as if the rows were whole; outputs [R, T / P, D].
 
     z_RNF: inputs of the projection, piece by piece. v_RND: targets of ``table.table`` as they are written; None when no
-    chunk updates. Others as ``core.scan.Call``; the rule must be additive. All ranks of ``group`` call it together, and
-    its backward; what is communicated is ``exclusive_scan``'s, and nothing where no document passes from one piece to
-    another.
+    chunk updates. Others as ``core.scan.Call``; the rule must be additive. All ranks of ``group`` call it and its
+    backward together; only ``exclusive_scan`` communicates, and not at all if no document crosses a piece boundary.
     """
     rule.need("additive", "a row cut over processes")
     scanned, state = table.scanned, None
@@ -267,7 +268,7 @@ def scan_slice(
 def piece_totals(
     z_RNF: Tensor, v_RND: Tensor, table: SliceTable, rule: Rule | None = None, slow: Tensor | None = None
 ) -> Tensor:
-    """Return what each piece's own chunks leave at its end, [R, D, F] in the state's precision. N = U * C chunk tokens.
+    """Return the sum of each piece's own updates at its end, [R, D, F] in the state's precision. N = U * C tokens.
 
     ``z`` and ``v``: the chunks' inputs and targets as they are written.
     """
@@ -282,7 +283,7 @@ def piece_totals(
 
 
 class _PieceTotals(torch.autograd.Function):
-    """``sum_m weight_m * sum_t v_t z_t^T``; a single product where nothing is weighted."""
+    """An autograd function of ``sum_m weight_m * sum_t v_t z_t^T``; a single product without weights."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, v: Tensor, weights: Tensor | None, C: int) -> Tensor:
@@ -312,20 +313,20 @@ class _PieceTotals(torch.autograd.Function):
 
 
 def _spans(z: Tensor, weights_RU: Tensor | None, C: int) -> list[tuple[slice, Tensor]]:
-    """Each updating slot's tokens and its weight [R, 1, 1]."""
+    """Return each updating slot's tokens and its weight [R, 1, 1]."""
     dtype, count = state_dtype(z.dtype), z.shape[1] // C
     weights = z.new_ones(z.shape[0], count, dtype=dtype) if weights_RU is None else weights_RU.to(dtype)
     return [(slice(m * C, (m + 1) * C), weights[:, m, None, None]) for m in range(count)]
 
 
 def exclusive_scan(totals_RDF: Tensor, table: SliceTable, group: Group) -> Tensor:
-    """The state each of this rank's pieces starts from, [R, D, F]; differentiable. All ranks of ``group`` call it."""
+    """Return the initial state of each of this rank's pieces, [R, D, F]; differentiable. All ranks call it."""
     states: Tensor = _ExclusiveScan.apply(totals_RDF, table, group)
     return states
 
 
 class _ExclusiveScan(torch.autograd.Function):
-    """Backward is the same scan, from the last piece to the first."""
+    """An autograd function of ``exclusive_scan``; backward is the same scan, from the last piece to the first."""
 
     @staticmethod
     def forward(ctx: Any, totals: Tensor, table: SliceTable, group: Group) -> Tensor:
@@ -357,7 +358,7 @@ def _scan(x_RDF: Tensor, table: SliceTable, group: Group, reverse: bool) -> Tens
 
 
 def exchange(x: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
-    """All-to-all of a flat tensor: ``sent[j]`` numbers to rank j, ``received[j]`` from it."""
+    """Run all-to-all on a flat tensor: ``sent[j]`` elements to rank j, ``received[j]`` from it."""
     out = x.new_empty(sum(received))
     dist.all_to_all_single(out, x, received, sent, group=group)
     return out

@@ -1,8 +1,8 @@
-"""The scan in segments of chunks: batched products, and one ``walk`` that makes the weight each chunk sees.
+"""The scan in segments of chunks: batched products, and one ``walk`` that computes the weight each chunk sees.
 
-The arithmetic of a chunk is two matrix products; what makes a loop over chunks slow is the state's memory traffic and
-the launches. Here a *segment* is as many chunk slots as ``SEGMENT_BYTES`` hold folded weights ``W0 + lr * S_m`` for,
-in z's precision: ``walk`` goes through its slots with S in registers and writes those weights, then one batched product
+A chunk takes two matrix products; a loop over chunks is slow because of the state's memory traffic and the kernel
+launches. A *segment* is as many chunk slots as fit their folded weights ``W0 + lr * S_m``, in z's precision, into
+``SEGMENT_BYTES``: ``walk`` loops over its slots with S in registers and writes those weights, then one batched product
 applies them. Memory does not grow with the length.
 
 Shapes: B rows, T new tokens, P pending ones, F width of z, D output width; n slots of c tokens in a segment.
@@ -22,7 +22,7 @@ SEGMENT_BYTES = 400 * 2**20
 
 
 class Segment(NamedTuple):
-    """Slots ``first`` .. ``last - 1``. Regular calls: their new tokens are ``start`` .. ``stop - 1`` of every row."""
+    """A range of slots ``first`` .. ``last - 1``. Regular calls: new tokens ``start`` .. ``stop - 1`` of every row."""
 
     first: int
     last: int
@@ -31,7 +31,7 @@ class Segment(NamedTuple):
 
 
 class Slots:
-    """A call's chunk slots, cut into segments, and access to their tokens."""
+    """A view of a call's chunk slots in segments, with access to their tokens."""
 
     def __init__(
         self,
@@ -50,11 +50,11 @@ class Slots:
         if index_BMC is not None:
             rows = torch.arange(self.B, device=z_BTF.device)[:, None, None] * self.T
             new = index_BMC >= prefix
-            self.flat = torch.where(new, index_BMC - prefix + rows, self.B * self.T)  # last: a row nobody reads
+            self.flat = torch.where(new, index_BMC - prefix + rows, self.B * self.T)  # last: an unused row
             self.old = (index_BMC >= 0) & ~new
 
     def segments(self) -> list[Segment]:
-        """In order. Where slots have few tokens (after pending ones, or at the end) they are segments of their own."""
+        """Return the segments in order. Slots with few tokens (after pending ones, or at the end) are separate ones."""
         most = self.most
         if self.index is not None:
             return [Segment(m, min(m + most, self.steps), 0, 0) for m in range(0, self.steps, most)]
@@ -66,19 +66,19 @@ class Slots:
         return [Segment(*cuts[i : i + 2], *bounds[i : i + 2]) for i in range(len(cuts) - 1)]
 
     def updating(self, s: Segment) -> int:
-        """How many slots of the segment, the first ones, may change S."""
+        """Return the number of leading slots of the segment that may change S."""
         return max(min(s.last, self.updates) - s.first, 0)
 
     def empty(self, width: int) -> Tensor:
-        """[B * T (+ 1), width] for results of all new tokens; see ``view``."""
+        """Allocate [B * T (+ 1), width] for results of all new tokens; see ``view``."""
         return self.z.new_empty(self.B * self.T + (self.index is not None), width)
 
     def view(self, x: Tensor) -> Tensor:
-        """[B, T, width] of what ``empty`` made."""
+        """Return a tensor of ``empty`` as [B, T, width]."""
         return x[: self.B * self.T].view(self.B, self.T, x.shape[-1])
 
     def applied(self, x_BTW: Tensor, s: Segment) -> Tensor:
-        """Rows of ``x`` at the segment's new tokens, [B, n, c, W]; zero where a slot has none."""
+        """Return ``x`` at the segment's new tokens, [B, n, c, W]; zero where a slot has none."""
         if self.index is None:
             return x_BTW[:, s.start : s.stop].unflatten(1, (s.last - s.first, -1))
         flat = self.flat[:, s.first : s.last]
@@ -86,7 +86,7 @@ class Slots:
         return torch.where(there, x_BTW.reshape(-1, x_BTW.shape[-1])[flat.clamp(max=self.B * self.T - 1)], 0)
 
     def absorbed(self, s: Segment) -> Tensor:
-        """z of the updating slots' tokens, pending ones included, [B, n, C, F]; zero where there is none."""
+        """Return z of the updating slots' tokens, pending ones included, [B, n, C, F]; zero where there is none."""
         n = self.updating(s)
         if self.index is None:
             if s.first == 0 and self.past is not None:
@@ -101,7 +101,7 @@ class Slots:
         return torch.where(self.old[:, s.first : s.last, :, None], past, z)
 
     def put(self, out: Tensor, s: Segment, x_BncK: Tensor, w_BnKN: Tensor, bias_N: Tensor | None = None) -> None:
-        """``out`` at the segment's new tokens becomes ``x @ w (+ bias)``."""
+        """Set ``out`` at the segment's new tokens to ``x @ w (+ bias)``."""
         if self.index is None:
             product(x_BncK, w_BnKN, self.applied(self.view(out), s), bias_N)
         else:
@@ -110,7 +110,7 @@ class Slots:
             out.index_copy_(0, self.flat[:, s.first : s.last].flatten(), y.flatten(0, 2))
 
     def add(self, out: Tensor, s: Segment, x_BncK: Tensor, w_BnKN: Tensor) -> None:
-        """Adds ``x @ w`` to ``out`` at the segment's new tokens, in one rounding."""
+        """Add ``x @ w`` to ``out`` at the segment's new tokens, with one rounding."""
         if self.index is None:
             product(x_BncK, w_BnKN, self.applied(self.view(out), s), add=True)
         else:
@@ -123,7 +123,7 @@ class Slots:
 def product(
     x_BncK: Tensor, w_BnKN: Tensor, out_BncN: Tensor, bias_N: Tensor | None = None, *, add: bool = False
 ) -> None:
-    """``out (+)= x @ w (+ bias)`` in place, as one batched product where the strides allow."""
+    """Compute ``out (+)= x @ w (+ bias)`` in place, as one batched product where the strides allow."""
     flat = [_flat(x) for x in (x_BncK, w_BnKN, out_BncN)]
     if any(x is None for x in flat):
         for row in zip(x_BncK, w_BnKN, out_BncN, strict=True):
@@ -143,7 +143,7 @@ def _product(x: Tensor, w: Tensor, out: Tensor, bias: Tensor | None, add: bool) 
 
 
 def _flat(x_BnXY: Tensor) -> Tensor | None:
-    """[B * n, X, Y] as a view, None where there is none."""
+    """Return a view [B * n, X, Y], None where the strides do not allow one."""
     B, n = x_BnXY.shape[:2]
     if B == 1 or n == 1:
         return x_BnXY.squeeze(0) if B == 1 else x_BnXY.squeeze(1)
@@ -151,14 +151,14 @@ def _flat(x_BnXY: Tensor) -> Tensor | None:
 
 
 def _slots(z: Tensor, past: Tensor | None, rest: Sequence[int | Tensor | None], width: int, weights: int = 1) -> Slots:
-    """``weights``: how many matrices of W0's size a slot needs."""
+    """Make the slots of a call. ``weights``: matrices of W0's size that a slot needs."""
     chunk_size, prefix, index, steps, updates = rest
     weight = weights * z.shape[0] * width * z.shape[2] * z.element_size()
     return Slots(z, past, chunk_size, prefix, index, steps, updates, max(SEGMENT_BYTES // weight, 1))  # type: ignore[arg-type]
 
 
 class RunningSum:
-    """Running sum over segments (S or H), [B, D, F]. The initial value is never modified."""
+    """A running sum over segments (S or H), [B, D, F]. The initial value is never modified."""
 
     def __init__(self, z: Tensor, begin: Tensor | None, width: int) -> None:
         dtype = state_dtype(z.dtype)
@@ -170,7 +170,7 @@ class RunningSum:
         self.begin = self.S
 
     def value(self) -> Tensor:
-        """Where it has come to."""
+        """Return the present sum."""
         if self.begin is self.S:
             return self.S
         return self.S.zero_() if self.begin is None else self.S.copy_(self.begin)  # there was no segment
@@ -190,9 +190,9 @@ def folded(
     lr: float,
     keep: float,
 ) -> Iterator[tuple[Segment, Tensor]]:
-    """Segment by segment the weights ``W0 + lr * S_m`` [B, n, D, F] its slots see; S moves on.
+    """Yield each segment with the weights ``W0 + lr * S_m`` [B, n, D, F] of its slots, and advance S.
 
-    The weights are valid until the next segment is asked for.
+    The weights are overwritten by the next segment.
     """
     B, D, F = S.S.shape
     buffer = None
@@ -227,7 +227,7 @@ def forward(
     updates: int,
     width: int,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs [B, T, D] and S [B, D, F] after the call. ``rest``: tokens in no slot, which see W0 alone."""
+    """Return outputs [B, T, D] and S [B, D, F] after the call. ``rest``: tokens in no slot, which see W0 alone."""
     slots = _slots(z, past, (chunk_size, prefix, index, steps, updates), width)
     S, out = RunningSum(z, state, width), slots.empty(width)
     if rest is not None and len(rest):
@@ -258,11 +258,10 @@ def backward(
     steps: int,
     updates: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of z, v, state, past and, where it costs nothing extra, W0 (in the state's precision).
+    """Return gradients of z, v, state, past and, where it costs nothing extra, W0 (in the state's precision).
 
-    Two walks: back through the slots for H_m = dL/dS_{m+1}, which gives dv and v's part of dz, then forward for the
-    weights, which give the rest of dz (rounded in between: ``_backward_at_once`` does
-    better where S can be unwound).
+    Two walks: backwards over the slots for H_m = dL/dS_{m+1}, which gives dv and v's part of dz, then forward for the
+    weights, which give the rest of dz (rounded in between; ``_backward_at_once`` rounds once where S can be unwound).
     """
     if index is None and keep == 1.0 and (last is not None or not updates):
         numbers = (chunk_size, prefix, steps, updates)
@@ -275,7 +274,7 @@ def backward(
     dv = None if v is None else v.new_zeros(v.shape)
     dpast = None if past is None else past.new_zeros(past.shape)
 
-    # H is held over lr, so that products need no factor.
+    # H is stored divided by lr, so that products need no factor.
     H = RunningSum(z, None if grad_state is None else grad_state / lr, D)
     buffer = None
     for s in reversed(slots.segments()):
@@ -353,7 +352,7 @@ def _backward_at_once(
 def _through_targets(
     slots: Slots, dz: Tensor, dpast: Tensor | None, s: Segment, v_BnCD: Tensor, H_BnDF: Tensor
 ) -> None:
-    """dz of the updating slots becomes ``H^T v``; that of pending tokens goes to ``dpast``."""
+    """Set dz of the updating slots to ``H^T v``; add that of pending tokens to ``dpast``."""
     part = s._replace(last=s.first + v_BnCD.shape[1])
     if slots.index is None:
         head = slots.P if s.first == 0 and dpast is not None else 0
@@ -371,7 +370,7 @@ def _through_targets(
 
 
 def _no_targets(slots: Slots, dz: Tensor, s: Segment, updating: int) -> None:
-    """dz of the slots that do not update begins at zero."""
+    """Set dz of the slots that do not update to zero."""
     if s.first + updating == s.last:
         return
     if slots.index is None:

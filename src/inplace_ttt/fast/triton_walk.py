@@ -1,12 +1,12 @@
 """``walk`` as one Triton kernel: S, and the slow weight, stay in registers from slot to slot.
 
-Every program owns a tile of S [BM, BN] of one row and goes through all tokens of the segment; before a slot's first
+Every program owns a tile of S [BM, BN] of one row and loops over all tokens of the segment; before a slot's first
 token it writes the tile of that slot's weight. Memory traffic per slot is one weight in half precision written, and x
-and z read as in any matrix product. The order of all sums is fixed, so results are the same from run to run.
-To unwind, the tile is held negated: products can only be added to it.
+and z read as in any matrix product. The order of all sums is fixed, so results are reproducible.
+To unwind, the tile is stored negated: products can only be added to it.
 
-Tiles come and go by Hopper's copy engine (tensor descriptors) where strides are multiples of 16 bytes, so that writing
-a weight overlaps with the next slot's products; else by masked loads and stores.
+Tiles are loaded and stored by Hopper's copy engine (tensor descriptors) where strides are multiples of 16 bytes, so
+that writing a weight overlaps with the next slot's products; else by masked loads and stores.
 """
 
 from functools import cache
@@ -24,7 +24,7 @@ def _tile(
     x, b, m, first, w, tokens, width, x_row, x_slot, x_token,
     BULK: tl.constexpr, BK: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """x[b, m, first : first + BK, w : w + BW], zero from ``tokens`` and ``width`` on."""
+    """Load x[b, m, first : first + BK, w : w + BW], zero from ``tokens`` and ``width`` on."""
     if BULK:
         tile = x.load([b, m, first, w]).reshape(BK, BW)
     else:
@@ -40,7 +40,7 @@ def _write(
     folds, slow, acc, scale, b, m, d0, f0, D, F, fold_row, fold_slot,
     BULK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The tile of slot m's weight: ``slow + scale * acc``."""
+    """Store the tile of slot m's weight: ``slow + scale * acc``."""
     value = acc * scale + slow
     if BULK:
         folds.store([b, m, d0, f0], value.to(folds.dtype).reshape(1, 1, BM, BN))
@@ -117,7 +117,7 @@ def _has_copy_engine(device: torch.device) -> bool:
 
 
 def tiles(rows: int, D: int, F: int, multiprocessors: int) -> dict[str, int]:
-    """Tile sizes: the largest that give every multiprocessor work."""
+    """Choose tile sizes: the largest that give every multiprocessor work."""
     for BM, BN, warps in ((128, 256, 8), (128, 128, 8), (64, 128, 4)):
         if rows * triton.cdiv(D, BM) * triton.cdiv(F, BN) >= multiprocessors:
             return {"BM": BM, "BN": BN, "BK": 64, "num_warps": warps, "num_stages": 3}
@@ -125,7 +125,7 @@ def tiles(rows: int, D: int, F: int, multiprocessors: int) -> dict[str, int]:
 
 
 def _aligned(*tensors: Tensor) -> bool:
-    """What tensor descriptors ask for."""
+    """Tell if the tensors meet the alignment that tensor descriptors require."""
     return all(x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1]) for x in tensors)
 
 
@@ -145,9 +145,9 @@ def walk(
     bulk: bool | None = None,
     **config: Any,
 ) -> None:
-    """As ``walk.walk``; x and z in half precision, S and ``begin`` float32 and contiguous.
+    """Run ``walk.walk``; x and z in half precision, S and ``begin`` float32 and contiguous.
 
-    ``config``: tile sizes, and ``bulk`` the copy engine, instead of our choice.
+    ``config``: tile sizes, ``bulk``: use of the copy engine, in place of the automatic choice.
     """
     B, n, D, F = folds.shape
     x, z = (folds[:, :1, :1, :1], folds[:, :1, :1]) if pairs is None else pairs

@@ -2,9 +2,9 @@
 
 Forward, slot m: reset (S = 0); write ``W0 + lr * S``; ``S <- keep * S + sum_t x_t z_t^T`` where it updates.
 Reverse (H), slot m: write ``lr * S`` where the slot updates, else 0; ``S <- keep * S`` where it updates; add
-``sum_t x_t z_t^T``; reset. That is the recurrence of H = dL/dS (core.scan) with x = g, held over lr.
+``sum_t x_t z_t^T``; reset. That is the recurrence of H = dL/dS (``fast.outer``) with x = g, divided by lr.
 Unwind, slot m, last one first: ``S <- S - sum_t x_t z_t^T`` where it updated; write ``W0 + lr * S``. With keep 1
-and without resets this is forward, backwards.
+and without resets this inverts forward.
 
 Shapes: B rows, n slots of c tokens, D and F the widths of x and z.
 """
@@ -32,12 +32,12 @@ def walk(
     *,
     mode: str = "forward",
 ) -> None:
-    """S becomes what ``begin`` is after all slots, and ``folds`` is written.
+    """Set S to its value after all slots, starting from ``begin``, and write ``folds``.
 
     begin: may be S itself; None: zero.
     mode: "forward", "reverse" or "unwind".
     pairs: x [B, n', c, D] and z [B, n', c, F] of the first n' slots (reverse: all; else those that may update).
-    updates: slots below it may update; ``update`` says which rows do there, None: all.
+    updates: slots below it may update; ``update``: rows that do, None: all.
     """
     args = (S_BDF, begin_BDF, folds_BnDF, pairs, weight_DF, update_Bn, reset_Bn, lr, keep, updates)
     if folds_BnDF.is_cuda and folds_BnDF.dtype in (torch.bfloat16, torch.float16) and has_triton():
@@ -62,7 +62,7 @@ def plain(
     *,
     mode: str = "forward",
 ) -> None:
-    """``walk`` in PyTorch, slot by slot; exact in any precision."""
+    """Run ``walk`` in PyTorch, slot by slot; for any precision."""
     n = folds.shape[1]
     if begin is None:
         S.zero_()

@@ -1,3 +1,3 @@
-"""The only folder that knows transformers. With any module of it come the entries for transformers' Auto classes."""
+"""Support for transformers models. Importing it registers this library's directories with the Auto classes."""
 
 from . import auto as auto

@@ -1,4 +1,4 @@
-"""attach and detach: put fast weights into a model that is already there, and take them out again."""
+"""attach and detach: add fast weights to an existing model, and remove them again."""
 
 import logging
 from collections.abc import Collection, Iterator
@@ -28,11 +28,11 @@ log = logging.getLogger("inplace_ttt")
 Model = TypeVar("Model", bound=nn.Module)
 RUNTIME = "_inplace_ttt"
 READING = ("chunk_size", "lr", "decay", "clip", "clip_relative", "update_size", "learn")
-"""Settings that need no other parameters."""
+"""Settings that can change without other parameters."""
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside ``model`` (itself, or what peft, torch.compile or DDP wrapped)."""
+    """Return the transformers model inside ``model`` (itself, or the one that peft, torch.compile or DDP wraps)."""
     inner: Any = getattr(model, "_orig_mod", model)
     if isinstance(inner, DistributedDataParallel):
         inner = inner.module
@@ -44,7 +44,7 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 
 
 def unwrap_to_save(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside, to be saved as a whole; UserError while other adapters (peft's) are inside it."""
+    """Return the transformers model inside, to be saved whole; UserError if other adapters (peft's) are inside it."""
     root = unwrap(model)
     if any(hasattr(m, "base_layer") or hasattr(m, "original_module") for m in root.modules()):
         raise UserError(
@@ -56,7 +56,7 @@ def unwrap_to_save(model: nn.Module) -> PreTrainedModel:
 
 @contextmanager
 def plain_config(root: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model's configuration says nothing of fast weights, as a file of the base model must."""
+    """Hide the fast weights' settings from the model's configuration inside the block, for files of the base model."""
     saved = root.config.inplace_ttt
     del root.config.inplace_ttt
     try:
@@ -66,7 +66,7 @@ def plain_config(root: PreTrainedModel) -> Iterator[None]:
 
 
 def runtime_of(model: nn.Module) -> Runtime:
-    """The attached runtime; UserError when nothing is attached."""
+    """Return the attached runtime; UserError when nothing is attached."""
     runtime = unwrap(model).__dict__.get(RUNTIME)
     if runtime is None:
         raise UserError("this model has no fast weights: call inplace_ttt.attach(model, config) first")
@@ -78,36 +78,36 @@ UNTRAINED = (
     'objective="loss", which needs no training, '
     "or train it (docs/training.md; inplace-ttt train RECIPE --plan tells what that takes)"
 )
-"""What to say where a model pretends to learn."""
+"""Message for an attached model that was never trained."""
 PLAIN = (
     "is a plain model without fast weights: load it with transformers and call inplace_ttt.attach. With "
     'objective="loss" it learns as it reads, nothing to train (on the command line: --objective loss); with any other '
     "it has to be trained first (docs/training.md; inplace-ttt train RECIPE --plan tells what that takes)"
 )
-"""What to say of a model that has no fast weights, after its name."""
+"""Message for a model without fast weights; follows its name."""
 
 
 def is_trained(model: nn.Module) -> bool:
-    """Tell whether an attached model writes anything into its fast weights; always with objective "loss"."""
+    """Tell if an attached model's updates can be nonzero; always with objective "loss"."""
     return any(site.bound_target().is_trained for site in runtime_of(model).sites)
 
 
 def is_attached(model: nn.Module) -> bool:
-    """Whether the model has fast weights."""
+    """Tell if the model has fast weights."""
     return RUNTIME in unwrap(model).__dict__
 
 
 def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
-    """Gives ``model`` fast weights in place and returns it; outputs stay the same, bit for bit, until it is trained.
+    """Add fast weights to ``model`` in place and return it; outputs stay the same, bit for bit, until it is trained.
 
     The last projection of each chosen MLP becomes a ``FastWeight`` module around the same parameters; the modules of
-    the target stand beside it as ``mlp.ttt_NAME``: of the learned one ``ttt_conv`` [D, 1, K] (zero) and ``ttt_proj``
+    the target are beside it as ``mlp.ttt_NAME``: of the learned one ``ttt_conv`` [D, 1, K] (zero) and ``ttt_proj``
     [D, D] (diagonal, N(0, sigma^2)), section 2 of docs/method.md. A fixed target has no convolution and its projection
-    starts at zero; a fixed target without a projection has nothing that could be zero, so there the outputs do change.
+    starts at zero; without a projection either, nothing can be zero and the outputs change at once.
 
     Raises UserError, changing nothing, when the model's family is unknown, a chosen layer does not exist or cannot
-    adapt, the rule or the target refuses its options, or the model is attached already. Logs a warning where nothing
-    will change until the model is trained.
+    adapt, the rule or the target refuses its options, or the model is attached already. Logs a warning if outputs
+    cannot change before the model is trained.
     """
     install(model, InPlaceTTTConfig() if config is None else config)
     if not is_trained(model):
@@ -116,7 +116,7 @@ def attach(model: Model, config: InPlaceTTTConfig | None = None) -> Model:
 
 
 def install(model: Model, config: InPlaceTTTConfig) -> Model:
-    """Attach without a word: the parameters are loaded, or trained, next."""
+    """Attach without the warning, for parameters that are loaded or trained next."""
     root = unwrap(model)
     if RUNTIME in root.__dict__:
         raise UserError("the model has fast weights already: detach(model) first")
@@ -153,7 +153,7 @@ def install(model: Model, config: InPlaceTTTConfig) -> Model:
             where.mlp.register_forward_pre_hook(site.before_mlp, with_kwargs=True),
             where.mlp.register_forward_hook(site.after_mlp, always_call=True),
         ]
-    # After the sites' own hooks, and in every layer: the keyword goes no further than attention modules.
+    # After the sites' own hooks, and in every layer: the keyword must not reach code below the attention modules.
     for layer in layers:
         if (attention := attention_of(layer)) is not None:
             runtime.handles.append(attention.register_forward_pre_hook(runtime.before_attention, with_kwargs=True))
@@ -182,7 +182,7 @@ def install(model: Model, config: InPlaceTTTConfig) -> Model:
 
 
 def detach(model: Model) -> Model:
-    """Takes the fast weights out of ``model`` in place and returns it: the plain model with its present parameters."""
+    """Remove the fast weights from ``model`` in place and return it: the plain model with its present parameters."""
     root, runtime = unwrap(model), runtime_of(model)
     before_detach(root)
     for handle in (*runtime.handles, *(site.wrapper_hook for site in runtime.sites if site.wrapper_hook)):
@@ -201,13 +201,13 @@ def detach(model: Model) -> Model:
         runtime.loss_forward is not None
         and getattr(runtime.loss_forward.forward, "__func__", None) is not type(root).forward
     ):
-        root.__dict__["forward"] = runtime.loss_forward.forward  # somebody else's, from before attach
+        root.__dict__["forward"] = runtime.loss_forward.forward  # another library's, from before attach
     del root.config.inplace_ttt
     return model
 
 
 def _std(root: PreTrainedModel, config: InPlaceTTTConfig) -> float:
-    """sigma of P's diagonal at the start."""
+    """Return sigma of P's initial diagonal."""
     text = root.config.get_text_config(decoder=True)
     std: float = config.init_std if config.init_std is not None else getattr(text, "initializer_range", 0.02)
     return std
@@ -216,7 +216,7 @@ def _std(root: PreTrainedModel, config: InPlaceTTTConfig) -> float:
 def _target(
     config: InPlaceTTTConfig, width: int, settings: dict[str, Any], projection: nn.Module, root: PreTrainedModel
 ) -> Target:
-    """A layer's target with parameters in the projection's precision and place, the same on all processes."""
+    """Make a layer's target in the projection's dtype and on its device, the same on all processes."""
     weight: torch.Tensor = projection.weight  # type: ignore[assignment]
     dtype: Any = weight.dtype if weight.is_floating_point() else root.get_input_embeddings().weight.dtype
     with torch.device("cpu"):
@@ -226,7 +226,7 @@ def _target(
         if hasattr(module, "reset_parameters"):
             added: Any = module
             added._inplace_ttt_added, added._is_hf_initialized = True, not weight.is_meta
-    if is_split(weight):  # the processes' random numbers differ
+    if is_split(weight):  # random numbers differ between processes
         group = weight.device_mesh.get_group()  # type: ignore[attr-defined]
         for parameter in target.parameters():
             torch.distributed.broadcast(parameter.data, group=group, group_src=0)
@@ -237,21 +237,21 @@ def _target(
 
 
 def set_lr(model: nn.Module, lr: float) -> None:
-    """Set the inner learning rate from the next forward on (for a warm-up, say); 0 takes the updates' effect away."""
+    """Set the inner learning rate from the next forward on (for a warm-up, say); 0 removes the updates' effect."""
     configure(model, lr=float(lr))
 
 
 def fast_settings(model: nn.Module) -> dict[str, Any]:
-    """Return how an attached model reads at present: what ``configure`` can change."""
+    """Return the present values of the settings that ``configure`` can change."""
     config = runtime_of(model).config
     return {name: getattr(config, name) for name in READING}
 
 
 def configure(model: nn.Module, **settings: Any) -> None:
-    """Change how an attached model reads: ``chunk_size``, ``lr``, ``decay``, ``clip``, ``clip_relative``, ...
+    """Change settings of an attached model: ``chunk_size``, ``lr``, ``decay``, ``clip``, ``clip_relative``, ...
 
-    From the next forward on, and in what ``save_pretrained`` writes. The parameters stay as they are, so a model can be
-    read in other chunks than it was trained in. A cache filled before cannot be continued with another chunk size or
+    They apply from the next forward on and are saved by ``save_pretrained``. Parameters do not change, so chunks may
+    have another size than in training. A cache filled before cannot be continued with another chunk size or
     decay. Raises UserError on other settings (they need other parameters: attach again) and on values out of range.
     """
     root, runtime = unwrap(model), runtime_of(model)
@@ -262,12 +262,12 @@ def configure(model: nn.Module, **settings: Any) -> None:
 
 
 def updates_off(model: nn.Module) -> Any:
-    """Inside, this thread reads with the slow weights alone. A cache filled inside cannot be continued outside."""
+    """Disable the fast weights in this thread, as a context. A cache filled inside cannot be continued outside."""
     return runtime_of(model).override(enabled=False)
 
 
 def layers_off(model: nn.Module, layers: Collection[int]) -> Any:
-    """Inside, these layers read with their slow weights alone in this thread, the others adapt: which layers help?
+    """Disable the fast weights of these layers in this thread, as a context; for ablations of layers.
 
     Do not reuse a cache with a different set of layers. UserError for a layer that does not adapt.
     """
@@ -283,9 +283,9 @@ def layers_off(model: nn.Module, layers: Collection[int]) -> Any:
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One adapting layer: names, extra parameters, bytes of fast weights per row, and how these are computed.
+    """A summary of one adapting layer: names, extra parameters, bytes of fast weights per row, path of the scan.
 
-    ``path``: the way the scan of whole calls takes on the layer's device: a registered fast path, or "generic".
+    ``path``: the path of the scan of whole calls on the layer's device: a registered fast path, or "generic".
     """
 
     index: int
@@ -301,7 +301,7 @@ class LayerInfo:
 def inspect(model: nn.Module) -> list[LayerInfo]:
     """List the adapting layers. Bytes: of a row's state (for "sum": S, D x F in float32), without pending tokens.
 
-    A model on the meta device is taken for one that will be on the CUDA device, or on the CPU where there is none.
+    A model on the meta device is assumed to move to the CUDA device, or to the CPU where there is none.
     """
     root, runtime = unwrap(model), runtime_of(model)
     names, rule = {id(module): name for name, module in root.named_modules()}, runtime.settings.rule

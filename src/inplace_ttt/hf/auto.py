@@ -1,13 +1,13 @@
-"""How transformers' Auto classes see this library's directories.
+"""Registration of this library's directories with transformers' Auto classes.
 
-Their ``config.json`` has a model type of its own. Where this library is not imported, transformers does not know it and
-refuses; where it is, ``AutoModelForCausalLM`` (by which trl, peft, pipelines and others load) gives the whole model.
+Their ``config.json`` has a model type of its own. Unless this library is imported, transformers does not know that type
+and raises an error; once it is, ``AutoModelForCausalLM`` (used by trl, peft, pipelines, ...) loads the whole model.
 Two kinds of directory have such a file:
 
-* what ``save_pretrained`` of this library writes: the file holds nothing else;
-* what transformers' own ``save_pretrained`` (the Trainer's) writes of an attached model: weights under the names of the
+* those of this library's ``save_pretrained``: the file holds nothing else;
+* those of transformers' own ``save_pretrained`` (the Trainer's) for an attached model: weights under the names of the
   base and of the added parameters, and in the file the fast weights' settings beside ``base_config`` (without its
-  model type, by which ``LlamaForCausalLM`` would find it).
+  model type, which ``LlamaForCausalLM`` would accept).
 """
 
 from pathlib import Path
@@ -31,14 +31,14 @@ CLASSIFIER = "ForSequenceClassification"
 
 
 class FastWeightsConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
-    """The ``config.json`` of a directory. The model's own configuration is another one, see ``model.config``."""
+    """A directory's ``config.json``. The model's own configuration is a different object, see ``model.config``."""
 
     model_type = MODEL_TYPE
     auto_map: ClassVar[dict[str, str]] = {}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Keep all keywords for the model: none of them are settings of this file."""
+        """Pass all keywords on to the model: none of them are settings of this file."""
         wants_rest = kwargs.pop("return_unused_kwargs", False)
         for name in ("_from_auto", "_from_pipeline"):
             kwargs.pop(name, None)
@@ -47,13 +47,13 @@ class FastWeightsConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
 
 
 class InPlaceTTTForCausalLM:
-    """Load a directory of this library where transformers asks for a class: the result is the base's own class."""
+    """A loader of this library's directories for transformers' Auto classes; models have the base's own class."""
 
     config_class = FastWeightsConfig
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """``inplace_ttt.from_pretrained``. Raises UserError when the directory holds a model with another head."""
+        """Call ``inplace_ttt.from_pretrained``. UserError when the directory holds a model with another head."""
         for name in ("config", "adapter_kwargs", "_from_auto", "code_revision"):
             kwargs.pop(name, None)
         wants_report = kwargs.pop("output_loading_info", False)
@@ -78,15 +78,15 @@ class InPlaceTTTForCausalLM:
 
 
 class InPlaceTTTForSequenceClassification(InPlaceTTTForCausalLM):
-    """The same for models with a classification head (reward models)."""
+    """A loader of models with a classification head (reward models)."""
 
 
 class FolderTokenizer(PreTrainedTokenizerFast):
-    """Load a tokenizer where transformers asks for a class: a directory's own, or its base's."""
+    """A loader of tokenizers for transformers' Auto classes: a directory's own, or its base's."""
 
     @classmethod
     def from_pretrained(cls, directory: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """The tokenizer as transformers loads it from where its files are."""
+        """Load the tokenizer with transformers from the place of its files."""
         if (Path(directory) / CONFIG).is_file() and read_json(Path(directory) / CONFIG).get("unsaved"):
             return AutoTokenizer.from_pretrained(
                 base_in_memory(str(directory).removeprefix(str(UNSAVED))), *args, **kwargs
@@ -107,10 +107,10 @@ AutoTokenizer.register(  # type: ignore[no-untyped-call]
 
 
 def base_config(name: str, **where: str) -> tuple[PretrainedConfig, dict[str, Any] | None]:
-    """The base's configuration and the fast weights' settings (None: a plain model) of a directory or hub id.
+    """Return the base's configuration and the fast weights' settings (None: a plain model) of a directory or hub id.
 
-    ``where``: revision and subfolder on the hub. Of an adapter: what it says about its base. Raises UserError, OSError
-    or ValueError where they cannot be read.
+    ``where``: revision and subfolder on the hub. An adapter gives the configuration of the base that it names. Raises
+    UserError, OSError or ValueError when they cannot be read.
     """
     config = AutoConfig.from_pretrained(name, **where)
     if not isinstance(config, FastWeightsConfig):

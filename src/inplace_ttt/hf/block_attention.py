@@ -1,12 +1,12 @@
-"""Causal attention of pieces of a row: all keys before a piece as one full block, its own as one causal block, merged.
+"""Causal attention of pieces of a row: a full block of all keys before a piece and a causal block of its own, merged.
 
-Both blocks are calls of the kernel that PyTorch's attention takes for whole rows (cuDNN's on CUDA, the fused one on a
-CPU), by the operators that give out the logarithm of the softmax's sum with the output. From these the parts merge
-exactly, and with the merged pair each block's backward gives its share of the gradients, as in ring attention.
+Both blocks call the kernel of PyTorch's attention for whole rows (cuDNN's on CUDA, the fused one on a CPU), through the
+operators that also return the log-sum-exp. With these the blocks merge exactly, and with the merged output and
+log-sum-exp each block's backward gives its share of the gradients, as in ring attention.
 
-``PIECES`` names an attention for ``model.set_attn_implementation``: transformers' sdpa, but pieces that are read
-through a cache take PyTorch's causal attention aligned at the end. It needs no mask and no copies of shared heads,
-which sdpa keeps for a backward pass, once a layer.
+``PIECES`` names an attention for ``model.set_attn_implementation``: transformers' sdpa, except that pieces read
+through a cache use PyTorch's causal attention aligned at the end. That needs no mask and no repeated key/value heads,
+of which sdpa would keep a copy per layer for the backward pass.
 
 Shapes: B rows, H query heads, G key heads (H is a multiple), k pieces of t tokens, T tokens of the row, d head width.
 """
@@ -31,7 +31,7 @@ class _Block(NamedTuple):
     log_sum: Tensor
     """[B, H, t, 1], float32 or better."""
     rest: tuple[Any, ...]
-    """What the kernel's backward wants besides."""
+    """Further inputs of the kernel's backward."""
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> _Block:
@@ -62,7 +62,7 @@ def _backward(
 
 
 def _merge(own: _Block, before: _Block) -> tuple[Tensor, Tensor]:
-    """Output and logarithm of the sum over both blocks' keys."""
+    """Return output and log-sum-exp over both blocks' keys."""
     share = torch.sigmoid(before.log_sum - own.log_sum)
     out = torch.lerp(own.out.to(share.dtype), before.out.to(share.dtype), share).to(own.out.dtype)
     return out, torch.logaddexp(own.log_sum, before.log_sum)
@@ -113,11 +113,11 @@ class _Pieces(torch.autograd.Function):
 
 
 def attend_in_blocks(query: Tensor, keys: Tensor, values: Tensor, pieces: Sequence[int], scale: float) -> Tensor:
-    """query [B, H, k * t, d] of the row's ``pieces``, keys and values [B, G, T, d] of all -> [B, k * t, H, d].
+    """Attend: query [B, H, k * t, d] of the row's ``pieces``, keys and values [B, G, T, d] of all -> [B, k * t, H, d].
 
-    Undivided rows without a window or padding. Differentiable once. On CUDA in half precision only (cuDNN).
+    For rows of one document without a window or padding. Differentiable once. On CUDA in half precision only (cuDNN).
     """
-    if query.device.type == "cpu" and keys.shape[1] < query.shape[1]:  # that kernel has no shared heads
+    if query.device.type == "cpu" and keys.shape[1] < query.shape[1]:  # that kernel does not support grouped heads
         keys, values = (x.repeat_interleave(query.shape[1] // keys.shape[1], 1) for x in (keys, values))
     out: Tensor = _Pieces.apply(query, keys, values, tuple(pieces), scale)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2)
@@ -126,9 +126,9 @@ def attend_in_blocks(query: Tensor, keys: Tensor, values: Tensor, pieces: Sequen
 def pieces_mask(
     batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: Any = 0, **rest: Any
 ) -> Tensor | None:
-    """None where ``pieces_attention`` needs no mask: plain causal attention to all that was read, without padding.
+    """Make sdpa's mask; None if ``pieces_attention`` needs none: causal attention to the whole cache, no padding.
 
-    On CUDA in half precision only: the kernel that shares heads has no other.
+    On CUDA None in half precision only: the kernel with grouped heads supports no other.
     """
     padding, device = rest.get("attention_mask"), torch.device(rest.get("device", "cpu"))
     half = rest.get("dtype") in (torch.bfloat16, torch.float16) and not torch.is_autocast_enabled(device.type)
@@ -156,7 +156,7 @@ def pieces_attention(
     is_causal: bool | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """query [B, H, n, d] of the last n of T tokens, key and value [B, G, T, d] -> [B, n, H, d]."""
+    """Attend: query [B, H, n, d] of the last n of T tokens, key and value [B, G, T, d] -> [B, n, H, d]."""
     n, T = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is not None or n in (1, T) or not causal or rest.get("position_bias") is not None:
@@ -174,6 +174,6 @@ def pieces_attention(
 
 
 def register_pieces() -> None:
-    """Make ``PIECES`` known to transformers."""
+    """Register ``PIECES`` with transformers."""
     AttentionInterface.register(PIECES, pieces_attention)
     AttentionMaskInterface.register(PIECES, pieces_mask)

@@ -1,4 +1,4 @@
-"""Fast weights inside the Hugging Face cache: whatever happens to a layer's keys happens to its fast weights."""
+"""Fast weights inside the Hugging Face cache: each operation on a layer's keys also applies to its fast weights."""
 
 import copy
 import inspect
@@ -17,7 +17,7 @@ from .settings import Settings
 
 
 def cache_name(module: nn.Module) -> str:
-    """The argument that a model's forward takes its cache by: ``cache`` from transformers 5.24 on, in most families."""
+    """Return the name of forward's cache argument: ``cache`` from transformers 5.24 on, in most families."""
     whole: Any = getattr(module, "_orig_mod", module)
     if hasattr(whole, "get_base_model"):
         whole = whole.get_base_model()
@@ -25,33 +25,33 @@ def cache_name(module: nn.Module) -> str:
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in a model's output, under either name."""
+    """Return the cache in a model's output, under either name."""
     found = getattr(output, "cache", None)
     return output.past_key_values if found is None else found
 
 
 class FastCacheLayer:
-    """Mixin for a cache layer that carries fast weights (``fast``)."""
+    """A mixin for a cache layer that carries fast weights (``fast``)."""
 
     fast: FastWeights
     stale = False
     """Set when tokens were read with updates off: the fast weights no longer match the keys."""
     broken = False
-    """Set when a call broke off half way: keys and fast weights are of some layers only."""
+    """Set when a call failed half way: keys and fast weights were updated in some layers only."""
     record: Any = None
-    """What is pending of a cache whose objective is the loss (``loss.Record``), in its first adapting layer."""
+    """Pending columns of a cache whose objective is the loss (``loss.Record``), in its first adapting layer."""
     steps: StepBuffers | None = None
-    """Where the pending tokens live while they come one at a time."""
+    """Buffers of the pending tokens during single steps."""
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
         self.fast.reset()
         self.stale, self.broken, self.record = False, False, None
-        if not isinstance(self, cache_utils.StaticLayer):  # there, steps go on at the same addresses
+        if not isinstance(self, cache_utils.StaticLayer):  # there, steps continue at the same addresses
             self.steps = None
 
     def begin_step(self, weight_DF: torch.Tensor | None, lr: float, width: int | None = None) -> StepBuffers:
-        """The buffers of the next step, with all that was read before in them, and the folded weight."""
+        """Return the buffers of the next step, with the pending tokens and the folded weight."""
         fast = self.fast
         assert fast.z is not None
         assert fast.u is not None
@@ -83,9 +83,9 @@ class FastCacheLayer:
     def crop(self, tokens_to_remove: int) -> None:
         crop = self._base("crop")
         drop = -tokens_to_remove
-        if tokens_to_remove > 0:  # the older meaning: the length to keep
+        if tokens_to_remove > 0:  # the older meaning: length to keep
             drop = max(self.get_seq_length() - tokens_to_remove, 0)  # type: ignore[attr-defined]
-        before = dict(self.fast.__dict__)  # a rollback replaces tensors and writes into none
+        before = dict(self.fast.__dict__)  # a rollback replaces tensors and modifies none
         record = self.record
         try:
             self.fast.rollback(int(drop))
@@ -108,7 +108,7 @@ class FastCacheLayer:
         new = object.__new__(type(self))
         memo[id(self)] = new
         for key, value in self.__dict__.items():
-            if key == "steps":  # made again when they are needed
+            if key == "steps":  # made again when needed
                 continue
             new.__dict__[key] = value.fork() if isinstance(value, FastWeights) else copy.deepcopy(value, memo)
         return new
@@ -137,7 +137,7 @@ class FastStaticSlidingWindowLayer(  # type: ignore[no-untyped-call]
 
 class FastLinearAttentionLayer(FastCacheLayer, cache_utils.LinearAttentionLayer):
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove and any(self.is_recurrent_states_initialized.values()):  # transformers would not say so
+        if tokens_to_remove and any(self.is_recurrent_states_initialized.values()):  # transformers would not raise
             raise NotImplementedError("layers of linear attention cannot take tokens back: read the text again instead")
         super().crop(tokens_to_remove)
 
@@ -148,10 +148,10 @@ _CLASSES: dict[type, type] = {cls.__mro__[2]: cls for cls in FastCacheLayer.__su
 def fast_layers(cache: Cache, layers: dict[int, bool], rows: int, settings: Settings) -> dict[int, FastCacheLayer]:
     """Return ``layers`` of ``cache`` with fast weights, installed on first use; others keep theirs.
 
-    ``layers``: by number, whether the layer's target gates its state.
+    ``layers``: by number, True if the layer's target gates its state.
 
     Raises NotImplementedError for a kind of cache that cannot carry them, and ValueError for one that was filled
-    without them or belongs to a model that adapts otherwise.
+    without them or with other settings.
     """
     others = [i for i, layer in enumerate(cache.layers) if isinstance(layer, FastCacheLayer) and i not in layers]
     if others:
@@ -196,14 +196,14 @@ def _fast_layer(cache: Cache, index: int, rows: int, settings: Settings, gates: 
 
 
 def _was_read(layer: Any) -> bool:
-    """Tell whether a cache layer holds tokens already; one of linear attention does not count them."""
+    """Tell if a cache layer holds tokens already; one of linear attention does not count them."""
     if any(getattr(layer, "has_previous_state", {}).values()):
         return True
     return hasattr(layer, "get_seq_length") and layer.get_seq_length() > 0
 
 
 def install(cache: Cache, index: int, fast: FastWeights) -> FastCacheLayer:
-    """Makes layer ``index`` of ``cache`` carry ``fast``. NotImplementedError for a kind of layer that cannot."""
+    """Put ``fast`` into layer ``index`` of ``cache``. NotImplementedError for a kind of layer that cannot."""
     layer: Any = cache.layers[index]
     cls = _CLASSES.get(type(layer))
     if cls is None:
@@ -218,9 +218,9 @@ def install(cache: Cache, index: int, fast: FastWeights) -> FastCacheLayer:
 
 
 def detach_cache(cache: Cache) -> Cache:
-    """Cut a cache off the graph that filled it, in place: keys, values and fast weights. Return the cache.
+    """Detach a cache from its autograd graph, in place: keys, values and fast weights. Return the cache.
 
-    For truncated backpropagation through a long text: the next call reads with what was learned so far, and its
+    For truncated backpropagation through a long text: the next call continues from the present values, and its
     gradients stop here.
     """
     for layer in cache.layers:
@@ -233,13 +233,13 @@ def detach_cache(cache: Cache) -> Cache:
 
 
 def mark_broken(slots: Mapping[int, FastCacheLayer]) -> None:
-    """Note that a call on these layers broke off."""
+    """Mark these layers after a failed call."""
     for slot in slots.values():
         slot.broken = True
 
 
 def mark_stale(cache: Cache) -> None:
-    """Notes that tokens are being read with updates off."""
+    """Mark a cache that reads tokens with updates off."""
     for layer in cache.layers:
         if isinstance(layer, FastCacheLayer):
             layer.stale = True

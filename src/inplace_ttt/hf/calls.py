@@ -1,7 +1,7 @@
-"""What one forward call means for the adapting layers.
+"""Forward calls as the adapting layers see them.
 
-A call knows how its tokens lie and gives every layer its output (``project``). Here: a whole call of complete rows.
-``steps.Step`` is one token a row, ``parallel_projection.SliceCall`` a slice of a row.
+A call knows the layout of its tokens and computes every layer's output (``project``). Here: calls of complete
+rows. ``steps.Step`` is one token a row, ``parallel_projection.SliceCall`` a slice of a row.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,11 @@ from .sites import LayerSite
 from .tensor_parallel import check_split, is_split, local_input, replicated, summand
 
 CALL = "inplace_ttt_call"
-"""Keyword under which a hook of a parallel mode hands the model a call of its own."""
+"""Keyword argument by which a hook of a parallel mode passes its own call to the model."""
 
 
 class WholeCall:
-    """Complete rows, or pieces of them behind a cache."""
+    """A call of complete rows, or of pieces of them after a cache."""
 
     def __init__(self, settings: Settings, table: ChunkTable, slots: dict[int, FastCacheLayer]) -> None:
         self.settings, self.table, self.slots = settings, table, slots
@@ -81,7 +81,7 @@ class WholeCall:
 
 
 class SplitTarget:
-    """A target whose values are the same on all ranks of a split projection, of which each has a share of gradient."""
+    """A target whose values are the same on all ranks of a split projection; each rank has a share of the gradient."""
 
     def __init__(self, target: Any, z: Tensor) -> None:
         self.target, self.z, self.needs_keys = target, z, target.needs_keys

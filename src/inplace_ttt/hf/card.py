@@ -15,14 +15,14 @@ def write_card(
     repo_id: str | None = None,
     results: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
-    """Write ``README.md`` from the content of ``inplace_ttt.json``, unless there is one that somebody else wrote."""
+    """Write ``README.md`` from the content of ``inplace_ttt.json``, unless one without ``MARK`` exists."""
     path = directory / "README.md"
     if not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace"):
         path.write_text(card(repo_id or directory.resolve().name, settings, results), encoding="utf-8")
 
 
 def card(name: str, settings: Mapping[str, Any], results: Mapping[str, Mapping[str, float]] | None = None) -> str:
-    """The text: base, settings, how to load it, and results in nats per token where there are any."""
+    """Return the text: base, settings, code to load it, and results in nats per token where there are any."""
     base, is_adapter = settings["base"], settings["kind"] == "adapter"
     origin = base.get("name") or ""
     on_hub = origin.count("/") == 1 and not origin.startswith((".", "/", "~"))

@@ -55,11 +55,11 @@ from .tensor_parallel import is_split
 
 SAMPLES = 16
 MODEL_KEYWORDS = ("dtype", "torch_dtype", "attn_implementation", "quantization_config")
-"""Keywords that transformers' ``from_pretrained`` takes from beside a configuration."""
+"""Keywords that transformers' ``from_pretrained`` accepts beside a configuration."""
 
 
 def adapter_state(model: nn.Module, projections: bool = False) -> dict[str, Tensor]:
-    """The parameters that attach added, by their names in the transformers model; optionally the projections too."""
+    """Return the parameters that attach added, by name in the transformers model; optionally the projections too."""
     root, runtime = unwrap(model), runtime_of(model)
     names = {id(module): name for name, module in root.named_modules()}
     tensors = {}
@@ -79,7 +79,7 @@ def adapter_state(model: nn.Module, projections: bool = False) -> dict[str, Tens
 
 
 def fingerprint(model: nn.Module) -> dict[str, list[float]]:
-    """A few entries of each adapting projection's slow weight: tells one base model from another, in any precision."""
+    """Sample each adapting projection's slow weight, to tell one base model from another in any precision."""
     samples = {}
     for site in runtime_of(model).sites:
         weight = whole(site.projection().weight)
@@ -101,17 +101,16 @@ def save_pretrained(
     push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
-    """Saves an attached model so that ``from_pretrained`` gives it back.
+    """Save an attached model for ``from_pretrained``.
 
     ``adapter_only`` leaves the base model out (load it with ``from_pretrained(directory, model=base)``);
-    ``projections`` then adds the adapting projections, for runs that trained them. ``base``: the name under which an
-    adapter looks for its base, a directory, OWNER/NAME, or OWNER/NAME@REVISION; left out: where the base came from.
+    ``projections`` then adds the adapting projections, for runs that trained them. ``base``: the name of an
+    adapter's base, a directory, OWNER/NAME, or OWNER/NAME@REVISION; default: the one it was loaded from.
     ``results``: losses for the model card, by the name of the text ``{"on": ..., "off": ...}`` in nats per token.
     ``push_to_hub`` uploads the directory, with transformers' keywords (``repo_id``, ``token``, ``private``,
     ``commit_message``, ``revision``, ``create_pr``). Further keywords (``variant``, ``max_shard_size``, ...) go to
     transformers' ``save_pretrained``. A sharded model (FSDP2, tensor parallelism) is saved whole: all ranks call this,
-    one writes. Raises UserError when nothing is attached or weights are offloaded, and where ``directory`` is another
-    model's.
+    one writes. Raises UserError when nothing is attached, weights are offloaded, or ``directory`` holds another model.
     """
     root, runtime = unwrap(model) if adapter_only else unwrap_to_save(model), runtime_of(model)
     path, sharded, uploading = Path(directory), is_sharded(root), take(kwargs, UPLOADING)
@@ -145,17 +144,17 @@ def save_pretrained(
 
 
 def tensors_name(variant: str | None) -> str:
-    """The file of the added parameters, beside which transformers' own carry the same variant."""
+    """Return the name of the file of added parameters; transformers' own files have the same variant."""
     return TENSORS if not variant else TENSORS.replace(".safetensors", f".{variant}.safetensors")
 
 
 def plain_class(root: PreTrainedModel) -> type[PreTrainedModel]:
-    """The model's class without what FSDP2 adds to it."""
+    """Return the model's class without FSDP2's additions."""
     return next(cls for cls in type(root).__mro__ if not issubclass(cls, FSDPModule))  # type: ignore[return-value]
 
 
 def _base_to_name(root: PreTrainedModel, given: str | None) -> dict[str, Any]:
-    """What an adapter says about where its base is. A directory is named from the root, for any current directory."""
+    """Return an adapter's entry for its base. A directory gets its absolute path, for any current directory."""
     if given is None:
         base = base_of(root)
     else:
@@ -169,9 +168,9 @@ def _base_to_name(root: PreTrainedModel, given: str | None) -> dict[str, Any]:
 def save_base(
     root: PreTrainedModel, path: Path, state: dict[str, Tensor], sharded: bool, kwargs: dict[str, Any]
 ) -> None:
-    """transformers' own files of the base model; of a sharded one through a model without weights that is not."""
+    """Write transformers' own files of the base model; a sharded one is written through an unsharded meta model."""
     if not sharded:
-        type(root).save_pretrained(root, path, state_dict=state, **kwargs)  # not attach's, see ``saving``
+        type(root).save_pretrained(root, path, state_dict=state, **kwargs)  # not the override in ``saving``
         return
     config = copy.deepcopy(root.config)
     config.dtype = next(x.dtype for x in state.values() if x.is_floating_point())
@@ -186,13 +185,13 @@ def save_base(
 
 
 def from_pretrained(directory: str | Path, model: nn.Module | None = None, **kwargs: Any) -> Any:
-    """A model with fast weights from a directory (or hub id) that holds one.
+    """Load a model with fast weights from a directory or hub id.
 
-    Reads what ``save_pretrained`` wrote (an adapter is put on ``model``, or on the base it names), what transformers'
-    own ``save_pretrained`` wrote of an attached model, and the authors' release format. Keywords (``dtype``,
+    Reads the formats of this library's ``save_pretrained`` (an adapter is put on ``model``, or on its base), of
+    transformers' own ``save_pretrained`` for an attached model, and the authors' release format. Keywords (``dtype``,
     ``device_map``, ...) go to transformers' ``from_pretrained``. ``revision``, ``subfolder`` and ``variant`` are those
     of ``directory`` (an adapter names its base's own); ``token``, ``cache_dir``, ``local_files_only`` and
-    ``force_download`` hold for both. Raises UserError, with the reason, on a missing or foreign directory, a newer
+    ``force_download`` apply to both. Raises UserError, with the reason, on a missing or foreign directory, a newer
     format, a wrong base model, and missing, extra or misshapen tensors.
     """
     hub, subfolder = take(kwargs, FETCHING), kwargs.pop("subfolder", None) or ""
@@ -227,7 +226,7 @@ def from_pretrained(directory: str | Path, model: nn.Module | None = None, **kwa
 
 
 def _named_base(name: str, path: Path, settings: dict[str, Any]) -> BaseModel:
-    """Where the base of a loaded directory is: in the directory, or where an adapter says."""
+    """Return the base of a loaded directory: inside the directory, or the one that an adapter names."""
     if settings["kind"] == "model":
         inside = str((path / BASE).resolve())
         return BaseModel(inside, place=inside) if Path(name).is_dir() else BaseModel(name, None, BASE, inside)
@@ -236,12 +235,12 @@ def _named_base(name: str, path: Path, settings: dict[str, Any]) -> BaseModel:
 
 
 def is_added(name: str) -> bool:
-    """Whether a parameter's name is one that attach adds."""
+    """Tell if attach adds a parameter of this name."""
     return ".ttt_" in name
 
 
 def load_added(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Copies stored parameters into an attached model; UserError unless names and shapes match exactly."""
+    """Copy stored parameters into an attached model; UserError unless names and shapes match exactly."""
     root = unwrap(model)
     parameters = dict(root.named_parameters(remove_duplicate=False))
     missing = sorted({n for n in parameters if is_added(n)} - set(tensors))
@@ -266,10 +265,10 @@ def load_added(model: nn.Module, tensors: dict[str, Tensor], source: str) -> Non
 def load_plain(
     path: Path | str, kwargs: dict[str, Any], architecture: str | None = None, model_type: str | None = None
 ) -> PreTrainedModel:
-    """Load a model as transformers does, but refuse missing weights instead of making them up.
+    """Load a model as transformers does, but raise UserError on missing weights instead of initialising them.
 
     ``architecture``: the name of its class, where it is not a causal language model (a classification head).
-    ``model_type`` tells which part is wanted where a checkpoint of several modalities also loads as its text model.
+    ``model_type``: selects the part of a checkpoint of several modalities that also loads as its text model.
     """
     loader: Any = None
     if architecture is not None and not architecture.endswith(("ForCausalLM", "LMHeadModel")):
@@ -277,7 +276,7 @@ def load_plain(
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:
-        kwargs = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
+        kwargs = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}  # an error below names them
         loader = auto_class(path, kwargs, model_type) if loader is None else loader
         loaded: Any = loader.from_pretrained(path, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
@@ -295,7 +294,7 @@ def load_plain(
 
 
 def stored_added(path: Path, variant: str | None = None) -> dict[str, Tensor]:
-    """The added parameters among the weights that transformers wrote into a directory."""
+    """Return the added parameters among the weights that transformers wrote into a directory."""
     part, end = r"(-\d+-of-\d+)?", rf"\.{re.escape(variant)}" if variant else ""
     name = re.compile(rf"model({part}{end}|{end}{part})\.safetensors")
     files = sorted(file for file in path.glob("*.safetensors") if name.fullmatch(file.name))
@@ -305,7 +304,7 @@ def stored_added(path: Path, variant: str | None = None) -> dict[str, Tensor]:
 
 
 def has_fast_weights(directory: Path) -> bool:
-    """Whether ``from_pretrained`` reads a local directory."""
+    """Tell if ``from_pretrained`` can read a local directory."""
     if (directory / SETTINGS).is_file() or not (directory / CONFIG).is_file():
         return (directory / SETTINGS).is_file()
     values = read_json(directory / CONFIG)
@@ -318,7 +317,7 @@ def add_results(directory: Path, results: Mapping[str, Mapping[str, float]]) -> 
 
 
 def _from_plain_layout(path: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """A directory that transformers wrote: of an attached model, or in the authors' format."""
+    """Load a directory that transformers wrote: of an attached model, or in the authors' format."""
     if not (path / CONFIG).is_file():
         raise UserError(f"{path} holds no model: it has neither {SETTINGS} nor {CONFIG}")
     values = read_json(path / CONFIG)
@@ -345,7 +344,7 @@ def _from_plain_layout(path: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
 
 
 def with_config(config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keywords for transformers' ``from_pretrained`` with a configuration, which takes those that are its settings."""
+    """Return keywords for transformers' ``from_pretrained``; those that are settings move into the configuration."""
     apart = {name: kwargs[name] for name in MODEL_KEYWORDS if name in kwargs}
     settings = {name: value for name, value in kwargs.items() if name not in apart}
     config, rest = type(config).from_dict(config.to_dict(), return_unused_kwargs=True, **settings)

@@ -1,7 +1,7 @@
-"""How one forward call of the model becomes a call of the adapting layers, and reaches them.
+"""Hooks that turn a forward call of the model into a call of the adapting layers and pass it to them.
 
-A pre-hook on the base model makes a ``CallContext`` and passes it as one keyword argument; transformers hands it to
-every attention module, whose pre-hook takes it out; the MLP of the same layer runs next and its projection uses it.
+A pre-hook on the base model makes a ``CallContext`` and passes it as one keyword argument; transformers passes it to
+every attention module, whose pre-hook removes it; the MLP of the same layer runs next and its projection uses it.
 Because it travels with the call's own arguments, a recomputation under activation checkpointing sees the same one.
 Hooks are bound methods of plain objects, so deep copies of a model point to the copy.
 """
@@ -30,7 +30,7 @@ from .steps import Step, may_step, source_of
 
 
 class Runtime:
-    """The attached state of one model: settings, sites, and the call that is running."""
+    """An attached model's runtime: settings, sites, and the running call."""
 
     def __init__(self, model: PreTrainedModel, config: InPlaceTTTConfig) -> None:
         self._settings = PerThread(Settings(config))
@@ -40,62 +40,62 @@ class Runtime:
         self.handles: list[Any] = []
         self.parameters = list(inspect.signature(model.base_model.forward).parameters)
         self.cache_name = "cache" if "cache" in self.parameters else "past_key_values"
-        """transformers' name for the cache: the first from 5.24 on, in most families."""
+        """transformers' name for the cache argument: the first from 5.24 on, in most families."""
         self.model = model
         self.prepared: Step | None = None
         """Step prepared by the caller, who must also call ``end()`` (``DecodingGraph``)."""
         self.tokens_are_real = PerThread(False)
-        """Whether the tokens of the next call are known to be real (``generate`` wrote them)."""
+        """True if the tokens of the next call are known to be real (``generate`` wrote them)."""
         self.inner: PerThread[LayerCall | None] = PerThread(None)
-        """The call that the model's own forward runs, where ours runs it in pieces."""
+        """The call for the model's own forward, where ``loss.LossForward`` runs it in pieces."""
         self.relocation: Any = None
-        """How cached tokens of this model can be moved, once somebody asked (``relocate.Relocation``)."""
+        """Cached ``relocate.Relocation`` of this model; None until first used."""
         self.loss_forward: Any = None
         """The forward that reads with the loss as objective (``loss.LossForward``)."""
         self.prompt: PerThread[int | None] = PerThread(None)
-        """Tokens of the prompt of the ``generate`` that runs: those behind it are written by the model."""
+        """Prompt length of the running ``generate``: the model wrote the tokens after it."""
         self.extended_mask: PerThread[Tensor | None] = PerThread(None)
         """The mask to which ``generate`` has just added a token."""
         self.prepared_mask: PerThread[Any] = PerThread((None, None))
-        """The last mask that ``generate`` prepared for a static cache, and the 2-D one that it stands for."""
+        """The last mask that ``generate`` prepared for a static cache, and the 2-D mask that it was made from."""
 
     @property
     def settings(self) -> Settings:
-        """How this thread's calls read."""
+        """Return the settings of this thread's calls."""
         return self._settings.get()
 
     @property
     def config(self) -> InPlaceTTTConfig:
-        """The settings' configuration."""
+        """Return the settings' configuration."""
         return self.settings.config
 
     @property
     def lr(self) -> float:
-        """The inner learning rate."""
+        """Return the inner learning rate."""
         return self.settings.config.lr
 
     @property
     def enabled(self) -> bool:
-        """Whether this thread's calls adapt."""
+        """Tell if this thread's calls use fast weights."""
         return self.settings.enabled
 
     @property
     def current(self) -> CallContext | None:
-        """The call that runs in this thread."""
+        """Return the call that runs in this thread."""
         return self._current.get()
 
     def configure(self, **values: Any) -> None:
-        """Set how the model reads (fields of ``Settings``), in all threads that have no settings of their own."""
+        """Set fields of ``Settings`` for all threads that have no settings of their own."""
         self._settings.default = replace(self._settings.default, **values)
 
     @contextmanager
     def override(self, **values: Any) -> Iterator[None]:
-        """Inside, this thread's calls read with other settings."""
+        """Override settings for this thread's calls inside the block."""
         with self._settings.as_(replace(self.settings, **values)):
             yield
 
     def reading(self, config: InPlaceTTTConfig, form: Any = "dense") -> Any:
-        """Inside, this thread's calls read with this configuration, and states that begin have this form."""
+        """Use this configuration for this thread's calls inside the block; new states have this form."""
         return self.override(config=config, form=form)
 
     # -- hooks ----------------------------------------------------------------------------------------------------
@@ -111,15 +111,15 @@ class Runtime:
                 "torch.nn.DataParallel runs one model in several threads, which fast weights cannot follow: start one "
                 "process per device (torchrun, accelerate launch), or make a single device visible"
             )
-        vouched = self.tokens_are_real.get()
+        tokens_are_real = self.tokens_are_real.get()
         self.tokens_are_real.clear()
         step, self.prepared = self.prepared, None
         mine, settings, inner = step is None, self.settings, self.inner.get()
         context = CallContext(inner, settings)
         context.outer = self._current.get()
-        self._current.set(context)  # before anything can fail: the call's end takes it away
+        self._current.set(context)  # before anything can fail: the end of the call clears it
         if mine and inner is None and settings.enabled and may_step(given):
-            step = self.begin_step(given, vouched)
+            step = self.begin_step(given, tokens_are_real)
         cache = None
         if step is not None:
             context.call, context.ends = step, mine
@@ -154,7 +154,7 @@ class Runtime:
             self._current.clear()
         else:
             self._current.set(context.outer)
-        if output is None:  # the call failed: nothing of it may stay behind
+        if output is None:  # the call failed: leave nothing of it
             for site in self.sites:
                 site.forget()
             if context.begun:
@@ -220,22 +220,24 @@ class Runtime:
         prepared, original = self.prepared_mask.get()
         return original if mask is prepared else mask
 
-    # What changes from token to token must not be seen by compiled code, which would compile it anew: not traced.
+    # Not traced: compiled code would recompile for values that change from token to token.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def begin_step(self, given: dict[str, Any], vouched: bool) -> Step | None:
-        """Make everything ready for a step of these arguments. See ``Step.begin``."""
+    def begin_step(self, given: dict[str, Any], tokens_are_real: bool) -> Step | None:
+        """Prepare a step with these arguments. See ``Step.begin``."""
         if self.loss_forward is not None:
             return None
-        return Step.begin(self.running_sites(), self.settings, given | {"attention_mask": self.mask_of(given)}, vouched)
+        return Step.begin(
+            self.running_sites(), self.settings, given | {"attention_mask": self.mask_of(given)}, tokens_are_real
+        )
 
     def running_sites(self) -> list[LayerSite]:
-        """The layers that adapt at present."""
+        """Return the layers that adapt at present."""
         off = self.settings.disabled_layers
-        running = self.model_config.num_hidden_layers  # early-exit drafting lowers it for a while
+        running = self.model_config.num_hidden_layers  # early-exit drafting lowers it temporarily
         return [site for site in self.sites if site.index < running and site.index not in off]
 
     def _cache(self, module: nn.Module, given: dict[str, Any]) -> Cache | None:
-        """The call's cache: the given one, or a new one where transformers would make one for later use."""
+        """Return the call's cache: the given one, or a new one where transformers would make one."""
         cache, use_cache = given.get("past_key_values"), given.get("use_cache")
         drops = torch.is_grad_enabled() or _DROPS_WITHOUT_GRADIENTS
         if module.training and drops and any(getattr(m, "gradient_checkpointing", False) for m in module.modules()):
@@ -256,7 +258,7 @@ class Runtime:
     # -- methods of the model that do not work with fast weights --------------------------------------------------
 
     def overrides(self) -> dict[str, Callable[..., Any]]:
-        """By the names under which they replace the model's own."""
+        """Return replacements of the model's own methods, by name."""
         return {
             "_valid_auto_compile_criteria": self.may_compile,
             "prepare_inputs_for_generation": PrepareInputs(self),
@@ -266,7 +268,7 @@ class Runtime:
         }
 
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """generate()'s own, which tells what is read from what is written."""
+        """Run the model's ``generate`` and record the prompt length, to tell read tokens from written ones."""
         model: Any = type(self.model)
         given = [inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
         prompt = next((x.shape[1] for x in given if isinstance(x, Tensor)), 1)
@@ -274,7 +276,7 @@ class Runtime:
             return model.generate(self.model, inputs, *args, **kwargs)
 
     def may_compile(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
-        """generate() compiles decoding with static caches by itself: single steps, not pieces of a prompt."""
+        """Tell if ``generate`` may compile the forward with a static cache: single steps, not pieces of a prompt."""
         if (
             getattr(generation_config, "prefill_chunk_size", None) is not None
             or not self.settings.rule.linear
@@ -286,7 +288,7 @@ class Runtime:
         return found
 
     def extend_mask(self, *args: Any, **kwargs: Any) -> Any:
-        """generate()'s own: adds the written token to the mask."""
+        """Run ``generate``'s own method, which adds the written token to the mask, and record the result."""
         model: Any = type(self.model)
         found = model._update_model_kwargs_for_generation(self.model, *args, **kwargs)
         self.extended_mask.set(found.get("attention_mask"))
@@ -300,19 +302,19 @@ class Runtime:
 
 
 class Forward:
-    """The base model's own forward, which lets go of a call that is interrupted: PyTorch runs no hooks then."""
+    """A wrapper of the base model's forward that clears an interrupted call: PyTorch does not run hooks then."""
 
     def __init__(self, runtime: Runtime, module: nn.Module) -> None:
         self.runtime, self.module = runtime, module
         self.own: Callable[..., Any] | None = module.__dict__.get("forward")
-        """What stood in the module in the place of its class's."""
+        """The module's own ``forward`` attribute, if it had one."""
 
     @property
-    def __signature__(self) -> inspect.Signature:  # by which transformers tells what a model understands
+    def __signature__(self) -> inspect.Signature:  # transformers reads accepted arguments from it
         return inspect.signature(type(self.module).forward.__get__(self.module) if self.own is None else self.own)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        # Not as a bound method: compiled code that breaks off inside looks it up again, and would find this object.
+        # Not as a bound method: compiled code looks it up again after a graph break, and would find this object.
         kind: Any = type(self.module)
         return kind.forward(self.module, *args, **kwargs) if self.own is None else self.own(*args, **kwargs)
 
@@ -327,7 +329,7 @@ class Forward:
             raise
 
     def remove(self) -> None:
-        """Put back what was there, unless somebody else took the place since."""
+        """Restore the previous ``forward``, unless other code has replaced this one since."""
         if self.module.__dict__.get("forward") is self:
             del self.module.__dict__["forward"]
             if self.own is not None:
@@ -335,13 +337,13 @@ class Forward:
 
 
 class PrepareInputs:
-    """generate()'s own method. Without a mask, or with one that it has just extended, the next token is a real one."""
+    """A wrapper of ``generate``'s own method. Without a mask, or with one just extended, the next token is real."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
 
     @property
-    def __signature__(self) -> inspect.Signature:  # by which transformers tells what a model understands
+    def __signature__(self) -> inspect.Signature:  # transformers reads accepted arguments from it
         return inspect.signature(self._own)
 
     @property
@@ -360,9 +362,9 @@ class PrepareInputs:
 
 
 def rows_are_cut() -> str | None:
-    """Return in words why rows cannot be read because PyTorch cuts them over processes; None where it does not."""
+    """Return an error message if PyTorch splits rows over processes, so that they cannot be read; else None."""
     now = nn.functional.scaled_dot_product_attention
-    if now is _ATTENTION:  # what torch.compile can trace
+    if now is _ATTENTION:  # torch.compile can trace this
         return None
     if not (getattr(now, "__module__", None) or "").startswith("torch.distributed.tensor.experimental"):
         return None
@@ -374,9 +376,9 @@ def rows_are_cut() -> str | None:
 
 _ATTENTION = nn.functional.scaled_dot_product_attention
 _DROPS_WITHOUT_GRADIENTS = "is_grad_enabled" not in inspect.getsource(GradientCheckpointingLayer)
-"""Whether this transformers (5.17, say) drops the cache under activation checkpointing without gradients, too."""
+"""True if this transformers (5.17, say) drops the cache under activation checkpointing without gradients, too."""
 
 
 def fast_weights(cache: Cache) -> dict[int, FastWeights]:
-    """The fast weights that a cache carries, by layer."""
+    """Return the fast weights that a cache carries, by layer."""
     return {i: layer.fast for i, layer in enumerate(cache.layers) if isinstance(layer, FastCacheLayer)}

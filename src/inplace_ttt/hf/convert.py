@@ -1,8 +1,8 @@
-"""Between formats: whole models, adapters, the authors' release format, and sharded checkpoints.
+"""Conversion between formats: whole models, adapters, the authors' release format, and sharded checkpoints.
 
 A sharded checkpoint is a directory of torch.distributed.checkpoint (with ``.metadata``): `inplace_ttt.train` calls it
 ``sharded`` and puts ``config.json`` beside it, the Trainer and accelerate call it ``pytorch_model_fsdp_0``. It holds
-tensors only: the shape comes from that file, or from another saved model.
+tensors only: the model's shape comes from that file, or from another saved model.
 """
 
 from pathlib import Path
@@ -23,10 +23,10 @@ from .release import save_release
 def convert(
     source: Path, out: Path, to: str, *, base: str | None = None, config: Path | None = None, projections: bool = False
 ) -> None:
-    """Reads any format that ``source`` is in and writes ``to``: "model", "adapter", "release" or "sharded".
+    """Convert ``source``, in any format, to the format ``to``: "model", "adapter", "release" or "sharded".
 
-    The tokenizer with its chat template goes along. Raises UserError, having written nothing, for what cannot be read
-    or expressed.
+    The tokenizer with its chat template is copied too. Raises UserError, having written nothing, for a source that
+    cannot be read or expressed.
     """
     if out.exists():
         raise UserError(f"{out} exists already: choose another directory")
@@ -49,7 +49,7 @@ def convert(
 
 
 def _tokenizer(source: Path, config: Path | None) -> Any:
-    """The tokenizer of a directory; of a sharded one, what lies beside it or beside ``config``; None without one."""
+    """Load the tokenizer of a directory; of a sharded one, that beside it or beside ``config``; None without one."""
     places = [place for path in (source, config, source.parent) if path is not None for place in tokenizer_places(path)]
     for place, where in places:
         if not Path(place).is_dir() or any(Path(place).glob("tokenizer*")):
@@ -61,7 +61,7 @@ def _tokenizer(source: Path, config: Path | None) -> Any:
 
 
 def sharded_directory(source: Path) -> Path | None:
-    """The directory of shards: ``source`` itself, or one inside it."""
+    """Return the directory of shards: ``source`` itself, or one inside it."""
     found = [source, source / "sharded", *sorted(source.glob("pytorch_model_fsdp_*"))]
     return next((path for path in found if (path / ".metadata").is_file()), None)
 
@@ -100,7 +100,7 @@ def _from_shards(shards: Path, config: Path | None) -> Any:
 
 
 def _empty(shards: Path, config: Path | None) -> Any:
-    """A model of the checkpoint's shape, in the shards' company or named by ``config``."""
+    """Make an empty model of the checkpoint's shape, from files beside the shards or named by ``config``."""
     places = [config] if config is not None else [shards, shards.parent]
     for place in places:
         if (place / SETTINGS).is_file():

@@ -1,4 +1,4 @@
-"""The files of a saved directory: their names, its ``config.json``, and where its tokenizer is.
+"""The files of a saved directory: their names, its ``config.json``, and the place of its tokenizer.
 
 ``config.json`` has a model type of this library, see ``auto``.
 """
@@ -16,11 +16,11 @@ from .names import SAVE_FIRST
 SETTINGS, TENSORS, BASE = "inplace_ttt.json", "inplace_ttt.safetensors", "base"
 MODEL_TYPE, ARCHITECTURE, CONFIG = "inplace_ttt", "InPlaceTTTForCausalLM", "config.json"
 LOAD_WHOLE = "this directory has fast weights: load it with inplace_ttt.from_pretrained"
-"""Where a model's own configuration class reads a number first, so that it refuses."""
+"""Stored in a field that a model's own configuration class reads as a number, so that loading fails with this text."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; UserError when it is damaged."""
+    """Read a JSON object from a file; UserError when it is damaged."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -31,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_free(directory: Path) -> None:
-    """UserError when a directory has the ``config.json`` of a plain model (the base's own?), which must not be lost."""
+    """Raise UserError if a directory has a plain model's ``config.json`` (the base's own?), to not overwrite it."""
     if (directory / CONFIG).is_file() and read_json(directory / CONFIG).get("model_type") != MODEL_TYPE:
         raise UserError(f"{directory} holds another model: choose another directory")
 
@@ -45,7 +45,7 @@ def write_config(directory: Path, **values: Any) -> None:
 def mark_config(directory: Path) -> None:
     """Give the ``config.json`` that transformers wrote of an attached model this library's model type.
 
-    A model type from outside transformers (remote code) is left as it is: only its own files can read it.
+    A model type from outside transformers (remote code) is kept: only its own files can read it.
     """
     values = read_json(directory / CONFIG)
     if "inplace_ttt" in values and values.get("model_type") in CONFIG_MAPPING and "base_config" not in values:
@@ -56,7 +56,7 @@ def mark_config(directory: Path) -> None:
 
 
 def split_config(values: dict[str, Any], path: Path) -> tuple[PretrainedConfig, dict[str, Any] | None]:
-    """The base's configuration and the fast weights' settings in the content of a ``config.json``, old or new form."""
+    """Split a ``config.json``, old or new form, into the base's configuration and the fast weights' settings."""
     if values.get("unsaved"):
         raise UserError(SAVE_FIRST)
     values = dict(values)
@@ -71,7 +71,7 @@ def split_config(values: dict[str, Any], path: Path) -> tuple[PretrainedConfig, 
 
 
 def tokenizer_places(directory: str | Path) -> list[tuple[str, dict[str, str]]]:
-    """Where the tokenizer of a directory (or hub id) may be: places, each with revision and subfolder on the hub."""
+    """List the places of a tokenizer of a directory or hub id, each with revision and subfolder on the hub."""
     path = Path(directory).expanduser()
     places: list[tuple[str, dict[str, str]]] = [(str(path if path.is_dir() else directory), {})]
     if (path / BASE).is_dir():
@@ -85,6 +85,6 @@ def tokenizer_places(directory: str | Path) -> list[tuple[str, dict[str, str]]]:
 
 
 def place_of_base(path: Path, base: dict[str, Any]) -> str:
-    """The name of an adapter's base; a relative directory may start at the current directory or at the adapter's."""
+    """Return the name of an adapter's base; relative paths start at the current directory or at the adapter's."""
     name = str(base["name"])
     return name if Path(name).is_dir() or not (path / name).is_dir() else str(path / name)

@@ -1,4 +1,4 @@
-"""Where each model family keeps its decoder layers, its attention and the last projection of its MLP."""
+"""Model families: paths of the decoder layers, the attention and the last projection of the MLP."""
 
 import ast
 import inspect
@@ -16,7 +16,7 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Family:
-    """Paths: decoder layers from the model's root, last projection from a layer."""
+    """A model family's paths: decoder layers from the model's root, last projection from a layer."""
 
     layers: str
     projection: str
@@ -25,7 +25,7 @@ class Family:
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """The paths from a layer at which a projection may lie, the first found counts."""
+        """Return the possible paths from a layer to its projection; the first that exists is used."""
         return (self.projection,) if self.shared is None else (self.projection, self.shared)
 
 
@@ -86,14 +86,14 @@ REFUSED: dict[str, str] = {
     "opt": _FLAT,
     "xglm": _FLAT,
 }
-"""Families that cannot adapt, however they are described, and why. What ``check_layers`` sees is not listed."""
+"""Families that cannot adapt, with the reason. Those that ``check_layers`` detects are not listed."""
 
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "linear_attn", "self_attention")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Modules of one decoder layer that matter here."""
+    """A record of the modules to adapt in one decoder layer."""
 
     index: int
     attention: nn.Module
@@ -144,7 +144,7 @@ def _attention_name(layer: nn.Module) -> str | None:
 
 
 def place(layers: nn.ModuleList, index: int, family: Family) -> Place:
-    """Return what to adapt in layer ``index``; UserError with the reason when it cannot adapt."""
+    """Return the modules to adapt in layer ``index``; UserError with the reason when it cannot adapt."""
     layer = layers[index]
     attention = attention_of(layer)
     if attention is None:
@@ -173,10 +173,10 @@ def place(layers: nn.ModuleList, index: int, family: Family) -> Place:
 
 
 def check_layers(layers: nn.ModuleList, places: Collection[Place]) -> None:
-    """Raise UserError where the chosen layers would not learn which tokens they read, or would read them twice.
+    """Raise UserError if the chosen layers would not receive the call's context, or would read tokens twice.
 
-    The call's context travels to attention among the keyword arguments, so a decoder layer has to pass those on: that
-    is read from its source code, because a forward to try it would be too much on a big model.
+    The context is a keyword argument of attention, so a decoder layer has to pass those on. That is checked in its
+    source code, because a trial forward would be too expensive on a big model.
     """
     for where in places:
         layer = layers[where.index]
@@ -196,7 +196,7 @@ def check_layers(layers: nn.ModuleList, places: Collection[Place]) -> None:
 
 
 def _passes_keywords(layer: nn.Module) -> bool:
-    """Tell whether the layer's own code calls its attention with ``**kwargs``; True where the code cannot be read."""
+    """Tell if the layer's own code calls its attention with ``**kwargs``; True where the code cannot be read."""
     kind: Any = type(getattr(layer, "_orig_mod", layer))
     name = _attention_name(layer)
     try:

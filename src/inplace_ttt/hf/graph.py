@@ -1,4 +1,4 @@
-"""One decoding step of a model as one CUDA graph: a token costs the device's work and next to nothing on the host."""
+"""One decoding step of a model as one CUDA graph: a token costs the device's work and very little host time."""
 
 from typing import Any
 
@@ -13,17 +13,17 @@ from .context import Runtime
 from .steps import Step
 
 WARM_UP = 3
-"""Steps on another cache before the capture: compilation, autotuning and the libraries' workspaces."""
+"""Steps on another cache before the capture, for compilation, autotuning and the libraries' workspaces."""
 
 
 class DecodingGraph:
-    """The next token of every row through ``model`` and a ``StaticCache`` that was read into.
+    """A CUDA graph of one decoding step through ``model`` and a filled ``StaticCache``.
 
-    ``graph(ids)`` takes ids [B, 1] and gives the logits [B, 1, V] of the token after them, in a buffer that the next
-    call overwrites. The model adapts as it does elsewhere: chunks that are complete change the fast weights between two
-    replays. After ``cache.reset()`` and another prompt the same graph serves on.
+    ``graph(ids)`` takes ids [B, 1] and returns the logits [B, 1, V] of the token after them, in a buffer that the next
+    call overwrites. The model adapts as it does elsewhere: complete chunks update the fast weights between two
+    replays. After ``cache.reset()`` and another prompt the same graph can be used again.
 
-    Raises UserError for a model, a cache or a call of another kind, and when the cache is full.
+    Raises UserError for an unsupported model, cache or call, and when the cache is full.
 
     Args:
         model: in ``eval`` mode on one CUDA device, with fast weights (one row or several) or without.
@@ -70,7 +70,7 @@ class DecodingGraph:
                 raise UserError("the cache is empty: read a prompt first, model(prompt, cache=cache)")
 
     def _count(self) -> None:
-        """Keeps to the cache's length. Only calls outside the graph change the counter's version; then it is read."""
+        """Count tokens up to the cache's length. Read the device counter only if a call outside the graph moved it."""
         counter: Any = self.cache.layers[0].cumulative_length  # type: ignore[union-attr]
         if counter._version != self._version:
             self._version, self._left = counter._version, self.length - int(counter)
@@ -85,14 +85,14 @@ class DecodingGraph:
         step: Step | None = self.runtime.begin_step(given, True)
         if step is None:
             raise UserError(
-                "this cache cannot go on in single steps: read a prompt into it with the fast weights first"
+                "this cache cannot be continued in single steps: read a prompt into it with the fast weights first"
             )
         if any(slot.fast.real is not None for slot in step.slots.values()):
             raise UserError("a CUDA graph takes rows of one length, and these are padded: use torch.compile(model)")
         return step
 
     def _where(self, step: Step | None) -> tuple[int, ...]:
-        """Addresses that the graph knows."""
+        """Return the addresses that the graph was captured with."""
         keys: list[Any] = [layer.keys for layer in self.cache.layers]  # type: ignore[union-attr]
         if step is None:
             return tuple(x.data_ptr() for x in keys)

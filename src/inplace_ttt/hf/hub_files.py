@@ -16,7 +16,7 @@ def take(kwargs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def fetch(directory: str | Path, subfolder: str = "", **hub: Any) -> Path:
-    """The local directory of a model: ``directory`` itself, or a copy of that hub id; in it, ``subfolder``.
+    """Return the local directory of a model: ``directory`` itself, or a copy of that hub id; in it, ``subfolder``.
 
     ``hub``: the keywords in ``FETCHING``, as huggingface_hub has them. Raises UserError when there is none.
     """
@@ -34,7 +34,7 @@ def fetch(directory: str | Path, subfolder: str = "", **hub: Any) -> Path:
             path = Path(snapshot_download(str(directory), **hub))
         except Exception as error:
             raise UserError(
-                f"{directory} is no directory here and could not be fetched from the hub ({in_one_line(error)})"
+                f"{directory} is not a local directory and could not be fetched from the hub ({in_one_line(error)})"
             ) from None
     if not (path / subfolder).is_dir():
         raise UserError(f"{directory} has no directory {subfolder}")

@@ -14,7 +14,7 @@ from .tensor_parallel import split_forward
 
 
 class Site(Protocol):
-    """What a projection hands its input to (``sites.LayerSite``)."""
+    """A protocol of the object to which a projection passes its input (``sites.LayerSite``)."""
 
     mlp: nn.Module
 
@@ -22,13 +22,13 @@ class Site(Protocol):
 
 
 class FastWeight:
-    """Mixin: a last projection whose weight adapts while the model reads. Its slow weight stays where it was."""
+    """A mixin for a last projection whose weight adapts while the model reads. The slow weight keeps its name."""
 
     slow_class: type[nn.Module]
     split = False
-    """Whether tensor parallelism gives this process a share of F only."""
+    """True if tensor parallelism gives this process a share of F only."""
     fuses = False
-    """Whether the slow product may be taken together with the fast one (a plain dense ``nn.Linear``)."""
+    """True if slow and fast product may be computed together (a plain dense ``nn.Linear``)."""
 
     def forward(self, z: Tensor) -> Tensor:
         site: Site = self.__dict__["site"]
@@ -47,14 +47,14 @@ class FastWeight:
 
 
 class FastWeightLinear(FastWeight, nn.Linear):
-    """``nn.Linear`` that adapts."""
+    """An ``nn.Linear`` that adapts."""
 
     slow_class = nn.Linear
     fuses = True
 
 
 class FastWeightConv1D(FastWeight, Conv1D):
-    """GPT-2's transposed linear layer that adapts."""
+    """A ``Conv1D`` (GPT-2's transposed linear layer) that adapts."""
 
     slow_class = Conv1D
 
@@ -63,7 +63,7 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FastWeightLinear,
 
 
 def _class_for(slow_class: type[nn.Module]) -> type[nn.Module]:
-    """The adapting subclass of a linear layer's class (quantised and custom ones get theirs on first use)."""
+    """Return the adapting subclass of a linear layer's class (made on first use for quantised and custom ones)."""
     if slow_class not in _CLASSES:
         namespace = {"slow_class": slow_class, "__module__": __name__}
         _CLASSES[slow_class] = type(f"FastWeight{slow_class.__name__}", (FastWeight, slow_class), namespace)
@@ -76,7 +76,7 @@ def _rebuild(slow_class: type[nn.Module]) -> nn.Module:
 
 
 def make_fast(slow: nn.Module, site: Site) -> nn.Module:
-    """An adapting module that shares parameters, buffers and hooks with ``slow``; accelerate's device hook moves over.
+    """Make an adapting module that shares parameters, buffers and hooks with ``slow``; accelerate's device hook moves.
 
     Raises UserError where the weight is offloaded or something else replaced the module's forward.
     """
@@ -91,7 +91,7 @@ def make_fast(slow: nn.Module, site: Site) -> nn.Module:
 
 
 def make_slow(fast: nn.Module) -> nn.Module:
-    """The plain module back, with the same parameters, buffers and hooks."""
+    """Return the plain module, with the same parameters, buffers and hooks."""
     hook, split = _take_device_hook(fast), split_forward(fast)
     slow_class: type[nn.Module] = fast.slow_class  # type: ignore[assignment]
     slow = slow_class.__new__(slow_class)
@@ -103,7 +103,7 @@ def make_slow(fast: nn.Module) -> nn.Module:
 
 
 def innermost(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Return module and attribute that hold the projection itself, inside the layers of peft that wrap it."""
+    """Return the module and attribute that hold the projection itself, inside peft's wrappers."""
     while True:
         outer: Any = getattr(module, name)
         if isinstance(getattr(outer, "base_layer", None), nn.Module):
@@ -117,7 +117,7 @@ def innermost(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def transforms(outer: nn.Module) -> bool:
-    """Tell whether what wraps the projection does more than add to its output, as LoRA (not DoRA) does."""
+    """Tell if a wrapper of the projection does more than add to its output, as DoRA does and LoRA does not."""
     while isinstance(inner := getattr(outer, "base_layer", None), nn.Module):
         if getattr(outer, "lora_variant", True):
             return True
@@ -126,7 +126,7 @@ def transforms(outer: nn.Module) -> bool:
 
 
 def check_replaceable(module: nn.Module) -> None:
-    """UserError when the module's forward is not its class's own and cannot be moved to another module."""
+    """Raise UserError if the module's forward is not its class's own and cannot be moved to another module."""
     if not isinstance(getattr(module, "weight", None), Tensor):
         raise UserError(
             f"a {type(module).__name__} ({type(module).__module__}) holds no weight tensor (torch's dynamic "
@@ -143,14 +143,14 @@ def check_replaceable(module: nn.Module) -> None:
 
 
 def _take_device_hook(module: nn.Module) -> Any:
-    """accelerate's hook, which wraps a bound forward and would call the module that is being replaced."""
+    """Remove and return accelerate's hook, which wraps a bound forward and would call the replaced module."""
     check_replaceable(module)
     hook = module.__dict__.get("_hf_hook")
     if hook is not None:
         from accelerate.hooks import remove_hook_from_module
 
         remove_hook_from_module(module)
-        module.__dict__.pop("forward", None)  # what is left is bound to this module
+        module.__dict__.pop("forward", None)  # it is bound to this module
     return hook
 
 
@@ -164,7 +164,7 @@ def _give_device_hook(module: nn.Module, hook: Any) -> nn.Module:
 
 
 def is_dense(weight: Any) -> bool:
-    """Tell whether a weight holds plain numbers: bitsandbytes packs them, torchao's tensors only look like them."""
+    """Tell if a weight is a plain dense tensor: bitsandbytes packs values, torchao uses tensor subclasses."""
     if not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None:
         return False
     return type(weight).dequantize is Tensor.dequantize
@@ -191,14 +191,14 @@ def dense_weight(module: Any) -> Tensor:
 
 
 def device_of(module: Any) -> torch.device:
-    """Return the device on which a projection computes: offloaded weights are on none between its calls."""
+    """Return the device on which a projection computes; offloaded weights are on no device between calls."""
     weight: Tensor = module.weight
     hook = getattr(module, "_hf_hook", None)
     return torch.device(hook.execution_device) if weight.is_meta and hook is not None else weight.device
 
 
 def output_size(projection: nn.Module) -> int:
-    """D of a linear-like module."""
+    """Return D of a linear-like module."""
     for name in ("out_features", "nf"):
         if isinstance(size := getattr(projection, name, None), int):
             return size
@@ -206,7 +206,7 @@ def output_size(projection: nn.Module) -> int:
 
 
 class InitWeights:
-    """A transformers model's ``_init_weights`` that knows the added parameters too (after ``to_empty``, say)."""
+    """A replacement of a model's ``_init_weights`` that also initialises the added parameters (after ``to_empty``)."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model

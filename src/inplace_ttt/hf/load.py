@@ -1,6 +1,6 @@
 """A model and its tokenizer from one name: a directory, a hub id, a GGUF file, or the shipped model.
 
-The one loader of the whole command line.
+All commands load models through this module.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from .checkpoint import from_pretrained, has_fast_weights, load_plain
 from .directory import tokenizer_places
 
 WORDS = 200
-"""How many words of a converted tokenizer's vocabulary are looked at."""
+"""Number of words of a converted tokenizer's vocabulary to check."""
 
 
 def load(
@@ -33,12 +33,12 @@ def load(
 ) -> tuple[PreTrainedModel, Any]:
     """Load a model with fast weights, as ``load_model`` does, and its fast tokenizer.
 
-    ``objective``: for a plain model, which then gets fast weights with it ("loss" needs no training) and these
+    ``objective``: for a plain model, which is then attached with it ("loss" needs no training) and these
     ``settings``. ``window``: a plain Llama reads through a sliding window of so many tokens.
     ``tokenizer``: a directory or hub id to take it from instead.
 
-    UserError when either cannot be loaded, a plain model is not given an objective or a model with fast weights is
-    given another one than its own, or the tokenizer does not tell which characters a token spans.
+    UserError when either cannot be loaded, a plain model gets no objective, a model with fast weights gets another
+    one than its own, or the tokenizer cannot return character offsets.
     """
     model, is_gguf = _place_of(model), Path(model).suffix == ".gguf"
     config = None if objective is None else InPlaceTTTConfig(objective=objective, **settings)
@@ -90,7 +90,7 @@ def load_baseline(model: str | Path, device: str | None = None) -> PreTrainedMod
 
 
 def _plain(model: str | Path, device: str | None, window: int | None) -> PreTrainedModel:
-    """Load a model that may have no fast weights; a Llama as a Mistral, which is the same but for its window."""
+    """Load a model that may have no fast weights; a Llama with a window as a Mistral, which differs only in that."""
     place = _device(device)
     if Path(model).suffix == ".gguf":
         check_gguf(model)
@@ -126,7 +126,7 @@ def load_tokenizer(model: str | Path, loaded: PreTrainedModel) -> Any:
 def check_words(tokenizer: Any, model: str | Path) -> None:
     """Raise UserError if a converted tokenizer splits words of its own vocabulary.
 
-    transformers 5.17 makes such tokenizers of GGUF files that list no merges (Gemma 3's, say): the model reads, badly.
+    transformers 5.17 makes such tokenizers of GGUF files that list no merges (Gemma 3's, say): the model runs, badly.
     """
     vocabulary = tokenizer.get_vocab()
     words = [w for w in sorted(vocabulary) if w[:1] in "▁Ġ" and 4 < len(w) < 12 and w[1:].isascii() and w[1:].isalpha()]
@@ -145,7 +145,7 @@ def check_words(tokenizer: Any, model: str | Path) -> None:
 
 
 def _place_of(model: str | Path) -> str | Path:
-    """Return the shipped model's directory for its name, other names as they are."""
+    """Return the shipped model's directory for its name; other names unchanged."""
     place = DEFAULT_MODEL if model == SHIPPED else model
     if Path(place) == DEFAULT_MODEL and not DEFAULT_MODEL.is_dir():
         raise UserError(f"this installation lacks the shipped model ({DEFAULT_MODEL}): install the package again")

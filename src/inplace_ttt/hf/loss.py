@@ -1,14 +1,14 @@
-"""The next-token loss itself as the objective: ``v_t = -dL/do_t``, nothing to train.
+"""The next-token loss itself as the objective: ``v_t = -dL/do_t``, without training.
 
 o_t is the adapting projection's output at token t and L the sum of the next-token losses inside t's chunk, so a chunk
 writes minus the gradient of its own loss (dynamic evaluation, Krause et al. 2018; first order, keys and values of
-earlier chunks are constants). A chunk's loss needs the model's head, so here the whole model's forward is replaced by
-one that reads chunk by chunk: a chunk is scored with the fast weights before it, then one backward pass to the
-projections' outputs gives what it writes. The caller sees one call.
+earlier chunks are constants). A chunk's loss needs the model's head, so the whole model's forward is replaced by one
+that reads chunk by chunk: a chunk is scored with the fast weights before it, then one backward pass to the projections'
+outputs gives its update. The caller sees one call.
 
-A chunk that came in pieces, token by token say, is run once more from the keys before it when it is complete, so one
-call, pieces and single tokens learn the same. Every layer's state is as elsewhere; what is pending here are columns of
-the cache (``Record``) instead of inputs of the projection.
+A chunk that was read in pieces (single tokens, say) is run once more from the keys before it when it is complete, so
+one call, pieces and single tokens learn the same. Every layer's state is as elsewhere, but the pending tokens are
+columns of the cache (``Record``) instead of inputs of the projection.
 
 Shapes: B rows, T tokens of a call, C of a chunk, n of a piece, V vocabulary, D, F as elsewhere.
 """
@@ -41,17 +41,17 @@ if TYPE_CHECKING:
 
 register_pieces()
 IGNORED = -100
-_AT_ONCE = 1 << 25  # logits turned to float32 at a time
+_AT_ONCE = 1 << 25  # logits converted to float32 at a time
 Sliding = dict[int, tuple[Tensor, Tensor]]
 """Keys and values of the sliding layers, by layer."""
 
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """What a cache's pending chunks consist of: its columns from ``base`` on. Replaced, never written into.
+    """A record of a cache's pending chunks: its columns from ``base`` on. Replaced, never modified in place.
 
-    ids [B, n] (``IGNORED`` where a column has no id), learn [B, n]: whether a column's loss counts; embeds [B, n, D]:
-    inputs that came without ids; real [B, base + n]: which columns are tokens, None: all; starts: the columns at which
+    ids [B, n] (``IGNORED`` where a column has no id), learn [B, n]: True where a column's loss counts; embeds
+    [B, n, D]: inputs without ids; real [B, base + n]: which columns are tokens, None: all; starts: the columns at which
     each row's last chunks began, with the chunk's number; sliding: the sliding layers' keys before these columns.
     """
 
@@ -66,7 +66,7 @@ class Record:
 
     @property
     def end(self) -> int:
-        """Columns of the cache, all in all."""
+        """Return the total number of columns of the cache."""
         return self.base + self.ids.shape[1]
 
     def select(self, rows: Tensor) -> "Record":
@@ -101,7 +101,7 @@ class Record:
         )
 
     def trimmed(self, reach: int) -> "Record":
-        """Return the record without what no kept chunk needs; ``reach``: completed chunks that may be taken back."""
+        """Return the record without columns that kept chunks do not need; ``reach``: completed chunks to keep."""
         starts = tuple(own[-reach - 1 :] for own in self.starts)
         first = min(column for own in starts for _, column in own)
         drop = first - self.base
@@ -119,9 +119,9 @@ class Record:
 
 
 class LossCall:
-    """A piece of a call: every layer reads with its state; with ``capture`` what a gradient needs is kept.
+    """A piece of a call: every layer reads with its state; with ``capture`` the tensors for a gradient are kept.
 
-    ``train``: the parameters ask for gradients, too (``first_order``).
+    ``train``: the parameters require gradients, too (``first_order``).
     """
 
     def __init__(
@@ -139,25 +139,25 @@ class LossCall:
         """Return the projection's output [B, n, D]."""
         out = plain(z)
         with torch.autocast(z.device.type, enabled=False):
-            state = self.states[site.index]  # one row of it may read several texts
+            state = self.states[site.index]  # one of its rows may read several texts
             fast = state.output(self.rule, z.reshape(state.rows, -1, z.shape[-1]), site.width)
         if fast is not None:
             out = out + fast.view_as(out).to(out.dtype)
         if self.capture:
             out = out if out.requires_grad else out.detach().requires_grad_()
             self.inputs[site.index], self.outputs[site.index] = z.detach(), out
-            # Now: offloaded weights are there during the layer's own forward only.
+            # Now: offloaded weights are loaded during the layer's own forward only.
             self.slow[site.index] = site.slow_weight(module, self.rule)
         return out
 
     def end(self) -> None:
-        """Nothing: whoever makes the call takes what it kept."""
+        """Do nothing: the caller uses the captured tensors."""
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
 def check_backward(model: nn.Module, dtype: torch.dtype) -> None:
-    """Raise UserError for a quantised layer that passes no gradient on: what comes before it would learn nothing."""
+    """Raise UserError for a quantised layer without a backward: layers before it would learn nothing."""
     for name, module in model.named_modules():
         size, weight = getattr(module, "in_features", None), getattr(module, "weight", None)
         plain = isinstance(weight, Tensor) and is_dense(weight)
@@ -178,7 +178,7 @@ def check_backward(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 class LossForward:
-    """The model's forward in chunks. ``forward``: the one it replaces."""
+    """A replacement of the model's forward that reads in chunks. ``forward``: the original."""
 
     def __init__(self, runtime: "Runtime", forward: Callable[..., Any]) -> None:
         self.runtime, self.forward = runtime, forward
@@ -186,7 +186,7 @@ class LossForward:
         self.cache_name = cache_name(runtime.model)
 
     @property
-    def __signature__(self) -> inspect.Signature:  # by which transformers tells what a model understands
+    def __signature__(self) -> inspect.Signature:  # transformers reads accepted arguments from it
         return inspect.signature(self.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -215,7 +215,7 @@ class LossForward:
 
 
 class _Learner:
-    """What learns the chunks of one cache."""
+    """A learner of the chunks of one cache."""
 
     def __init__(self, forward: LossForward, cache: Any, given: dict[str, Any]) -> None:
         self.forward, self.runtime, self.cache, self.given = forward, forward.runtime, cache, given
@@ -230,11 +230,11 @@ class _Learner:
 
     @property
     def first(self) -> FastCacheLayer:
-        """The layer that keeps the cache's record."""
+        """Return the layer that keeps the cache's record."""
         return next(iter(self.slots.values()))
 
     def call(self, call: LossCall, piece: dict[str, Any], mask: Any, cache: Any, logits: int) -> Any:
-        """Run the model's own forward on a piece; ``logits``: how many of its last tokens need them, 0: all."""
+        """Run the model's own forward on a piece; ``logits``: the number of last tokens that need them, 0: all."""
         rest = {k: v for k, v in self.given.items() if k not in _PACKING}
         grad, frozen = call.capture or call.train, call.capture and not call.train
         with self.runtime.inner.as_(call), torch.set_grad_enabled(grad), self._frozen(frozen):
@@ -248,7 +248,7 @@ class _Learner:
 
     @contextmanager
     def _frozen(self, active: bool) -> Iterator[None]:
-        """Inside, no parameter asks for a gradient, so that backward goes to the projections' outputs alone."""
+        """Set ``requires_grad`` False for all parameters in the block: backward stops at the projections' outputs."""
         if active and self.asking is None:
             self.asking = [p for p in self.runtime.model.parameters() if p.requires_grad]
         asking = (self.asking or ()) if active else ()
@@ -261,7 +261,7 @@ class _Learner:
                 p.requires_grad_(True)
 
     def _groups(self, done: list[int]) -> list[tuple[list[int], int]]:
-        """Return rows whose complete chunks began at one column, with that column."""
+        """Group rows by the column at which their complete chunk began; return each group with its column."""
         starts: dict[int, list[int]] = {}
         for b in done:
             starts.setdefault(self.record.starts[b][-1][1], []).append(b)
@@ -278,7 +278,7 @@ class _Learner:
         ids, learn = (x[:, span].index_select(0, index) for x in (record.ids, record.learn))
         real = None if record.real is None else record.real.index_select(0, index.to(record.real.device))
         own = None if real is None else real[:, start:]
-        # A chunk of a padded row may begin behind the column from which it is run.
+        # A chunk of a padded row may begin after the column from which it is run.
         n = ids.shape[1]
         pending = torch.tensor(lengths, device=self.device)
         count = torch.full((len(rows),), n, device=self.device) if own is None else own.sum(1)
@@ -298,7 +298,7 @@ class _Learner:
         for i, slot in self.slots.items():
             states[i] = slot.fast
             if len(rows) < self.B:
-                states[i] = copy.copy(slot.fast)  # select replaces its tensors and writes into none
+                states[i] = copy.copy(slot.fast)  # select replaces tensors and modifies none
                 states[i].select(rows)
         call = LossCall(self.rule, states, len(rows), n, True)
         mask = None if real is None else real.long()
@@ -308,7 +308,7 @@ class _Learner:
     def _gradients(
         self, call: LossCall, logits: Tensor, ids: Tensor, learn: Tensor, inside: Tensor | None
     ) -> dict[int, Tensor] | None:
-        """Return -dL/do of every layer, [B, n, D]; None where no token is to be learned."""
+        """Return -dL/do of every layer, [B, n, D]; None if no token is learned."""
         weight = learn[:, 1:] & (ids[:, 1:] >= 0)
         if inside is not None:
             weight = weight & inside[:, 1:] & inside[:, :-1]
@@ -323,7 +323,7 @@ class _Learner:
     def _write(
         self, rows: list[int], call: LossCall | None, v: dict[int, Tensor] | None, inside: Tensor | None
     ) -> None:
-        """Take the chunk of some rows into the states. ``inside`` [R, n]: its tokens; None: all."""
+        """Update the states by a chunk of some rows. ``inside`` [R, n]: its tokens; None: all."""
         C = self.config.chunk_size
         for i, site in self.sites.items():
             fast, module = self.slots[i].fast, site.projection()
@@ -344,7 +344,7 @@ class _Learner:
 
 
 class _Reading(_Learner):
-    """One call of the whole model."""
+    """A call of the whole model."""
 
     def __init__(self, forward: LossForward, given: dict[str, Any]) -> None:
         caches = [given.pop(name, None) for name in ("cache", "past_key_values")]
@@ -361,7 +361,7 @@ class _Reading(_Learner):
         self.keep = given.pop("logits_to_keep", 0)
         self.return_dict = given.pop("return_dict", None)
         self.begun = False
-        """Whether the cache may have changed."""
+        """True once the cache may have changed."""
         self.hidden = given.get("output_hidden_states")
         if given.get("output_attentions"):
             raise UserError('objective="loss" reads in chunks, so there is no one attention matrix to return')
@@ -384,7 +384,7 @@ class _Reading(_Learner):
         return self._finish(logits, last, self.cache if wanted else None)
 
     def abandon(self) -> None:
-        """Leave nothing of a call that broke off, and a cache that says so."""
+        """Clean up after a failed call and mark its cache as broken."""
         if self.begun:
             mark_broken(self.slots)
             self._detach_cache()
@@ -431,7 +431,7 @@ class _Reading(_Learner):
         return documents
 
     def _packed(self, documents: Tensor) -> tuple[Tensor, Any]:
-        """Read every document as a row of its own; return the logits where they belong, and an output to fill."""
+        """Read every document as a separate row; return the logits in the packed order, and an output to fill."""
         spans = []
         for b, row in enumerate(documents.tolist()):
             cuts = [0, *(t for t in range(1, self.T) if row[t] != row[t - 1]), self.T]
@@ -459,9 +459,9 @@ class _Reading(_Learner):
         if not sites:
             raise UserError("no layer adapts at present: leave some on, or read with updates_off(model)")
         self.sites, self.slots = sites, slots
-        vouched = self.runtime.tokens_are_real.get()
+        tokens_are_real = self.runtime.tokens_are_real.get()
         self.runtime.tokens_are_real.clear()
-        own = None if vouched else read_mask(self.mask, self.B, self.T, self.cache, self.first.fast)[0]
+        own = None if tokens_are_real else read_mask(self.mask, self.B, self.T, self.cache, self.first.fast)[0]
         padded = document_ids(own, rows=self.B, tokens=self.T)
         real = None if padded is None else (padded >= 0).to(self.device)
         self.past = int(self.cache.get_seq_length())
@@ -497,7 +497,7 @@ class _Reading(_Learner):
         piece = _cut(self.ids, self.embeds, self.positions, at, end)
         train = torch.is_grad_enabled()
         call = LossCall(self.rule, fasts, self.B, n, at_once, train)
-        # Of the logits, those that are asked for and those that the loss needs.
+        # Compute the logits that the caller asks for and those that the loss needs.
         wanted = n if at_once or self.labels is not None or isinstance(self.keep, Tensor) or not self.keep else None
         if wanted is None:
             wanted = max(0, end - max(self.T - int(self.keep), at))
@@ -549,10 +549,10 @@ class _Reading(_Learner):
     # -- what is pending ------------------------------------------------------------------------------------------
 
     def _record(self, real: Tensor | None) -> Record:
-        """Return the cache's record; a new one where its columns are no longer what was recorded."""
+        """Return the cache's record; a new one if its columns are no longer the recorded ones."""
         record: Record | None = self.first.record
         if record is None or record.end != self.past:
-            for slot in self.slots.values():  # what was pending has lost its context: the next token begins a chunk
+            for slot in self.slots.values():  # pending tokens have lost their context: the next one begins a chunk
                 slot.fast.close_chunk()
             none = torch.zeros(self.B, 0, dtype=torch.int64, device=self.device)
             known = None
@@ -580,7 +580,7 @@ class _Reading(_Learner):
         return learn if real is None else learn & real
 
     def _begin_chunks(self) -> None:
-        """Note where chunks begin that begin here, with the keys that sliding layers hold now."""
+        """Record the starts of chunks that begin here, with the present keys of sliding layers."""
         C, seen = self.config.chunk_size, self.first.fast.seen
         numbers = [n // C for n in seen]
         starts = [
@@ -639,7 +639,7 @@ _PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_le
 def commit(runtime: "Runtime", cache: Cache) -> bool:
     """Learn the pending tokens of a cache's rows as a shorter chunk; the next token begins a chunk.
 
-    Return whether there were any.
+    Return True if there were any.
     """
     layers: list[Any] = list(cache.layers)
     slots: dict[int, FastCacheLayer] = {i: x for i, x in enumerate(layers) if isinstance(x, FastCacheLayer)}
@@ -662,8 +662,8 @@ def commit(runtime: "Runtime", cache: Cache) -> bool:
 def _loss_gradient(logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
     """Return the gradient of the summed next-token losses with respect to the logits, computed in float32 or better.
 
-    logits [B, n, V], targets and weight [B, n - 1]: a token's loss counts 0 or 1. Some tokens at a time, so that beside
-    the result no tensor of its size is made.
+    logits [B, n, V], targets and weight [B, n - 1]: a token's loss counts 0 or 1. Some tokens at a time, so that the
+    result is the only tensor of its size.
     """
     slope, dtype = torch.zeros_like(logits), state_dtype(logits.dtype)
     step = max(1, _AT_ONCE // logits[:, 0].numel())
@@ -690,7 +690,7 @@ def learn_from(
     States are dense and belong to no cache.
     """
     settings, (rows, tokens) = runtime.settings if config is None else Settings(config), ids_RMn.shape
-    settings.rule.need("outer", "an update from several short texts")  # in which padding counts for nothing
+    settings.rule.need("outer", "an update from several short texts")  # padding must add nothing to it
     with torch.inference_mode(False), torch.no_grad():
         call = LossCall(settings.rule, states, rows, tokens, True)
         output = _Learner(runtime.loss_forward, None, {}).call(call, {"input_ids": ids_RMn}, None, None, 0)
@@ -729,7 +729,7 @@ def _packed_columns(x_RnW: Tensor, inside: Tensor, C: int) -> Tensor:
 
 
 def _sliding_keys(cache: Cache, columns: int) -> Sliding:
-    """Return what the sliding layers of a cache of so many columns hold, copied where the cache writes in place."""
+    """Return keys and values of a cache's sliding layers at so many columns, copied if the cache writes in place."""
     found: Sliding = {}
     for i, layer in enumerate(cache.layers):
         x: Any = layer
@@ -744,7 +744,7 @@ def _sliding_keys(cache: Cache, columns: int) -> Sliding:
 
 
 def _before(cache: Cache, config: Any, columns: int, sliding: Sliding, rows: list[int]) -> DynamicCache:
-    """Return a cache of some rows as it was after ``columns`` columns, for reading once more."""
+    """Return a cache of some rows as it was after ``columns`` columns, to read from there again."""
     new: Any = DynamicCache(config=config)
     for i, layer in enumerate(cache.layers):
         x: Any = layer

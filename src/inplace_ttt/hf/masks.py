@@ -1,4 +1,4 @@
-"""Which of a call's tokens are real, and of which document, from any attention mask that transformers takes."""
+"""Real tokens and document numbers of a call, from any attention mask that transformers accepts."""
 
 from typing import Any
 
@@ -13,15 +13,15 @@ from ..core import FastWeights
 def read_mask(
     mask: Any, rows: int, tokens: int, cache: Cache | None, state: FastWeights | None = None, *, divided: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return which of a call's tokens are real, [rows, tokens], and their document numbers; None: all, undivided.
+    """Return masks of a call's real tokens, [rows, tokens], and document numbers; None: all real, one document a row.
 
     ``mask``: [B, L] with a column for each token so far or each slot of the cache, nonzero for real tokens; or a
-    prepared one, bool or float [B, 1, T, L], or a dict of these by layer type. There a real token is one that may
-    attend to itself, and one that may not attend to the token before it begins a document. ``state``: what was read
-    into the cache. ``divided``: whether to look for documents.
+    prepared one, bool or float [B, 1, T, L], or a dict of these by layer type. There a token is real if it may
+    attend to itself, and begins a document if it may not attend to the token before it. ``state``: what was read
+    into the cache. ``divided``: False: do not look for documents.
 
-    NotImplementedError for other forms, and for a prepared mask that is neither causal (through a window or not) inside
-    documents nor across them (a tree of drafts, say).
+    NotImplementedError for other forms, and for a prepared mask that is neither causal (with or without a window)
+    inside documents nor across them (a tree of drafts, say).
     """
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next(iter(mask.values()), None))
@@ -41,7 +41,7 @@ def read_mask(
             f"cannot read padding from a prepared mask {tuple(mask.shape)} of {mask.dtype} for {tokens} tokens: pass a "
             "2-D attention_mask"
         )
-    past = min(past, mask.shape[-1] - tokens)  # the last columns in a full window
+    past = min(past, mask.shape[-1] - tokens)  # in a full window: the last columns
     seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] >= 0
     real = seen.diagonal(offset=past, dim1=-2, dim2=-1)
     numbers = _documents(seen, real, past, state) if divided and tokens + past > 1 else None
@@ -50,17 +50,17 @@ def read_mask(
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _documents(seen_BTK: Tensor, real_BT: Tensor, past: int, state: FastWeights | None) -> Tensor | None:
-    """Return document numbers [B, T]; None where rows are undivided.
+    """Return document numbers [B, T]; None if every row is one document.
 
-    Column k of ``seen`` is position k of the cache, new tokens from ``past`` on. A token must see the last n real ones
-    of its document, up to itself, and nothing else; n is the same for all of a row.
+    Column k of ``seen`` is position k of the cache, new tokens from ``past`` on. A token must see the last n real
+    tokens of its document, up to itself, and no others; n is the same for all tokens of a row.
     """
     B, T, K = seen_BTK.shape
     column = torch.arange(K, device=seen_BTK.device)
     own = column[past : past + T]
     exists = pad(real_BT, (past, K - past - T))
     exists[:, :past] = (seen_BTK[:, :, :past] & real_BT[..., None]).any(1)
-    if state is not None and (known := min(state.fed, past)):  # whether the window reaches them or not
+    if state is not None and (known := min(state.fed, past)):  # inside the window or not
         read = None if state.real is None else state.real[:, -known:].to(seen_BTK.device)
         exists[:, past - known : past] = True if read is None else read if len(read) == B else read.any(0)
     first = seen_BTK.to(torch.uint8).argmax(-1)
@@ -73,7 +73,7 @@ def _documents(seen_BTK: Tensor, real_BT: Tensor, past: int, state: FastWeights 
     oldest = torch.where(real_BT & (numbers == 0), first, K).amin(1, keepdim=True)
     start = torch.where(numbers == 0, oldest, torch.where(begins, own, 0).cummax(1).values)
     reach = torch.where(real_BT, own - first, 0).amax(1, keepdim=True)
-    # Real tokens up to each column: none lies between where a token should begin to see and where it does.
+    # Real tokens up to each column: none may lie between the expected and the actual first visible column.
     count = pad(exists.long().cumsum(1), (1, 0))
     missed = count.gather(1, first) - count.gather(1, torch.maximum(start, own - reach))
     right = (seen_BTK == run).all(-1) & (first >= start) & (missed <= 0)

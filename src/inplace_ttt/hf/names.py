@@ -1,9 +1,9 @@
-"""The name by which other libraries load a model again: never that of the base alone.
+"""A model's name, by which other libraries load it again: never that of the base alone.
 
 trl makes reference models from ``config._name_or_path``, peft writes ``name_or_path`` into its adapters, and both would
-get the plain base. So a loaded model has the name of its own directory (transformers' Auto classes load it whole, see
-``auto``), and a model that was given fast weights in memory has the name of a directory that says so when it is loaded.
-The base's own name is kept beside it, for adapters and for default tokenizers.
+load the plain base. So a loaded model has the name of its own directory (transformers' Auto classes load it whole, see
+``auto``), and a model attached in memory has the name of a directory whose loading fails with an explanation. The
+base's own name is kept beside it, for adapters and for default tokenizers.
 """
 
 from dataclasses import dataclass
@@ -21,28 +21,28 @@ SAVE_FIRST = (
     "and inplace_ttt.from_pretrained first, or pass the object that is wanted (a reference model, a tokenizer)"
 )
 _bases: list[str] = []
-"""Bases of models that were attached in memory. UNSAVED/./. (so many dots) is the name of those on the second one."""
+"""Bases of models that were attached in memory. UNSAVED/./. (number of dots) names models on the second one."""
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """Where the plain base model is: a directory or hub id, and on the hub its revision and subfolder."""
+    """A reference to the plain base model: a directory or hub id, and on the hub its revision and subfolder."""
 
     name: str = ""
     revision: str | None = None
     subfolder: str = ""
     place: str = ""
-    """A directory that holds the same, if it is known."""
+    """A directory with the same model, if known."""
 
 
 def base_of(model: PreTrainedModel) -> BaseModel:
-    """The base of an attached model; of another one, what its configuration says."""
+    """Return the base of an attached model; of another model, that of its configuration."""
     found: BaseModel | None = model.__dict__.get(BASE_MODEL)
     return _base_by_config(model) if found is None else found
 
 
 def rename_attached(model: PreTrainedModel) -> None:
-    """Take the base's name away from a model that was just attached in memory (no name, no change)."""
+    """Replace the base's name of a model that was just attached in memory (no name: no change)."""
     base = _base_by_config(model)
     model.__dict__[BASE_MODEL] = base
     if base.name:
@@ -58,18 +58,18 @@ def rename_loaded(model: PreTrainedModel, name: str, base: BaseModel) -> None:
 
 
 def keep_base(model: PreTrainedModel, base: BaseModel) -> None:
-    """Say that a loaded model's base is where this is, and not in the directory that it was loaded from."""
+    """Set a loaded model's base to this one, in place of the directory that the model was loaded from."""
     model.__dict__[BASE_MODEL] = base
 
 
 def rename_detached(model: PreTrainedModel) -> None:
-    """Give a model that is plain again its base's name."""
+    """Restore the base's name of a detached model."""
     base: BaseModel = model.__dict__.pop(BASE_MODEL)
     _set_name(model, base.place or base.name)
 
 
 def base_in_memory(name: str) -> str:
-    """The base of a model that has this name since it was attached. Raises UserError in another process."""
+    """Return the base of a model that got this name from ``attach``. Raises UserError in another process."""
     index = name.count("/.") - 1
     if not 0 <= index < len(_bases):
         raise UserError(SAVE_FIRST)

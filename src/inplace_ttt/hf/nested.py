@@ -1,5 +1,4 @@
-"""Models whose decoder layers lie deeper than the base model (a language model beside a vision tower), and layers that
-run more than once in a call."""
+"""Models with decoder layers below the base model (a language model beside a vision tower), and looped layers."""
 
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ _HUB = ("gguf_file", "revision", "token", "subfolder", "cache_dir", "local_files
 
 
 def auto_class(path: Path | str, kwargs: dict[str, Any], model_type: str | None = None) -> Any:
-    """Return transformers' auto class for a checkpoint: with its other modalities where it was saved with them.
+    """Return transformers' auto class for a checkpoint: with its other modalities if it was saved with them.
 
-    ``model_type``: of the model that is wanted; a text model inside another type of model is loaded alone. ``kwargs``:
-    what ``from_pretrained`` will be given. Raises what ``AutoConfig.from_pretrained`` raises.
+    ``model_type``: of the requested model; a text model inside another type of model is loaded alone. ``kwargs``: those
+    for ``from_pretrained``. Raises the errors of ``AutoConfig.from_pretrained``.
     """
     config: Any = kwargs.get("config")
     if not hasattr(config, "model_type"):
@@ -33,17 +32,17 @@ def auto_class(path: Path | str, kwargs: dict[str, Any], model_type: str | None 
 
 
 class NestedText:
-    """Hands a call's context to the language model inside a model of several modalities.
+    """A pair of hooks that pass a call's context to the language model inside a model of several modalities.
 
     The whole model sees the caller's mask, positions and cache; the language model sees the embeddings that it reads,
-    in which image features have taken the place of placeholder tokens. The vision tower sees nothing of the context.
+    in which image features replace placeholder tokens. The vision tower does not see the context.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make the context, but do not pass it as a keyword argument."""
+        """Make the context without passing it as a keyword argument."""
         args, kwargs = self.runtime.before_model(module, args, kwargs)
         return args, {k: v for k, v in kwargs.items() if k != CONTEXT}
 
@@ -58,7 +57,7 @@ class NestedText:
 
 
 class OnePass:
-    """Refuses a layer that runs twice in one call: one state would take every token twice."""
+    """A hook that rejects a layer that runs twice in one call: its state would read every token twice."""
 
     def __init__(self, site: LayerSite) -> None:
         self.site = site

@@ -4,9 +4,9 @@
     with context.step():
         model(**context.cut(batch), use_cache=False).loss.backward()      # a batch of whole rows, alike on all ranks
 
-A pre-hook on the base model finds out, once per call and alike on all ranks, which documents the whole row has, and
-hands the answer on as one keyword argument. Attention (``parallel_attention.py``) and the adapting projections take it
-from there; it travels with the call's own arguments, so a recomputation under activation checkpointing sees it too.
+A pre-hook on the base model computes, once per call and identically on all ranks, the documents of the whole row, and
+passes them as one keyword argument to attention (``parallel_attention.py``) and the adapting projections. Because it is
+an argument of the call, a recomputation under activation checkpointing sees it too.
 """
 
 import inspect
@@ -34,7 +34,7 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 class ContextParallel:
-    """How a model's rows are cut over the ranks of ``group``; made by ``enable_context_parallel``."""
+    """A split of a model's rows over the ranks of ``group``; made by ``enable_context_parallel``."""
 
     def __init__(self, model: PreTrainedModel, group: Group, head_tail: bool, mesh: Any = None) -> None:
         self.model, self.group, self.mesh = model, group, mesh
@@ -48,16 +48,16 @@ class ContextParallel:
         ]
 
     def cut(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """This rank's part of a batch of whole rows, ready for ``model(**part, use_cache=False)``.
+        """Return this rank's part of a batch of whole rows, ready for ``model(**part, use_cache=False)``.
 
         ``batch``: input_ids [B, T] and, optionally, labels [B, T], position_ids [B, T] or [1, T], seq_idx [B, T]; the
         same on all ranks of the group. Labels are shifted before the cut (the next token may lie on another rank).
 
         The part's loss is ``ranks * (sum over its own labels) / (labels of the whole batch)``: its mean over the
-        group's ranks is the loss of the whole batch, so gradients averaged over them (FSDP2, DDP) are right. With
+        group's ranks is the loss of the whole batch, so gradients averaged over them (FSDP2, DDP) are correct. With
         other rows on other processes or several batches a step, put (labels of all of them) / (processes that
         gradients are averaged over) in ``num_items_in_batch``. Raises UserError for rows that cannot be cut and for
-        inputs without a rule here.
+        inputs that are not listed here.
         """
         known = {"input_ids", "labels", "position_ids", "seq_idx", "attention_mask", "shift_labels"}
         if unknown := sorted(set(batch) - known):
@@ -91,13 +91,13 @@ class ContextParallel:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around forward and backward of one or more calls. Needed for ``attention="torch"``, harmless otherwise."""
+        """Wrap forward and backward of one or more calls. Needed for ``attention="torch"``, a no-op otherwise."""
         if self.mesh is None:
             yield
             return
         from torch.distributed.tensor.experimental import context_parallel
 
-        # It wants something to cut; calls get their parts from ``cut``, in the same order.
+        # It needs a tensor to cut; calls get their parts from ``cut``, in the same order.
         unused = torch.zeros(2 * self.slices.pieces, device=self.mesh.device_type)
         with context_parallel(self.mesh, buffers=[unused], buffer_seq_dims=[0], no_restore_buffers={unused}):
             yield
@@ -183,7 +183,7 @@ class ContextParallel:
         return call
 
     def gather(self, x_BT: Tensor) -> Tensor:
-        """The whole rows [B, ranks * T], in document order."""
+        """Gather the whole rows [B, ranks * T], in document order."""
         parts = x_BT.new_empty(self.slices.ranks * x_BT.shape[0], x_BT.shape[1])
         dist.all_gather_into_tensor(parts, x_BT.contiguous(), group=self.group)
         return self.slices.join(parts.chunk(self.slices.ranks))
@@ -192,16 +192,16 @@ class ContextParallel:
 def enable_context_parallel(
     model: nn.Module, group: Group = None, *, head_tail: bool = True, attention: str = "gather"
 ) -> ContextParallel:
-    """From now on, calls of ``model`` read slices of rows, one on each rank of ``group``; see ``ContextParallel``.
+    """Make calls of ``model`` read slices of rows, one on each rank of ``group``; see ``ContextParallel``.
 
     ``group``: a process group, or a one-dimensional ``DeviceMesh``; None: all processes. ``head_tail``: two pieces a
     rank, from both ends of the row, so that causal attention costs every rank the same; False: contiguous slices.
     ``attention``: "gather" gathers keys and values (sliding windows and packed documents included); "torch" is
     PyTorch's own context-parallel attention (CUDA, head-tail, undivided rows without a window; ``group`` a mesh): then
-    whatever cuts the rows as PyTorch does, accelerate for example, may do so in place of ``cut`` and ``step``.
-    Before or after ``attach`` and ``fully_shard``.
+    other code that cuts rows as PyTorch does (accelerate, for example) can replace ``cut`` and ``step``.
+    Call it before or after ``attach`` and ``fully_shard``.
 
-    Raises UserError for attention that has no rule here (recurrent layers, capped logits), and when it is on already.
+    Raises UserError for unsupported attention (recurrent layers, capped logits), and when it is on already.
     """
     root = unwrap(model)
     if STATE in root.__dict__:
@@ -233,7 +233,7 @@ def enable_context_parallel(
 
 
 def disable_context_parallel(model: nn.Module) -> None:
-    """Back to whole rows on every rank, and to the attention the model had."""
+    """Restore whole rows on every rank, and the model's previous attention."""
     root = unwrap(model)
     context: ContextParallel | None = root.__dict__.pop(STATE, None)
     if context is None:

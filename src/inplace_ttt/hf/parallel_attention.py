@@ -1,9 +1,9 @@
 """Attention of a slice of a row: its own queries against the whole row's keys and values, gathered from all ranks.
 
 Three ways to compute it, the first that works on the device: ``blocks`` (``block_attention.py``: the kernel for whole
-rows, once for a piece's own keys and once for those before it; undivided rows without a window), ``varlen`` (PyTorch's
-flash attention for documents laid end to end: reads causal offsets, windows and document bounds directly), ``mask`` (a
-dense mask, a piece at a time; anywhere).
+rows, once for a piece's own keys and once for those before it; rows of one document without a window), ``varlen``
+(PyTorch's flash attention for contiguous documents: supports causal offsets, windows and document bounds directly),
+``mask`` (a dense mask, a piece at a time; anywhere).
 
 Shapes: B rows, H heads, G of keys and values, k pieces of t tokens, T of a whole row, d the head's width.
 """
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class RowSlices:
-    """One call: how its rows are cut, what documents they have, and the chunk table that follows from it.
+    """A call's split of its rows, their documents, and the resulting chunk table.
 
     ``tokens``: T, of a whole row. ``documents``: int64 [B, T] on the CPU, -1 for padding; None: one document a row.
     A plain class: FSDP2's mixed precision copies and casts dataclasses among a layer's arguments.
@@ -40,11 +40,11 @@ class RowSlices:
         self.native = False  # attention is PyTorch's own for slices
         self.ways: dict[tuple[torch.dtype, bool], str] = {}  # by dtype and "undivided rows, no window"
         self.attended = 0  # attention layers that have run
-        self.begin: Any = None  # makes of the settings the call as the adapting layers see it
+        self.begin: Any = None  # makes the adapting layers' call from the settings
         self._moved: dict[Any, Any] = {}
 
     def table_on(self, device: torch.device) -> SliceTable:
-        """The chunk table on a device, moved once."""
+        """Return the chunk table on a device, moved once."""
         assert self.table is not None
         if device not in self._moved:
             self._moved[device] = self.table.to(device)
@@ -52,14 +52,14 @@ class RowSlices:
         return table
 
     def documents_on(self, device: torch.device) -> Tensor | None:
-        """The documents on a device, moved once."""
+        """Return the documents on a device, moved once."""
         if self.documents is not None and ("documents", device) not in self._moved:
             self._moved["documents", device] = self.documents.to(device)
         return None if self.documents is None else self._moved["documents", device]
 
     def bounds(self, row: int, piece: int, device: torch.device) -> tuple[int, Tensor, Tensor]:
-        """For varlen attention of a piece: where its first document begins in the row, and the cumulative lengths of
-        its documents' queries (in the piece) and keys (from that token on), int32."""
+        """Return bounds for varlen attention of a piece: the start of its first document in the row, and the cumulative
+        lengths of its documents' queries (in the piece) and keys (from that start on), int32."""
         key = ("bounds", row, piece, device)
         if key not in self._moved:
             length = self.tokens // self.slices.pieces
@@ -80,18 +80,18 @@ class RowSlices:
 
 
 def register() -> None:
-    """Makes ``GATHER`` known to transformers as an attention implementation."""
+    """Register ``GATHER`` with transformers as an attention implementation."""
     AttentionInterface.register(GATHER, gather_attention)
     AttentionMaskInterface.register(GATHER, no_mask)
 
 
 def no_mask(*args: Any, **kwargs: Any) -> None:
-    """Positions of a slice jump, so a mask made from them would be wrong; ``gather_attention`` knows the row."""
+    """Return None: a slice's positions jump, so a mask from them would be wrong; ``gather_attention`` knows the row."""
     return
 
 
 class _Gather(torch.autograd.Function):
-    """x [...] of every rank, [ranks, ...]; backward sums what all ranks say about this rank's x."""
+    """An autograd all-gather: x [...] to [ranks, ...]; backward sums all ranks' gradients of this rank's x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
@@ -119,7 +119,7 @@ def gather_attention(
     sliding_window: int | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """query [B, H, k * t, d] of this rank's k pieces, key and value [B, H or fewer, k * t, d] -> [B, k * t, H, d].
+    """Attend: query [B, H, k * t, d] of this rank's pieces, key and value [B, <= H, k * t, d] -> [B, k * t, H, d].
 
     Causal, inside documents, over the whole row. Raises NotImplementedError for dropout, capped logits, attention
     sinks, and outside a context-parallel call.
@@ -148,7 +148,7 @@ def gather_attention(
 
 
 def scaled_dot_product(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """Causal attention through the name that torch's ``context_parallel`` replaces while it is on."""
+    """Call causal attention by the name that torch's ``context_parallel`` replaces while it is on."""
     out: Tensor = nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale)
     return out
 
@@ -156,7 +156,7 @@ def scaled_dot_product(query: Tensor, keys: Tensor, values: Tensor, scale: float
 def attend(
     call: RowSlices, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None, way: str
 ) -> Tensor:
-    """query [B, H, k * t, d] of this rank's pieces, keys and values [B, G, T, d] of the row -> [B, k * t, H, d]."""
+    """Attend: query [B, H, k * t, d] of this rank's pieces, keys, values [B, G, T, d] of rows -> [B, k * t, H, d]."""
     own = call.slices.of(call.slices.rank)
     if way == "blocks":
         return attend_in_blocks(query, keys, values, own, scale)
@@ -174,7 +174,7 @@ def attend(
 def _by_documents(
     call: RowSlices, piece: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None
 ) -> Tensor:
-    """query [B, H, t, d] of one piece against keys and values [B, H, T, d] of the row -> [B, t, H, d]."""
+    """Attend with varlen: query [B, H, t, d] of one piece, keys and values [B, H, T, d] of the row -> [B, t, H, d]."""
     t = query.shape[2]
     end, rows = (piece + 1) * t, []
     for b in range(query.shape[0]):
@@ -187,7 +187,7 @@ def _by_documents(
 def _by_mask(
     call: RowSlices, piece: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None
 ) -> Tensor:
-    """As ``_by_documents``."""
+    """Attend with a dense mask; shapes as in ``_by_documents``."""
     t = query.shape[2]
     end = (piece + 1) * t
     back = torch.arange(end - t, end, device=query.device)[:, None] - torch.arange(end, device=query.device)[None]
@@ -211,7 +211,7 @@ def _varlen(
     scale: float,
     window: Any,
 ) -> Tensor:
-    """q [t, H, d], k and v [n, H, d]: documents end to end, causal from their ends."""
+    """Run varlen attention: q [t, H, d], k and v [n, H, d], contiguous documents, causal and aligned at their ends."""
     from torch.nn.attention.varlen import varlen_attn
 
     left = -1 if window is None else window - 1
@@ -222,9 +222,9 @@ def _varlen(
 
 @lru_cache(maxsize=64)
 def working_ways(device: str, heads: int, key_heads: int, width: int) -> dict[tuple[torch.dtype, bool], str]:
-    """The way to go by dtype and simplicity (undivided rows, no window); where none is named, the dense mask.
+    """Return the method by dtype and simplicity (one document a row, no window); missing entries: the dense mask.
 
-    Tried out, so not to be called inside a layer: activation checkpointing would take the trial for its own.
+    It runs trials, so do not call it inside a layer: activation checkpointing would record them as the layer's own.
     """
     if device == "cpu":
         return {(d, True): "blocks" for d in (torch.float32, torch.float64, torch.bfloat16)}
@@ -235,7 +235,7 @@ def working_ways(device: str, heads: int, key_heads: int, width: int) -> dict[tu
 
 
 def best_way(device: str, dtype: torch.dtype, heads: int, key_heads: int, width: int, simple: bool) -> str:
-    """The first way that agrees with the dense mask here, forward and backward, on a small row of documents."""
+    """Return the first method that agrees with the dense mask on a small row of documents, forward and backward."""
     for way in ("blocks", "varlen") if simple else ("varlen",):
         try:
             if agrees(way, torch.device(device), dtype, heads, key_heads, width, simple):
@@ -250,7 +250,7 @@ def best_way(device: str, dtype: torch.dtype, heads: int, key_heads: int, width:
 def agrees(
     way: str, device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int, simple: bool
 ) -> bool:
-    """Whether a way gives what the dense mask gives, for head-tail slices on two ranks, gradients too."""
+    """Tell if a method gives the results of the dense mask for head-tail slices on two ranks, gradients included."""
     T = 256
     documents = None if simple else (torch.arange(T) >= 100).long()[None]
     window = None if simple else 48

@@ -14,7 +14,7 @@ from .settings import Settings
 
 
 class SliceCall:
-    """A call in which every rank reads its slice: its pieces are rows of their own, with a first state."""
+    """A call in which every rank reads its slice: its pieces are separate rows with an initial state."""
 
     def __init__(self, slices: RowSlices, rows: int, tokens: int, settings: Settings) -> None:
         self.slices, self.rows, self.tokens, self.settings = slices, rows, tokens, settings

@@ -14,14 +14,14 @@ DEFAULTS = {"ttt_chunk": 8192, "ttt_lr": 0.3, "ttt_proj": True, "ttt_target": "h
 
 
 def is_release(config: dict[str, Any]) -> bool:
-    """Whether a ``config.json`` is of the authors' format."""
+    """Tell if a ``config.json`` is in the authors' format."""
     return "ttt_layers" in config or "ttt_mode" in config
 
 
 def load_release(config: dict[str, Any]) -> tuple[InPlaceTTTConfig, list[int]]:
-    """Settings from a ``config.json`` of the authors' format, and the layers it names that do not exist.
+    """Return settings from a ``config.json`` in the authors' format, and the layers it names that do not exist.
 
-    The release ignores such layers without a word; its own recipes name one.
+    The release ignores such layers silently; its own recipes name one.
     """
     if config["model_type"] not in FAMILIES:
         raise UserError(f"the authors' format exists for {' and '.join(FAMILIES)}, not for {config['model_type']}")
@@ -43,9 +43,9 @@ def load_release(config: dict[str, Any]) -> tuple[InPlaceTTTConfig, list[int]]:
 
 
 def save_release(model: nn.Module, directory: str | Path, **kwargs: Any) -> None:
-    """Writes an attached model in the authors' format.
+    """Write an attached model in the authors' format.
 
-    Raises UserError for what that format cannot say: another family, other taps, a fixed objective, decay or clipping.
+    Raises UserError for settings that the format lacks: another family, other taps, a fixed objective, decay, clipping.
     Keywords go to transformers' ``save_pretrained``.
     """
     root, runtime = unwrap_to_save(model), runtime_of(model)

@@ -1,7 +1,7 @@
 """Moving cached tokens to other positions, so that a text of any length is read at small position ids.
 
-Rotary keys are rotated back by the distance moved. How a model's keys depend on position is found by trying it, not
-from a table of families: the attention modules read the same hidden states at position 0 and further on.
+Rotary keys are rotated back by the distance moved. The dependence of a model's keys on position is measured, not looked
+up in a table of families: the attention modules read the same hidden states at position 0 and at a later one.
 """
 
 import inspect
@@ -27,10 +27,10 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class Relocation:
-    """Whether and how a model's cached tokens can be moved.
+    """A model's way to move cached tokens.
 
-    ``reason`` says in words why not, None where they can. ``rotations`` has an entry for each layer, None for a layer
-    whose keys do not depend on position.
+    ``reason``: message if that is not supported, else None. ``rotations`` has an entry for each layer, None for a
+    layer whose keys do not depend on position.
     """
 
     def __init__(self, rotations: dict[int, Rotation | None], reason: str | None = None) -> None:
@@ -38,12 +38,12 @@ class Relocation:
 
     @property
     def supported(self) -> bool:
-        """Whether ``move`` works."""
+        """Tell if ``move`` is supported."""
         return self.reason is None
 
     @classmethod
     def of(cls, model: nn.Module) -> "Relocation":
-        """Finds out by reading a few random tokens twice, with updates off; the model is left as it was."""
+        """Measure it by reading a few random tokens twice, with updates off; the model is not changed."""
         root: Any = unwrap(model)
         training = [m for m in root.modules() if m.training]
         root.eval()
@@ -57,7 +57,7 @@ class Relocation:
                 module.training = True
 
     def move(self, cache: Cache, by: int, first: int = 0) -> None:
-        """Moves the cached tokens from positions p to p - by; a negative ``by`` moves them up.
+        """Move the cached tokens from positions p to p - by; a negative ``by`` moves them up.
 
         In full-attention layers the first ``first`` tokens stay where they are; in sliding layers all tokens move.
         Keys are rotated in float32 (float64 in float64) and rounded once to their own type, so each move of a bfloat16
@@ -77,12 +77,12 @@ class Relocation:
 
 
 class _NotRelocatableError(Exception):
-    """Carries the reason."""
+    """An error with the reason."""
 
 
 @dataclass
 class _Reading:
-    """What the attention modules got, gave and cached in one call, by layer."""
+    """A record of the attention modules' inputs, outputs and cached keys in one call, by layer."""
 
     inputs: dict[int, Tensor] = field(default_factory=dict)
     outputs: dict[int, Tensor] = field(default_factory=dict)
@@ -92,9 +92,9 @@ class _Reading:
 
 
 def _read(root: PreTrainedModel, attentions: dict[int, nn.Module], offset: int, given: dict[int, Tensor]) -> _Reading:
-    """Reads random tokens at ``offset``; in place of its input, the attention of layer i gets ``given[i]`` if there.
+    """Read random tokens at ``offset``; the attention of layer i gets ``given[i]``, if present, in place of its input.
 
-    That keeps rounding errors of one layer out of the next, so that the keys of any bfloat16 model can be compared.
+    So rounding errors of one layer do not reach the next, and the keys of any bfloat16 model can be compared.
     """
     weight: Any = root.get_input_embeddings().weight
     ids = torch.randint(weight.shape[0], (1, TOKENS), generator=torch.Generator().manual_seed(0)).to(weight.device)
@@ -109,7 +109,7 @@ def _read(root: PreTrainedModel, attentions: dict[int, nn.Module], offset: int, 
         i, pair = module.layer_idx, kwargs.get("position_embeddings", ())
         reading.inputs[i] = args[0] if args else kwargs["hidden_states"]
         for used in pair[:1]:
-            for cos, angles in made:  # by value: models spread over devices pass copies
+            for cos, angles in made:  # by value: models split over devices pass copies
                 if torch.equal(cos.to(used.device), used):
                     reading.angles[i] = angles
         if i not in given:
@@ -135,7 +135,7 @@ def _read(root: PreTrainedModel, attentions: dict[int, nn.Module], offset: int, 
 
 
 def _rotations(root: PreTrainedModel) -> dict[int, Rotation | None]:
-    """By layer; raises _NotRelocatableError with the reason."""
+    """Return the rotations by layer; _NotRelocatableError with the reason if there are none."""
     try:
         empty_cache(root.config)
     except NotImplementedError as error:
@@ -157,7 +157,7 @@ def _rotations(root: PreTrainedModel) -> dict[int, Rotation | None]:
         raise _NotRelocatableError(f"its position embeddings are absolute (it reads at most {longest} tokens)")
     rotations = {i: _rotation(attentions[i], near, far, offset) for i in sorted(near.keys)}
     for i, output in near.outputs.items():
-        # Large biases of keys (Qwen2's) make scores of hundreds, whose rounding alone is felt in half precision.
+        # Large key biases (Qwen2's) give scores of several hundred, whose rounding alone matters in half precision.
         if _error(far.outputs[i].flatten(), output.flatten()) > (0.5 if output.dtype in HALF else 0.01):
             raise _NotRelocatableError(f"the attention of layer {i} depends on more than the distance between tokens")
     return rotations
@@ -177,13 +177,13 @@ def _rotation(attention: Any, near: _Reading, far: _Reading, offset: int) -> Rot
     angles = near.angles[i]
     try:
         fixed = angles.fixed(TOKENS, keys.device)
-    except IndexError:  # a table of so many positions
+    except IndexError:  # a table of fewer positions
         raise _NotRelocatableError(unknown) from None
     if not fixed:
         raise _NotRelocatableError("its rotary frequencies change with the length of the text")
-    # Most of the turn undone, too: it is small beside keys with large biases.
+    # Most of the rotation must be undone, too: it is small beside keys with large biases.
     limit = min(0.02 if keys.dtype in HALF else 1e-4, _error(moved, keys) / 2)
-    for width in (keys.shape[-1], angles.width(keys)):  # some models hand over only what turns
+    for width in (keys.shape[-1], angles.width(keys)):  # some models pass only the dimensions that rotate
         rotation = Rotation(angles, apply, width)
         with suppress(RuntimeError):
             if _error(rotation.back(moved, offset, {}), keys) < limit:
@@ -194,7 +194,7 @@ def _rotation(attention: Any, near: _Reading, far: _Reading, offset: int) -> Rot
 
 
 def _error(got: Tensor, want: Tensor) -> float:
-    """Largest relative error of the vectors in the last dimension; infinite where it is not a number."""
+    """Return the largest relative error of the vectors in the last dimension; infinity where it is not a number."""
     got, want = got.double(), want.double()
     error = ((got - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-12)).max()
     return float(error.nan_to_num(torch.inf))

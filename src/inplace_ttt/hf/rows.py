@@ -1,4 +1,4 @@
-"""Many caches of one row and one cache of many rows, and caches as plain tensors."""
+"""Merging caches of one row into one of many rows, splitting it again, and caches as plain tensors."""
 
 import copy
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from .window import empty_cache, plain_layers, sliding_windows
 
 
 def merge(caches: Sequence[DynamicCache], config: PretrainedConfig) -> tuple[DynamicCache, Tensor]:
-    """One cache of B rows from B caches of one row, and the mask of its tokens, int64 [B, L] (CPU), zeros at the left.
+    """Merge B caches of one row into one of B rows; also return its token mask, int64 [B, L] (CPU), zeros at the left.
 
     L is the largest length of a row: the tokens in its full-attention layers, or at most W - 1 where all layers slide.
-    The rows are copies. Continue with as many new tokens in every row, ``position_ids`` [B, T] as each row would have
-    them alone, and as ``attention_mask`` the mask with ones added for all new tokens; each row then attends to what it
-    attends to alone. Caches that are still empty are allowed.
+    The rows are copies. Continue with the same number of new tokens in every row, ``position_ids`` [B, T] as for each
+    row alone, and as ``attention_mask`` the mask with ones appended for all new tokens; each row then attends to the
+    same tokens as alone. Empty caches are allowed.
 
     Raises ValueError for rows that one mask cannot describe, namely where the full-attention layers hold fewer tokens
     than the sliding ones (evict no further than the sliding window), and for caches of different models or settings.
@@ -43,17 +43,17 @@ def merge(caches: Sequence[DynamicCache], config: PretrainedConfig) -> tuple[Dyn
 
 
 def split(cache: DynamicCache, lengths: Sequence[int] | Tensor, index: int) -> DynamicCache:
-    """Row ``index`` of a merged cache as a cache of its own, without padding. It is a copy.
+    """Return row ``index`` of a merged cache as a separate cache, without padding. It is a copy.
 
     ``lengths``: the tokens of each row [B], new ones included, or the present mask [B, L]. Where all layers slide, the
-    count of all tokens that a row ever read will do as well. ValueError when the cache does not hold as many.
+    count of all tokens that a row ever read is accepted too. ValueError when the cache holds fewer tokens.
     """
     n = int(torch.as_tensor(lengths[index]).sum())
     row: Any = DynamicCache()
     for i, layer in enumerate(plain_layers(cache)):
         row.layers.append(_row(layer, n, index))
         if isinstance(layer, FastCacheLayer):
-            fast = copy.copy(layer.fast)  # select replaces its tensors and writes into none
+            fast = copy.copy(layer.fast)  # select replaces tensors and modifies none
             fast.select([index])
             new = install(row, i, fast)
             new.stale = layer.stale
@@ -61,7 +61,7 @@ def split(cache: DynamicCache, lengths: Sequence[int] | Tensor, index: int) -> D
 
 
 def _length(row: list[Any]) -> int:
-    """The tokens that a row's mask must have; ValueError when no mask describes all its layers."""
+    """Return the number of tokens for a row's mask; ValueError when no mask fits all its layers."""
     if any(layer.keys is not None and layer.keys.shape[0] != 1 for layer in row):
         raise ValueError("only caches of one row can be merged")
     full = {layer.get_seq_length() for layer in row if not layer.is_sliding}
@@ -78,12 +78,12 @@ def _length(row: list[Any]) -> int:
 
 
 def _held(layer: Any) -> int:
-    """Tokens of a sliding layer that the next one may attend to."""
+    """Return the number of tokens of a sliding layer that the next token may attend to."""
     return 0 if layer.keys is None else min(layer.keys.shape[2], layer.sliding_window - 1)
 
 
 def _fill(new: Any, parts: list[Any], longest: int) -> None:
-    """Fills the empty layer ``new`` with ``parts``, one per row, their newest tokens at the right."""
+    """Fill the empty layer ``new`` with ``parts``, one per row, their newest tokens at the right."""
     like = next((part for part in parts if part.keys is not None), None)
     if like is not None:
         width = min(longest, new.sliding_window - 1) if new.is_sliding else longest
@@ -95,7 +95,7 @@ def _fill(new: Any, parts: list[Any], longest: int) -> None:
 
 
 def _right_aligned(parts: list[Tensor | None], like: Tensor, width: int) -> Tensor:
-    """[B, H, width, D] from parts [1, H, n, D]: the last tokens of each, zeros before them."""
+    """Pad parts [1, H, n, D] to [B, H, width, D]: the last tokens of each, zeros before them."""
     out = like.new_zeros(len(parts), like.shape[1], width, like.shape[3])
     for b, part in enumerate(parts):
         if part is not None and (n := min(part.shape[2], width)):
@@ -104,7 +104,7 @@ def _right_aligned(parts: list[Tensor | None], like: Tensor, width: int) -> Tens
 
 
 def _side_by_side(merged: DynamicCache, i: int, parts: list[Any], lengths: list[int]) -> None:
-    """Gives layer i of ``merged`` the fast weights of ``parts``; a row that never read anything gets empty ones."""
+    """Put the fast weights of ``parts`` into layer i of ``merged``; a row that has read nothing gets empty ones."""
     first = next(part for part in parts if isinstance(part, FastCacheLayer))
     fasts = []
     for part, n in zip(parts, lengths, strict=True):
@@ -122,7 +122,7 @@ def _side_by_side(merged: DynamicCache, i: int, parts: list[Any], lengths: list[
 
 
 def _row(layer: Any, n: int, index: int) -> Any:
-    """The last n tokens of one row of a layer, as far as it keeps them; without fast weights."""
+    """Return the last n tokens of one row of a layer, or those that it still holds; without fast weights."""
     new: Any = DynamicSlidingWindowLayer(layer.sliding_window) if layer.is_sliding else DynamicLayer()  # type: ignore[no-untyped-call]
     held = min(n, layer.sliding_window - 1) if layer.is_sliding else n
     there = 0 if layer.keys is None else layer.keys.shape[2]
@@ -143,7 +143,7 @@ def _row(layer: Any, n: int, index: int) -> Any:
 
 
 def to_tensors(cache: DynamicCache) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Keys and values by name, copied, and what else a cache knows as JSON-able values. Fast weights are not in it."""
+    """Return copies of keys and values by name, and a cache's other fields as JSON values; without fast weights."""
     tensors, layers = {}, []
     for i, layer in enumerate(plain_layers(cache)):
         layers.append(
@@ -159,7 +159,7 @@ def to_tensors(cache: DynamicCache) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def from_tensors(tensors: dict[str, Tensor], info: dict[str, Any], config: PretrainedConfig) -> DynamicCache:
-    """The cache that ``to_tensors`` described, on the tensors' device; ValueError when it is not of this model."""
+    """Rebuild a cache from the results of ``to_tensors``, on the tensors' device; ValueError if of another model."""
     cache = empty_cache(config)
     if info["layers"] and [layer["window"] for layer in info["layers"]] != sliding_windows(cache):
         raise ValueError("this cache is of another model, or was not made with DynamicCache(config=model.config)")

@@ -1,4 +1,4 @@
-"""What an attached model does when another library saves it or looks for its name."""
+"""Overrides of an attached model for other libraries that save it or read its name."""
 
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ from .names import rename_attached, rename_detached
 
 
 class SavePretrained:
-    """The attached model's ``save_pretrained`` (the Trainer calls it): transformers' own, with our ``config.json``.
+    """A ``save_pretrained`` of an attached model (the Trainer calls it): transformers' own plus our ``config.json``.
 
-    The weights lie where the Trainer looks for them when it resumes. ``push_to_hub`` uploads the finished directory.
+    The weights are in the files that the Trainer loads when it resumes. ``push_to_hub`` uploads the finished directory.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -39,7 +39,7 @@ class SavePretrained:
 
 
 def after_attach(model: PreTrainedModel) -> None:
-    """Give a model that was just attached its own ``save_pretrained``, and take the base's name away from it."""
+    """Set ``save_pretrained`` of a model that was just attached, and replace the base's name."""
     model.__dict__["save_pretrained"] = SavePretrained(model)
     rename_attached(model)
 

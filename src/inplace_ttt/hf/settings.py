@@ -1,4 +1,4 @@
-"""How an attached model reads at the moment: settings of the model, and of one thread on top of them."""
+"""Present settings of an attached model, and overrides of single threads."""
 
 import threading
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Settings:
-    """How calls read. ``form``: of states that begin; ``disabled_layers`` read with their slow weights alone."""
+    """A set of settings of calls. ``form``: of new states; ``disabled_layers`` use their slow weights alone."""
 
     config: InPlaceTTTConfig
     form: str | int = "dense"
     enabled: bool = True
     disabled_layers: frozenset[int] = frozenset()
     learn: Any = True
-    """Which tokens are learned: all, none, or a mask [B, T] of the calls to come (objective "loss")."""
+    """Tokens to learn: all, none, or a mask [B, T] for the next calls (objective "loss")."""
     rule: Rule = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -31,7 +31,7 @@ class Settings:
 
 
 class PerThread(Generic[Value]):
-    """One value for each thread, a default in the others. Copies of it begin without values."""
+    """A value per thread, with a default for threads that set none. Copies start without values."""
 
     def __init__(self, default: Value) -> None:
         self.default = default
@@ -46,12 +46,12 @@ class PerThread(Generic[Value]):
         self._values[_thread()] = value
 
     def clear(self) -> None:
-        """Go back to the default in this thread."""
+        """Reset this thread to the default."""
         self._values.pop(_thread(), None)
 
     @contextmanager
     def as_(self, value: Value) -> Iterator[None]:
-        """Inside, this thread has another value."""
+        """Set this thread's value inside the block."""
         key, had = _thread(), self._values
         before = had.get(key, _NOTHING)
         had[key] = value
@@ -75,5 +75,5 @@ _NOTHING: Any = object()
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _thread() -> int:
-    """Number of this thread; of the one that traced it, in compiled code."""
+    """Return this thread's number; in compiled code, that of the thread that traced it."""
     return threading.get_ident()

@@ -1,7 +1,7 @@
 """FSDP2 for an attached (or plain) transformers model: PyTorch's ``fully_shard``, one unit a decoder layer.
 
-The parameters that ``attach`` adds lie in the MLP, so they are sharded and gathered with their layer. What a call
-communicates is FSDP2's own: nothing of the fast weights (they are activations).
+The parameters that ``attach`` adds lie in the MLP, so they are sharded and gathered with their layer. A call
+communicates only FSDP2's own data: fast weights are activations and stay local.
 """
 
 import copy
@@ -37,11 +37,11 @@ def shard_layers(
     precision: torch.dtype | None = None,
     reshard_after_forward: bool = True,
 ) -> PreTrainedModel:
-    """Shards ``model`` in place over ``mesh`` and returns it: every decoder layer, then the rest.
+    """Shard ``model`` in place over ``mesh`` and return it: every decoder layer, then the rest.
 
-    mesh: a ``DeviceMesh`` of one dimension, or of two (replicas, shards). precision: what layers compute in (say
-    ``torch.bfloat16``); parameters, gradients' reduction and optimizer stay in the parameters' own dtype; None: that
-    too. Gradients are means over the mesh's ranks. Call ``attach`` before, the optimizer after.
+    mesh: a ``DeviceMesh`` of one dimension, or of two (replicas, shards). precision: dtype in which layers compute
+    (``torch.bfloat16``, say); parameters, gradient reduction and optimizer keep the parameters' own dtype; None: layers
+    compute in it too. Gradients are means over the mesh's ranks. Call ``attach`` before, the optimizer after.
     """
     root = unwrap(model)
     layers = layers_of(root)
@@ -56,9 +56,9 @@ def shard_layers(
 
 
 def from_first(model: PreTrainedModel | None) -> PreTrainedModel:
-    """The first rank's model there; on the others, which give None, a copy with its parameters on the meta device.
+    """Broadcast the model's structure: rank 0 keeps its model; the others pass None and get a copy on the meta device.
 
-    Buffers, settings and fast weights are copied, the random state too. All ranks call it, then ``shard_from_first``.
+    Buffers, settings, fast weights and the random state are copied. All ranks call it, then ``shard_from_first``.
     """
     sent: list[Any] = [None, None, None]
     if model is not None:
@@ -67,26 +67,26 @@ def from_first(model: PreTrainedModel | None) -> PreTrainedModel:
     dist.broadcast_object_list(sent)
     if model is None:
         model = sent[0]
-        torch.manual_seed(sent[1])  # of the GPU too
+        torch.manual_seed(sent[1])  # seeds the GPU too
         torch.set_rng_state(sent[2])
     return model
 
 
 def shard_from_first(model: PreTrainedModel, mesh: Any, **settings: Any) -> PreTrainedModel:
-    """``shard_layers`` of what ``from_first`` returned: no rank but the first ever holds all of the weights."""
+    """Run ``shard_layers`` on the result of ``from_first``: only rank 0 ever holds all of the weights."""
     first = dist.get_rank() == 0
     weights: dict[str, Any] = {n: p.detach() for n, p in model.named_parameters()} if first else {}
     root: Any = shard_layers(model, mesh, **settings)
     if not first:
         root._apply(lambda x: torch.empty_like(x, device=mesh.device_type) if x.is_meta else x)  # not the buffers
-    # Not strict: of parameters with several names (tied ones), the first name is there.
+    # Not strict: tied parameters are present under their first name only.
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_model_state_dict(root, weights, options=options)
     return model
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers. Raises UserError for a model that does not say which they are."""
+    """Return the decoder layers. UserError for a model that does not declare them."""
     if is_attached(model):
         return list(decoder_layers(model, family_of(model, runtime_of(model).config)))
     if model.config.model_type in FAMILIES:
@@ -99,25 +99,25 @@ def layers_of(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether any parameter is distributed (FSDP2, tensor parallelism)."""
+    """Tell if any parameter is distributed (FSDP2, tensor parallelism)."""
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a distributed tensor on the CPU (all its ranks call this), any other tensor on the CPU."""
+    """Return a tensor on the CPU, gathered if it is distributed (then all its ranks call this)."""
     return gathered(tensor).cpu()
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a distributed tensor where it is (all its ranks call this), any other tensor itself."""
+    """Return a tensor on its device, gathered if it is distributed (then all its ranks call this)."""
     full = getattr(tensor.detach(), "full_tensor", None)
     return tensor.detach() if full is None else full()
 
 
 def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The whole state dict on the CPU of the first rank, tied parameters once under all their names; {} on the others.
+    """Gather the state dict on rank 0's CPU, tied parameters once under all their names; return {} on other ranks.
 
-    All ranks call it together. The others keep nothing, so that a machine's memory need not hold a copy for each.
+    All ranks call it together. Only rank 0 keeps it, so that a machine's memory does not hold a copy per rank.
     """
     writes = dist.get_rank() == 0
     known: dict[Any, torch.Tensor] = {}
@@ -133,7 +133,7 @@ def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Meshes:
-    """Where this process stands among ``data x shard x context`` processes, the last varying fastest."""
+    """A process's place among ``data x shard x context`` processes, the last varying fastest."""
 
     data: int
     shard: int
@@ -145,19 +145,19 @@ class Meshes:
 
     @property
     def readers(self) -> int:
-        """Groups of processes that read different rows."""
+        """Return the number of groups of processes that read different rows."""
         return self.data * self.shard
 
     @property
     def reader(self) -> int:
-        """Which of them this process belongs to."""
+        """Return the index of this process's group."""
         return int(dist.get_rank() // self.context)
 
 
 def make_meshes(device: str, *, data: int = 1, shard: int = 1, context: int = 1) -> Meshes:
-    """Meshes of the started processes. Raises UserError unless there are ``data * shard * context`` of them.
+    """Make the meshes of the started processes. UserError unless there are ``data * shard * context`` of them.
 
-    Context-parallel ranks share the sharded parameters as well (their gradients must be averaged all the same).
+    Parameters are sharded over context-parallel ranks as well (their gradients must be averaged in any case).
     """
     count = dist.get_world_size()
     if data * shard * context != count:
@@ -170,15 +170,15 @@ def make_meshes(device: str, *, data: int = 1, shard: int = 1, context: int = 1)
     return Meshes(data, shard, context, both["shard"] if data == 1 else both, slices["context"])
 
 
-# -- checkpoints on the way: each rank writes its own part, any number of ranks can go on ------------------------------
+# -- sharded checkpoints: each rank writes its own part, any number of ranks can resume --------------------------------
 
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-"""By parameter, so that another layout may put them into other groups."""
+"""By parameter, so that another layout can use other groups."""
 
 
 def save_sharded(directory: str | Path, model: nn.Module, optimizer: Any = None) -> None:
-    """Writes model and optimizer with torch.distributed.checkpoint; all ranks call it."""
+    """Save model and optimizer with torch.distributed.checkpoint; all ranks call it."""
     model_state, optimizer_state = get_state_dict(model, () if optimizer is None else optimizer, options=FLAT)
     state: dict[str, Any] = {"model": model_state}
     if optimizer is not None:
@@ -187,7 +187,7 @@ def save_sharded(directory: str | Path, model: nn.Module, optimizer: Any = None)
 
 
 def load_sharded(directory: str | Path, model: nn.Module, optimizer: Any = None) -> None:
-    """Reads what ``save_sharded`` wrote into a model (and optimizer) of any layout; all ranks call it.
+    """Load a checkpoint of ``save_sharded`` into a model (and optimizer) of any layout; all ranks call it.
 
     Raises UserError when there is no checkpoint, or one of another model.
     """

@@ -1,7 +1,7 @@
-"""What a forward call and an adapting layer know of each other.
+"""The interface between a forward call and the adapting layers.
 
-A ``CallContext`` travels with the call's own arguments; each ``LayerSite`` takes it out and asks its call for the
-output of the layer's projection.
+A ``CallContext`` is one of the call's keyword arguments; each ``LayerSite`` removes it and gets the output of the
+layer's projection from its call.
 """
 
 import threading
@@ -33,26 +33,26 @@ class LayerCall(Protocol):
         ...
 
     def end(self) -> None:
-        """Note that the model's forward is over."""
+        """Finish the call after the model's forward."""
         ...
 
 
 class CallContext:
-    """One forward call on its way through the layers. ``call`` None: with the slow weights alone."""
+    """A forward call while it runs. ``call`` None: with the slow weights alone."""
 
     def __init__(self, call: LayerCall | None, settings: Settings) -> None:
         self.call, self.settings = call, settings
         self.grad = torch.is_grad_enabled()
         self.embeddings: Tensor | None = None
         self.begun = False
-        """Whether a layer was entered, so that the cache may have changed."""
+        """True once a layer was entered, so that the cache may have changed."""
         self.outer: CallContext | None = None
         self.ends = True
-        """Whether the call's end is ours to note."""
+        """True if the runtime must call ``end()``; False if the caller does."""
 
 
 class LayerSite:
-    """One adapting layer: receives the call's context, the MLP's input and the projection's input."""
+    """An adapting layer: receives the call's context, the MLP's input and the projection's input."""
 
     def __init__(self, runtime: Any, index: int, mlp: nn.Module, name: str, target: Target, width: int) -> None:
         self.runtime, self.index, self.mlp, self.name = runtime, index, mlp, name
@@ -64,19 +64,19 @@ class LayerSite:
         self._input: PerThread[Tensor | None] = PerThread(None)
         self._projected = PerThread(False)
         self.wrapper: nn.Module | None = None
-        """What peft put around the projection and its input or output, when it was last looked at."""
+        """peft's wrapper that changes the projection's input or output, as of the last check."""
         self.wrapper_hook: Any = None
         self.teacher: Teacher | None = None
-        """What teaches the target while the model trains."""
+        """The target's teacher during training."""
 
     @property
     def context(self) -> CallContext | None:
-        """The call that runs in this thread."""
+        """Return the call that runs in this thread."""
         return self._context.get()
 
     @property
     def gates(self) -> bool:
-        """Whether the target gates the state."""
+        """Tell if the target gates the state."""
         return self.target.gates
 
     def before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -84,18 +84,18 @@ class LayerSite:
         return None
 
     def projection(self) -> Any:
-        """Return the adapting module itself, under whatever wraps it."""
+        """Return the adapting module itself, inside any wrappers."""
         module = getattr(*innermost(self.mlp, self.name))
         return next(m for part in (module, self.mlp) for m in part.modules() if isinstance(m, FastWeight))
 
     def fuses(self, module: Any) -> bool:
-        """Tell whether the slow product may be taken together with the fast one."""
+        """Tell if slow and fast product may be computed together."""
         return module.fuses and self._outside() is None
 
     def _outside(self) -> nn.Module | None:
-        """Return what scales or rotates the projection (DoRA, IA3, OFT): the fast weights' part goes around it.
+        """Return an adapter that scales or rotates the projection (DoRA, IA3, OFT); the fast weights' part bypasses it.
 
-        So this part is the same before such an adapter is merged into the slow weight and after it.
+        So that part is the same before and after the adapter is merged into the slow weight.
         """
         outer = self.mlp._modules[self.name]
         return None if outer is None or isinstance(outer, FastWeight) or not transforms(outer) else outer
@@ -110,9 +110,9 @@ class LayerSite:
         self._projected.set(False)
 
     def _recomputed(self, source: Tensor) -> None:
-        """Take up the call again where backward computes the MLP alone (activation checkpointing of MLPs).
+        """Restore the call when backward recomputes the MLP alone (activation checkpointing of MLPs).
 
-        The input, which checkpointing keeps, carries the call with it.
+        The input, which checkpointing keeps, has a reference to the call.
         """
         context: Any = self.context
         if context is None:
@@ -148,12 +148,12 @@ class LayerSite:
             self.wrapper, self.wrapper_hook = outer, hook
 
     def after_wrapper(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        """Add the fast weights' part to what a changed projection gave for the MLP's own z."""
+        """Add the fast weights' part, for the MLP's own z, to the output of a wrapped projection."""
         z = args[0] if args else next(iter(kwargs.values()))
         return self._read(self.projection(), z, lambda _: output)
 
     def forget(self) -> None:
-        """Let go of what this thread's call left here."""
+        """Clear this thread's call."""
         self._context.clear()
         self._input.clear()
         self._projected.clear()
@@ -230,7 +230,7 @@ class LayerSite:
 
     @contextmanager
     def learning_from(self, target: Target) -> Iterator[None]:
-        """Inside, the layer learns from another target, which keeps its own parameters."""
+        """Use another target inside the block; it keeps its own parameters."""
         own = self.target, self.names
         self.target, self.names = target, ()
         try:
@@ -239,7 +239,7 @@ class LayerSite:
             self.target, self.names = own
 
     def anchored(self, out: Tensor) -> Tensor:
-        """Return ``out``, in whose graph the target's parameters are although no chunk was complete."""
+        """Return ``out`` with the target's parameters in its graph, although no chunk was complete."""
         if not torch.is_grad_enabled():
             return out
         parameters = [p for p in self.bound_target().parameters() if p.requires_grad]
@@ -257,7 +257,7 @@ _WATCHING = threading.Lock()
 
 
 def compute_dtype(z: Tensor) -> Tensor:
-    """Return z in the precision in which the projection's product is taken."""
+    """Cast z to the precision of the projection's product."""
     device = z.device.type
     if z.dtype == torch.float32 and torch.is_autocast_enabled(device):
         return z.to(torch.get_autocast_dtype(device))
@@ -265,7 +265,7 @@ def compute_dtype(z: Tensor) -> Tensor:
 
 
 class Anchor(torch.autograd.Function):
-    """x as it is; every parameter gets a zero gradient, so that it is part of the graph whatever was read."""
+    """An identity of x that gives every parameter a zero gradient, so that it is always part of the graph."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:

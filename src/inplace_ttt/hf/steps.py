@@ -1,7 +1,7 @@
-"""Decoding steps: one token a row, on a cache that was read into. Only numbers on the device change between them.
+"""Decoding steps: one token a row, on a filled cache. Between steps only values on the device change.
 
-So compiled code and CUDA graphs of a step serve every token: the host counts, updates the fast weights when a chunk is
-complete and folds them, outside of what is compiled.
+So compiled code and CUDA graphs of a step work for every token: the host counts tokens, updates the fast weights when a
+chunk is complete and folds them, outside of the compiled code.
 """
 
 from collections.abc import Callable
@@ -24,13 +24,13 @@ CLOCK = "_inplace_ttt_clock"
 
 
 def source_of(given: dict[str, Any]) -> Tensor | None:
-    """A call's input_ids [B, T] or inputs_embeds [B, T, D]."""
+    """Return a call's input_ids [B, T] or inputs_embeds [B, T, D]."""
     ids: Tensor | None = given.get("input_ids")
     return given.get("inputs_embeds") if ids is None else ids
 
 
 def may_step(given: dict[str, Any]) -> bool:
-    """Whether a call with these arguments looks like a step: one token behind others, nothing to differentiate."""
+    """Tell if a call with these arguments can be a step: one token after others, no gradients."""
     source = source_of(given)
     if source is None or source.shape[1] != 1 or torch.is_grad_enabled():
         return False
@@ -39,7 +39,7 @@ def may_step(given: dict[str, Any]) -> bool:
 
 
 class Step:
-    """One step of one cache."""
+    """A step of one cache."""
 
     def __init__(
         self, sites: dict[int, LayerSite], slots: dict[int, FastCacheLayer], settings: Settings, clock: StepClock
@@ -52,11 +52,13 @@ class Step:
         self.where = clock.set(pending, C, {fast.z.device for fast in fasts if fast.z is not None})
 
     @staticmethod
-    def begin(running: list[LayerSite], settings: Settings, given: dict[str, Any], vouched: bool) -> "Step | None":
-        """Make everything ready for a step; None, having changed nothing, where the call must go the general way.
+    def begin(
+        running: list[LayerSite], settings: Settings, given: dict[str, Any], tokens_are_real: bool
+    ) -> "Step | None":
+        """Prepare a step; None, having changed nothing, if it must run as a general call.
 
-        ``running``: the layers that adapt. ``vouched``: the token is known to be real in every row, so that no mask has
-        to be read from the device.
+        ``running``: the layers that adapt. ``tokens_are_real``: the token is known to be real in every row, so that no
+        mask has to be read from the device.
         """
         cache = given["past_key_values"]
         sites = {site.index: site for site in running}
@@ -74,7 +76,7 @@ class Step:
         weights = {i: slow_weight(site, rows) for i, site in sites.items()}
         if any(weight is False for weight in weights.values()):
             return None
-        if not vouched:
+        if not tokens_are_real:
             first = next(iter(slots.values())).fast
             real, _ = read_mask(given.get("attention_mask"), rows, 1, cache, first)
             if real is not None and not bool(real.all()):
@@ -92,7 +94,7 @@ class Step:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def end(self) -> None:
-        """Count the token; chunks that it completed change the fast weights."""
+        """Count the token and update the fast weights by the chunks that it completed."""
         self.clock.tick()
         for i, site in self.sites.items():
             fast = self.slots[i].fast
@@ -102,9 +104,9 @@ class Step:
 
 
 def slow_weight(site: LayerSite, rows: int) -> Any:
-    """W0 [D, F] to fold the fast weights into; None where it stays apart, False where no step can be taken.
+    """Return W0 [D, F] to fold the fast weights into; None if it stays separate, False if no step is possible.
 
-    Several rows share one slow product, which keeps their sums as they are without fast weights.
+    Several rows share one slow product, whose sums are then the same as without fast weights.
     """
     module = site.projection()
     if getattr(module, "split", False) or is_split(module.weight) or module.weight.is_meta:  # meta: offloaded

@@ -14,7 +14,7 @@ from ..errors import UserError
 
 
 def split_forward(module: nn.Module) -> tuple[Any, Any] | None:
-    """(style, mesh) of the forward that transformers' tensor parallelism put on a module; None where it did not.
+    """Return (style, mesh) of the forward that transformers' tensor parallelism put on a module, or None.
 
     The style object's own ``install_forward`` can then put it on another module. UserError for a projection that is
     split in another way than over its input.
@@ -33,7 +33,7 @@ def split_forward(module: nn.Module) -> tuple[Any, Any] | None:
 
 
 def is_split(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor."""
+    """Tell if a tensor is a DTensor."""
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "to_local")
 
 
@@ -47,13 +47,13 @@ def check_split(rule: Rule) -> None:
 
 
 def local_input(z: Any) -> Tensor:
-    """This rank's part of z [B, T, F / ranks]; its gradient is that part's."""
+    """Return this rank's part of z [B, T, F / ranks]; its gradient is that part's."""
     part: Tensor = z.to_local(grad_placements=z.placements)
     return part
 
 
 def replicated(v: Tensor, z: Any) -> Tensor:
-    """v, the same on all ranks; backward sums its gradient over the ranks, of which each has a share."""
+    """Return v, the same on all ranks; backward sums its gradient over the ranks, of which each has a share."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     whole: Any = DTensor.from_local(v, z.device_mesh, [Replicate()], run_check=False)
@@ -62,7 +62,7 @@ def replicated(v: Tensor, z: Any) -> Tensor:
 
 
 def summand(out: Tensor, z: Any) -> Any:
-    """This rank's part of a sum over the ranks, as a DTensor that can be added to the slow product."""
+    """Wrap this rank's part of a sum over the ranks as a DTensor that can be added to the slow product."""
     from torch.distributed.tensor import DTensor, Partial
 
     return DTensor.from_local(out, z.device_mesh, [Partial()], run_check=False)

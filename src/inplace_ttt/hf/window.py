@@ -1,4 +1,4 @@
-"""Forgetting inside a cache: a bounded window for layers that attend to everything, and a context dropped as a whole.
+"""Eviction from a cache: a bounded window for layers that attend to everything, or the whole context.
 
 Here and in ``relocate`` and ``rows``, only caches of ``DynamicLayer`` and ``DynamicSlidingWindowLayer`` are handled
 (with or without fast weights), as ``DynamicCache(config=model.config)`` makes them for models of plain attention.
@@ -28,7 +28,7 @@ _REASONS = (
 
 
 def plain_layers(cache: Cache) -> list[Any]:
-    """The layers of ``cache``; NotImplementedError unless all are dynamic full or sliding attention layers."""
+    """Return the layers of ``cache``; NotImplementedError unless all are dynamic full or sliding attention layers."""
     layers = getattr(cache, "layers", None)
     if layers is None:
         raise NotImplementedError(f"a {type(cache).__name__} cannot be edited: use a DynamicCache")
@@ -43,7 +43,7 @@ def plain_layers(cache: Cache) -> list[Any]:
 
 
 def empty_cache(config: PretrainedConfig) -> DynamicCache:
-    """A new cache for a model of this configuration; NotImplementedError when it could not be edited."""
+    """Make a new cache for a model of this configuration; NotImplementedError if it could not be edited."""
     decoder = config.get_text_config(decoder=True)
     if "chunked_attention" in (getattr(decoder, "layer_types", None) or ()):
         raise NotImplementedError("layers that attend within fixed chunks of the text are not supported")
@@ -53,29 +53,29 @@ def empty_cache(config: PretrainedConfig) -> DynamicCache:
 
 
 def sliding_windows(cache_or_model: Cache | nn.Module) -> list[int | None]:
-    """The sliding window of each layer, None for a layer that attends to everything."""
+    """Return the sliding window of each layer, None for a layer that attends to everything."""
     if isinstance(cache_or_model, nn.Module):
         cache_or_model = empty_cache(unwrap(cache_or_model).config)
     return [int(layer.sliding_window) if layer.is_sliding else None for layer in plain_layers(cache_or_model)]
 
 
 def has_full_attention(cache_or_model: Cache | nn.Module) -> bool:
-    """Whether some layer attends to everything, so that memory grows with the text unless something is evicted."""
+    """Tell if some layer attends to everything, so that memory grows with the text unless tokens are evicted."""
     windows = sliding_windows(cache_or_model)
-    return not windows or None in windows  # a cache that has no layers yet makes full ones
+    return not windows or None in windows  # a cache without layers yet makes full ones
 
 
 def native_window(cache_or_model: Cache | nn.Module) -> int | None:
-    """The largest sliding window if all layers slide, None if some layer attends to everything."""
+    """Return the largest sliding window if all layers slide, None if some layer attends to everything."""
     if has_full_attention(cache_or_model):
         return None
     return max(window or 0 for window in sliding_windows(cache_or_model))
 
 
 def evict(cache: Cache, first: int, drop: int) -> None:
-    """Drops the keys and values [first, first + drop) of every full-attention layer, in all rows.
+    """Drop the keys and values [first, first + drop) of every full-attention layer, in all rows.
 
-    What is kept is copied, so the memory of the rest is free. Nothing is rotated: see ``relocate``. Sliding layers
+    The kept ones are copied, so the memory of the rest is freed. Nothing is rotated: see ``relocate``. Sliding layers
     keep their keys; their count of tokens follows down to the window, so that all layers still agree about the length
     and a 2-D attention mask has one column per token that the full layers hold.
 
@@ -94,7 +94,7 @@ def evict(cache: Cache, first: int, drop: int) -> None:
         layer.keys = _without(layer.keys, first, drop)
         layer.values = _without(layer.values, first, drop)
     for layer in layers:
-        # Not below the window: a layer that has forgotten tokens must go on to know it (a crop is then refused).
+        # Not below the window: a layer that has dropped tokens must still record that (a crop is then refused).
         if layer.is_sliding and layer.cumulative_length > layer.sliding_window:
             layer.cumulative_length = max(layer.cumulative_length - drop, layer.sliding_window)
 
@@ -104,7 +104,7 @@ def _without(x_BHLD: torch.Tensor, first: int, drop: int) -> torch.Tensor:
 
 
 def clear(cache: Cache) -> None:
-    """Forgets all keys and values and keeps the fast weights: the next token attends to nothing before it."""
+    """Drop all keys and values but keep the fast weights: the next token attends to nothing before it."""
     for layer in plain_layers(cache):
         layer.keys = layer.values = None
         layer.is_initialized = False
@@ -113,7 +113,7 @@ def clear(cache: Cache) -> None:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes that the keys and values keep alive, all rows: whole storages, each once."""
+    """Return the bytes that the keys and values keep allocated, all rows: whole storages, each once."""
     tensors = [x for layer in plain_layers(cache) for x in (layer.keys, layer.values) if x is not None]
     storages = {(x.device, x.untyped_storage().data_ptr()): x.untyped_storage().nbytes() for x in tensors}
     return sum(storages.values())

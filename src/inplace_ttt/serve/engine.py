@@ -48,10 +48,10 @@ class Live:
     held: int = 0
     """Bytes in memory when it was last looked at."""
     active: bool = False
-    """Whether a request works on it; otherwise it may go to disk."""
+    """True while a request works on it; otherwise it may go to disk."""
     frozen: bool = False
     learn: str = "all"
-    """What it learns unless a request says otherwise: a name in ``LEARN``."""
+    """Its setting unless a request gives another: a name in ``LEARN``."""
     history: list[str] = field(default_factory=list)
     storing: asyncio.Task[None] | None = None
     users: int = 0
@@ -254,7 +254,7 @@ class Engine:
         live.version += 1
 
     async def keep_up(self, live: Live) -> None:
-        """Take stock of a session; store its state, while work goes on, when much is in the journal alone."""
+        """Take stock of a session; store its state, beside other work, when much is in the journal alone."""
         await self._measure(live)
         if live.unsaved < self.limits.unsaved or (live.storing and not live.storing.done()) or live.session is None:
             return

@@ -1,4 +1,4 @@
-"""Where the state of sessions is kept: named blobs in one folder, on a disk, NFS or an object store.
+"""Storage of sessions' state: named blobs in one folder, on a disk, NFS or an object store.
 
 A blob that is there is never overwritten. Of several who create one, one succeeds: only file systems that can promise
 this are taken.

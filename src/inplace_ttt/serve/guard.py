@@ -1,4 +1,4 @@
-"""What stands between the network and the routes: keys, rates, sizes, slow clients, errors; start and end.
+"""The layer between the network and the routes: keys, rates, sizes, slow clients, errors; start and end.
 
 Nothing here needs torch or FastAPI: a server listens before they are imported and its model is loaded.
 """

@@ -1,4 +1,4 @@
-"""What can be done to a session, as entries of its journal: done when they come in, done again after a restart.
+"""Operations on a session as entries of its journal: done when they come in, done again after a restart.
 
 An entry is written to disk before it is done, so a process that is killed loses nothing that it has begun. What was
 written by the model is noted afterwards, chunk by chunk.

@@ -6,13 +6,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-"""What a session may be called."""
+"""Names that a session may have."""
 Learn = Literal["all", "read", "written", "none"]
 """The names in ``settings.LEARN``."""
 
 
 class Body(BaseModel):
-    """A request's body; unknown fields are refused, and texts with half a surrogate pair, which is no character."""
+    """A request's body; unknown fields are refused, and texts with half a surrogate pair, which is not a character."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -1,4 +1,4 @@
-"""What the routes share: the engine, how prompts are rendered, the numbers; and how it is made of a model's name."""
+"""Shared by the routes: the engine, how prompts are rendered, the numbers; and how it is made of a model's name."""
 
 import time
 from pathlib import Path

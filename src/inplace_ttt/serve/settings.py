@@ -1,10 +1,10 @@
-"""What a server allows, with the defaults, and the errors it answers with."""
+"""Limits of a server with their defaults, and the errors it answers with."""
 
 from dataclasses import dataclass
 from typing import Any
 
 LEARN = {"all": (True, True), "read": (True, False), "written": (False, True), "none": (False, False)}
-"""What a session learns: whether what it reads, and whether what it writes. The rest is in its context only."""
+"""Settings of what a session learns: what it reads, what it writes. The rest is in its context only."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class VersionError(ServeError):
 
 
 class BusyError(ServeError):
-    """There is no room now; later there is."""
+    """A lack of room that will pass: try again later."""
 
     status, kind, code = 429, "rate_limit_error", "busy"
 

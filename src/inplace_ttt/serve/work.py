@@ -1,4 +1,4 @@
-"""What requests ask for, done on the engine: read, answer, score, ask, fork, and the rest of a session's life.
+"""Requests' work on the engine: read, answer, score, ask, fork, and the rest of a session's life.
 
 Functions that may take long get the ``Job`` they run in and tell through it how far they are.
 """

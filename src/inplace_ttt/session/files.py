@@ -157,7 +157,9 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], int]
             raise UserError(f"{path} is damaged: its content does not match its checksum. Use a copy or read again")
         values = json.loads(header)
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise UserError(f"{path} is no whole session file (cut off, damaged, or of another kind: {error})") from None
+        raise UserError(
+            f"{path} is not a complete session file (cut off, damaged, or of another kind: {error})"
+        ) from None
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged: its header is a {type(values).__name__}")
     return tensors, values, int(metadata["version"])
@@ -181,7 +183,9 @@ def _named(path: str | Path, *keys: str) -> str | None:
         for key in keys:
             found = (found or {}).get(key)
     except (SafetensorError, json.JSONDecodeError, OSError, AttributeError) as error:
-        raise UserError(f"{path} is no whole session file (cut off, damaged, or of another kind: {error})") from None
+        raise UserError(
+            f"{path} is not a complete session file (cut off, damaged, or of another kind: {error})"
+        ) from None
     return found if isinstance(found, str) else None
 
 
@@ -196,7 +200,7 @@ def _open(path: str | Path) -> Any:
 def _metadata(path: str | Path, file: Any) -> dict[str, str]:
     metadata = file.metadata() or {}
     if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} is no session file: it is a safetensors file of something else")
+        raise UserError(f"{path} is not a session file: it is a safetensors file of something else")
     _check_version(path, metadata.get("version", ""))
     return dict(metadata)
 

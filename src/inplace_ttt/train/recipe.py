@@ -183,7 +183,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
 
     model_type = str(config.get("model_type"))
     if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise RecipeError(f"model.config.model_type: {model_type!r} is no causal language model of transformers")
+        raise RecipeError(f"model.config.model_type: {model_type!r} is not a causal language model of transformers")
     default = CONFIG_MAPPING[model_type]()
     for key in config:
         if key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"):

@@ -92,7 +92,9 @@ def split_source(spec: str) -> tuple[str, str]:
             "and name them as jsonl:PATH"
         )
     if kind not in ("jsonl", "text", "hf", "library") or not where:
-        raise SourceError(f"{spec!r} is no document source: write jsonl:PATH, text:PATH, hf:DATASET or library:SPLIT")
+        raise SourceError(
+            f"{spec!r} is not a document source: write jsonl:PATH, text:PATH, hf:DATASET or library:SPLIT"
+        )
     if kind == "library" and where not in SPLITS:
         raise SourceError(f"{spec!r}: there is no split {where!r}, only {', '.join(SPLITS)}")
     return kind, where
