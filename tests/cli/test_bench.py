@@ -150,5 +150,5 @@ def test_no_speed_of_wrong_results(monkeypatch):
     monkeypatch.setattr(
         mlp, "scan", lambda z, *a, **k: (real(z, *a, **k)[0] * (1 + 1e-3 * (z.dtype != torch.float64)), None)
     )
-    with pytest.raises(UserError, match="wrong results"):
+    with pytest.raises(UserError, match="results are wrong"):
         mlp.check(mlp.Shape(16, 48, 64), 16, torch.device("cpu"), torch.float32)
