@@ -314,6 +314,14 @@ class Int8Linear(nn.Linear):
             return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
 
 
+class Float8Linear(Int8Linear):
+    """The same in float8: a dtype that is floating point, and whose numbers are still not those of the layer."""
+
+    def __init__(self, dense):
+        super().__init__(dense)
+        self.weight = nn.Parameter((dense.weight.detach() / self.scale).to(torch.float8_e4m3fn), requires_grad=False)
+
+
 class NoBackward(Int8Linear):
     passes = False
 
@@ -325,19 +333,21 @@ def quantised(model, kind):
         if isinstance(module, nn.Linear) and name != "lm_head":
             model.set_submodule(name, kind(module))
             twin = dense.get_submodule(name)
-            twin.weight.data = model.get_submodule(name).weight * model.get_submodule(name).scale
+            made = model.get_submodule(name)
+            twin.weight.data = made.weight.to(twin.weight.dtype) * made.scale
     return model, dense
 
 
+@pytest.mark.parametrize("kind", [Int8Linear, Float8Linear])
 @pytest.mark.parametrize(
     "settings",
     [{"update_size": SIZE}, {"update_size": "auto"}, {"rule": "delta"}, {"rule_options": {"soft_cap": 0.1}}],
     ids=str,
 )
-def test_a_quantised_base_learns_as_its_dense_twin(settings):
+def test_a_quantised_base_learns_as_its_dense_twin(settings, kind):
     bias = LlamaConfig(**{**plain("llama").config.to_dict(), "mlp_bias": True})
     torch.manual_seed(0)
-    model, dense = quantised(LlamaForCausalLM(bias).double().eval(), Int8Linear)
+    model, dense = quantised(LlamaForCausalLM(bias).double().eval(), kind)
     config = ittt.InPlaceTTTConfig(objective="loss", layers="0::2", chunk_size=C, **settings)
     off = logits(model, IDS)
     got, want = (logits(ittt.attach(m, config), IDS) for m in (model, dense))

@@ -17,7 +17,7 @@ from ..core.scan import path_for
 from ..errors import UserError
 from .context import Forward, Runtime
 from .families import attention_of, check_layers, decoder_layers, family_of, place, text_model
-from .linear import FastWeight, InitWeights, check_replaceable, innermost, make_fast, make_slow, output_size
+from .linear import FastWeight, InitWeights, check_replaceable, innermost, is_dense, make_fast, make_slow, output_size
 from .loss import LossForward, check_backward
 from .nested import NestedText, OnePass
 from .saving import after_attach, before_detach
@@ -218,7 +218,7 @@ def _target(
 ) -> Target:
     """Make a layer's target in the projection's dtype and on its device, the same on all processes."""
     weight: torch.Tensor = projection.weight  # type: ignore[assignment]
-    dtype: Any = weight.dtype if weight.is_floating_point() else root.get_input_embeddings().weight.dtype
+    dtype: Any = weight.dtype if is_dense(weight) else root.get_input_embeddings().weight.dtype
     with torch.device("cpu"):
         target = make_target(config.objective, width, config.objective_options, settings)
     target.to(device=weight.device, dtype=dtype)

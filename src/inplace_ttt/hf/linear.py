@@ -163,9 +163,15 @@ def _give_device_hook(module: nn.Module, hook: Any) -> nn.Module:
     return hooked
 
 
+_DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 def is_dense(weight: Any) -> bool:
-    """Tell if a weight is a plain dense tensor: bitsandbytes packs values, torchao uses tensor subclasses."""
-    if not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None:
+    """Tell if a weight is a plain dense tensor: bitsandbytes packs values, torchao uses tensor subclasses.
+
+    Float8 values have their scales elsewhere.
+    """
+    if weight.dtype not in _DENSE or getattr(weight, "quant_state", None) is not None:
         return False
     return type(weight).dequantize is Tensor.dequantize
 
@@ -180,10 +186,10 @@ def dense_weight(module: Any) -> Tensor:
             from bitsandbytes.functional import dequantize_4bit
 
             return dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
-        if weight.is_floating_point():
+        if type(weight).dequantize is not Tensor.dequantize:
             return weight.dequantize()  # type: ignore[no-any-return]
         # Any other quantiser: the product with the identity.
-        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        dtype = next((p.dtype for p in module.parameters() if p.dtype in _DENSE), torch.get_default_dtype())
         eye = torch.eye(module.in_features, device=weight.device, dtype=dtype)
         parts = eye.split(1024)  # type: ignore[no-untyped-call]
         dense = torch.cat([module.slow_class.forward(module, rows) for rows in parts])

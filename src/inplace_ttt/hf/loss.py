@@ -340,7 +340,7 @@ class _Learner:
             fast.complete_with(rows, self.rule, z, own, call.slow[i])
 
     def _dtype(self, weight: Tensor) -> torch.dtype:
-        return weight.dtype if weight.is_floating_point() else self.runtime.model.dtype
+        return weight.dtype if is_dense(weight) else self.runtime.model.dtype
 
 
 class _Reading(_Learner):

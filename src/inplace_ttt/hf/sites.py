@@ -90,7 +90,7 @@ class LayerSite:
 
     def fuses(self, module: Any) -> bool:
         """Tell if slow and fast product may be computed together."""
-        return module.fuses and self._outside() is None
+        return module.fuses and is_dense(module.weight) and self._outside() is None
 
     def _outside(self) -> nn.Module | None:
         """Return an adapter that scales or rotates the projection (DoRA, IA3, OFT); the fast weights' part bypasses it.

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..config import InPlaceTTTConfig
 from ..core import FastWeights
 from ..core.algebra import state_dtype
 from ..core.diagnostics import LayerDiagnostics, effective_rank, key_overlap, output_change, relative_norm, update_norm
 from ..hf.attach import inspect, runtime_of
+from ..hf.linear import dense_weight, is_dense
 
 SAMPLES = 256
 """Maximum number of samples in a timeline."""
@@ -22,7 +22,6 @@ PROBES, NOISE_PROBES = (4, 8, 16, 32), 64
 """``harm`` looks at the last 4, 8, 16 or 32 probes, and takes their noise from the last 64."""
 WORTH_SAYING = 0.005
 """nats per token."""
-_DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 # -- one measurement ---------------------------------------------------------------------------------------------------
@@ -84,12 +83,9 @@ def _measure_layer(
 
 
 def _dense_weight(module: Any, shape: tuple[int, int]) -> Tensor | None:
-    """Return w0 [D, F]; None where it is quantised."""
-    weight = module.weight.detach()
-    if weight.dtype not in _DENSE:
-        return None
-    weight = weight.mT if isinstance(module, Conv1D) else weight
-    return weight if tuple(weight.shape) == shape else None
+    """Return W0 [D, F]; None where it is quantised."""
+    weight = dense_weight(module).detach() if is_dense(module.weight) else None
+    return None if weight is None or tuple(weight.shape) != shape else weight
 
 
 def _clip(config: InPlaceTTTConfig, weight: Tensor | None) -> float | None:
