@@ -78,6 +78,34 @@ def test_dynamically_quantised_projections_are_refused_at_once():
     assert not ittt.is_attached(quantised)
 
 
+class Packed(torch.Tensor):
+    """A weight as torchao has them: of a floating dtype, but only a linear layer and ``dequantize`` can use it."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is linear:
+            x, weight, *bias = args
+            return linear(x, weight.dequantize(), *bias, **(kwargs or {}))
+        if func in (torch.Tensor.to, torch.Tensor.flatten, torch.linalg.vector_norm, torch.Tensor.float):
+            raise NotImplementedError(f"unimplemented operator {func}")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    def dequantize(self):
+        return torch.Tensor._make_subclass(torch.Tensor, self)
+
+
+@pytest.mark.parametrize("settings", [{}, {"rule_options": {"soft_cap": 0.1}}])
+def test_packed_weights_of_a_floating_dtype(settings, tmp_path):
+    want, model = adapted("llama", **settings), adapted("llama", **settings)
+    for layer in model.model.layers:
+        weight = layer.mlp.down_proj.weight.detach()
+        layer.mlp.down_proj.weight = torch.nn.Parameter(weight.as_subclass(Packed), requires_grad=False)
+        assert type(layer.mlp.down_proj.weight) is Packed
+    assert_close(logits(model, IDS), logits(want, IDS), atol=1e-12, rtol=0)
+    ittt.save_pretrained(model, tmp_path, adapter_only=True)
+    assert any(tmp_path.iterdir())
+
+
 # -- rows too short to complete a chunk --------------------------------------------------------------------------------
 
 

@@ -47,6 +47,7 @@ from .directory import (
     write_config,
 )
 from .hub_files import FETCHING, UPLOADING, fetch, take, upload
+from .linear import is_dense
 from .names import BaseModel, base_of, rename_loaded
 from .nested import auto_class
 from .release import is_release, load_release
@@ -83,7 +84,7 @@ def fingerprint(model: nn.Module) -> dict[str, list[float]]:
     samples = {}
     for site in runtime_of(model).sites:
         weight = whole(site.projection().weight)
-        if weight.is_floating_point() and weight.device.type != "meta":
+        if is_dense(weight) and not weight.is_meta:
             flat = weight.flatten()
             samples[str(site.index)] = flat[:: max(flat.numel() // SAMPLES, 1)][:SAMPLES].float().cpu().tolist()
     return samples
