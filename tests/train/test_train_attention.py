@@ -116,6 +116,44 @@ def test_model_with_varlen_equals_sdpa(
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.999
 
 
+@torch.library.custom_op("inplace_ttt_tests::varlen", mutates_args=())
+def opaque_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float, left: int) -> Tensor:
+    """The reference as one operator, as PyTorch's own is."""
+    return reference_varlen(q, k, v, bounds, bounds, len(q), len(q), scale=scale, window_size=(left, 0))
+
+
+@opaque_varlen.register_fake
+def _(q: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(q)
+
+
+@pytest.mark.xdist_group("compile")
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("window", [8, None])
+def test_compiled_model_with_varlen_is_one_graph(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    """Rows with other documents in them run the same graph: nothing is compiled again, no bounds are remembered."""
+    model = tiny_model(window)
+    model.set_attn_implementation(VARLEN)
+    ids, graphs = torch.randint(50, (2, T)), []
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *_: Any, scale: float, window_size: Any) -> Tensor:
+        result: Tensor = opaque_varlen(q, k, v, bounds, scale, window_size[0])
+        return result
+
+    monkeypatch.setattr(attention, "_varlen", varlen)
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for rows in (((T,), (T,)), ((20, 28), (T,)), ((1, 30, 17), (9, 9, 30))):
+            inputs = {"input_ids": ids, "position_ids": packed_positions(*rows), "use_cache": False}
+            assert torch.allclose(compiled(**inputs).logits, model(**inputs).logits, atol=0.02), rows
+    assert len(graphs) == 1
+
+
 @pytest.mark.usefixtures("on_cpu")
 def test_varlen_model_reads_with_a_cache_and_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where flash attention cannot be used, the mask is there: pieces, padding and float32 equal sdpa."""

@@ -7,7 +7,6 @@ embeddings return queries and keys in float32 beside half-precision values; both
 first (flex_attention would otherwise fail, or run in float32, depending on the version of PyTorch).
 """
 
-import inspect
 import weakref
 from typing import Any
 
@@ -30,14 +29,13 @@ def register() -> None:
     AttentionMaskInterface.register(FLEX, flex_attention_mask)
 
 
-def choose_attention(wanted: str, device: torch.device, compiled: bool = False) -> str:
+def choose_attention(wanted: str, device: torch.device) -> str:
     """Return transformers' name for a recipe's ``attn_implementation``; ``auto``: the fastest that works here."""
     register()
     if wanted == "auto":
         if device.type != "cuda":
             return "sdpa"
-        # Compiled models: varlen's document bounds break the graph in every layer, flex_attention's mask does not.
-        return VARLEN if not compiled and varlen_works(device) else FLEX
+        return VARLEN if varlen_works(device) else FLEX
     return {"varlen": VARLEN, "flex_attention": FLEX}.get(wanted, wanted)
 
 
@@ -102,8 +100,14 @@ def varlen_attention(
     for name in ("dropout", "softcap", "s_aux", "position_bias"):
         if isinstance(rest.get(name), Tensor) or rest.get(name):
             raise NotImplementedError(f"varlen attention has no {name}: choose attn_implementation: flex_attention")
-    bounds = document_bounds(position_ids, B, T, query.device)
-    if bounds.numel() == B + 1 and (sliding_window is None or sliding_window >= T):
+    is_compiling = torch.compiler.is_compiling()
+    if position_ids is not None and is_compiling:
+        bounds = _bounds_in_graph(position_ids, B, T)
+    else:
+        bounds = document_bounds(position_ids, B, T, query.device)
+    # Compiled code cannot choose by the number of documents.
+    is_whole = position_ids is None or (not is_compiling and bounds.numel() == B + 1)
+    if is_whole and (sliding_window is None or sliding_window >= T):
         # Whole rows: PyTorch's kernel for them is about twice as fast on Hopper.
         query, key, value = (x.to(dtype) for x in (query, key, value))
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **rest)
@@ -148,14 +152,24 @@ def document_bounds(position_ids: Tensor | None, rows: int, tokens: int, device:
     return bounds
 
 
+@torch.library.custom_op("inplace_ttt::document_bounds", mutates_args=())
+def _bounds_in_graph(position_ids: Tensor, rows: int, tokens: int) -> Tensor:
+    """Call `document_bounds` as one operator, whose result's length no graph is specialised on."""
+    return document_bounds(position_ids, rows, tokens, position_ids.device)
+
+
+@_bounds_in_graph.register_fake
+def _(position_ids: Tensor, rows: int, tokens: int) -> Tensor:
+    size = torch.library.get_ctx().new_dynamic_size(min=2)
+    return position_ids.new_empty(size, dtype=torch.int32)
+
+
 _last_bounds: dict[str, tuple[Any, int, int, Tensor]] = {}
 
 
 def _varlen(*tensors: Any, **settings: Any) -> Tensor:
     from torch.nn.attention import varlen
 
-    if "window_size" not in inspect.signature(varlen.varlen_attn).parameters:
-        raise NotImplementedError("this version of PyTorch has no windows in varlen_attn")
     out = varlen.varlen_attn(*tensors, **settings)
     assert isinstance(out, Tensor)
     return out

@@ -221,7 +221,7 @@ def build_trainer(
             shared = {"kind": PlacedArguments, "per_device_train_batch_size": own, "bf16": False}
     arguments = training_arguments(recipe, checkpoints, **shared)
     torch.set_float32_matmul_precision("high")
-    attention = choose_attention(recipe.attn_implementation, arguments.device, recipe.compile)
+    attention = choose_attention(recipe.attn_implementation, arguments.device)
     build = partial(build_model, recipe, prepared.tokenizer, attention)
     model: Any = build() if rank is None else rank.build(build)
     rows = _rows(recipe, prepared)

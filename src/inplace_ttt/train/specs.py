@@ -167,6 +167,7 @@ class Recipe:
     precision: Literal["bf16", "fp32"] = "fp32"
     attn_implementation: Literal["auto", "varlen", "flex_attention", "sdpa", "eager"] = "auto"
     compile: bool = False
+    liger: bool = False
     align_documents: bool = False
     cut_multiple: int | None = None
     parallel: ParallelSpec | None = None

@@ -51,6 +51,9 @@ def training_arguments(
         bf16=recipe.precision == "bf16",
         average_tokens_across_devices=False,
         torch_compile=recipe.compile,
+        use_liger_kernel=recipe.liger,
+        # The loss is computed in pieces, see `inplace_ttt.train.loss`.
+        liger_kernel_config={"cross_entropy": False, "fused_linear_cross_entropy": False} if recipe.liger else None,
         logging_steps=recipe.log_every,
         logging_nan_inf_filter=False,  # it would synchronise in every step; the log's own check stops the run
         eval_strategy="steps" if recipe.eval_every else "no",
