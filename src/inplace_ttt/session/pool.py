@@ -162,8 +162,8 @@ class Writer:
 
     After each step of ``Writers`` that names it: ``piece`` is the text (without a tokenizer: the ids) that is new,
     "" for none; ``finished`` is None, "stop" (end of text, or a stop string), "length", or "error" with ``error``;
-    ``ids`` are all tokens written and read so far; ``logits`` [V] are those from which ``token``, which is read in
-    the next step, was chosen.
+    ``ids`` are all tokens written and read so far; ``logits`` [V], on the model's device, are those from which
+    ``token``, which is read in the next step, was chosen.
     """
 
     def __init__(
@@ -182,12 +182,14 @@ class Writer:
         self.error: Exception | None = None
         self._held: Any = None
 
-    def _choose(self, logits: Tensor) -> None:
-        """Emit the text of the last token; sample the next one from logits [V], or finish."""
+    def _choose(self, token: int | None) -> None:
+        """Emit the text of the last token; take the next one (None: sample it), or finish."""
         self.piece = self._show()
         if self.stops.found or self.left == 0:
             return self._finish("stop" if self.stops.found else "length")
-        self.logits, self.token = logits, self.sampler(self.session._stream.recent, logits)
+        stream = self.session._stream
+        assert stream.logits is not None
+        self.logits, self.token = stream.logits, self.sampler(stream.recent, stream.logits) if token is None else token
         return self._finish("stop") if self.token in self.ends else None
 
     def _show(self) -> Any:
@@ -275,10 +277,10 @@ class Writers:
         for writer in ready:
             writer._was_read()
         stepped = list(self.active)
-        for writer, logits in zip(stepped, self._logits(stepped), strict=True):
+        for writer, token in zip(stepped, self._most_likely(stepped), strict=True):
             try:
                 if writer.error is None:
-                    writer._choose(logits)
+                    writer._choose(token)
             except UserError as error:
                 writer.error = error
             if writer.error:
@@ -291,12 +293,19 @@ class Writers:
                 self._release(writer)
         return stepped
 
-    def _logits(self, writers: list[Writer]) -> list[Tensor]:
-        """Return each session's next-token logits, [V] on the CPU: one transfer for all of them."""
-        found = [w.session._stream.logits for w in writers]
-        if not found or self._reader.device.type == "cpu":
-            return found  # type: ignore[return-value]
-        return list(torch.stack(found).cpu())  # type: ignore[arg-type]
+    def _most_likely(self, writers: list[Writer]) -> list[int | None]:
+        """Return the most likely tokens where that is all a sampler asks for: one short transfer for all sessions.
+
+        None for the others, and where a prediction is not a number.
+        """
+        wanted = [w.sampler.is_greedy for w in writers]
+        if not any(wanted):
+            return [None] * len(writers)
+        logits: Any = torch.stack([w.session._stream.logits for w in writers])  # type: ignore[misc]
+        highest = logits.argmax(-1)
+        is_number = ~logits.gather(-1, highest[:, None])[:, 0].isnan()  # the largest of numbers with a nan is nan
+        found = zip(highest.where(is_number, -1).tolist(), wanted, strict=True)
+        return [token if is_greedy and token >= 0 else None for token, is_greedy in found]
 
     def close(self) -> None:
         """Let all writers leave."""

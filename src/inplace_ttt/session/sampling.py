@@ -70,6 +70,11 @@ class Sampler:
         else:
             self.generator.manual_seed(settings.seed)
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it always takes the most likely token."""
+        return self.settings.temperature == 0 and not self.processors
+
     def __call__(self, recent: Sequence[int], logits: Tensor) -> int:
         """Return the next token after the ids ``recent`` (for the repetition penalty), from logits [V]."""
         if logits.isnan().any():
