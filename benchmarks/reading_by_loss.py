@@ -112,8 +112,9 @@ def rows(texts: list[str], tokenizer: Any, tokens: int, join: bool = False) -> T
 
 
 @torch.no_grad()
-def read(model: Any, ids: Tensor, cache: Any = None, learn: bool = True) -> tuple[Tensor, Any]:
-    """Losses [documents, tokens - 1] on the CPU, and the cache."""
+def read(model: Any, ids: Tensor, cache: Any = None, learn: bool = True, seconds: float = 1e9) -> tuple[Tensor, Any]:
+    """Losses [documents, tokens - 1] on the CPU, and the cache; of fewer tokens where the ``seconds`` are over."""
+    begin = time.perf_counter()
     losses, cache = [], DynamicCache(config=model.config) if cache is None else cache
     runtime = runtime_of(model) if ittt.is_attached(model) else None
     last = None
@@ -133,6 +134,8 @@ def read(model: Any, ids: Tensor, cache: Any = None, learn: bool = True) -> tupl
             torch.stack([nn.functional.cross_entropy(x.float(), y, reduction="none") for x, y in pairs]).cpu()
         )
         last = out.logits[:, -1:]
+        if time.perf_counter() - begin > seconds:
+            break
     return torch.cat(losses, 1), cache
 
 
@@ -184,8 +187,13 @@ def settings_of(job: dict[str, Any]) -> dict[str, Any]:
     return {name: getattr(config, name) for name in kept} | job
 
 
-def measure(model: Any, data: dict[str, Tensor], off: dict[str, Tensor], job: dict[str, Any]) -> dict[str, Any]:
-    """One setting, all domains. Objective "learned": a model that has fast weights already, as it is."""
+def measure(
+    model: Any, data: dict[str, Tensor], off: dict[str, Tensor], job: dict[str, Any], seconds: float = 1e9
+) -> dict[str, Any]:
+    """One setting, all domains, each read for so many ``seconds`` at most.
+
+    Objective "learned": a model that has fast weights already, as it is.
+    """
     settings = {k: v for k, v in job.items() if k not in ("name", "own", "other")}
     if job.get("objective") != "learned":
         if ittt.is_attached(model):
@@ -196,8 +204,8 @@ def measure(model: Any, data: dict[str, Tensor], off: dict[str, Tensor], job: di
     found: dict[str, Any] = {}
     for domain, ids in data.items():
         start = time.perf_counter()
-        on, cache = read(model, ids)
-        row = figures(on, off[domain])
+        on, cache = read(model, ids, seconds=seconds)
+        row = {"tokens_read": on.shape[1] + 1} | figures(on, off[domain][:, : on.shape[1]])
         row["seconds"] = time.perf_counter() - start
         if job.get("other"):
             row["other_domains"] = dict(others(model, cache, domain, data))
@@ -238,6 +246,7 @@ def main() -> None:
     parser.add_argument("--texts", default="books,code", help="domains, separated by commas")
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="a text as another domain")
     parser.add_argument("--join", action="store_true", help="read the texts of a domain one after another")
+    parser.add_argument("--seconds-of-text", type=float, default=1e9, help="at most, for each domain's texts")
     parser.add_argument("--weights", choices=("trained", "random"), default="trained")
     arguments = parser.parse_args()
     begin, device = time.perf_counter(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -262,7 +271,7 @@ def main() -> None:
     print({k: (tuple(v.shape), round(float(off[k].mean()), 4)) for k, v in data.items()}, flush=True)
     for job in jobs_of(arguments, begin):
         try:
-            found = measure(model, data, off, job)
+            found = measure(model, data, off, job, arguments.seconds_of_text)
         except UserError as error:
             print(f"{job['name']}: {error}", flush=True)
             continue

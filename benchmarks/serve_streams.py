@@ -10,6 +10,7 @@ about four minutes; the record is written after every row. ``--shapes tiny`` tri
 """
 
 import argparse
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -114,6 +115,7 @@ def measure(
                 yield _simple(shape, "no fast weights", n, tokens, n * tokens / seconds, peak)
             del twin
         del model, pool
+        gc.collect()  # models and their hooks refer to each other
         if device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
+import fsspec
 import httpx2 as httpx
 import pytest
 import torch
@@ -204,11 +205,30 @@ def test_export_as_lora(start, tmp_path):
     PeftModel.from_pretrained(base, found["path"])
 
 
-@pytest.fixture(params=["directory", "memory", "precondition"])
+@pytest.fixture(scope="module")
+def s3():
+    """The URL of a bucket on a server that speaks S3's protocol."""
+    pytest.importorskip("s3fs", reason="S3: pip install s3fs 'moto[s3,server]'")
+    moto = pytest.importorskip("moto.server", reason="S3: pip install s3fs 'moto[s3,server]'")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        fsspec.filesystem("s3").mkdir("bucket")
+        yield "s3://bucket"
+    server.stop()
+
+
+@pytest.fixture(params=["directory", "memory", "precondition", "s3"])
 def files(request, tmp_path, monkeypatch):
-    """A directory, an object store, and one that says "precondition failed" as S3 does."""
+    """A directory, an object store, one that says "precondition failed" as S3 does, and S3's protocol itself."""
     if request.param == "directory":
         return open_files(tmp_path)
+    if request.param == "s3":
+        return open_files(f"{request.getfixturevalue('s3')}/{tmp_path.name}")
     found = open_files(f"memory://{tmp_path.name}")
     if request.param == "precondition":
         own = found.system.pipe_file
@@ -280,9 +300,11 @@ def test_of_two_who_create_one_succeeds(files):
     assert files.read("folder/blob") == b"0"
 
 
-def test_sessions_in_an_object_store(start, tmp_path):
+@pytest.mark.parametrize("store", ["memory", "s3"])
+def test_sessions_in_an_object_store(request, start, tmp_path, store):
     """Two servers on one, restarts, states and the journal."""
-    want, place = session(), f"memory://{tmp_path.name}"
+    place = f"{request.getfixturevalue('s3') if store == 's3' else 'memory:/'}/{tmp_path.name}"
+    want = session()
     first, second = start(place), start(place)
     first.http().post("/v1/sessions", json={"id": "s"})
     for server, text in ((first, TEXT[:50]), (second, TEXT[50:90]), (first, TEXT[90:130])):

@@ -132,6 +132,10 @@ LEARNS = {"ttt": {"layers": "0::1", "chunk_size": 16}}
             {"teach": 1, "teach_alone": True, "ttt": {"objective_options": {"gates": True}}},
             "teach_alone: teaching turns values and does not size them, so gates",
         ),
+        (
+            {"liger": True, "parallel": {"context": 2}, "align_documents": True},
+            "liger: not supported together with parallel",
+        ),
         ({"teach": 1, "compile": True}, "teach: not supported together with compile"),
         (
             {"teach": 1, "parallel": {"context": 2}, "align_documents": True},

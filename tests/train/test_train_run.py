@@ -1,6 +1,7 @@
 """Whole runs of a tiny model on the CPU: they learn, resume exactly, and leave everything behind."""
 
 import io
+import importlib.util
 import json
 import math
 import re
@@ -378,6 +379,17 @@ def test_attention_that_a_cpu_cannot_train_is_refused(values: dict[str, Any], mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="attn_implementation: flex_attention trains on CUDA devices only"):
         train(values | {"attn_implementation": "flex_attention"})
+
+
+def test_liger_needs_a_gpu_and_its_package(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="liger: its kernels run on CUDA devices only"):
+        train(values | {"liger": True})
+    find = importlib.util.find_spec
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "liger_kernel" else find(name))
+    with pytest.raises(UserError, match="liger: needs a package, pip install liger-kernel"):
+        train(values | {"liger": True})
 
 
 def test_torchrun_is_refused(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

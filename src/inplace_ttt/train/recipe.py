@@ -325,8 +325,9 @@ def _check_learning(recipe: Recipe, config: InPlaceTTTConfig) -> None:
 
 
 def _check_parallel(recipe: Recipe, spec: ParallelSpec, config: InPlaceTTTConfig | None) -> None:
-    if recipe.compile:
-        raise RecipeError("compile: not supported together with parallel, leave it out")
+    for name in ("compile", "liger"):
+        if getattr(recipe, name):
+            raise RecipeError(f"{name}: not supported together with parallel, leave it out")
     if recipe.batch_size % (readers := spec.data * spec.shard):
         raise RecipeError(
             f"batch_size: {recipe.batch_size} rows cannot be dealt to {readers} processes (parallel.data x "

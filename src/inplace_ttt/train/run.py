@@ -149,6 +149,10 @@ def _check_machine(recipe: Recipe) -> None:
         raise UserError("training needs accelerate: pip install accelerate")
     if recipe.attn_implementation == "flex_attention" and not torch.cuda.is_available():
         raise UserError("attn_implementation: flex_attention trains on CUDA devices only, leave it out (auto)")
+    if recipe.liger and not torch.cuda.is_available():
+        raise UserError("liger: its kernels run on CUDA devices only, leave it out")
+    if recipe.liger and importlib.util.find_spec("liger_kernel") is None:
+        raise UserError("liger: needs a package, pip install liger-kernel, or leave it out")
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and recipe.parallel is None:
         raise UserError(
