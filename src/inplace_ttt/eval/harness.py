@@ -10,12 +10,11 @@ Every request is read from an empty cache, so the fast weights start at zero and
 
 import copy
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -104,36 +103,27 @@ class InPlaceTTTLM(HFLM):  # type: ignore[misc]
             **arguments,
         )
 
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Apply this object's settings inside ``with``; a model that was passed in gets its own back."""
+    def _reading(self) -> AbstractContextManager[Any]:
+        """Return a context with this object's settings; a model that was passed in gets its own back after it."""
         if self._settings is None:
-            yield
-            return
+            return nullcontext()
         if not self.updates:
-            with updates_off(self.model):
-                yield
-            return
-        runtime = runtime_of(self.model)
-        with runtime.override(enabled=True, config=self._settings, form="dense"):
-            yield
+            return updates_off(self.model)
+        return runtime_of(self.model).override(enabled=True, config=self._settings, form="dense")
 
     def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
         """Return logits of rows that may be padded at their end: no real token sees what follows it."""
         with torch.no_grad(), self._reading():
-            logits: Tensor = self.model(input_ids=inps, use_cache=False).logits
-        return logits
+            return self.model(input_ids=inps, use_cache=False).logits
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **keywords: Any) -> Tensor:
         with torch.no_grad(), self._reading():
-            ids: Tensor = super()._model_generate(context, max_length, stop, **keywords)
-        return ids
+            return super()._model_generate(context, max_length, stop, **keywords)
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **keywords: Any) -> list[tuple[float, bool]]:
         longest = max((len(context) + len(continuation) for _, context, continuation in requests), default=0)
         self._check_length(longest - 1, 0)
-        scores: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *args, **keywords)
-        return scores
+        return super()._loglikelihood_tokens(requests, *args, **keywords)
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
         room = keywords.pop("left_truncate_len", None)
@@ -147,8 +137,7 @@ class InPlaceTTTLM(HFLM):  # type: ignore[misc]
             text, keywords = request.args
             new = normalize_gen_kwargs(keywords, self.max_gen_toks)["max_gen_toks"]
             self.tok_batch_encode([text], left_truncate_len=self.max_length - new)
-        texts: list[str] = super().generate_until(requests, disable_tqdm)
-        return texts
+        return super().generate_until(requests, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of whole texts, read in pieces through a cache.
@@ -264,12 +253,11 @@ def run(
     found: dict[tuple[Any, ...], dict[str, tuple[float, float]]] = {}
     prompts: dict[tuple[str, int | None, int], str] = {}
     try:
-        with TemporaryDirectory() as directory:
-            lm.tokenizer.save_pretrained(directory)
-            loaded = load_tasks(tasks, directory, lengths, include_path, texts=limit, seed=seed)
+        loaded = load_tasks(tasks, lm.tokenizer, lengths, include_path, texts=limit, seed=seed)
         for (task, length, parts), setting in product(loaded, updates):
             lm.updates = setting == "on"
-            for part, name in ((part, part.task_name) for part in parts):
+            for part in parts:
+                name = part.task_name
                 for sample, values in evaluate(lm, part, range(len(part.eval_docs))[:limit], length, num_fewshot, seed):
                     number, prompt = int(sample["doc_id"]), sample["prompt_hash"]
                     if prompts.setdefault((name, length, number), prompt) != prompt:

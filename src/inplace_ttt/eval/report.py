@@ -12,12 +12,10 @@ import numpy as np
 from ..records import about, write_json
 from .paired import ENOUGH
 from .runner import read_seconds
-from .suites import Record, Tables, harness, mqar, needle, nll, read_then_ask, state, theory
+from .suites import SUITES, Record, Tables, module_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-SUITES: Sequence[Any] = (nll, needle, mqar, read_then_ask, harness, theory, state)
 
 PAGE = """\
 <!doctype html><html lang=en><head><meta charset=utf-8><title>{{ title }}</title><style>
@@ -61,18 +59,22 @@ def write(
 
 def tables(records: Sequence[Record]) -> Tables:
     """Return all tables that the records allow, by name."""
-    return {name: rows for suite in SUITES for name, rows in suite.tables(records).items()}
+    return {name: rows for suite in SUITES for name, rows in module_of(suite).tables(records).items() if rows}
 
 
 def verdicts(found: Tables) -> list[str]:
     """Return sentences: do the updates help, where, and if not, what to try."""
-    return [line for suite in SUITES if hasattr(suite, "verdicts") for line in suite.verdicts(found)]
+    return [line for suite in _with("verdicts") for line in suite.verdicts(found)]
 
 
 def pictures(found: Tables, plan: Mapping[str, Any]) -> dict[str, "Figure"]:
     """Return figures by file name, those that the tables allow."""
-    drawn = [suite.figures(found, plan) for suite in SUITES if hasattr(suite, "figures")]
-    return {name: figure for figures in drawn for name, figure in figures.items()}
+    return {name: figure for suite in _with("figures") for name, figure in suite.figures(found, plan).items()}
+
+
+def _with(function: str) -> list[Any]:
+    """Return the modules of the suites that have this function."""
+    return [module for module in map(module_of, SUITES) if hasattr(module, function)]
 
 
 def _finite(value: Any) -> Any:

@@ -18,7 +18,7 @@ from ...hf.attach import unwrap
 from ...hf.cache import cache_name
 from .. import plots
 from ..nll import doubling, evaluating, input_device, new_cache
-from ..paired import against_off, by_group, interval, means
+from ..paired import against_off, by_group, points, tables_of
 from . import Record, Tables, Unit
 from .needle import rank_of_first
 from .nll import PIECE, piece_size
@@ -113,27 +113,20 @@ class RecallSuite:
 # -- what people read --------------------------------------------------------------------------------------------------
 
 
-def from_options(options: Any, texts: Sequence[Document], tokenizer: Any) -> RecallSuite:
+def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model: nn.Module) -> RecallSuite:
     """Build the suite of the command line."""
     return RecallSuite(tokenizer, texts, options.lengths or None, trials=options.trials)
 
 
 def tables(records: Sequence[Record]) -> Tables:
     """Return the share of right answers by number of pairs, and by length."""
-    mine = [r for r in records if r["suite"] == "mqar"]
-    names = {"recall": ("pairs",), "recall by length": ("pairs", "length")}
-    return {name: means(mine, keys, "correct") for name, keys in names.items()} if mine else {}
+    names = {"recall": ["pairs"], "recall by length": ["pairs", "length"]}
+    return tables_of("mqar", records, names, "correct")
 
 
 def verdicts(found: Tables) -> list[str]:
     """Say how many answers are right with updates, and what that is more than without."""
-    lines = []
-    for row in against_off(found.get("recall", [])):
-        gap, low, high = (100 * row[f"difference{end}"] for end in ("", "_low", "_high"))
-        said = interval(low, high, "+.0f", row["documents"])
-        right = f"{row['value']:.0%} right with updates"
-        lines.append(f"Recall, {row['pairs']} pairs: {right}, {gap:+.0f} points ({said}).")
-    return lines
+    return [f"Recall, {row['pairs']} pairs: {points(row)}." for row in against_off(found.get("recall", []))]
 
 
 def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:

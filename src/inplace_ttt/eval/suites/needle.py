@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 from ...errors import UserError
 from .. import plots
 from ..nll import doubling, evaluating, feed, new_cache
-from ..paired import against_off, interval, means
+from ..paired import against_off, points, tables_of
 from . import Record, Tables, Unit
 from .nll import PIECE, piece_size
 from .texts import Document, tokenize, words
@@ -221,7 +221,7 @@ def rank_of_first(scores: np.ndarray) -> int:
 # -- what people read --------------------------------------------------------------------------------------------------
 
 
-def from_options(options: Any, texts: Sequence[Document], tokenizer: Any) -> NeedleSuite:
+def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model: nn.Module) -> NeedleSuite:
     """Build the suite of the command line."""
     lengths = options.lengths or (1024, 2048, 4096)
     return NeedleSuite(tokenizer, texts, lengths, options.depths, options.kinds, options.trials)
@@ -229,19 +229,14 @@ def from_options(options: Any, texts: Sequence[Document], tokenizer: Any) -> Nee
 
 def tables(records: Sequence[Record]) -> Tables:
     """Return the share of right answers by kind, length and depth."""
-    mine, keys = [r for r in records if r["suite"] == "needle"], ("kind", "length", "depth")
-    names = {"needle": 1, "needle by length": 2, "needle by length and depth": 3}
-    return {name: means(mine, keys[:n], "correct") for name, n in names.items()} if mine else {}
+    keys = ("kind", "length", "depth")
+    names = {"needle": keys[:1], "needle by length": keys[:2], "needle by length and depth": keys}
+    return tables_of("needle", records, names, "correct")
 
 
 def verdicts(found: Tables) -> list[str]:
     """Say how many answers are right with updates, and what that is more than without."""
-    lines = []
-    for row in against_off(found.get("needle", [])):
-        gap, low, high = (100 * row[f"difference{end}"] for end in ("", "_low", "_high"))
-        said = interval(low, high, "+.0f", row["documents"])
-        lines.append(f"Needle, {row['kind']}: {row['value']:.0%} right with updates, {gap:+.0f} points ({said}).")
-    return lines
+    return [f"Needle, {row['kind']}: {points(row)}." for row in against_off(found.get("needle", []))]
 
 
 def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch import nn
 from ...errors import UserError
 from ...session import Session
 from .. import plots
-from ..paired import means
+from ..paired import tables_of
 from . import Record, Tables, Unit
 from .texts import Document, stretches, words
 
@@ -191,15 +191,14 @@ LABELS = {"none": "not read", "memory": "read, then dropped", "context": "read, 
 COLOURS = dict(zip(LABELS.values(), ("#94a3b8", "#c2410c", "#0c4a6e"), strict=True))
 
 
-def from_options(options: Any, texts: Sequence[Document], tokenizer: Any) -> MemorySuite:
+def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model: nn.Module) -> MemorySuite:
     """Build the suite of the command line."""
     return MemorySuite(tokenizer, texts, trials=options.trials)
 
 
 def tables(records: Sequence[Record]) -> Tables:
     """Return the share of names that are preferred."""
-    mine = [r for r in records if r["suite"] == "read-then-ask"]
-    return {"read, then ask": means(mine, ["distance", "mentions", "condition"], "correct")} if mine else {}
+    return tables_of("read-then-ask", records, {"read, then ask": ["distance", "mentions", "condition"]}, "correct")
 
 
 def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def tables(records: Sequence[Record]) -> Tables:
     """Return each change of the logits by target."""
     mine = [r for r in records if r["suite"] == "theory"]
     rows = [{"change": name, **row} for name in CHANGES for row in means(mine, ["target"], name)]
-    return {"theory": rows} if rows else {}
+    return {"theory": rows}
 
 
 def verdicts(found: Tables) -> list[str]:
