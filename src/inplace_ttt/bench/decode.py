@@ -1,7 +1,7 @@
 """Decoding speed, eager and compiled into CUDA graphs, with and without fast weights."""
 
 from collections.abc import Callable
-from statistics import median
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..hf.cache import cache_name
 from ..hf.graph import DecodingGraph
 from .materialised import weighty_lr
 from .prefill import build, plain_twin
-from .timing import peak_bytes, seconds
+from .timing import interleaved, peak_bytes
 
 WORSE = 1.5
 """Limit of the difference between decoding and one pass, over the same difference without fast weights."""
@@ -60,14 +60,15 @@ def differs(decoding: Decoding, ids: Tensor, prompt: int) -> float:
 
 
 def measure(
-    shape: str, prompt: int, C: int, device: torch.device, dtype: torch.dtype,
+    shape: str, lengths: list[int], C: int, device: torch.device, dtype: torch.dtype,
     *, layers: str = "0::6", tokens: int | None = None, rounds: int = 3, log: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure the seconds a token of batch 1 behind ``prompt`` tokens; JSON-ready. A run in graphs writes a whole
+    """Measure the seconds a token of batch 1 behind a prompt of one length; JSON-ready. A run in graphs writes a whole
     chunk of tokens and so meets one update; reading is not timed.
 
     UserError where steps differ from one pass by more than ``WORSE`` times what they do without fast weights.
     """
+    (prompt,) = lengths
     model = build(shape, layers, C, None, device, dtype)
     plain, lr = plain_twin(model), runtime_of(model).config.lr
     many = tokens or C
@@ -92,7 +93,12 @@ def measure(
             wrong = f"steps differ from one pass by {errors['ours']:.2e}"
             raise UserError(f"results are wrong, so no timings are shown: {wrong}")
         set_lr(model, lr)
-        times, peaks = time_all(runs, text, device, rounds)
+        writing = {name: partial(decoding.write, n) for name, (decoding, n) in runs.items()}
+        times = interleaved(writing, device, rounds=rounds, warmup=1, before=lambda name: runs[name][0].read(text))
+        peaks = {}
+        for name, write in writing.items():
+            runs[name][0].read(text)
+            peaks[name] = peak_bytes(write, device)
     found = {name: whole / runs[name][1] for name, whole in times.items()}
     row = {
         "prompt": prompt,
@@ -105,24 +111,6 @@ def measure(
     }
     log(f"over the same graphs without TTT {row['graphs_over_no_ttt']:.3f}, {row['times_eager']:.2f} times eager")
     return {"shape": shape, "layers": layers, "chunk_size": C, "cache_length": length, "way": way, "results": [row]}
-
-
-def time_all(
-    runs: dict[str, tuple[Decoding, int]], prompt: Tensor, device: torch.device, rounds: int
-) -> tuple[dict[str, float], dict[str, int | None]]:
-    """Return median seconds and peak memory of writing, each round behind the same prompt; reading is not timed."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    peaks: dict[str, int | None] = {}
-    for n in range(-1, rounds + 1):  # the first is a warm-up, the last for memory
-        for name, (decoding, tokens) in runs.items():
-            decoding.read(prompt)
-            if n < 0:
-                decoding.write(tokens)
-            elif n < rounds:
-                found[name].append(seconds(lambda d=decoding, t=tokens: d.write(t), device))  # type: ignore[misc]
-            else:
-                peaks[name] = peak_bytes(lambda d=decoding, t=tokens: d.write(t), device)  # type: ignore[misc]
-    return {name: median(values) for name, values in found.items()}, peaks
 
 
 def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -9,9 +9,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from ..hf.attach import runtime_of
-from .materialised import checked, extra_products, three_ways
+from .materialised import checked, extra_products, timed
 from .prefill import SHAPES, build
-from .timing import interleaved, peak_bytes
 
 PIECE = 4096
 """Number of tokens whose logits are in memory."""
@@ -48,9 +47,7 @@ def measure(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        runs = three_ways(model, step)
-        times = interleaved(runs, device, rounds=rounds, warmup=1)
-        peaks = {name: peak_bytes(run, device) for name, run in runs.items()}
+        times, peaks = timed(model, step, device, rounds)
         pace = {name: T / seconds for name, seconds in times.items()}
         share = pace["ours"] / pace["no TTT"]
         least = extra_products(known, adapting, T, training=True) / found["rates"]["flops"]

@@ -2,6 +2,8 @@
 
 import json
 from enum import StrEnum
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,7 +73,7 @@ def bench(
     from rich.console import Console
     from rich.table import Table
 
-    from ..bench import decode, mlp, plots, prefill, stream, train
+    from ..bench import prefill
     from ..records import about, write_json
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -91,28 +93,16 @@ def bench(
     if subject in (Subject.mlp, Subject.decode) and len(lengths) > 1:
         raise UserError(f"--tokens: {subject} takes one length")
     log, console = Console(stderr=True), Console(highlight=False)
-
-    def say(line: str) -> None:
-        log.print(line, highlight=False)
-
+    options: dict[str, Any] = {"rounds": rounds, "window": window}
+    if subject == Subject.stream:
+        options = {"window": window or 1024}
+    elif subject != Subject.prefill:
+        del options["window"]
+    module = import_module(f"inplace_ttt.bench.{subject}")
     record: dict[str, Any] = {"subject": str(subject), **about(), "rounds": rounds}
-    C, where = sizes[0], (place, dtype)
-    if subject == Subject.mlp:
-        known = prefill.SHAPES[shape]
-        size = mlp.Shape(known["hidden_size"], known["intermediate_size"], lengths[0])
-        if any(size.tokens % C or size.tokens < 2 * C for C in sizes):
-            raise UserError(f"--tokens {size.tokens}: take a multiple, at least twofold, of every chunk size")
-        record |= mlp.measure(size, sizes, *where, rounds=rounds, log=say)
-    elif subject == Subject.prefill:
-        record |= prefill.measure(shape, lengths, C, *where, window=window, rounds=rounds, log=say)
-    elif subject == Subject.decode:
-        record |= decode.measure(shape, lengths[0], C, *where, rounds=rounds, log=say)
-    elif subject == Subject.train:
-        record |= train.measure(shape, lengths, C, *where, rounds=rounds, log=say)
-    else:
-        record |= stream.measure(shape, lengths, C, *where, window=window or 1024, log=say)
-    modules: dict[str, Any] = {"mlp": mlp, "prefill": prefill, "decode": decode, "train": train, "stream": stream}
-    columns, rows = modules[subject].table(record)
+    chunk = sizes if subject == Subject.mlp else sizes[0]
+    record |= module.measure(shape, lengths, chunk, place, dtype, **options, log=partial(log.print, highlight=False))
+    columns, rows = module.table(record)
     table = Table(title=f"{subject} on {record['hardware'].get('gpus', [record['hardware']['cpu']])[0]}")
     for name in columns:
         table.add_column(name, justify="right")
@@ -125,7 +115,7 @@ def bench(
     if out is not None:
         write_json(out, record)
     if plot is not None:
-        plots.prefill([record], plot)
+        prefill.draw([record], plot)
 
 
 def _numbers(option: str, text: str) -> list[int]:
