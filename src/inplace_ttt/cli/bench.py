@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from ..errors import UserError
+from .usage import Device
 
 
 class Subject(StrEnum):
@@ -47,20 +50,18 @@ def bench(
     ],
     tokens: Annotated[
         str | None,
-        typer.Option(help="Lengths, separated by commas (mlp: one; decode: the prompt's).", show_default=False),
+        typer.Option(help="Lengths, separated by commas (mlp: one; decode: the prompt's)."),
     ] = None,
-    chunks: Annotated[
-        str | None, typer.Option(help="Chunk sizes, separated by commas (only mlp: several).", show_default=False)
-    ] = None,
+    chunks: Annotated[str | None, typer.Option(help="Chunk sizes, separated by commas (only mlp: several).")] = None,
     shape: Annotated[
         str | None,
-        typer.Option(help="tiny, 0.6b or 4b (Qwen3's). Left out: 4b on a GPU, 0.6b to stream.", show_default=False),
+        typer.Option(help="tiny, 0.6b or 4b (Qwen3's). Left out: 4b on a GPU, 0.6b to stream."),
     ] = None,
     window: Annotated[
         int | None, typer.Option(help="prefill, stream: attention window; left out: full attention, 1024 to stream.")
     ] = None,
     rounds: Annotated[int, typer.Option(help="Interleaved runs; medians are printed.", min=1)] = 7,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda. Left out: the GPU if there is one.")] = None,
+    device: Device = None,
     out: Annotated[Path | None, typer.Option(help="Also write the record to this JSON file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of the table.")] = False,
     plot: Annotated[Path | None, typer.Option(help="prefill: also draw throughput and memory to this file.")] = None,
@@ -70,8 +71,6 @@ def bench(
     What the block and the decoding steps compute is checked first; no speed is printed of wrong results.
     """
     import torch
-    from rich.console import Console
-    from rich.table import Table
 
     from ..bench import prefill
     from ..records import about, write_json

@@ -11,12 +11,13 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from rich.console import Console
 
 from ..errors import UserError
 from ..eval.suites import SUITES, WITHOUT_TEXT, module_of
 from ..hub import check_model
 from ..shipped import DEFAULT_MODEL
-from .usage import PlainObjective, PlainWindow, quiet_libraries, tell
+from .usage import Device, PlainObjective, PlainWindow, quiet_libraries, tell
 
 if TYPE_CHECKING:
     from ..eval.runner import Variant
@@ -27,10 +28,8 @@ ONLY_TEXT = tuple(name for name in SUITES if name not in WITHOUT_TEXT)
 
 
 def evaluate(
-    model: Annotated[
-        str | None, typer.Argument(help="Directory or hub id. Left out: the shipped model.", show_default=False)
-    ] = None,
-    named: Annotated[str | None, typer.Option("--model", help="The same, as an option.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Argument(help="Directory or hub id. Left out: the shipped model.")] = None,
+    named: Annotated[str | None, typer.Option("--model", help="The same, as an option.")] = None,
     objective: PlainObjective = None,
     window: PlainWindow = None,
     data: Annotated[
@@ -51,7 +50,7 @@ def evaluate(
     windows: Annotated[int, typer.Option(help="nll: windows of a document, at most.", min=0)] = 1,
     documents: Annotated[int | None, typer.Option(help="Documents, at most (those long enough first).", min=1)] = None,
     lengths: Annotated[
-        str | None, typer.Option(help="needle, mqar, ruler: lengths in tokens, such as 4096,8192.", show_default=False)
+        str | None, typer.Option(help="needle, mqar, ruler: lengths in tokens, such as 4096,8192.")
     ] = None,
     kinds: Annotated[str, typer.Option(help="needle: kinds of needles.")] = "single,multi-key,multi-value,multi-query",
     depths: Annotated[
@@ -81,11 +80,9 @@ def evaluate(
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Also read with each adapting layer switched off.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Throw an earlier run in --out away.")] = False,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda. Left out: the GPU if there is one.")] = None,
+    device: Device = None,
 ) -> None:
     """Measure whether adapting helps: updates on and off on the same text, with intervals and pictures."""
-    from rich.console import Console
-
     if model is not None and named is not None:
         raise UserError(f"--model {named}: the model is {model} already, name it once")
     options = SimpleNamespace(

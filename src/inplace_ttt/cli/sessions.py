@@ -9,10 +9,9 @@ import typer
 from ..errors import UserError
 from ..hub import check_model
 from ..shipped import SHIPPED
-from .usage import quiet_libraries
+from .usage import quiet_libraries, size
 
 Model = Annotated[str | None, typer.Option(help="Path or hub id. Default: its own, or shipped.")]
-Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda. Default: the GPU, if any.")]
 Window = Annotated[int | None, typer.Option(help="New session: tokens attention keeps.", min=1)]
 Sinks = Annotated[int | None, typer.Option(help="New session: first tokens kept, too.", min=0)]
 Decay = Annotated[float | None, typer.Option(help="New session: share forgotten per update.")]
@@ -141,3 +140,32 @@ def parse_state(text: str) -> str | int:
     if text.isdecimal() and int(text) >= 1:
         return int(text)
     raise UserError(f"--state {text}: dense, auto, or a rank (1 or more)")
+
+
+# -- what people read --------------------------------------------------------------------------------------------------
+
+
+def nothing_learned(session: Any) -> str | None:
+    """Say why a session has learned nothing so far; None where it has."""
+    from ..hf.attach import UNTRAINED
+
+    stats = session.stats()
+    if stats.warning == UNTRAINED:
+        return UNTRAINED
+    every = f"0 updates so far, one comes after every {stats.settings['chunk_size']:,} tokens"
+    return None if stats.updates else f"nothing was learned yet: {every}"
+
+
+def stats_lines(session: Any) -> list[str]:
+    """Describe how much a session has read and learned, for a person."""
+    s = session.stats()
+    kept = ", ".join(f"{name} {value}" for name, value in s.settings.items() if value not in (None, False))
+    wrote = f", {s.written:,} of them written by the model" if s.written else ""
+    lines = [
+        f"{s.tokens:,} tokens{wrote}; {s.updates:,} updates a layer, {s.pending:,} tokens wait for the next one",
+        f"in context {s.in_context:,} tokens ({size(s.bytes_context)}); fast weights {size(s.bytes_fast_weights)}",
+        f"window {s.window:,}, sinks {s.sinks}, {kept}",
+    ]
+    if s.warning:
+        return [*lines, f"warning: {s.warning}"]
+    return lines if s.updates else [*lines, nothing_learned(session) or ""]

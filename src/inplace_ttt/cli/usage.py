@@ -15,12 +15,9 @@ from ..errors import UserError
 from ..version import __version__
 
 USER_ERROR, INTERRUPTED = 2, 130
-PlainObjective = Annotated[
-    str | None, typer.Option(help="For a plain model: loss (nothing to train).", show_default=False)
-]
-PlainWindow = Annotated[
-    int | None, typer.Option(help="A plain Llama reads through a window.", min=1, show_default=False)
-]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda. Default: the GPU, if any.")]
+PlainObjective = Annotated[str | None, typer.Option(help="For a plain model: loss (nothing to train).")]
+PlainWindow = Annotated[int | None, typer.Option(help="A plain Llama reads through a window.", min=1)]
 """Options of commands that take a model without fast weights."""
 
 
