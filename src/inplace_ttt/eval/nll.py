@@ -209,17 +209,6 @@ def evaluate_documents(
     return results
 
 
-def difference(lower: DomainResult, upper: DomainResult) -> Mean:
-    """Return by how much one model's loss is lower than another's (updates on) on the same documents, in nats.
-
-    Raises ValueError when the two did not read the same documents.
-    """
-    if (lower.document_names, lower.document_tokens) != (upper.document_names, upper.document_tokens):
-        raise ValueError(f"{lower.domain}: the two results are about different documents")
-    gaps = np.array(upper.document_on) - np.array(lower.document_on)
-    return bootstrap_mean(gaps, np.array(lower.document_tokens))
-
-
 def _windows(texts: Sequence[Text], length: int, most: int | None) -> Iterator[tuple[str, np.ndarray]]:
     for text in texts:
         count = len(text.ids) // length

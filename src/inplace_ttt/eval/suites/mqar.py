@@ -9,7 +9,6 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -22,7 +21,7 @@ from ..paired import against_off, by_group, points, tables_of
 from . import Record, Tables, Unit
 from .needle import rank_of_first
 from .nll import PIECE, piece_size
-from .texts import Document, words
+from .texts import Document, Haystacks, free_words, words
 
 
 class RecallSuite:
@@ -61,10 +60,8 @@ class RecallSuite:
                 "pairs or a larger length"
             )
         self.trials, self.seed, self.piece = trials, seed, piece
-        self._words = np.array(words(tokenizer), np.int64)
-        self._documents = [document for document in documents if len(document.ids) >= max(self.lengths)]
-        if not self._documents:
-            raise UserError(f"no document has the {max(self.lengths):,} tokens of the longest text")
+        self._words = words(tokenizer)
+        self._haystacks = Haystacks(documents, max(self.lengths), seed)
         self._work = {f"{length}/{n}": (length, n) for length in self.lengths for n in pairs}
 
     def units(self) -> Sequence[Unit]:
@@ -74,17 +71,12 @@ class RecallSuite:
     def document(self, unit: Unit, trial: int) -> tuple[str, list[int], list[int]]:
         """Return the name of a trial's text, its ids, and for each question the number of its pair."""
         length, pairs = self._work[unit.key]
-        document = self._documents[trial % len(self._documents)]
-        start = random.Random(f"{self.seed}/{trial}").randint(0, len(document.ids) - max(self.lengths))
-        text = document.ids[start : start + length - 4 * pairs].tolist()
-        free = np.setdiff1d(self._words, text).tolist()
-        if len(free) < 2 * pairs:
-            raise UserError(f"{document.name}: only {len(free)} words that the text does not use, {2 * pairs} needed")
+        document, text = self._haystacks.text(trial, length - 4 * pairs)
         draw = random.Random(f"{self.seed}/{unit.key}/{trial}")
-        picked = draw.sample(free, 2 * pairs)
+        picked = draw.sample(free_words(self._words, text, 2 * pairs, document), 2 * pairs)
         order = draw.sample(range(pairs), pairs)
         asked = [token for i in order for token in picked[2 * i : 2 * i + 2]]
-        return document.name, [*picked, *text, *asked], order
+        return document, [*picked, *text, *asked], order
 
     @torch.no_grad()
     def measure(self, model: nn.Module, unit: Unit) -> list[Record]:

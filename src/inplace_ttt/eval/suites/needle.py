@@ -21,7 +21,7 @@ from ..nll import doubling, evaluating, feed, new_cache
 from ..paired import against_off, points, tables_of
 from . import Record, Tables, Unit
 from .nll import PIECE, piece_size
-from .texts import Document, tokenize, words
+from .texts import Document, Haystacks, free_words, tokenize, words
 
 KINDS = ("single", "multi-key", "multi-value", "multi-query")
 CANDIDATES = 10
@@ -106,9 +106,7 @@ class NeedleSuite:
         self.seed, self.piece = seed, piece
         self._parts = _split(tokenizer, template)
         self._words = np.setdiff1d(words(tokenizer), [token for part in self._parts for token in part])
-        self._documents = [document for document in documents if len(document.ids) >= max(self.lengths)]
-        if not self._documents:
-            raise UserError(f"no document has the {max(self.lengths):,} tokens of the longest haystack")
+        self._haystacks = Haystacks(documents, max(self.lengths), seed)
         self._work = {
             f"{kind}/{length}/{depth:g}/{trial}": (kind, length, depth, trial)
             for trial in range(trials)
@@ -139,13 +137,10 @@ class NeedleSuite:
     def needle(self, unit: Unit) -> Needle:
         """Return the document and the questions of a unit."""
         kind, length, depth, trial = self._work[unit.key]
-        document, text = self._haystack(length, trial)
-        free = np.setdiff1d(self._words, text).tolist()
+        document, text = self._haystacks.text(trial, length)
         needed = 2 * self.several + self.candidates - 1
-        if len(free) < needed:
-            raise UserError(f"{document.name}: only {len(free)} words that the text does not use, {needed} are needed")
         draw = random.Random(f"{self.seed}/{unit.key}")
-        picked = draw.sample(free, needed)
+        picked = draw.sample(free_words(self._words, text, needed, document), needed)
         keys, values, absent = np.split(np.array(picked), [self.several, 2 * self.several])
         if kind == "multi-value":
             keys[:] = keys[0]
@@ -158,18 +153,11 @@ class NeedleSuite:
             choices = [value, *others, *absent.tolist()][: self.candidates]
             distance = length - ends[value] if value in ends else None
             questions.append(Question([*before, key, *between], choices, distance))
-        return Needle(document.name, ids, questions)
+        return Needle(document, ids, questions)
 
     def _sentence(self, key: int, value: int) -> list[int]:
         before, between, after = self._parts
         return [*before, key, *between, value, *after]
-
-    def _haystack(self, length: int, trial: int) -> tuple[Document, list[int]]:
-        """Return the stretch of text that a trial reads, of any length the same beginning."""
-        document = self._documents[trial % len(self._documents)]
-        last = len(document.ids) - max(self.lengths)
-        start = random.Random(f"{self.seed}/{trial}").randint(0, last)
-        return document, document.ids[start : start + length].tolist()
 
     def _plant(
         self, text: Sequence[int], facts: Sequence[tuple[int, int]], depth: float, draw: random.Random

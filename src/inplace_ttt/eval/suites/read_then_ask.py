@@ -25,7 +25,7 @@ from ...session import Session
 from .. import plots
 from ..paired import tables_of
 from . import Record, Tables, Unit
-from .texts import Document, stretches, words
+from .texts import Document, free_words, stretches, words
 
 CONDITIONS = ("none", "memory", "context")
 
@@ -84,12 +84,9 @@ def trial(
     if len(text) < task.length + task.distance:
         raise UserError(f"the text has {len(text):,} tokens, {task.length + task.distance:,} are needed")
     text = text[: task.length + task.distance]
-    present = {*text, *_sentence(tokenizer, task.template, text[0])[1]}
-    free = [token for token in vocabulary if token not in present]
-    if len(free) < task.candidates:
-        raise UserError(f"the vocabulary has only {len(free)} words that the text does not use")
+    used = [*text, *_sentence(tokenizer, task.template, text[0])[1]]
     draw = random.Random(seed)
-    choices = draw.sample(free, task.candidates)
+    choices = draw.sample(free_words(vocabulary, used, task.candidates, "read-then-ask"), task.candidates)
     question, sentence = _sentence(tokenizer, task.template, choices[0])
     # The first of equals counts as the best (reading may change nothing, bfloat16 logits are often equal): the name's
     # place among the candidates is random, so that it is not favoured.
