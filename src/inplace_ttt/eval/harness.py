@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -250,28 +249,25 @@ def run(
         raise UserError(f"updates must be of on and off, got {updates!r}")
     was_training = isinstance(model, nn.Module) and model.training
     lm = InPlaceTTTLM(model, tokenizer, batch_size=batch_size, **arguments)
-    found: dict[tuple[Any, ...], dict[str, tuple[float, float]]] = {}
-    prompts: dict[tuple[str, int | None, int], str] = {}
+    records = []
     try:
-        loaded = load_tasks(tasks, lm.tokenizer, lengths, include_path, texts=limit, seed=seed)
-        for (task, length, parts), setting in product(loaded, updates):
-            lm.updates = setting == "on"
+        for task, length, parts in load_tasks(tasks, lm.tokenizer, lengths, include_path, texts=limit, seed=seed):
             for part in parts:
-                name = part.task_name
-                for sample, values in evaluate(lm, part, range(len(part.eval_docs))[:limit], length, num_fewshot, seed):
-                    number, prompt = int(sample["doc_id"]), sample["prompt_hash"]
-                    if prompts.setdefault((name, length, number), prompt) != prompt:
+                samples, readings = range(len(part.eval_docs))[:limit], {}
+                for setting in updates:
+                    lm.updates = setting == "on"
+                    readings[setting] = list(evaluate(lm, part, samples, length, num_fewshot, seed))
+                for pair in zip(*readings.values(), strict=True):
+                    if len({sample["prompt_hash"] for sample, _ in pair}) > 1:
                         raise RuntimeError(
-                            f"task {name} made other prompts the second time: its results are not paired"
+                            f"task {part.task_name} made other prompts the second time: its results are not paired"
                         )
-                    for metric, value in values.items():
-                        found.setdefault((task, name, length, number, metric), {})[setting] = value
+                    number, found = int(pair[0][0]["doc_id"]), dict(zip(readings, (x for _, x in pair), strict=True))
+                    for metric, (_, weight) in pair[0][1].items():
+                        on, off = (found[s][metric][0] if s in found else None for s in ("on", "off"))
+                        records.append(Record(task, part.task_name, length, number, metric, on, off, weight))
     finally:
         lm.model.train(was_training)
-    records = []
-    for (task, part, length, number, metric), by in found.items():
-        on, off = (by.get(setting, (None, 1.0))[0] for setting in ("on", "off"))
-        records.append(Record(task, part, length, number, metric, on, off, next(iter(by.values()))[1]))
     return records
 
 

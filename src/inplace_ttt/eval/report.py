@@ -17,25 +17,7 @@ from .suites import SUITES, Record, Tables, module_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PAGE = """\
-<!doctype html><html lang=en><head><meta charset=utf-8><title>{{ title }}</title><style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1e293b; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; font-size: 0.85rem; margin: 0.6rem 0; }
-th, td { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid #e2e8f0; }
-th:first-child, td:first-child { text-align: left; } td.better { color: #c2410c; font-weight: 600; }
-figure { margin: 1rem 0; } svg { max-width: 100%; height: auto; } .verdict { font-size: 1.05rem; }
-details { margin: 0.8rem 0; } pre { background: #f8fafc; padding: 0.8rem; overflow-x: auto; font-size: 0.8rem; }
-</style></head><body><h1>{{ title }}</h1><div class=verdict>
-{%- for line in said %}<p>{{ line }}</p>{% else %}<p>Nothing was compared.</p>{% endfor %}</div>
-{%- for svg in pictures %}<figure>{{ svg | safe }}</figure>{% endfor %}
-{%- for name, names, rows in tables %}<h2>{{ name }}</h2>
-<table><tr>{% for n in names %}<th>{{ n }}</th>{% endfor %}</tr>
-{%- for row in rows %}<tr>{% for n in names %}{% set text, better = cell(row, n) -%}
-<td{% if better %} class=better{% endif %}>{{ text }}</td>{% endfor %}</tr>{% endfor %}</table>{% endfor %}
-<p>Intervals are 95% bootstrap intervals over documents; differences are paired, against updates off.</p>
-<details><summary>What was run</summary><pre>{{ plan }}</pre></details></body></html>
-"""
+PAGE = Path(__file__).with_name("report.html")
 
 
 def write(
@@ -104,17 +86,14 @@ def _page(found: Tables, said: Sequence[str], figures: Mapping[str, "Figure"], p
     columns = {
         name: [n for n in dict.fromkeys(n for r in rows for n in r) if n not in hidden] for name, rows in found.items()
     }
-    return (
-        Environment(autoescape=True)
-        .from_string(PAGE)
-        .render(
-            title=f"Does adapting help? {plan['model']}",
-            said=said,
-            pictures=map(_svg, figures.values()),
-            tables=[(name, columns[name], rows) for name, rows in found.items()],
-            cell=_cell,
-            plan=json.dumps(plan, indent=1),
-        )
+    template = Environment(autoescape=True).from_string(PAGE.read_text(encoding="utf-8"))
+    return template.render(
+        title=f"Does adapting help? {plan['model']}",
+        said=said,
+        pictures=map(_svg, figures.values()),
+        tables=[(name, columns[name], rows) for name, rows in found.items()],
+        cell=_cell,
+        plan=json.dumps(plan, indent=1),
     )
 
 
