@@ -49,13 +49,11 @@ def bench(
         ),
     ],
     tokens: Annotated[
-        str | None,
-        typer.Option(help="Lengths, separated by commas (mlp: one; decode: the prompt's)."),
+        str | None, typer.Option(help="Lengths, separated by commas (mlp: one; decode: the prompt's).")
     ] = None,
     chunks: Annotated[str | None, typer.Option(help="Chunk sizes, separated by commas (only mlp: several).")] = None,
     shape: Annotated[
-        str | None,
-        typer.Option(help="tiny, 0.6b or 4b (Qwen3's). Left out: 4b on a GPU, 0.6b to stream."),
+        str | None, typer.Option(help="tiny, 0.6b or 4b (Qwen3's). Left out: 4b on a GPU, 0.6b to stream.")
     ] = None,
     window: Annotated[
         int | None, typer.Option(help="prefill, stream: attention window; left out: full attention, 1024 to stream.")

@@ -14,8 +14,7 @@ from .usage import Device, PlainObjective, PlainWindow, check_picture, check_wri
 
 def demo(
     file: Annotated[
-        Path | None,
-        typer.Argument(help="Text to read. Left out: a long module of Python's standard library."),
+        Path | None, typer.Argument(help="Text to read. Left out: a long module of Python's standard library.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Directory or hub id. Left out: the shipped model.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write all figures here.")] = None,

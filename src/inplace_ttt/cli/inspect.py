@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 def inspect(
     model: Annotated[
-        str | None,
-        typer.Argument(help="Directory, hub id, or session file. Left out: the shipped model."),
+        str | None, typer.Argument(help="Directory, hub id, or session file. Left out: the shipped model.")
     ] = None,
     layers: Annotated[str | None, typer.Option(help="Plain model: layers to adapt (0::6, or 0,4,8).")] = None,
     chunk_size: Annotated[int | None, typer.Option(help="Plain model: tokens between updates.")] = None,

@@ -14,18 +14,7 @@ import typer
 from rich.console import Console
 
 from ..errors import UserError
-from .sessions import (
-    ChunkSize,
-    Decay,
-    Model,
-    Objective,
-    Sinks,
-    State,
-    Window,
-    check_session,
-    open_session,
-    stats_lines,
-)
+from .sessions import ChunkSize, Decay, Model, Objective, Sinks, State, Window, check_session, open_session, stats_lines
 from .usage import INTERRUPTED, Device, tell
 
 FIRST, SMALLEST, LARGEST = 2048, 512, 1 << 15

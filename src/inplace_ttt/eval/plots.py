@@ -76,15 +76,7 @@ def panels(
                 wide = 0.8 / len(lines)
                 at = np.arange(len(x)) + (i - (len(lines) - 1) / 2) * wide
                 error = np.abs(np.array([low, high]) - value)
-                axis.bar(
-                    at,
-                    value,
-                    wide * 0.92,
-                    yerr=error,
-                    color=colour,
-                    label=name,
-                    error_kw={"lw": 0.8},
-                )
+                axis.bar(at, value, wide * 0.92, yerr=error, color=colour, label=name, error_kw={"lw": 0.8})
             else:
                 style = "--" if label == "off" else "-"
                 axis.plot(x, value, style, marker="o", ms=3.5, lw=1.5, color=colour, label=name)

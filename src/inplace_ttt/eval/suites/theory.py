@@ -191,12 +191,7 @@ def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
     """Draw changes of the logits of the word that followed the key before, and of other words."""
     labels = dict(zip(CHANGES, COLOURS, strict=False))
     rows = [
-        {
-            **row,
-            "variant": labels[row["change"]],
-            "x": NAMES[row["target"]],
-            "title": "Logits after one update",
-        }
+        {**row, "variant": labels[row["change"]], "x": NAMES[row["target"]], "title": "Logits after one update"}
         for row in found.get("theory", [])
         if row["variant"] == "on" and row["change"] in labels
     ]
