@@ -4,7 +4,8 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -173,24 +174,14 @@ def _variants(model: Any, sweep: list[str], layers: bool) -> list["Variant"]:
     from ..eval.runner import Variant
     from ..hf.attach import layers_off, runtime_of, updates_off
 
+    runtime = runtime_of(model)
     found = [Variant("on", model, nullcontext), Variant("off", model, partial(updates_off, model), updates=False)]
     for label, settings in (one for text in sweep for one in _settings(text)):
-        found.append(Variant(label, model, partial(_reading, model, settings)))
-    for site in runtime_of(model).sites if layers else ():
+        config = replace(runtime.config, **settings)
+        found.append(Variant(label, model, partial(runtime.override, config=config)))
+    for site in runtime.sites if layers else ():
         found.append(Variant(f"without layer {site.index}", model, partial(layers_off, model, [site.index])))
     return found
-
-
-@contextmanager
-def _reading(model: Any, settings: dict[str, Any]) -> Any:
-    from ..hf.attach import configure, fast_settings
-
-    before = fast_settings(model)
-    configure(model, **settings)
-    try:
-        yield
-    finally:
-        configure(model, **before)
 
 
 def _settings(text: str) -> list[tuple[str, dict[str, Any]]]:

@@ -64,7 +64,7 @@ def serve(
     options = {"window": window, "decay": decay, "learn": learn}
     run(
         model, host=host, port=port, api_keys=api_keys, state=state_dir, limits=limits,
-        log=lambda text: typer.echo(text), quiet=quiet_libraries, device=device, objective=objective,
+        log=typer.echo, quiet=quiet_libraries, device=device, objective=objective,
         settings={"layers": layers, "chunk_size": chunk_size, "lr": lr}, served_name=name, adapters=adapter_dir,
         state_form=form, probe_every=probe_every,
         **{key: value for key, value in options.items() if value is not None},

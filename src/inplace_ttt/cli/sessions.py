@@ -58,37 +58,26 @@ def open_session(
     ``write``, when the file could not be saved.
     """
     options = check_session(path, model, options, write)
+    from ..session import Session
+
     if path is None or not path.exists():
-        session = _begin(model or SHIPPED, device, options, objective)
+        name = model or SHIPPED
+        session = Session(*_load(name, device, objective), **options)
+        session.origin = _origin(name)
         if path is not None and write:
             from ..session.writers import remember
 
             remember(session, path)
         return session
-    if objective is not None:
-        from ..session.files import objective_of
-
-        if objective != objective_of(path):
-            _refuse(path, {"objective": objective})
-    return _go_on(path, model, device)
-
-
-def _begin(name: str, device: str | None, options: dict[str, Any], objective: str | None) -> Any:
-    from ..session import Session
-
-    session = Session(*_load(name, device, objective), **options)
-    session.origin = _origin(name)
-    return session
-
-
-def _go_on(path: Path, model: str | None, device: str | None) -> Any:
-    from ..session import Session
     from ..session.files import model_name, objective_of
 
+    own = objective_of(path)
+    if objective not in (None, own):
+        _refuse(path, {"objective": objective})
     known = model_name(path)
-    name, objective = model or known or SHIPPED, "loss" if objective_of(path) == "loss" else None
+    name = model or known or SHIPPED
     try:
-        loaded = _load(name, device, objective)
+        loaded = _load(name, device, "loss" if own == "loss" else None)
     except UserError as error:
         if model or not known or known == SHIPPED:
             raise
