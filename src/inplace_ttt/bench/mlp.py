@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..fast import scan
 from .materialised import product as formula
 from .prefill import SHAPES
-from .timing import interleaved, peak_bytes, rates
+from .timing import measured, rates
 
 LR, LOOKAHEAD, KERNEL = 0.1, 2, 5
 SHARES = (0.3, 1.0)
@@ -180,8 +180,7 @@ def measure(
     for C, backward in product(chunks, (False, True)):
         runs = block.runs(C, backward)
         with torch.set_grad_enabled(backward):
-            times = interleaved(runs, device, rounds=rounds)
-            peaks = {name: peak_bytes(run, device) for name, run in runs.items()}
+            times, peaks = measured(runs, device, rounds=rounds, warmup=2)
         over = {name: t / times["no TTT"] for name, t in times.items()}
         row = {
             "chunk_size": C,

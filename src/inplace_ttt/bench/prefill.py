@@ -24,6 +24,8 @@ SHAPES: dict[str, dict[str, int]] = {
            "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
 }  # fmt: skip
 """Qwen3's, by name."""
+LAYERS = "0::6"
+"""Layers that adapt."""
 WAYS = {
     "over_no_ttt": ("this library", ON, "-"),
     "materialised_over_no_ttt": ("one weight per chunk (the authors' release)", "#b08968", "-"),
@@ -66,13 +68,13 @@ def plain_twin(model: Any) -> Any:
 
 def measure(
     shape: str, lengths: list[int], C: int, device: torch.device, dtype: torch.dtype,
-    *, layers: str = "0::6", window: int | None = None, rounds: int = 3, log: Callable[[str], None],
+    *, window: int | None, rounds: int, log: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Measure prefill of one row at each length with a cache; JSON-ready, seconds are medians of interleaved runs."""
-    model = build(shape, layers, C, window, device, dtype)
+    model = build(shape, LAYERS, C, window, device, dtype)
     if window is not None:  # a dense mask of a long prompt would be larger than the model
         model.set_attn_implementation(choose_attention("auto", device))
-    found: dict[str, Any] = {"shape": shape, "layers": layers, "chunk_size": C, "window": window, "results": []}
+    found: dict[str, Any] = {"shape": shape, "layers": LAYERS, "chunk_size": C, "window": window, "results": []}
     found["attention"] = model.config._attn_implementation
     known, adapting = SHAPES[shape], len(runtime_of(model).sites)
     found |= checked(model, known, C, min(lengths), device)

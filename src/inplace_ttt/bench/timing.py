@@ -47,6 +47,22 @@ def interleaved(
     return {name: median(values) for name, values in found.items()}
 
 
+def measured(
+    runs: Mapping[str, Run],
+    device: torch.device,
+    *,
+    rounds: int,
+    warmup: int = 1,
+    before: Callable[[str], Any] = lambda name: None,
+) -> tuple[dict[str, float], dict[str, int | None]]:
+    """Return median seconds of interleaved runs, and the peak memory of one more each; ``before`` as there."""
+    times, peaks = interleaved(runs, device, rounds=rounds, warmup=warmup, before=before), {}
+    for name, run in runs.items():
+        before(name)
+        peaks[name] = peak_bytes(run, device)
+    return times, peaks
+
+
 def peak_bytes(run: Run, device: torch.device) -> int | None:
     """Return the most bytes allocated on the GPU during a run, earlier ones included; None on a CPU."""
     if device.type != "cuda":
