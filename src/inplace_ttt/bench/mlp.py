@@ -49,7 +49,7 @@ class Block:
         self.x, self.u = make(1, shape.tokens, D, scale=1.0), make(1, shape.tokens, D, scale=0.02)
         self.gate, self.up, self.down = make(F, D, scale=0.02), make(F, D, scale=0.02), make(D, F, scale=0.02)
         self.kappa, self.proj = make(D, KERNEL, scale=0.05), make(D, D, scale=0.02)
-        self.slow = [self.x, self.gate, self.up, self.down]
+        self.slow, self.g = [self.x, self.gate, self.up, self.down], torch.randn_like(self.x, requires_grad=False)
 
     def z(self) -> Tensor:
         return silu(linear(self.x, self.gate)) * linear(self.x, self.up)
@@ -80,10 +80,9 @@ class Block:
         }
         if not backward:
             return {name: forward for name, (forward, _) in forms.items()}
-        g = torch.randn_like(self.x)
 
         def step(forward: Callable[[], Tensor], inputs: list[Tensor]) -> Any:
-            return torch.autograd.grad(forward(), inputs, g)
+            return torch.autograd.grad(forward(), inputs, self.g)
 
         return {name: partial(step, *form) for name, form in forms.items()}
 
