@@ -17,7 +17,7 @@ from ...hf.attach import unwrap
 from ...hf.cache import cache_name
 from .. import plots
 from ..nll import doubling, evaluating, input_device, new_cache
-from ..paired import against_off, by_group, points, tables_of
+from ..paired import against_off, points, tables_of
 from . import Record, Tables, Unit
 from .needle import rank_of_first
 from .nll import PIECE, piece_size
@@ -123,7 +123,6 @@ def verdicts(found: Tables) -> list[str]:
 
 def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
     """Draw the share of right answers by length, a panel for each number of pairs."""
-    rows = by_group(found.get("recall by length", []), ["pairs"])
-    titled = [{**row, "title": f"Recall, {n} pairs"} for (n,), members in rows.items() for row in members]
-    drawn = plots.curves(titled, "length", "title")
-    return {"recall": plots.panels(drawn, "length (tokens)", "share of right answers", top=1.02)} if titled else {}
+    rows = found.get("recall by length", [])
+    drawn = plots.curves(rows, "length", lambda row: f"Recall, {row['pairs']} pairs")
+    return {"recall": plots.panels(drawn, "length (tokens)", "share of right answers", top=1.02)} if rows else {}

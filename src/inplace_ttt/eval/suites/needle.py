@@ -229,13 +229,9 @@ def verdicts(found: Tables) -> list[str]:
 
 def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
     """Draw the share of right answers by length, a panel for each kind."""
-    if not (found_rows := found.get("needle by length")):
+    if not (rows := found.get("needle by length")):
         return {}
     trials = plan["trials"] * len(plan["depths"])
-    rows = [{**row, "title": f"{row['kind']}, {trials} a length"} for row in found_rows]
-    drawn = plots.curves(rows, "length", "title", count=None)
-    return {
-        "needle": plots.panels(
-            drawn, "length (tokens)", "needles found", width=2.6, top=1.02, line=(1 / CANDIDATES, "chance")
-        )
-    }
+    drawn = plots.curves(rows, "length", lambda row: f"{row['kind']}, {trials} a length", count=None)
+    chance = (1 / CANDIDATES, "chance")
+    return {"needle": plots.panels(drawn, "length (tokens)", "needles found", width=2.6, top=1.02, line=chance)}

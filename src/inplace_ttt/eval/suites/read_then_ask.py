@@ -201,12 +201,10 @@ def tables(records: Sequence[Record]) -> Tables:
 def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
     """Draw right answers by mentions, a panel for each distance."""
     rows = [
-        {**row, "variant": LABELS[row["condition"]], "since": f"{row['distance']:,} tokens since"}
+        {**row, "variant": LABELS[row["condition"]]}
         for row in found.get("read, then ask", [])
         if row["variant"] == "on"
     ]
-    label = "right answers, read, then ask"
-    drawn = plots.curves(rows, "mentions", "since")
-    return (
-        {"read-then-ask": plots.panels(drawn, "mentions", label, width=2.6, palette=COLOURS, top=1.02)} if rows else {}
-    )
+    drawn = plots.curves(rows, "mentions", lambda row: f"{row['distance']:,} tokens since")
+    how: Any = {"width": 2.6, "palette": COLOURS, "top": 1.02}
+    return {"read-then-ask": plots.panels(drawn, "mentions", "right answers, read, then ask", **how)} if rows else {}

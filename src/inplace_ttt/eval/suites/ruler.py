@@ -81,6 +81,5 @@ def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
     """Draw the score by length."""
     rows = found.get("ruler", [])
     tasks = len({row["task"] for row in found.get("ruler by task", [])})
-    titled = [{**row, "title": f"RULER, {tasks} task{'s' * (tasks > 1)}"} for row in rows]
-    drawn = plots.curves(titled, "length", "title")
+    drawn = plots.curves(rows, "length", lambda row: f"RULER, {tasks} task{'s' * (tasks > 1)}")
     return {"ruler": plots.panels(drawn, "length (tokens)", "share of right answers", top=1.02)} if rows else {}
