@@ -224,19 +224,17 @@ def _summarise(
     member = np.array([[name == document for name in names] for document in documents])
     counts = member.sum(1) * losses["on"].shape[1]
     means = {label: member @ values.mean(1) / member.sum(1) for label, values in losses.items()}
-    overall = {label: bootstrap_mean(mean, counts) for label, mean in means.items()}
-    off = means.get("off")
+    found: dict[str, Any] = {}
+    for label, mean in means.items():
+        found[label], found[f"document_{label}"] = bootstrap_mean(mean, counts), mean.tolist()
+        found[f"position_{label}"] = loss_by_position(losses[label], edges)
+    if "off" in means:
+        found["gain"] = bootstrap_mean(means["off"] - means["on"], counts)
     return DomainResult(
         domain=domain,
         windows=len(names),
         tokens=int(losses["on"].size),
-        on=overall["on"],
-        position_on=loss_by_position(losses["on"], edges),
         document_names=documents,
         document_tokens=counts.tolist(),
-        document_on=means["on"].tolist(),
-        off=overall.get("off"),
-        gain=None if off is None else bootstrap_mean(off - means["on"], counts),
-        position_off=None if off is None else loss_by_position(losses["off"], edges),
-        document_off=None if off is None else off.tolist(),
+        **found,
     )
