@@ -111,7 +111,7 @@ def input_device(root: PreTrainedModel) -> torch.device:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Switch off dropout and gradients inside ``with``."""
     was_training = model.training
-    model.eval()
+    model.train(False)
     try:
         with torch.no_grad():
             yield

@@ -78,7 +78,6 @@ class RecallSuite:
         asked = [token for i in order for token in picked[2 * i : 2 * i + 2]]
         return document, [*picked, *text, *asked], order
 
-    @torch.no_grad()
     def measure(self, model: nn.Module, unit: Unit) -> list[Record]:
         """Return one record per question. Works with and without fast weights, updates on or off."""
         length, pairs = self._work[unit.key]
