@@ -42,8 +42,7 @@ class Decoding:
         if self.way == "graph":
             self.graph = self.graph or DecodingGraph(self.model, self.cache)  # type: ignore[arg-type]
             return self.graph(ids)
-        logits: Tensor = self.step(torch.empty_like(self.following).copy_(ids), **{self.name: self.cache}).logits
-        return logits
+        return self.step(torch.empty_like(self.following).copy_(ids), **{self.name: self.cache}).logits
 
     def write(self, tokens: int) -> None:
         """Decode greedily, without synchronising with the device."""

@@ -11,8 +11,8 @@ Every request is read from an empty cache, so the fast weights start at zero and
 import copy
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ class InPlaceTTTLM(HFLM):  # type: ignore[misc]
             **arguments,
         )
 
-    def _reading(self) -> AbstractContextManager[Any]:
+    def _reading(self) -> Any:
         """Return a context with this object's settings; a model that was passed in gets its own back after it."""
         if self._settings is None:
             return nullcontext()
@@ -110,19 +110,20 @@ class InPlaceTTTLM(HFLM):  # type: ignore[misc]
             return updates_off(self.model)
         return runtime_of(self.model).override(enabled=True, config=self._settings, form="dense")
 
-    def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
+    def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Any:
         """Return logits of rows that may be padded at their end: no real token sees what follows it."""
         with torch.no_grad(), self._reading():
             return self.model(input_ids=inps, use_cache=False).logits
 
-    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **keywords: Any) -> Tensor:
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **keywords: Any) -> Any:
         with torch.no_grad(), self._reading():
             return super()._model_generate(context, max_length, stop, **keywords)
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **keywords: Any) -> list[tuple[float, bool]]:
         longest = max((len(context) + len(continuation) for _, context, continuation in requests), default=0)
         self._check_length(longest - 1, 0)
-        return super()._loglikelihood_tokens(requests, *args, **keywords)
+        scores: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *args, **keywords)
+        return scores
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
         room = keywords.pop("left_truncate_len", None)
@@ -136,7 +137,8 @@ class InPlaceTTTLM(HFLM):  # type: ignore[misc]
             text, keywords = request.args
             new = normalize_gen_kwargs(keywords, self.max_gen_toks)["max_gen_toks"]
             self.tok_batch_encode([text], left_truncate_len=self.max_length - new)
-        return super().generate_until(requests, disable_tqdm)
+        texts: list[str] = super().generate_until(requests, disable_tqdm)
+        return texts
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of whole texts, read in pieces through a cache.
@@ -203,10 +205,6 @@ class Record:
     on: float | None
     off: float | None
     weight: float = 1.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -121,9 +121,9 @@ def load_tasks(
     found = {}
     with TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)
-        for length in lengths if ruler else ():
-            metadata: dict[str, Any] = {"max_seq_lengths": [length], "tokenizer": directory}
-            managers[length] = TaskManager(include_path=paths[:1], include_defaults=False, metadata=metadata)
+        for n in lengths if ruler else ():
+            metadata: dict[str, Any] = {"max_seq_lengths": [n], "tokenizer": directory}
+            managers[n] = TaskManager(include_path=paths[:1], include_defaults=False, metadata=metadata)
         for name, length in order:
             set_seed(seed)
             spec = config(name, ruler_data or RulerData(), texts or ALL_TEXTS) if name in ruler else name

@@ -103,8 +103,7 @@ def position_edges(length: int) -> list[int]:
 
 def input_device(root: PreTrainedModel) -> torch.device:
     """Return the device on which the model takes token ids."""
-    device: torch.device = root.get_input_embeddings().weight.device  # type: ignore[assignment]
-    return device
+    return root.get_input_embeddings().weight.device  # type: ignore[return-value]
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def words(tokenizer: Any) -> list[int]:
     return found
 
 
-def free_words(vocabulary: Sequence[int], text: Sequence[int], needed: int, where: str) -> list[int]:
+def free_words(vocabulary: Sequence[int] | np.ndarray, text: Sequence[int], needed: int, where: str) -> list[int]:
     """Return the words of ``vocabulary`` that the text does not use. UserError when they are fewer than ``needed``."""
     free: list[int] = np.setdiff1d(vocabulary, text).tolist()
     if len(free) < needed:
