@@ -38,7 +38,7 @@ class HarnessSuite:
     ) -> None:
         self.name, self.tokenizer, self.batch_size = name, tokenizer, batch_size
         self.notes: list[str] = []
-        """What the user should know about the suite."""
+        """Notes for the user, such as what is missing."""
         self._work: dict[str, tuple[str, int | None, Any, range]] = {}
         for task, length, parts in tasks:
             for part in parts:
