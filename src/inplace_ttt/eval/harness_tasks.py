@@ -11,7 +11,7 @@ import numpy as np
 from transformers import set_seed
 
 from ..errors import UserError
-from .ruler import ALL_TEXTS, RulerData, config
+from .ruler import ALL_TEXTS, ESSAYS, QUESTIONS, RulerData, config
 
 Loaded = tuple[str, int | None, list[Any]]
 """A task asked for, the length of its texts (RULER), and the harness's tasks that it stands for."""
@@ -20,15 +20,7 @@ PAPER = ("hellaswag", "arc_easy", "arc_challenge", "mmlu", "piqa")
 """The short tasks of the paper. All of them download data sets from the Hugging Face hub."""
 RULER_OFFLINE = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
 """RULER's tasks that make their data here. Below 2,048 tokens cwe and vt cannot be made."""
-RULER_DOWNLOADS = (
-    "niah_single_2",
-    "niah_single_3",
-    "niah_multikey_1",
-    "niah_multiquery",
-    "niah_multivalue",
-    "ruler_qa_squad",
-    "ruler_qa_hotpot",
-)
+RULER_DOWNLOADS = (*ESSAYS, *QUESTIONS)
 """RULER's tasks over downloaded essays or questions."""
 RULER = RULER_OFFLINE + RULER_DOWNLOADS
 SHORTEST_RULER = 2048

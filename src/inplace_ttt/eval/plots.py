@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from ..plots import styled
+from ..plots import OFF, ON, styled
 from .paired import Mean
 
 Rows = Sequence[Mapping[str, Any]]
 Curves = Mapping[str, tuple[Sequence[Any], Mapping[str, Sequence[Mean]]]]
 """Title of a panel -> (places on the x axis, label -> a mean at each place)."""
-FIXED = {"on": "#c2410c", "off": "#64748b", "baseline": "#0c4a6e"}
+FIXED = {"on": ON, "off": OFF, "baseline": "#0c4a6e"}
 NAMED = {"on": "updates on", "off": "updates off"}
 """Labels of variants in a legend; others go by their own name."""
 OTHERS = ("#d9a441", "#4d7c0f", "#7c3aed", "#0891b2", "#be185d", "#57534e")

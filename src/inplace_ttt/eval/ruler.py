@@ -28,8 +28,8 @@ NIAH: dict[str, dict[str, Any]] = {
     "niah_multikey_1": {"type_haystack": "essay", "num_needle_k": 4, **_NUMBERS},
     "niah_multikey_2": {"type_haystack": "needle", **_NUMBERS},
     "niah_multikey_3": {"type_haystack": "needle", **_UUIDS},
-    "niah_multivalue": {"type_haystack": "essay", "num_needle_v": 4, **_NUMBERS},
     "niah_multiquery": {"type_haystack": "essay", "num_needle_q": 4, **_NUMBERS},
+    "niah_multivalue": {"type_haystack": "essay", "num_needle_v": 4, **_NUMBERS},
 }
 """Settings of the needle tasks, those of the harness (a test compares)."""
 ESSAYS = tuple(name for name, settings in NIAH.items() if settings["type_haystack"] == "essay")
