@@ -119,6 +119,14 @@ def test_most_windows_of_a_document() -> None:
     assert results["a"].off is None, "a plain model has no updates to switch off"
 
 
+def test_every_module_keeps_its_mode() -> None:
+    model = tiny_model(False).train()
+    frozen = model.get_input_embeddings().eval()
+    evaluate_documents(model, {"a": texts(1, T)}, T)
+    assert model.training
+    assert not frozen.training
+
+
 def test_document_shorter_than_the_window_is_refused() -> None:
     with pytest.raises(UserError, match="a: no document has the 60 tokens"):
         evaluate_documents(tiny_model(False), {"a": texts(1, 10)}, T)

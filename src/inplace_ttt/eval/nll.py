@@ -21,6 +21,7 @@ from ..core.algebra import cross_entropies
 from ..errors import UserError
 from ..hf.attach import is_attached, unwrap, updates_off
 from ..hf.cache import cache_name, cache_of
+from ..session.stream import evaluating as eval_mode
 from .paired import Mean, bootstrap_mean
 
 
@@ -109,13 +110,8 @@ def input_device(root: PreTrainedModel) -> torch.device:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Switch off dropout and gradients inside ``with``."""
-    was_training = model.training
-    model.train(False)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+    with eval_mode(model), torch.no_grad():
+        yield
 
 
 def new_cache(model: nn.Module) -> DynamicCache:
