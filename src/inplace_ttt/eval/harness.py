@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from inplace_ttt.errors import UserError
 from inplace_ttt.eval.harness_tasks import PAPER, RULER, RULER_OFFLINE, evaluate, load_tasks, require
-from inplace_ttt.eval.nll import token_losses
+from inplace_ttt.eval.nll import evaluating, token_losses
 from inplace_ttt.eval.paired import Mean, bootstrap_mean
 from inplace_ttt.hf.attach import READING, is_attached, runtime_of, updates_off
 from inplace_ttt.hf.load import load_model, load_tokenizer
@@ -245,10 +245,9 @@ def run(
     """
     if not updates or set(updates) - {"on", "off"}:
         raise UserError(f"updates must be of on and off, got {updates!r}")
-    was_training = isinstance(model, nn.Module) and model.training
-    lm = InPlaceTTTLM(model, tokenizer, batch_size=batch_size, **arguments)
     records = []
-    try:
+    with evaluating(model) if isinstance(model, nn.Module) else nullcontext():
+        lm = InPlaceTTTLM(model, tokenizer, batch_size=batch_size, **arguments)
         for task, length, parts in load_tasks(tasks, lm.tokenizer, lengths, include_path, texts=limit, seed=seed):
             for part in parts:
                 samples, readings = range(len(part.eval_docs))[:limit], {}
@@ -264,8 +263,6 @@ def run(
                     for metric, (_, weight) in pair[0][1].items():
                         on, off = (found[s][metric][0] if s in found else None for s in ("on", "off"))
                         records.append(Record(task, part.task_name, length, number, metric, on, off, weight))
-    finally:
-        lm.model.train(was_training)
     return records
 
 
