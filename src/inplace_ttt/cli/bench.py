@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..errors import UserError
-from .usage import Device
+from .usage import Device, numbers
 
 
 class Subject(StrEnum):
@@ -26,18 +26,13 @@ class Subject(StrEnum):
 
 
 DEFAULTS = {
-    (Subject.mlp, True): ("32768", "1024,512"),
-    (Subject.mlp, False): ("1024", "64"),
-    (Subject.prefill, True): ("8192,32768,131072", "1024"),
-    (Subject.prefill, False): ("512,1024", "64"),
-    (Subject.decode, True): ("1536", "1024"),
-    (Subject.decode, False): ("48", "32"),
-    (Subject.train, True): ("32768", "1024"),
-    (Subject.train, False): ("256", "64"),
-    (Subject.stream, True): ("1000000", "1024"),
-    (Subject.stream, False): ("20000", "64"),
+    Subject.mlp: (("1024", "64"), ("32768", "1024,512")),
+    Subject.prefill: (("512,1024", "64"), ("8192,32768,131072", "1024")),
+    Subject.decode: (("48", "32"), ("1536", "1024")),
+    Subject.train: (("256", "64"), ("32768", "1024")),
+    Subject.stream: (("20000", "64"), ("1000000", "1024")),
 }
-"""Lengths and chunk sizes by what is measured, and whether there is a GPU."""
+"""Lengths and chunk sizes by what is measured, on a CPU and on a GPU."""
 
 
 def bench(
@@ -83,8 +78,12 @@ def bench(
     if window is not None and subject not in (Subject.prefill, Subject.stream):
         raise UserError("--window: only for prefill and stream")
     dtype = torch.bfloat16 if gpu else torch.float32
-    lengths = _numbers("--tokens", tokens or DEFAULTS[subject, gpu][0])
-    sizes = _numbers("--chunks", chunks or DEFAULTS[subject, gpu][1])
+    default_tokens, default_chunks = DEFAULTS[subject][gpu]
+    lengths = list(numbers("--tokens", tokens or default_tokens, int))
+    sizes = list(numbers("--chunks", chunks or default_chunks, int))
+    for option, given in (("--tokens", lengths), ("--chunks", sizes)):
+        if min(given) < 1:
+            raise UserError(f"{option} {min(given)}: only numbers of at least 1")
     if subject != Subject.mlp and len(sizes) > 1:
         raise UserError(f"--chunks: {subject} takes one chunk size")
     if subject in (Subject.mlp, Subject.decode) and len(lengths) > 1:
@@ -100,9 +99,8 @@ def bench(
     chunk = sizes if subject == Subject.mlp else sizes[0]
     record |= module.measure(shape, lengths, chunk, place, dtype, **options, log=partial(log.print, highlight=False))
     columns, rows = module.table(record)
-    table = Table(title=f"{subject} on {record['hardware'].get('gpus', [record['hardware']['cpu']])[0]}")
-    for name in columns:
-        table.add_column(name, justify="right")
+    title = f"{subject} on {record['hardware'].get('gpus', [record['hardware']['cpu']])[0]}"
+    table = Table(*(Column(name, justify="right") for name in columns), title=title)
     for row in rows:
         table.add_row(*row)
     if as_json:
@@ -113,13 +111,3 @@ def bench(
         write_json(out, record)
     if plot is not None:
         prefill.draw([record], plot)
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"{option} {text}: write whole numbers separated by commas") from None
-    if min(found) < 1:
-        raise UserError(f"{option} {text}: only numbers of at least 1")
-    return found

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,13 +18,12 @@ from ..errors import UserError
 from ..eval.suites import SUITES, WITHOUT_TEXT, module_of
 from ..hub import check_model
 from ..shipped import DEFAULT_MODEL
-from .usage import Device, PlainObjective, PlainWindow, quiet_libraries, tell
+from .usage import Device, PlainObjective, PlainWindow, numbers, quiet_libraries, tell
 
 if TYPE_CHECKING:
     from ..eval.runner import Variant
 
 
-Number = TypeVar("Number", int, float)
 ONLY_TEXT = tuple(name for name in SUITES if name not in WITHOUT_TEXT)
 
 
@@ -90,9 +89,9 @@ def evaluate(
         suites=ONLY_TEXT if suite == "all" else _names(suite),
         length=length,
         windows=windows,
-        lengths=_numbers("--lengths", lengths, int) if lengths else (),
+        lengths=numbers("--lengths", lengths, int) if lengths else (),
         kinds=_names(kinds),
-        depths=_numbers("--depths", depths, float),
+        depths=numbers("--depths", depths, float),
         trials=trials,
         tasks=_names(tasks),
         task_files=task_files,
@@ -209,10 +208,3 @@ def _baseline(name: str, model: Any, tokenizer: Any, device: str | None) -> "Var
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
-
-
-def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"{option} {text}: write numbers separated by commas") from None
