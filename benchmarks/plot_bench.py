@@ -6,7 +6,7 @@ python benchmarks/plot_bench.py            writes docs/images/bench-prefill.png
 import json
 from pathlib import Path
 
-from inplace_ttt.bench.plots import prefill
+from inplace_ttt.bench.prefill import draw
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ("prefill", "prefill-window")
@@ -15,7 +15,7 @@ RECORDS = ("prefill", "prefill-window")
 def main() -> None:
     folder = ROOT / "benchmarks" / "results" / "bench"
     records = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in RECORDS]
-    prefill(records, ROOT / "docs" / "images" / "bench-prefill.png")
+    draw(records, ROOT / "docs" / "images" / "bench-prefill.png")
 
 
 if __name__ == "__main__":

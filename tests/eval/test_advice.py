@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from inplace_ttt.eval.report import tables, verdicts
-from inplace_ttt.eval.suites import state
-from inplace_ttt.eval.suites.state import interval_of_r
+from inplace_ttt.eval.suites import diagnostics
+from inplace_ttt.eval.suites.diagnostics import interval_of_r
 
 
 def records(levels: dict[str, float], documents: str = "abcdefgh") -> list[dict]:
@@ -71,7 +71,7 @@ def test_correlations_in_words() -> None:
     assert "4 correlations were looked at; one in twenty looks clear by chance." in lines
     assert any("a higher effective rank of the fast weights in layer 0 (r = +1.00" in line for line in lines)
     rows = [{"layer": 0, "figure": "key_overlap", "windows": 12, "r": 0.3}]
-    (line,) = state.verdicts({"what goes with a gain": rows})
+    (line,) = diagnostics.verdicts({"what goes with a gain": rows})
     assert "no layer's overlap of new keys with what was learned went clearly" in line
 
 

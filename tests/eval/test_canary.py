@@ -17,11 +17,11 @@ from eval.local_tasks import TEXTS
 from session.models import TEXT, ids_of, tiny, tokenizer
 
 from inplace_ttt.eval.suites import Record, Suite
+from inplace_ttt.eval.suites.diagnostics import StateSuite
 from inplace_ttt.eval.suites.mqar import RecallSuite
 from inplace_ttt.eval.suites.needle import NeedleSuite
 from inplace_ttt.eval.suites.nll import NllSuite
 from inplace_ttt.eval.suites.read_then_ask import MemorySuite
-from inplace_ttt.eval.suites.state import StateSuite
 from inplace_ttt.eval.suites.texts import Document
 from inplace_ttt.eval.suites.theory import TheorySuite
 

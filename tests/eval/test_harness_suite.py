@@ -24,8 +24,9 @@ from inplace_ttt.eval.report import pictures, tables, verdicts
 from inplace_ttt.eval.ruler import RulerData, load_questions
 from inplace_ttt.eval.suites import Record
 from inplace_ttt.eval.suites import harness as suites
-from inplace_ttt.eval.suites.harness import HarnessSuite, harness_suite, ruler_suite
+from inplace_ttt.eval.suites.harness import HarnessSuite, harness_suite
 from inplace_ttt.eval.suites.nll import NllSuite
+from inplace_ttt.eval.suites.ruler import ruler_suite
 from inplace_ttt.eval.suites.texts import Document, tokenize
 
 pytestmark = pytest.mark.xdist_group("harness")

@@ -5,9 +5,9 @@ import torch
 from session.models import shipped, tokenizer
 
 import inplace_ttt as ittt
+from inplace_ttt.eval.suites.diagnostics import StateSuite
 from inplace_ttt.eval.suites.nll import NllSuite
 from inplace_ttt.eval.suites.read_then_ask import MemorySuite, Task, trial
-from inplace_ttt.eval.suites.state import StateSuite
 from inplace_ttt.eval.suites.texts import Document, stretches, tokenize, words
 from inplace_ttt.hf.context import fast_weights
 from inplace_ttt.session.diagnostics import measure

@@ -13,7 +13,6 @@ from inplace_ttt.errors import UserError
 from inplace_ttt.eval.nll import (
     Text,
     bootstrap_mean,
-    difference,
     evaluate_documents,
     loss_by_position,
     position_edges,
@@ -120,20 +119,17 @@ def test_most_windows_of_a_document() -> None:
     assert results["a"].off is None, "a plain model has no updates to switch off"
 
 
+def test_every_module_keeps_its_mode() -> None:
+    model = tiny_model(False).train()
+    frozen = model.get_input_embeddings().eval()
+    evaluate_documents(model, {"a": texts(1, T)}, T)
+    assert model.training
+    assert not frozen.training
+
+
 def test_document_shorter_than_the_window_is_refused() -> None:
     with pytest.raises(UserError, match="a: no document has the 60 tokens"):
         evaluate_documents(tiny_model(False), {"a": texts(1, 10)}, T)
-
-
-def test_difference_of_two_models() -> None:
-    documents = {"a": texts(4, T)}
-    first, second = (evaluate_documents(tiny_model(ttt), documents, T)["a"] for ttt in (True, False))
-    gap = difference(first, second)
-    assert gap.value == pytest.approx(second.on.value - first.on.value)
-    assert gap.low <= gap.value <= gap.high
-    other = evaluate_documents(tiny_model(False), {"a": texts(3, T)}, T)["a"]
-    with pytest.raises(ValueError, match="different documents"):
-        difference(first, other)
 
 
 def test_interval_covers_documents_not_tokens() -> None:

@@ -1,7 +1,7 @@
 """Decoding speed, eager and compiled into CUDA graphs, with and without fast weights."""
 
 from collections.abc import Callable
-from statistics import median
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from ..hf.attach import runtime_of, set_lr
 from ..hf.cache import cache_name
 from ..hf.graph import DecodingGraph
 from .materialised import weighty_lr
-from .prefill import build, plain_twin
-from .timing import peak_bytes, seconds
+from .prefill import LAYERS, build, plain_twin
+from .timing import measured
 
 WORSE = 1.5
 """Limit of the difference between decoding and one pass, over the same difference without fast weights."""
@@ -42,8 +42,7 @@ class Decoding:
         if self.way == "graph":
             self.graph = self.graph or DecodingGraph(self.model, self.cache)  # type: ignore[arg-type]
             return self.graph(ids)
-        logits: Tensor = self.step(torch.empty_like(self.following).copy_(ids), **{self.name: self.cache}).logits
-        return logits
+        return self.step(torch.empty_like(self.following).copy_(ids), **{self.name: self.cache}).logits
 
     def write(self, tokens: int) -> None:
         """Decode greedily, without synchronising with the device."""
@@ -60,20 +59,20 @@ def differs(decoding: Decoding, ids: Tensor, prompt: int) -> float:
 
 
 def measure(
-    shape: str, prompt: int, C: int, device: torch.device, dtype: torch.dtype,
-    *, layers: str = "0::6", tokens: int | None = None, rounds: int = 3, log: Callable[[str], None],
+    shape: str, lengths: list[int], C: int, device: torch.device, dtype: torch.dtype,
+    *, rounds: int, log: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure the seconds a token of batch 1 behind ``prompt`` tokens; JSON-ready. A run in graphs writes a whole
+    """Measure the seconds a token of batch 1 behind a prompt of one length; JSON-ready. A run in graphs writes a whole
     chunk of tokens and so meets one update; reading is not timed.
 
     UserError where steps differ from one pass by more than ``WORSE`` times what they do without fast weights.
     """
-    model = build(shape, layers, C, None, device, dtype)
+    (prompt,) = lengths
+    model = build(shape, LAYERS, C, None, device, dtype)
     plain, lr = plain_twin(model), runtime_of(model).config.lr
-    many = tokens or C
-    few = max(8, many // 16)
+    few = max(8, C // 16)
     text, ids = (torch.randint(0, model.config.vocab_size, (1, n), device=device) for n in (prompt, C + C // 2))
-    length = max(prompt + many, ids.shape[1])
+    length = max(prompt + C, ids.shape[1])
     runs: dict[str, tuple[Decoding, int]] = {}
     errors = {}
     way = "graph" if device.type == "cuda" else "compiled"  # on a CPU only traced, to test that tracing works
@@ -86,13 +85,14 @@ def measure(
             errors[name] = differs(graphs, ids, C - C // 4)
             log(f"{name}: steps differ from one pass by {errors[name]:.2e}")
             runs[f"eager, {name}"] = Decoding(one, DynamicCache(config=one.config), "eager"), few
-            runs[f"graphs, {name}"] = graphs, many
+            runs[f"graphs, {name}"] = graphs, C
         floor = 1e-5 if dtype == torch.float32 else 0.0
         if not errors["ours"] <= WORSE * max(errors["no TTT"], floor):
             wrong = f"steps differ from one pass by {errors['ours']:.2e}"
             raise UserError(f"results are wrong, so no timings are shown: {wrong}")
         set_lr(model, lr)
-        times, peaks = time_all(runs, text, device, rounds)
+        writing = {name: partial(decoding.write, n) for name, (decoding, n) in runs.items()}
+        times, peaks = measured(writing, device, rounds=rounds, before=lambda name: runs[name][0].read(text))
     found = {name: whole / runs[name][1] for name, whole in times.items()}
     row = {
         "prompt": prompt,
@@ -104,25 +104,7 @@ def measure(
         "times_eager": found["eager, ours"] / found["graphs, ours"],
     }
     log(f"over the same graphs without TTT {row['graphs_over_no_ttt']:.3f}, {row['times_eager']:.2f} times eager")
-    return {"shape": shape, "layers": layers, "chunk_size": C, "cache_length": length, "way": way, "results": [row]}
-
-
-def time_all(
-    runs: dict[str, tuple[Decoding, int]], prompt: Tensor, device: torch.device, rounds: int
-) -> tuple[dict[str, float], dict[str, int | None]]:
-    """Return median seconds and peak memory of writing, each round behind the same prompt; reading is not timed."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    peaks: dict[str, int | None] = {}
-    for n in range(-1, rounds + 1):  # the first is a warm-up, the last for memory
-        for name, (decoding, tokens) in runs.items():
-            decoding.read(prompt)
-            if n < 0:
-                decoding.write(tokens)
-            elif n < rounds:
-                found[name].append(seconds(lambda d=decoding, t=tokens: d.write(t), device))  # type: ignore[misc]
-            else:
-                peaks[name] = peak_bytes(lambda d=decoding, t=tokens: d.write(t), device)  # type: ignore[misc]
-    return {name: median(values) for name, values in found.items()}, peaks
+    return {"shape": shape, "layers": LAYERS, "chunk_size": C, "cache_length": length, "way": way, "results": [row]}
 
 
 def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..hf.attach import runtime_of, set_lr, updates_off
 from ..hf.cache import cache_of
 from ..hf.context import fast_weights
-from .timing import rates
+from .timing import measured, rates
 
 SHARE = 0.3
 """Norm of ``lr * S`` over W0's during a check, large enough to reveal errors."""
@@ -69,17 +69,12 @@ def formula() -> Iterator[None]:
         PATHS.remove(path)
 
 
-def three_ways(model: nn.Module, run: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
-    """Return ``run`` without fast weights, as it is, and with the materialised formula, by name."""
-
-    def inside(context: Callable[[], Any]) -> Callable[[], Any]:
-        def there() -> Any:
-            with context():
-                return run()
-
-        return there
-
-    return {"no TTT": inside(lambda: updates_off(model)), "ours": run, "materialised": inside(formula)}
+def timed(
+    model: nn.Module, run: Callable[[], Any], device: torch.device, rounds: int
+) -> tuple[dict[str, float], dict[str, int | None]]:
+    """Return median seconds and peak memory of ``run`` without fast weights, as it is, and by the formula, by name."""
+    runs = {"no TTT": updates_off(model)(run), "ours": run, "materialised": formula()(run)}
+    return measured(runs, device, rounds=rounds)
 
 
 def weighty_lr(model: nn.Module, ids_1T: Tensor) -> float:

@@ -3,8 +3,10 @@
 Shapes: T tokens, D hidden, F intermediate, C chunk, M chunks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,8 +17,9 @@ from ..core import ChunkTable
 from ..core.targets import convolve, convolved
 from ..errors import UserError
 from ..fast import scan
-from .materialised import product
-from .timing import interleaved, peak_bytes, rates
+from .materialised import product as formula
+from .prefill import SHAPES
+from .timing import measured, rates
 
 LR, LOOKAHEAD, KERNEL = 0.1, 2, 5
 SHARES = (0.3, 1.0)
@@ -46,7 +49,7 @@ class Block:
         self.x, self.u = make(1, shape.tokens, D, scale=1.0), make(1, shape.tokens, D, scale=0.02)
         self.gate, self.up, self.down = make(F, D, scale=0.02), make(F, D, scale=0.02), make(D, F, scale=0.02)
         self.kappa, self.proj = make(D, KERNEL, scale=0.05), make(D, D, scale=0.02)
-        self.slow = [self.x, self.gate, self.up, self.down]
+        self.slow, self.g = [self.x, self.gate, self.up, self.down], torch.randn_like(self.x, requires_grad=False)
 
     def z(self) -> Tensor:
         return silu(linear(self.x, self.gate)) * linear(self.x, self.up)
@@ -65,7 +68,23 @@ class Block:
         z = self.z()
         u = self.u.view(-1, C, self.u.shape[2])
         v = convolve(u.float(), self.kappa.float(), LOOKAHEAD).to(z.dtype) @ self.proj
-        return product(z, v[:-1].flatten(0, 1)[None], self.down, C, LR)[0]
+        return formula(z, v[:-1].flatten(0, 1)[None], self.down, C, LR)[0]
+
+    def runs(self, C: int, backward: bool) -> dict[str, Callable[[], Any]]:
+        """Return the block's three forms by name: forward, or forward and the gradients of all inputs."""
+        fast = [*self.slow, self.kappa, self.proj, self.u]
+        forms: dict[str, tuple[Callable[[], Tensor], list[Tensor]]] = {
+            "no TTT": (self.plain, self.slow),
+            "ours": (partial(self.ours, C), fast),
+            "materialised": (partial(self.materialised, C), fast),
+        }
+        if not backward:
+            return {name: forward for name, (forward, _) in forms.items()}
+
+        def step(forward: Callable[[], Tensor], inputs: list[Tensor]) -> Any:
+            return torch.autograd.grad(forward(), inputs, self.g)
+
+        return {name: partial(step, *form) for name, form in forms.items()}
 
 
 def target(u_BTD: Tensor, kappa: Tensor, proj: Tensor, table: ChunkTable) -> Tensor:
@@ -97,31 +116,24 @@ def errors(shape: Shape, C: int, device: torch.device, dtype: torch.dtype, share
         half["v"] = target(half["u"], half["kappa"], half["proj"], table)
         fast = scan(half["z"], half["v"], None, table, lr=LR)[0][:, -C:].norm()
         half["v"] *= share * linear(half["z"][:, -C:], half["weight"]).norm() / fast
-    exact = {name: x.double() for name, x in half.items()}
 
-    def layers(x: dict[str, Tensor]) -> Iterator[tuple[str, Callable[..., Any], list[str], Tensor]]:
-        backend = "torch" if x is exact else "auto"
-        yield "plain", lambda z, weight: linear(z, weight), ["z", "weight"], x["g"]
-        yield (
-            "scan",
-            lambda z, v, weight: scan(z, v, weight, table, lr=LR, backend=backend)[0],
-            ["z", "v", "weight"],
-            x["g"],
-        )
-        yield (
-            "target",
-            lambda u, kappa, proj: target(u, kappa, proj, table),
-            ["u", "kappa", "proj"],
-            x["v"],
-        )
+    def outcomes(x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+        layers: dict[str, tuple[Callable[..., Tensor], list[str], str]] = {
+            "plain": (linear, ["z", "weight"], "g"),
+            "scan": (lambda z, v, W: scan(z, v, W, table, lr=LR, backend=backend)[0], ["z", "v", "weight"], "g"),
+            "target": (lambda u, kappa, proj: target(u, kappa, proj, table), ["u", "kappa", "proj"], "v"),
+        }
+        found = {}
+        for name, (run, inputs, g) in layers.items():
+            used = [x[i].detach().requires_grad_() for i in inputs]
+            out = run(*used)
+            gradients = torch.autograd.grad(out, used, x[g])
+            found[f"{name}: output"] = out.detach()
+            found |= {f"{name}: gradient of {i}": grad for i, grad in zip(inputs, gradients, strict=True)}
+        return found
 
-    found = {}
-    for (name, run, inputs, g), (_, again, _, g64) in zip(layers(half), layers(exact), strict=True):
-        used, used64 = ([x[i].detach().requires_grad_() for i in inputs] for x in (half, exact))
-        out, out64 = run(*used), again(*used64)
-        pairs = zip(torch.autograd.grad(out, used, g), torch.autograd.grad(out64, used64, g64), strict=True)
-        found[f"{name}: output"] = relative(out.detach(), out64.detach())
-        found |= {f"{name}: gradient of {i}": relative(a, b) for i, (a, b) in zip(inputs, pairs, strict=True)}
+    exact = outcomes({name: x.double() for name, x in half.items()}, "torch")
+    found = {name: relative(x, exact[name]) for name, x in outcomes(half, "auto").items()}
     base = max(error for name, error in found.items() if name.startswith("plain"))
     floor = 1e-6 if dtype == torch.float32 else 0.0  # in float32, summation order matters more than rounding
     return {name: error / max(base, floor) for name, error in found.items() if not name.startswith("plain")}
@@ -144,57 +156,41 @@ def limit(shape: Shape, backward: bool) -> float:
 
 
 def measure(
-    shape: Shape,
-    chunks: list[int],
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    rounds: int,
-    log: Callable[[str], None],
-) -> dict[str, Any]:
-    """Measure everything about the block, JSON-ready; seconds are medians of interleaved runs."""
-    found: dict[str, Any] = {"shape": vars(shape), "dtype": str(dtype), "errors": {}, "results": []}
+    shape: str, lengths: list[int], chunks: list[int], device: torch.device, dtype: torch.dtype,
+    *, rounds: int, log: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Measure everything about the block, JSON-ready; seconds are medians of interleaved runs.
+
+    UserError for a length that is not a multiple, at least twofold, of every chunk size.
+    """
+    size = Shape(SHAPES[shape]["hidden_size"], SHAPES[shape]["intermediate_size"], *lengths)
+    if any(size.tokens % C or size.tokens < 2 * C for C in chunks):
+        raise UserError(f"--tokens {size.tokens}: take a multiple, at least twofold, of every chunk size")
+    found: dict[str, Any] = {"shape": vars(size), "dtype": str(dtype), "errors": {}, "results": []}
     for C in chunks:
-        found["errors"][str(C)] = check(shape, C, device, dtype)
+        found["errors"][str(C)] = check(size, C, device, dtype)
         worst = [f"{max(ratios.values()):.2f}" for ratios in found["errors"][str(C)].values()]
         log(
             f"C {C}: largest error over a plain layer's {' and '.join(worst)}, "
             f"the fast part {' and '.join(map(str, SHARES))} of the slow one"
         )
-    found["rates"] = rates(device, dtype, shape.tokens, shape.intermediate, shape.hidden)
-    block = Block(shape, device, dtype)
-    g = torch.randn_like(block.x)
-
-    def step(forward: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(forward(), inputs, g)
-
-    for C in chunks:
-        fast = [*block.slow, block.kappa, block.proj, block.u]
-        for backward in (False, True):
-            runs: dict[str, Callable[[], Any]] = {
-                "no TTT": step(block.plain, block.slow) if backward else block.plain,
-                "ours": step(lambda C=C: block.ours(C), fast) if backward else lambda C=C: block.ours(C),  # type: ignore[misc]
-                "materialised": step(lambda C=C: block.materialised(C), fast)  # type: ignore[misc]
-                if backward
-                else lambda C=C: block.materialised(C),  # type: ignore[misc]
-            }
-            with torch.set_grad_enabled(backward):
-                times = interleaved(runs, device, rounds=rounds)
-                peaks = {name: peak_bytes(run, device) for name, run in runs.items()}
-            found["results"].append(
-                {
-                    "chunk_size": C,
-                    "pass": "forward + backward" if backward else "forward",
-                    "seconds": times,
-                    "peak_bytes": peaks,
-                    "limit": limit(shape, backward),
-                    "over_no_ttt": {name: t / times["no TTT"] for name, t in times.items()},
-                }
-            )
-            row = found["results"][-1]["over_no_ttt"]
-            log(
-                f"C {C}, {found['results'][-1]['pass']}: ours {row['ours']:.3f}, materialised {row['materialised']:.3f}"
-            )
+    found["rates"] = rates(device, dtype, size.tokens, size.intermediate, size.hidden)
+    block = Block(size, device, dtype)
+    for C, backward in product(chunks, (False, True)):
+        runs = block.runs(C, backward)
+        with torch.set_grad_enabled(backward):
+            times, peaks = measured(runs, device, rounds=rounds, warmup=2)
+        over = {name: t / times["no TTT"] for name, t in times.items()}
+        row = {
+            "chunk_size": C,
+            "pass": "forward + backward" if backward else "forward",
+            "seconds": times,
+            "peak_bytes": peaks,
+            "limit": limit(size, backward),
+            "over_no_ttt": over,
+        }
+        found["results"].append(row)
+        log(f"C {C}, {row['pass']}: ours {over['ours']:.3f}, materialised {over['materialised']:.3f}")
     return found
 
 

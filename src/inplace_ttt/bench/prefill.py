@@ -1,8 +1,9 @@
 """Prefill of a long prompt by a whole model: time and memory with fast weights over without."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from ..config import InPlaceTTTConfig
 from ..hf.attach import install, runtime_of
+from ..plots import OFF, ON, save, styled
 from ..train.attention import choose_attention
-from .materialised import checked, extra_products, three_ways
-from .timing import interleaved, peak_bytes
+from .materialised import checked, extra_products, timed
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -23,6 +24,14 @@ SHAPES: dict[str, dict[str, int]] = {
            "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
 }  # fmt: skip
 """Qwen3's, by name."""
+LAYERS = "0::6"
+"""Layers that adapt."""
+WAYS = {
+    "over_no_ttt": ("this library", ON, "-"),
+    "materialised_over_no_ttt": ("one weight per chunk (the authors' release)", "#b08968", "-"),
+    "limit_over_no_ttt": ("arithmetic alone", OFF, "--"),
+}
+"""Column of a record -> label, colour and style of its line."""
 
 
 def build(shape: str, layers: str, C: int, window: int | None, device: torch.device, dtype: torch.dtype) -> Any:
@@ -59,24 +68,21 @@ def plain_twin(model: Any) -> Any:
 
 def measure(
     shape: str, lengths: list[int], C: int, device: torch.device, dtype: torch.dtype,
-    *, layers: str = "0::6", window: int | None = None, rounds: int = 3, log: Callable[[str], None],
+    *, window: int | None, rounds: int, log: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Measure prefill of one row at each length with a cache; JSON-ready, seconds are medians of interleaved runs."""
-    model = build(shape, layers, C, window, device, dtype)
+    model = build(shape, LAYERS, C, window, device, dtype)
     if window is not None:  # a dense mask of a long prompt would be larger than the model
         model.set_attn_implementation(choose_attention("auto", device))
-    found: dict[str, Any] = {"shape": shape, "layers": layers, "chunk_size": C, "window": window, "results": []}
+    found: dict[str, Any] = {"shape": shape, "layers": LAYERS, "chunk_size": C, "window": window, "results": []}
     found["attention"] = model.config._attn_implementation
     known, adapting = SHAPES[shape], len(runtime_of(model).sites)
     found |= checked(model, known, C, min(lengths), device)
     for T in lengths:
-        ids = torch.randint(0, SHAPES[shape]["vocab_size"], (1, T), device=device)
-
+        ids = torch.randint(0, known["vocab_size"], (1, T), device=device)
         with torch.no_grad():
-            runs = three_ways(model, partial(model, ids, use_cache=True, logits_to_keep=1))
             often = rounds * max(max(lengths) // 4 // T, 1)  # short prompts need more rounds, and cost less
-            times = interleaved(runs, device, rounds=often, warmup=1)
-            peaks = {name: peak_bytes(run, device) for name, run in runs.items()}
+            times, peaks = timed(model, partial(model, ids, use_cache=True, logits_to_keep=1), device, often)
         over = times["ours"] / times["no TTT"]
         found["results"].append(
             {
@@ -105,3 +111,45 @@ def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         more = [f"{100 * (row[name] - 1):+.1f}%" for name in names]
         rows.append([f"{row['tokens']:,}", f"{row['seconds']['no TTT']:.3f}", *more, extra])
     return ["tokens", "no TTT (s)", "ours", "materialised", "limit", "extra peak (GiB)"], rows
+
+
+def draw(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write a row of panels per attention: extra time in per cent, and extra GiB at the peak where it was measured.
+
+    Records of the same window are merged (for a length in several, the last one counts).
+    """
+    groups: dict[int | None, dict[int, Any]] = {}
+    for record in records:
+        groups.setdefault(record["window"], {}).update({row["tokens"]: row for row in record["results"]})
+    memory = all(row["peak_bytes"]["ours"] is not None for rows in groups.values() for row in rows.values())
+    figure, panels = styled(7.0, 2.4 * len(groups) + 0.6, len(groups), 2 if memory else 1, sharex="col", sharey="col")
+    for line, (window, rows) in zip(panels, groups.items(), strict=True):
+        lengths, name = sorted(rows), "full attention" if window is None else f"window {window:,}"
+        for column, (label, colour, style) in WAYS.items():
+            extra = [100 * (rows[n][column] - 1) for n in lengths]
+            line[0].plot(range(len(lengths)), extra, style, marker="o", ms=4, lw=1.6, color=colour, label=label)
+        line[0].set_title(f"time, {name}", loc="left", fontsize=10, fontweight="bold")
+        line[0].set_ylabel("over no TTT (%)", fontsize=8.5)
+        if memory:
+            peaks = [rows[n]["peak_bytes"] for n in lengths]
+            for way, column in (("ours", "over_no_ttt"), ("materialised", "materialised_over_no_ttt")):
+                more = [(p[way] - p["no TTT"]) / 2**30 for p in peaks]
+                line[1].plot(range(len(lengths)), more, marker="o", ms=4, lw=1.6, color=WAYS[column][1])
+            own = (peaks[-1]["ours"] - peaks[-1]["no TTT"]) / 2**30
+            place = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
+            line[1].annotate(f"{own:.2f}", (len(lengths) - 1, own), (0, 5), color=ON, **place)
+            line[1].set_title(f"peak memory, {name}", loc="left", fontsize=10, fontweight="bold")
+            line[1].set_ylabel("over no TTT (GiB)", fontsize=8.5)
+        for axes in line:
+            axes.set_xticks(range(len(lengths)), [f"{n // 1024}k" if n % 1024 == 0 else f"{n:,}" for n in lengths])
+    for axes in panels[-1]:
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("prompt (tokens)", fontsize=8.5)
+    first = records[0]
+    device = (first["hardware"].get("gpus") or ["a CPU"])[0]
+    figure.suptitle(
+        f"Prefill, {first['shape'].upper()} shape, {device}", x=0.01, ha="left", fontsize=11, fontweight="bold"
+    )
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    save(figure, path)

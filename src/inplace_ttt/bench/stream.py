@@ -7,18 +7,18 @@ from typing import Any
 import torch
 
 from ..session import Session
-from .prefill import build
+from .prefill import LAYERS, build
 
 PARTS = 10
 
 
 def measure(
     shape: str, lengths: list[int], C: int, device: torch.device, dtype: torch.dtype,
-    *, layers: str = "0::6", window: int | None = 1024, log: Callable[[str], None],
+    *, window: int, log: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Read as many tokens as each length says, in ten parts; tokens per second and memory of each part. JSON-ready."""
-    model = build(shape, layers, C, window, device, dtype)
-    found: dict[str, Any] = {"shape": shape, "layers": layers, "chunk_size": C, "window": window, "results": []}
+    model = build(shape, LAYERS, C, window, device, dtype)
+    found: dict[str, Any] = {"shape": shape, "layers": LAYERS, "chunk_size": C, "window": window, "results": []}
     for T in lengths:
         session, parts = Session(model, probe_every=0), []
         for n in range(PARTS):

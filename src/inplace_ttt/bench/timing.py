@@ -25,16 +25,42 @@ def seconds(run: Run, device: torch.device) -> float:
     return begin.elapsed_time(end) / 1000
 
 
-def interleaved(runs: Mapping[str, Run], device: torch.device, *, rounds: int, warmup: int = 2) -> dict[str, float]:
-    """Return median seconds of each run; each runs once per round, so that drift of the machine meets all of them."""
-    for _ in range(warmup):
-        for run in runs.values():
-            run()
+def interleaved(
+    runs: Mapping[str, Run],
+    device: torch.device,
+    *,
+    rounds: int,
+    warmup: int = 2,
+    before: Callable[[str], Any] = lambda name: None,
+) -> dict[str, float]:
+    """Return median seconds of each run; each runs once per round, so that drift of the machine meets all of them.
+
+    ``before`` is called with a run's name ahead of it, untimed.
+    """
     found: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
+    for n in range(-warmup, rounds):
         for name, run in runs.items():
-            found[name].append(seconds(run, device))
+            before(name)
+            took = seconds(run, device)
+            if n >= 0:
+                found[name].append(took)
     return {name: median(values) for name, values in found.items()}
+
+
+def measured(
+    runs: Mapping[str, Run],
+    device: torch.device,
+    *,
+    rounds: int,
+    warmup: int = 1,
+    before: Callable[[str], Any] = lambda name: None,
+) -> tuple[dict[str, float], dict[str, int | None]]:
+    """Return median seconds of interleaved runs, and the peak memory of one more each; ``before`` as there."""
+    times, peaks = interleaved(runs, device, rounds=rounds, warmup=warmup, before=before), {}
+    for name, run in runs.items():
+        before(name)
+        peaks[name] = peak_bytes(run, device)
+    return times, peaks
 
 
 def peak_bytes(run: Run, device: torch.device) -> int | None:

@@ -9,9 +9,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from ..hf.attach import runtime_of
-from .materialised import checked, extra_products, three_ways
-from .prefill import SHAPES, build
-from .timing import interleaved, peak_bytes
+from .materialised import checked, extra_products, timed
+from .prefill import LAYERS, SHAPES, build
 
 PIECE = 4096
 """Number of tokens whose logits are in memory."""
@@ -31,12 +30,12 @@ def loss_of(model: Any, ids_BT: Tensor) -> Tensor:
 
 def measure(
     shape: str, lengths: list[int], C: int, device: torch.device, dtype: torch.dtype,
-    *, layers: str = "0::6", rounds: int = 3, log: Callable[[str], None],
+    *, rounds: int, log: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Time training steps of one row at each length; JSON-ready, seconds are medians of interleaved steps."""
-    model = build(shape, layers, C, None, device, dtype).train()
+    model = build(shape, LAYERS, C, None, device, dtype).train()
     known, adapting = SHAPES[shape], len(runtime_of(model).sites)
-    found: dict[str, Any] = {"shape": shape, "layers": layers, "chunk_size": C, "results": []}
+    found: dict[str, Any] = {"shape": shape, "layers": LAYERS, "chunk_size": C, "results": []}
     found |= checked(model, known, C, min(lengths), device)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda")
@@ -48,9 +47,7 @@ def measure(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        runs = three_ways(model, step)
-        times = interleaved(runs, device, rounds=rounds, warmup=1)
-        peaks = {name: peak_bytes(run, device) for name, run in runs.items()}
+        times, peaks = timed(model, step, device, rounds)
         pace = {name: T / seconds for name, seconds in times.items()}
         share = pace["ours"] / pace["no TTT"]
         least = extra_products(known, adapting, T, training=True) / found["rates"]["flops"]

@@ -2,12 +2,17 @@
 
 import json
 from enum import StrEnum
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Column, Table
 
 from ..errors import UserError
+from .usage import Device, numbers
 
 
 class Subject(StrEnum):
@@ -21,18 +26,13 @@ class Subject(StrEnum):
 
 
 DEFAULTS = {
-    (Subject.mlp, True): ("32768", "1024,512"),
-    (Subject.mlp, False): ("1024", "64"),
-    (Subject.prefill, True): ("8192,32768,131072", "1024"),
-    (Subject.prefill, False): ("512,1024", "64"),
-    (Subject.decode, True): ("1536", "1024"),
-    (Subject.decode, False): ("48", "32"),
-    (Subject.train, True): ("32768", "1024"),
-    (Subject.train, False): ("256", "64"),
-    (Subject.stream, True): ("1000000", "1024"),
-    (Subject.stream, False): ("20000", "64"),
+    Subject.mlp: (("1024", "64"), ("32768", "1024,512")),
+    Subject.prefill: (("512,1024", "64"), ("8192,32768,131072", "1024")),
+    Subject.decode: (("48", "32"), ("1536", "1024")),
+    Subject.train: (("256", "64"), ("32768", "1024")),
+    Subject.stream: (("20000", "64"), ("1000000", "1024")),
 }
-"""Lengths and chunk sizes by what is measured, and whether there is a GPU."""
+"""Lengths and chunk sizes by what is measured, on a CPU and on a GPU."""
 
 
 def bench(
@@ -44,21 +44,17 @@ def bench(
         ),
     ],
     tokens: Annotated[
-        str | None,
-        typer.Option(help="Lengths, separated by commas (mlp: one; decode: the prompt's).", show_default=False),
+        str | None, typer.Option(help="Lengths, separated by commas (mlp: one; decode: the prompt's).")
     ] = None,
-    chunks: Annotated[
-        str | None, typer.Option(help="Chunk sizes, separated by commas (only mlp: several).", show_default=False)
-    ] = None,
+    chunks: Annotated[str | None, typer.Option(help="Chunk sizes, separated by commas (only mlp: several).")] = None,
     shape: Annotated[
-        str | None,
-        typer.Option(help="tiny, 0.6b or 4b (Qwen3's). Left out: 4b on a GPU, 0.6b to stream.", show_default=False),
+        str | None, typer.Option(help="tiny, 0.6b or 4b (Qwen3's). Left out: 4b on a GPU, 0.6b to stream.")
     ] = None,
     window: Annotated[
         int | None, typer.Option(help="prefill, stream: attention window; left out: full attention, 1024 to stream.")
     ] = None,
     rounds: Annotated[int, typer.Option(help="Interleaved runs; medians are printed.", min=1)] = 7,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda. Left out: the GPU if there is one.")] = None,
+    device: Device = None,
     out: Annotated[Path | None, typer.Option(help="Also write the record to this JSON file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of the table.")] = False,
     plot: Annotated[Path | None, typer.Option(help="prefill: also draw throughput and memory to this file.")] = None,
@@ -68,10 +64,8 @@ def bench(
     What the block and the decoding steps compute is checked first; no speed is printed of wrong results.
     """
     import torch
-    from rich.console import Console
-    from rich.table import Table
 
-    from ..bench import decode, mlp, plots, prefill, stream, train
+    from ..bench import prefill
     from ..records import about, write_json
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -84,38 +78,29 @@ def bench(
     if window is not None and subject not in (Subject.prefill, Subject.stream):
         raise UserError("--window: only for prefill and stream")
     dtype = torch.bfloat16 if gpu else torch.float32
-    lengths = _numbers("--tokens", tokens or DEFAULTS[subject, gpu][0])
-    sizes = _numbers("--chunks", chunks or DEFAULTS[subject, gpu][1])
+    default_tokens, default_chunks = DEFAULTS[subject][gpu]
+    lengths = list(numbers("--tokens", tokens or default_tokens, int))
+    sizes = list(numbers("--chunks", chunks or default_chunks, int))
+    for option, given in (("--tokens", lengths), ("--chunks", sizes)):
+        if min(given) < 1:
+            raise UserError(f"{option} {min(given)}: only numbers of at least 1")
     if subject != Subject.mlp and len(sizes) > 1:
         raise UserError(f"--chunks: {subject} takes one chunk size")
     if subject in (Subject.mlp, Subject.decode) and len(lengths) > 1:
         raise UserError(f"--tokens: {subject} takes one length")
     log, console = Console(stderr=True), Console(highlight=False)
-
-    def say(line: str) -> None:
-        log.print(line, highlight=False)
-
+    options: dict[str, Any] = {"rounds": rounds, "window": window}
+    if subject == Subject.stream:
+        options = {"window": window or 1024}
+    elif subject != Subject.prefill:
+        del options["window"]
+    module = import_module(f"inplace_ttt.bench.{subject}")
     record: dict[str, Any] = {"subject": str(subject), **about(), "rounds": rounds}
-    C, where = sizes[0], (place, dtype)
-    if subject == Subject.mlp:
-        known = prefill.SHAPES[shape]
-        size = mlp.Shape(known["hidden_size"], known["intermediate_size"], lengths[0])
-        if any(size.tokens % C or size.tokens < 2 * C for C in sizes):
-            raise UserError(f"--tokens {size.tokens}: take a multiple, at least twofold, of every chunk size")
-        record |= mlp.measure(size, sizes, *where, rounds=rounds, log=say)
-    elif subject == Subject.prefill:
-        record |= prefill.measure(shape, lengths, C, *where, window=window, rounds=rounds, log=say)
-    elif subject == Subject.decode:
-        record |= decode.measure(shape, lengths[0], C, *where, rounds=rounds, log=say)
-    elif subject == Subject.train:
-        record |= train.measure(shape, lengths, C, *where, rounds=rounds, log=say)
-    else:
-        record |= stream.measure(shape, lengths, C, *where, window=window or 1024, log=say)
-    modules: dict[str, Any] = {"mlp": mlp, "prefill": prefill, "decode": decode, "train": train, "stream": stream}
-    columns, rows = modules[subject].table(record)
-    table = Table(title=f"{subject} on {record['hardware'].get('gpus', [record['hardware']['cpu']])[0]}")
-    for name in columns:
-        table.add_column(name, justify="right")
+    chunk = sizes if subject == Subject.mlp else sizes[0]
+    record |= module.measure(shape, lengths, chunk, place, dtype, **options, log=partial(log.print, highlight=False))
+    columns, rows = module.table(record)
+    title = f"{subject} on {record['hardware'].get('gpus', [record['hardware']['cpu']])[0]}"
+    table = Table(*(Column(name, justify="right") for name in columns), title=title)
     for row in rows:
         table.add_row(*row)
     if as_json:
@@ -125,14 +110,4 @@ def bench(
     if out is not None:
         write_json(out, record)
     if plot is not None:
-        plots.prefill([record], plot)
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"{option} {text}: write whole numbers separated by commas") from None
-    if min(found) < 1:
-        raise UserError(f"{option} {text}: only numbers of at least 1")
-    return found
+        prefill.draw([record], plot)

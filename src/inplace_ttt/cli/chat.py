@@ -8,12 +8,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from ..errors import UserError, in_one_line
-from .inspect_session import nothing_learned, stats_lines
 from .read import Saver, Source, deferred_interrupt, next_line, read_one
-from .sessions import Device, Model, Objective, State, Window, check_place, check_session, open_session
-from .usage import tell
+from .sessions import (
+    Model,
+    Objective,
+    State,
+    Window,
+    check_place,
+    check_session,
+    nothing_learned,
+    open_session,
+    stats_lines,
+)
+from .usage import Device, tell
 
 HELP = """\
 /help          this
@@ -51,8 +61,6 @@ def chat(
     objective: Objective = None,
 ) -> None:
     """Talk to a session that remembers: it learns from what you and it write."""
-    from rich.console import Console
-
     log, options = Console(stderr=True), {"window": window, "state": state}
     if not 0 < top_p <= 1:
         raise UserError(f"--top-p {top_p:g}: above 0, at most 1")

@@ -21,10 +21,7 @@ def convert(
     out: Annotated[Path, typer.Argument(help="Directory to write; must not exist yet.")],
     to: Annotated[Format, typer.Option(help="model (whole), adapter, release (the authors' format), sharded.")],
     base: Annotated[str | None, typer.Option(help="The base model, where the source is an adapter.")] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="A saved model of the same shape, for a sharded source."),
-    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A saved model of the same shape, for a sharded source.")] = None,
     projections: Annotated[
         bool, typer.Option("--projections", help="With --to adapter: the adapting projections too.")
     ] = False,

@@ -4,32 +4,27 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from ..errors import UserError
 from ..hub import check_model
 from ..shipped import DEFAULT_MODEL
-from .usage import PlainObjective, PlainWindow, check_picture, check_writable, quiet_libraries
+from .usage import Device, PlainObjective, PlainWindow, check_picture, check_writable, quiet_libraries
 
 
 def demo(
     file: Annotated[
-        Path | None,
-        typer.Argument(help="Text to read. Left out: a long module of Python's standard library.", show_default=False),
+        Path | None, typer.Argument(help="Text to read. Left out: a long module of Python's standard library.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Directory or hub id. Left out: the shipped model.", show_default=False)
-    ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write all figures here.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option(help="Directory or hub id. Left out: the shipped model.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all figures here.")] = None,
     plot: Annotated[Path, typer.Option(help="Write the picture here (.png, .pdf or .svg).")] = Path("out/demo.png"),
     max_tokens: Annotated[int, typer.Option(help="Tokens to read.", min=1)] = 16384,
     objective: PlainObjective = None,
     window: PlainWindow = None,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda. Left out: the GPU if there is one.", show_default=False)
-    ] = None,
+    device: Device = None,
 ) -> None:
     """Read a long text with updates on and off, and compare."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ..demo.text import library_file

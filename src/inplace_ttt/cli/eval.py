@@ -3,65 +3,33 @@
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from ..errors import UserError
+from ..eval.suites import SUITES, WITHOUT_TEXT, module_of
 from ..hub import check_model
 from ..shipped import DEFAULT_MODEL
-from .usage import PlainObjective, PlainWindow, quiet_libraries, tell
+from .usage import Device, PlainObjective, PlainWindow, numbers, quiet_libraries, tell
 
 if TYPE_CHECKING:
     from ..eval.runner import Variant
 
 
-Number = TypeVar("Number", int, float)
-SUITES = ("nll", "needle", "mqar", "read-then-ask", "theory", "diagnostics", "harness", "ruler")
-WITHOUT_TEXT = frozenset(["harness", "ruler"])
-"""Suites that need no --data."""
 ONLY_TEXT = tuple(name for name in SUITES if name not in WITHOUT_TEXT)
 
 
-@dataclass(frozen=True)
-class Options:
-    """The options of a run, named as on the command line. ``lengths`` empty: each suite's own."""
-
-    suites: tuple[str, ...]
-    length: int
-    windows: int
-    lengths: tuple[int, ...]
-    kinds: tuple[str, ...]
-    depths: tuple[float, ...]
-    trials: int
-    tasks: tuple[str, ...]
-    task_files: Path | None
-    questions: tuple[Path, ...]
-    download: bool
-    limit: int | None
-    batch_size: int
-
-    def __post_init__(self) -> None:
-        if unknown := sorted(set(self.suites) - set(SUITES)):
-            raise UserError(f"--suite {', '.join(unknown)}: choose from {', '.join(SUITES)}")
-
-    def plan(self) -> dict[str, Any]:
-        """JSON-ready: what tells one evaluation from another. ``batch_size`` changes no figure."""
-        only = () if WITHOUT_TEXT & set(self.suites) else ("tasks", "task_files", "questions", "download", "limit")
-        values = {key: value for key, value in asdict(self).items() if key not in (*only, "batch_size")}
-        plan: dict[str, Any] = json.loads(json.dumps(values, default=str))
-        return plan
-
-
 def evaluate(
-    model: Annotated[
-        str | None, typer.Argument(help="Directory or hub id. Left out: the shipped model.", show_default=False)
-    ] = None,
-    named: Annotated[str | None, typer.Option("--model", help="The same, as an option.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Argument(help="Directory or hub id. Left out: the shipped model.")] = None,
+    named: Annotated[str | None, typer.Option("--model", help="The same, as an option.")] = None,
     objective: PlainObjective = None,
     window: PlainWindow = None,
     data: Annotated[
@@ -82,7 +50,7 @@ def evaluate(
     windows: Annotated[int, typer.Option(help="nll: windows of a document, at most.", min=0)] = 1,
     documents: Annotated[int | None, typer.Option(help="Documents, at most (those long enough first).", min=1)] = None,
     lengths: Annotated[
-        str | None, typer.Option(help="needle, mqar, ruler: lengths in tokens, such as 4096,8192.", show_default=False)
+        str | None, typer.Option(help="needle, mqar, ruler: lengths in tokens, such as 4096,8192.")
     ] = None,
     kinds: Annotated[str, typer.Option(help="needle: kinds of needles.")] = "single,multi-key,multi-value,multi-query",
     depths: Annotated[
@@ -112,20 +80,18 @@ def evaluate(
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Also read with each adapting layer switched off.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Throw an earlier run in --out away.")] = False,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda. Left out: the GPU if there is one.")] = None,
+    device: Device = None,
 ) -> None:
     """Measure whether adapting helps: updates on and off on the same text, with intervals and pictures."""
-    from rich.console import Console
-
     if model is not None and named is not None:
         raise UserError(f"--model {named}: the model is {model} already, name it once")
-    options = Options(
+    options = SimpleNamespace(
         suites=ONLY_TEXT if suite == "all" else _names(suite),
         length=length,
         windows=windows,
-        lengths=_numbers("--lengths", lengths, int) if lengths else (),
+        lengths=numbers("--lengths", lengths, int) if lengths else (),
         kinds=_names(kinds),
-        depths=_numbers("--depths", depths, float),
+        depths=numbers("--depths", depths, float),
         trials=trials,
         tasks=_names(tasks),
         task_files=task_files,
@@ -134,6 +100,8 @@ def evaluate(
         limit=limit,
         batch_size=batch_size,
     )
+    if unknown := sorted(set(options.suites) - set(SUITES)):
+        raise UserError(f"--suite {', '.join(unknown)}: choose from {', '.join(SUITES)}")
     if not data and (reading := [name for name in options.suites if name not in WITHOUT_TEXT]):
         raise UserError(
             f"--data: name at least one text file, directory or .jsonl file to read ({reading[0]} needs it)"
@@ -168,7 +136,12 @@ def evaluate(
         if documents is not None:
             texts = sorted(texts, key=lambda text: len(text.ids) < length)[:documents]
     with log.status("preparing the suites"):
-        suites, notes = build(options, texts, tokenizer, loaded)
+        if WITHOUT_TEXT & set(options.suites):
+            logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        suites = [
+            module_of(name).from_options(options, texts, tokenizer, loaded) for name in SUITES if name in options.suites
+        ]
+    notes = [note for made in suites for note in getattr(made, "notes", ())]
     useless = [] if is_trained(loaded) else [UNTRAINED]
     for note in notes + useless:
         tell(note, err=True)
@@ -179,7 +152,7 @@ def evaluate(
         "data": {text.name: len(text.ids) for text in texts},
         "block": 256,
         "variants": [variant.label for variant in variants],
-        **options.plan(),
+        **_plan(options),
     }
     plan |= {key: value for key, value in (("objective", objective), ("window", window)) if value is not None}
     records = run(suites, variants, out, plan, fresh=fresh, console=log)
@@ -188,61 +161,26 @@ def evaluate(
     tell(f"Report: {out / 'report.html'} (figures: summary.json, summary.csv, plots/)")
 
 
-def build(options: Options, texts: Sequence[Any], tokenizer: Any, model: Any) -> tuple[list[Any], list[str]]:
-    """The suites in the order of ``SUITES``, and what the user should know about them. UserError before any work."""
-    from ..eval.suites import harness, mqar, needle, nll, read_then_ask, state, theory
-
-    wanted, found, notes = set(options.suites), list[Any](), list[str]()
-    windows = nll.from_options(options, texts, model) if {"nll", "diagnostics"} & wanted else None
-    if windows is not None and "nll" in wanted:
-        found.append(windows)
-    if "needle" in wanted:
-        found.append(needle.from_options(options, texts, tokenizer))
-    if "mqar" in wanted:
-        found.append(mqar.from_options(options, texts, tokenizer))
-    if "read-then-ask" in wanted:
-        found.append(read_then_ask.from_options(options, texts, tokenizer))
-    if "theory" in wanted:
-        found.append(theory.from_options(options, texts, tokenizer, model))
-    if windows is not None and "diagnostics" in wanted:
-        found.append(state.StateSuite(windows))
-    if WITHOUT_TEXT & wanted:
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    if "harness" in wanted:
-        found.append(harness.from_options(options, tokenizer))
-    if "ruler" in wanted:
-        suite, notes = harness.ruler_from_options(options, texts, tokenizer, model)
-        found.append(suite)
-    return found, notes
+def _plan(options: SimpleNamespace) -> dict[str, Any]:
+    """JSON-ready: what tells one evaluation from another. ``batch_size`` changes no figure."""
+    only = () if WITHOUT_TEXT & set(options.suites) else ("tasks", "task_files", "questions", "download", "limit")
+    values = {key: value for key, value in vars(options).items() if key not in (*only, "batch_size")}
+    plan: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return plan
 
 
 def _variants(model: Any, sweep: list[str], layers: bool) -> list["Variant"]:
     from ..eval.runner import Variant
     from ..hf.attach import layers_off, runtime_of, updates_off
 
-    found = [
-        Variant("on", model, nullcontext),
-        Variant("off", model, lambda: updates_off(model), updates=False),
-    ]
-    for text in sweep:
-        for label, settings in _settings(text):
-            found.append(Variant(label, model, lambda s=settings: _reading(model, s)))  # type: ignore[misc]
-    for site in runtime_of(model).sites if layers else ():
-        index = site.index
-        found.append(Variant(f"without layer {index}", model, lambda i=index: layers_off(model, [i])))  # type: ignore[misc]
+    runtime = runtime_of(model)
+    found = [Variant("on", model, nullcontext), Variant("off", model, partial(updates_off, model), updates=False)]
+    for label, settings in (one for text in sweep for one in _settings(text)):
+        config = replace(runtime.config, **settings)
+        found.append(Variant(label, model, partial(runtime.override, config=config)))
+    for site in runtime.sites if layers else ():
+        found.append(Variant(f"without layer {site.index}", model, partial(layers_off, model, [site.index])))
     return found
-
-
-@contextmanager
-def _reading(model: Any, settings: dict[str, Any]) -> Any:
-    from ..hf.attach import configure, fast_settings
-
-    before = fast_settings(model)
-    configure(model, **settings)
-    try:
-        yield
-    finally:
-        configure(model, **before)
 
 
 def _settings(text: str) -> list[tuple[str, dict[str, Any]]]:
@@ -270,10 +208,3 @@ def _baseline(name: str, model: Any, tokenizer: Any, device: str | None) -> "Var
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
-
-
-def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"{option} {text}: write numbers separated by commas") from None

@@ -1,16 +1,20 @@
 """``inplace-ttt inspect``."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from ..errors import UserError
 from ..hub import check_model
 from ..shipped import DEFAULT_MODEL
-from .usage import quiet_libraries, size, tell
+from .sessions import check_session, open_session, stats_lines
+from .usage import check_picture, quiet_libraries, size, tell
 
 if TYPE_CHECKING:
     from .preview import Preview
@@ -18,8 +22,7 @@ if TYPE_CHECKING:
 
 def inspect(
     model: Annotated[
-        str | None,
-        typer.Argument(help="Directory, hub id, or session file. Left out: the shipped model.", show_default=False),
+        str | None, typer.Argument(help="Directory, hub id, or session file. Left out: the shipped model.")
     ] = None,
     layers: Annotated[str | None, typer.Option(help="Plain model: layers to adapt (0::6, or 0,4,8).")] = None,
     chunk_size: Annotated[int | None, typer.Option(help="Plain model: tokens between updates.")] = None,
@@ -35,18 +38,14 @@ def inspect(
         model, of = of, None
     given: dict[str, Any] = {"layers": layers, "chunk_size": chunk_size, "target": target, "objective": objective}
     if model is not None and Path(model).is_file() and Path(model).suffix != ".gguf":
-        from .inspect_session import inspect_session
-
         _refuse(given, "plain models")
-        return inspect_session(Path(model), json, plot, of, device)
+        return _inspect_session(Path(model), json, plot, of, device)
     if model is not None and _is_lost_file(Path(model)):
         raise UserError(f"{model}: no such file")
     _refuse({"plot": plot, "model": of, "device": device}, "session files")
     given["layers"] = layers and _layers(layers)
     if model is not None:
         check_model(model)
-    from rich.console import Console
-
     with Console(stderr=True).status("loading"):
         from .preview import preview
 
@@ -54,8 +53,6 @@ def inspect(
     name = model or str(DEFAULT_MODEL)
     found = preview(name, {key: value for key, value in given.items() if value is not None})
     if json:
-        from json import dumps
-
         typer.echo(dumps(found.to_dict(), indent=2))
     else:
         _show(found)
@@ -82,9 +79,6 @@ def _layers(text: str) -> str | tuple[int, ...]:
 
 
 def _show(found: "Preview") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     says = "has fast weights" if found.attached else "is a plain model; with fast weights attached it would have these"
     says += ", untrained" if found.attached and found.untrained else ""
     tell(f"{found.model} ({found.model_type}) {says}:")
@@ -113,3 +107,30 @@ def _show(found: "Preview") -> None:
         from ..hf.attach import UNTRAINED
 
         tell(UNTRAINED)
+
+
+def _inspect_session(path: Path, json: bool, plot: Path | None, model: str | None, device: str | None) -> None:
+    """Prints where a session stands and what its fast weights are like; draws how that came about."""
+    if plot is not None:
+        check_picture(plot)
+    check_session(path, model, {}, write=False)
+    with Console(stderr=True).status("loading the model"):
+        from ..session.plots import diagnostics_table, save_diagnostics
+
+        session = open_session(path, model, device, {}, write=False)
+    timeline, layers = session.timeline, session.diagnostics()
+    every = f"one every {timeline.every:,} tokens"
+    if plot is not None and not timeline.samples:
+        raise UserError(f"{path} has no samples to draw yet ({every} read): leave out --plot")
+    if json:
+        found = {"model": session.origin, "stats": session.stats().to_dict(), "layers": [asdict(x) for x in layers]}
+        typer.echo(dumps(found | {"timeline": timeline.to_list()}, indent=2))
+    else:
+        tell("\n".join([f"{path}: model {session.origin}", *stats_lines(session)]))
+        if layers:
+            Console(highlight=False).print(diagnostics_table(layers))
+        tell(f"Losses with and without updates: {len(timeline.samples)} samples, {every}")
+    if plot is not None:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        save_diagnostics(plot, timeline, f"{path.name}: {session.stats().tokens:,} tokens")
+        tell(f"Picture: {plot}", err=json)

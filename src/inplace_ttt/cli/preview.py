@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..config import InPlaceTTTConfig
-from ..core import Target, make_target
+from ..core import make_target
 from ..errors import UserError
 from ..hf.attach import LayerInfo, inspect, install, is_trained
 from ..hf.auto import base_config
@@ -74,23 +76,19 @@ def preview(model: str, settings: dict[str, Any]) -> Preview:
     parameters = sum(p.numel() for p in empty.parameters())
     install(empty, config)
     layers = inspect(empty)
+    narrow = make_target(config.objective, 1, config.objective_options, {**config.settings, "init_std": 0.02})
     width = next(empty.parameters()).element_size()
     return Preview(
         model=model,
         model_type=base.model_type,
         attached=attached,
-        untrained=not _is_trained(model, empty) if attached else not _fresh(config).is_trained,
+        untrained=not _is_trained(model, empty) if attached else not narrow.is_trained,
         settings=config,
         decoder_layers=base.get_text_config().num_hidden_layers,
         base_parameters=parameters,
         layers=layers,
         pending_bytes=sum(sum(layer.shape) for layer in layers) * config.chunk_size * width,
     )
-
-
-def _fresh(config: InPlaceTTTConfig) -> Target:
-    """Make a target as attaching makes it, but of width 1."""
-    return make_target(config.objective, 1, config.objective_options, {**config.settings, "init_std": 0.02})
 
 
 def _is_trained(model: str, empty: Any) -> bool:
@@ -132,20 +130,16 @@ def _stored(model: str) -> tuple[Any, InPlaceTTTConfig | None]:
 
 
 def _file(model: str, name: str) -> str | None:
-    """Text of one file of a model, None when the model has no such file (or there is no such model)."""
+    """Text of one file of a model, None when the model has no such file."""
     path = Path(model).expanduser()
     if path.is_dir():
-        file = path / name
-        return file.read_text(encoding="utf-8") if file.is_file() else None
+        return (path / name).read_text(encoding="utf-8") if (path / name).is_file() else None
     require_hub_id(model)
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
         return Path(hf_hub_download(model, name)).read_text(encoding="utf-8")
+    except RemoteEntryNotFoundError:
+        return None
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            return None
         reason = str(error).splitlines()[0]
         raise UserError(f"{model} is not a directory here and could not be fetched from the hub ({reason})") from None
 

@@ -6,16 +6,16 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from ..errors import UserError
-from .inspect_session import stats_lines
-from .sessions import ChunkSize, Decay, Device, Model, Objective, Sinks, State, Window, check_session, open_session
-from .usage import INTERRUPTED, tell
+from .sessions import ChunkSize, Decay, Model, Objective, Sinks, State, Window, check_session, open_session, stats_lines
+from .usage import INTERRUPTED, Device, tell
 
 FIRST, SMALLEST, LARGEST = 2048, 512, 1 << 15
 """Bytes handed to the session at a time: so many that Ctrl-C is looked at about twice a second."""
@@ -44,64 +44,53 @@ def read(
         raise UserError(f"{files[0]} is empty" if len(files) == 1 else "these files are all empty")
     options = {"window": window, "sinks": sinks, "decay": decay, "chunk_size": chunk_size, "state": state}
     check_session(session, model, options)
-    from rich.console import Console
-
     log = Console(stderr=True)
-    with log.status("loading the model"):
-        from ..session.writers import holding
+    with ExitStack() as held:
+        with log.status("loading the model"):
+            from ..session.writers import holding
 
-    with holding(session):
-        read_all(sources, session, model, device, options, log, objective, study)
+            held.enter_context(holding(session))
+            opened = open_session(session, model, device, options, objective=objective)
+        read_all(opened, sources, session, log, study)
 
 
-def read_all(
-    sources: list["Source"],
-    session: Path,
-    model: str | None,
-    device: str | None,
-    options: dict[str, Any],
-    log: Any,
-    objective: str | None = None,
-    study: float | None = None,
-) -> None:
-    """Opens the session, reads the sources one after the other, and saves it, whatever happens.
+def read_all(session: Any, sources: list["Source"], path: Path, log: Console, study: float | None) -> None:
+    """Read the sources one after the other, and save the session in ``path``, whatever happens.
 
     ``study``: minutes for which each source is studied after that.
     """
-    with log.status("loading the model"):
-        opened = open_session(session, model, device, options, objective=objective)
-    if study is not None and not opened._reader.by_loss:
+    if study is not None and not session._reader.by_loss:
         raise UserError("--study needs a session that learns by the loss: begin one with --objective loss")
-    saver, stopped, studying = Saver(opened, session), False, False
-    if opened.warning:
-        tell(f"warning: {opened.warning}", err=True)
+    saver, stopped, studying = Saver(session, path), False, False
+    if session.warning:
+        tell(f"warning: {session.warning}", err=True)
     with deferred_interrupt() as interrupt:
         try:
             for source in sources:
-                line = read_one(opened, source, interrupt, saver, log)
+                line = read_one(session, source, interrupt, saver, log)
                 if source.done or len(sources) > 1:
                     tell(line)
             for source in sources if study is not None else ():
                 if source.done:
                     studying = True
-                    tell(study_one(opened, source, study or 0.0, interrupt, saver, log))
+                    tell(study_one(session, source, study or 0.0, interrupt, saver, log))
         except KeyboardInterrupt:
             stopped = True
         except UserError as error:  # a pipe that breaks off in the middle: what came before it counts
             if not any(source.done for source in sources):
                 raise
-            raise UserError(f"{error}. What was read before that is kept in {session}") from None
+            raise UserError(f"{error}. What was read before that is kept in {path}") from None
         finally:
             interrupt.deaf = True
             saver.rest()
     if not any(source.done for source in sources):
         raise KeyboardInterrupt if stopped else UserError("standard input is empty: nothing was read")
-    tell("\n".join(stats_lines(opened)))
+    tell("\n".join(stats_lines(session)))
     if stopped:
         where = f"while studying {source.name}" if studying else f"after {source.done:,} bytes of {source.name}"
-        tell(f"interrupted {where}; that is kept in {session}", err=True)
+        tell(f"interrupted {where}; that is kept in {path}", err=True)
         raise typer.Exit(INTERRUPTED)
-    tell(f"Session: {session}")
+    tell(f"Session: {path}")
 
 
 class Source:

@@ -8,10 +8,12 @@ import typer
 
 from ..errors import UserError
 from ..hub import check_model
+from .sessions import parse_state
+from .usage import Device, quiet_libraries
 
 
 def serve(
-    model: Annotated[str | None, typer.Argument(help="Path or hub id. Left out: shipped.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Argument(help="Path or hub id. Left out: shipped.")] = None,
     objective: Annotated[
         str | None, typer.Option(help="Give a plain model fast weights with this objective, such as loss.")
     ] = None,
@@ -44,14 +46,11 @@ def serve(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of one answer.", min=1)] = 4096,
     rate: Annotated[int, typer.Option(help="Requests of one owner per minute.", min=1)] = 600,
     grace: Annotated[float, typer.Option(help="Seconds that requests get to finish at the end.", min=0)] = 20,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda. Default: the GPU, if any.")] = None,
+    device: Device = None,
 ) -> None:
     """Serve a model over HTTP as OpenAI does, with sessions that keep learning."""
     if missing := [p for p in ("fastapi", "prometheus_client", "python_multipart", "uvicorn") if not find_spec(p)]:
         raise UserError(f"serving needs {missing[0]}: pip install 'inplace-ttt[serve]'")
-    from .sessions import parse_state
-    from .usage import quiet_libraries
-
     form = parse_state(state)
     if model is not None:
         check_model(model)
@@ -65,7 +64,7 @@ def serve(
     options = {"window": window, "decay": decay, "learn": learn}
     run(
         model, host=host, port=port, api_keys=api_keys, state=state_dir, limits=limits,
-        log=lambda text: typer.echo(text), quiet=quiet_libraries, device=device, objective=objective,
+        log=typer.echo, quiet=quiet_libraries, device=device, objective=objective,
         settings={"layers": layers, "chunk_size": chunk_size, "lr": lr}, served_name=name, adapters=adapter_dir,
         state_form=form, probe_every=probe_every,
         **{key: value for key, value in options.items() if value is not None},

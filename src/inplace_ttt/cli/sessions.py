@@ -9,10 +9,9 @@ import typer
 from ..errors import UserError
 from ..hub import check_model
 from ..shipped import SHIPPED
-from .usage import quiet_libraries
+from .usage import quiet_libraries, size
 
 Model = Annotated[str | None, typer.Option(help="Path or hub id. Default: its own, or shipped.")]
-Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda. Default: the GPU, if any.")]
 Window = Annotated[int | None, typer.Option(help="New session: tokens attention keeps.", min=1)]
 Sinks = Annotated[int | None, typer.Option(help="New session: first tokens kept, too.", min=0)]
 Decay = Annotated[float | None, typer.Option(help="New session: share forgotten per update.")]
@@ -59,37 +58,26 @@ def open_session(
     ``write``, when the file could not be saved.
     """
     options = check_session(path, model, options, write)
+    from ..session import Session
+
     if path is None or not path.exists():
-        session = _begin(model or SHIPPED, device, options, objective)
+        name = model or SHIPPED
+        session = Session(*_load(name, device, objective), **options)
+        session.origin = _origin(name)
         if path is not None and write:
             from ..session.writers import remember
 
             remember(session, path)
         return session
-    if objective is not None:
-        from ..session.files import objective_of
-
-        if objective != objective_of(path):
-            _refuse(path, {"objective": objective})
-    return _go_on(path, model, device)
-
-
-def _begin(name: str, device: str | None, options: dict[str, Any], objective: str | None) -> Any:
-    from ..session import Session
-
-    session = Session(*_load(name, device, objective), **options)
-    session.origin = _origin(name)
-    return session
-
-
-def _go_on(path: Path, model: str | None, device: str | None) -> Any:
-    from ..session import Session
     from ..session.files import model_name, objective_of
 
+    own = objective_of(path)
+    if objective not in (None, own):
+        _refuse(path, {"objective": objective})
     known = model_name(path)
-    name, objective = model or known or SHIPPED, "loss" if objective_of(path) == "loss" else None
+    name = model or known or SHIPPED
     try:
-        loaded = _load(name, device, objective)
+        loaded = _load(name, device, "loss" if own == "loss" else None)
     except UserError as error:
         if model or not known or known == SHIPPED:
             raise
@@ -141,3 +129,32 @@ def parse_state(text: str) -> str | int:
     if text.isdecimal() and int(text) >= 1:
         return int(text)
     raise UserError(f"--state {text}: dense, auto, or a rank (1 or more)")
+
+
+# -- what people read --------------------------------------------------------------------------------------------------
+
+
+def nothing_learned(session: Any) -> str | None:
+    """Say why a session has learned nothing so far; None where it has."""
+    from ..hf.attach import UNTRAINED
+
+    stats = session.stats()
+    if stats.warning == UNTRAINED:
+        return UNTRAINED
+    every = f"0 updates so far, one comes after every {stats.settings['chunk_size']:,} tokens"
+    return None if stats.updates else f"nothing was learned yet: {every}"
+
+
+def stats_lines(session: Any) -> list[str]:
+    """Describe how much a session has read and learned, for a person."""
+    s = session.stats()
+    kept = ", ".join(f"{name} {value}" for name, value in s.settings.items() if value not in (None, False))
+    wrote = f", {s.written:,} of them written by the model" if s.written else ""
+    lines = [
+        f"{s.tokens:,} tokens{wrote}; {s.updates:,} updates a layer, {s.pending:,} tokens wait for the next one",
+        f"in context {s.in_context:,} tokens ({size(s.bytes_context)}); fast weights {size(s.bytes_fast_weights)}",
+        f"window {s.window:,}, sinks {s.sinks}, {kept}",
+    ]
+    if s.warning:
+        return [*lines, f"warning: {s.warning}"]
+    return lines if s.updates else [*lines, nothing_learned(session) or ""]

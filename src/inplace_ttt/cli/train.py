@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from ..errors import UserError
 
@@ -12,7 +13,7 @@ from ..errors import UserError
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file of the run, or a shipped one: tiny-cpu.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings that replace the recipe's: key.sub=value.", show_default=False)
+        list[str] | None, typer.Argument(help="Settings that replace the recipe's: key.sub=value.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint of the output.")] = False,
     prepare_only: Annotated[
@@ -27,8 +28,6 @@ def train(
     ] = 3.35,
 ) -> None:
     """Train a model from a recipe: tokens, training, the saved model, its test losses, a plot and run.json."""
-    from rich.console import Console
-
     from inplace_ttt.train.recipe import load_recipe
 
     from .usage import quiet_libraries
@@ -61,8 +60,6 @@ def tokenizer(
     max_bytes: Annotated[int, typer.Option(help="How much of the text to look at.")] = 32_000_000,
 ) -> None:
     """Train a byte-level BPE tokenizer that AutoTokenizer loads."""
-    from rich.console import Console
-
     from inplace_ttt.train.sources import DomainDocuments, check_source
     from inplace_ttt.train.tokenizer import train_tokenizer
 

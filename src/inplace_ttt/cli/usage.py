@@ -4,9 +4,10 @@ import os
 import shutil
 import sys
 import textwrap
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
@@ -14,13 +15,11 @@ from typer.core import TyperGroup
 from ..errors import UserError
 from ..version import __version__
 
+Number = TypeVar("Number", int, float)
 USER_ERROR, INTERRUPTED = 2, 130
-PlainObjective = Annotated[
-    str | None, typer.Option(help="For a plain model: loss (nothing to train).", show_default=False)
-]
-PlainWindow = Annotated[
-    int | None, typer.Option(help="A plain Llama reads through a window.", min=1, show_default=False)
-]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda. Default: the GPU, if any.")]
+PlainObjective = Annotated[str | None, typer.Option(help="For a plain model: loss (nothing to train).")]
+PlainWindow = Annotated[int | None, typer.Option(help="A plain Llama reads through a window.", min=1)]
 """Options of commands that take a model without fast weights."""
 
 
@@ -92,6 +91,15 @@ def tell(text: str, err: bool = False) -> None:
         fill = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False).fill
         text = "\n".join(map(fill, text.split("\n")))
     typer.echo(text, err=err)
+
+
+def numbers(option: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
+    """Numbers of an option, separated by commas. UserError for anything else."""
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise UserError(f"{option} {text}: write {what} separated by commas") from None
 
 
 def size(count: int) -> str:

@@ -10,12 +10,10 @@ Every request is read from an empty cache, so the fast weights start at zero and
 
 import copy
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from itertools import product
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 
 from inplace_ttt.errors import UserError
 from inplace_ttt.eval.harness_tasks import PAPER, RULER, RULER_OFFLINE, evaluate, load_tasks, require
-from inplace_ttt.eval.nll import token_losses
+from inplace_ttt.eval.nll import evaluating, token_losses
 from inplace_ttt.eval.paired import Mean, bootstrap_mean
 from inplace_ttt.hf.attach import READING, is_attached, runtime_of, updates_off
 from inplace_ttt.hf.load import load_model, load_tokenizer
@@ -104,30 +102,22 @@ class InPlaceTTTLM(HFLM):  # type: ignore[misc]
             **arguments,
         )
 
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Apply this object's settings inside ``with``; a model that was passed in gets its own back."""
+    def _reading(self) -> Any:
+        """Return a context with this object's settings; a model that was passed in gets its own back after it."""
         if self._settings is None:
-            yield
-            return
+            return nullcontext()
         if not self.updates:
-            with updates_off(self.model):
-                yield
-            return
-        runtime = runtime_of(self.model)
-        with runtime.override(enabled=True, config=self._settings, form="dense"):
-            yield
+            return updates_off(self.model)
+        return runtime_of(self.model).override(enabled=True, config=self._settings, form="dense")
 
-    def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
+    def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Any:
         """Return logits of rows that may be padded at their end: no real token sees what follows it."""
         with torch.no_grad(), self._reading():
-            logits: Tensor = self.model(input_ids=inps, use_cache=False).logits
-        return logits
+            return self.model(input_ids=inps, use_cache=False).logits
 
-    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **keywords: Any) -> Tensor:
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **keywords: Any) -> Any:
         with torch.no_grad(), self._reading():
-            ids: Tensor = super()._model_generate(context, max_length, stop, **keywords)
-        return ids
+            return super()._model_generate(context, max_length, stop, **keywords)
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **keywords: Any) -> list[tuple[float, bool]]:
         longest = max((len(context) + len(continuation) for _, context, continuation in requests), default=0)
@@ -216,10 +206,6 @@ class Record:
     off: float | None
     weight: float = 1.0
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Paired:
@@ -259,31 +245,24 @@ def run(
     """
     if not updates or set(updates) - {"on", "off"}:
         raise UserError(f"updates must be of on and off, got {updates!r}")
-    was_training = isinstance(model, nn.Module) and model.training
-    lm = InPlaceTTTLM(model, tokenizer, batch_size=batch_size, **arguments)
-    found: dict[tuple[Any, ...], dict[str, tuple[float, float]]] = {}
-    prompts: dict[tuple[str, int | None, int], str] = {}
-    try:
-        with TemporaryDirectory() as directory:
-            lm.tokenizer.save_pretrained(directory)
-            loaded = load_tasks(tasks, directory, lengths, include_path, texts=limit, seed=seed)
-        for (task, length, parts), setting in product(loaded, updates):
-            lm.updates = setting == "on"
-            for part, name in ((part, part.task_name) for part in parts):
-                for sample, values in evaluate(lm, part, range(len(part.eval_docs))[:limit], length, num_fewshot, seed):
-                    number, prompt = int(sample["doc_id"]), sample["prompt_hash"]
-                    if prompts.setdefault((name, length, number), prompt) != prompt:
-                        raise RuntimeError(
-                            f"task {name} made other prompts the second time: its results are not paired"
-                        )
-                    for metric, value in values.items():
-                        found.setdefault((task, name, length, number, metric), {})[setting] = value
-    finally:
-        lm.model.train(was_training)
     records = []
-    for (task, part, length, number, metric), by in found.items():
-        on, off = (by.get(setting, (None, 1.0))[0] for setting in ("on", "off"))
-        records.append(Record(task, part, length, number, metric, on, off, next(iter(by.values()))[1]))
+    with evaluating(model) if isinstance(model, nn.Module) else nullcontext():
+        lm = InPlaceTTTLM(model, tokenizer, batch_size=batch_size, **arguments)
+        for task, length, parts in load_tasks(tasks, lm.tokenizer, lengths, include_path, texts=limit, seed=seed):
+            for part in parts:
+                samples, readings = range(len(part.eval_docs))[:limit], {}
+                for setting in updates:
+                    lm.updates = setting == "on"
+                    readings[setting] = list(evaluate(lm, part, samples, length, num_fewshot, seed))
+                for pair in zip(*readings.values(), strict=True):
+                    if len({sample["prompt_hash"] for sample, _ in pair}) > 1:
+                        raise RuntimeError(
+                            f"task {part.task_name} made other prompts the second time: its results are not paired"
+                        )
+                    number, found = int(pair[0][0]["doc_id"]), dict(zip(readings, (x for _, x in pair), strict=True))
+                    for metric, (_, weight) in pair[0][1].items():
+                        on, off = (found[s][metric][0] if s in found else None for s in ("on", "off"))
+                        records.append(Record(task, part.task_name, length, number, metric, on, off, weight))
     return records
 
 

@@ -1,17 +1,17 @@
 """Tasks of lm-evaluation-harness: names, loading, and evaluation."""
 
 import io
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
+from transformers import set_seed
 
 from ..errors import UserError
-from .ruler import ALL_TEXTS, RulerData, config
+from .ruler import ALL_TEXTS, ESSAYS, QUESTIONS, RulerData, config
 
 Loaded = tuple[str, int | None, list[Any]]
 """A task asked for, the length of its texts (RULER), and the harness's tasks that it stands for."""
@@ -20,15 +20,7 @@ PAPER = ("hellaswag", "arc_easy", "arc_challenge", "mmlu", "piqa")
 """The short tasks of the paper. All of them download data sets from the Hugging Face hub."""
 RULER_OFFLINE = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
 """RULER's tasks that make their data here. Below 2,048 tokens cwe and vt cannot be made."""
-RULER_DOWNLOADS = (
-    "niah_single_2",
-    "niah_single_3",
-    "niah_multikey_1",
-    "niah_multiquery",
-    "niah_multivalue",
-    "ruler_qa_squad",
-    "ruler_qa_hotpot",
-)
+RULER_DOWNLOADS = (*ESSAYS, *QUESTIONS)
 """RULER's tasks over downloaded essays or questions."""
 RULER = RULER_OFFLINE + RULER_DOWNLOADS
 SHORTEST_RULER = 2048
@@ -42,7 +34,7 @@ def evaluate(
     """Yield samples of one of the harness's tasks as it logs them, each with (value, weight) by metric."""
     from lm_eval import evaluate as run
 
-    _seed(seed)  # as the harness's own ``simple_evaluate``, which reports on the whole machine each time
+    set_seed(seed)  # as the harness's own ``simple_evaluate``, which reports on the whole machine each time
     own = part.get_config("num_fewshot")
     if own is None or (own != 0 and num_fewshot is not None):  # a task that says 0 allows no examples
         part.set_config(key="num_fewshot", value=num_fewshot or 0)
@@ -80,7 +72,7 @@ def require() -> None:
 
 def load_tasks(
     names: Sequence[str],
-    tokenizer: str,
+    tokenizer: Any,
     lengths: Sequence[int] = (),
     include_path: str | Path | None = None,
     *,
@@ -91,9 +83,9 @@ def load_tasks(
     """Return the tasks by the names asked for, in that order: (name, length, the tasks it stands for).
 
     RULER's tasks come once for each of ``lengths`` (the harness puts all lengths in one data set, of which a limit
-    would take the first length alone), all others once, with length None. ``tokenizer`` is the directory of the
-    tokenizer that measures RULER's texts, ``texts`` of each (None: 500), the same ones for the same ``seed``;
-    ``ruler_data`` replaces RULER's downloads. ``include_path``: a directory of your own task files.
+    would take the first length alone), all others once, with length None. ``tokenizer`` measures RULER's texts,
+    ``texts`` of each (None: 500), the same ones for the same ``seed``; ``ruler_data`` replaces RULER's downloads.
+    ``include_path``: a directory of your own task files.
 
     Raises UserError when a name is unknown, a length is missing or too short, or data could not be loaded; the
     last error names every task of the list that downloads.
@@ -115,17 +107,19 @@ def load_tasks(
         manager = TaskManager(include_path=paths)
     if unknown := [name for name in names if not manager.match_tasks([name])]:
         raise UserError(f"lm-evaluation-harness has no task {', '.join(unknown)}: see lm_eval ls tasks")
-    managers: dict[int | None, Any] = {None: manager}
-    for length in lengths if ruler else ():
-        metadata: dict[str, Any] = {"max_seq_lengths": [length], "tokenizer": tokenizer}
-        managers[length] = TaskManager(include_path=paths[:1], include_defaults=False, metadata=metadata)
     wanted = [(name, length) for name in names for length in (lengths if name in ruler else (None,))]
     order = sorted(wanted, key=lambda key: key[0] in RULER_OFFLINE)  # downloads, which may fail, before slow generation
+    managers: dict[int | None, Any] = {None: manager}
     found = {}
-    for key in order:
-        _seed(seed)
-        spec = config(key[0], ruler_data or RulerData(), texts or ALL_TEXTS) if key[0] in RULER else key[0]
-        found[key] = _load(key[0], spec, names, managers[key[1]])
+    with TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        for n in lengths if ruler else ():
+            metadata: dict[str, Any] = {"max_seq_lengths": [n], "tokenizer": directory}
+            managers[n] = TaskManager(include_path=paths[:1], include_defaults=False, metadata=metadata)
+        for name, length in order:
+            set_seed(seed)
+            spec = config(name, ruler_data or RulerData(), texts or ALL_TEXTS) if name in ruler else name
+            found[name, length] = _load(name, spec, names, managers[length])
     return [(*key, found[key]) for key in wanted]
 
 
@@ -136,9 +130,3 @@ def _load(name: str, spec: Any, names: Sequence[str], manager: Any) -> list[Any]
         known = [n for n in names if n in PAPER + RULER_DOWNLOADS]
         also = f"; of the tasks asked for, these download data: {', '.join(known)}" if known else ""
         raise UserError(f"the data of task {name} cannot be had ({str(error).splitlines()[0]}){also}") from None
-
-
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)

@@ -21,6 +21,7 @@ from ..core.algebra import cross_entropies
 from ..errors import UserError
 from ..hf.attach import is_attached, unwrap, updates_off
 from ..hf.cache import cache_name, cache_of
+from ..session.stream import evaluating as eval_mode
 from .paired import Mean, bootstrap_mean
 
 
@@ -103,20 +104,14 @@ def position_edges(length: int) -> list[int]:
 
 def input_device(root: PreTrainedModel) -> torch.device:
     """Return the device on which the model takes token ids."""
-    device: torch.device = root.get_input_embeddings().weight.device  # type: ignore[assignment]
-    return device
+    return root.get_input_embeddings().weight.device  # type: ignore[return-value]
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Switch off dropout and gradients inside ``with``."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+    with eval_mode(model), torch.no_grad():
+        yield
 
 
 def new_cache(model: nn.Module) -> DynamicCache:
@@ -209,17 +204,6 @@ def evaluate_documents(
     return results
 
 
-def difference(lower: DomainResult, upper: DomainResult) -> Mean:
-    """Return by how much one model's loss is lower than another's (updates on) on the same documents, in nats.
-
-    Raises ValueError when the two did not read the same documents.
-    """
-    if (lower.document_names, lower.document_tokens) != (upper.document_names, upper.document_tokens):
-        raise ValueError(f"{lower.domain}: the two results are about different documents")
-    gaps = np.array(upper.document_on) - np.array(lower.document_on)
-    return bootstrap_mean(gaps, np.array(lower.document_tokens))
-
-
 def _windows(texts: Sequence[Text], length: int, most: int | None) -> Iterator[tuple[str, np.ndarray]]:
     for text in texts:
         count = len(text.ids) // length
@@ -235,19 +219,17 @@ def _summarise(
     member = np.array([[name == document for name in names] for document in documents])
     counts = member.sum(1) * losses["on"].shape[1]
     means = {label: member @ values.mean(1) / member.sum(1) for label, values in losses.items()}
-    overall = {label: bootstrap_mean(mean, counts) for label, mean in means.items()}
-    off = means.get("off")
+    found: dict[str, Any] = {}
+    for label, mean in means.items():
+        found[label], found[f"document_{label}"] = bootstrap_mean(mean, counts), mean.tolist()
+        found[f"position_{label}"] = loss_by_position(losses[label], edges)
+    if "off" in means:
+        found["gain"] = bootstrap_mean(means["off"] - means["on"], counts)
     return DomainResult(
         domain=domain,
         windows=len(names),
         tokens=int(losses["on"].size),
-        on=overall["on"],
-        position_on=loss_by_position(losses["on"], edges),
         document_names=documents,
         document_tokens=counts.tolist(),
-        document_on=means["on"].tolist(),
-        off=overall.get("off"),
-        gain=None if off is None else bootstrap_mean(off - means["on"], counts),
-        position_off=None if off is None else loss_by_position(losses["off"], edges),
-        document_off=None if off is None else off.tolist(),
+        **found,
     )

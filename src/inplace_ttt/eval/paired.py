@@ -1,6 +1,6 @@
 """Means over documents with 95% bootstrap intervals, and differences of readings of the same documents."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -102,6 +102,21 @@ def means(
                 row |= {"difference": gap.value, "difference_low": gap.low, "difference_high": gap.high}
             rows.append(row)
     return rows
+
+
+def tables_of(
+    suite: str, records: Sequence[Record], keys: Mapping[str, Sequence[str]], value: str, weight: str | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """Return ``means`` of a suite's records by the name of each table, which ``keys`` maps to its groups."""
+    mine = [r for r in records if r["suite"] == suite]
+    return {name: means(mine, groups, value, weight) for name, groups in keys.items()} if mine else {}
+
+
+def points(row: Record) -> str:
+    """Say the share of right answers with updates, and what that is more than without, in percentage points."""
+    gap, low, high = (100 * row[f"difference{end}"] for end in ("", "_low", "_high"))
+    said = interval(low, high, "+.0f", row["documents"])
+    return f"{row['value']:.0%} right with updates, {gap:+.0f} points ({said})"
 
 
 def interval(low: float, high: float, form: str, documents: int) -> str:

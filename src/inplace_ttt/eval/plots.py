@@ -1,17 +1,17 @@
 """Figures of an evaluation, drawn from tables, in one style and legible at a column's width."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..plots import styled
+from ..plots import OFF, ON, styled
 from .paired import Mean
 
 Rows = Sequence[Mapping[str, Any]]
 Curves = Mapping[str, tuple[Sequence[Any], Mapping[str, Sequence[Mean]]]]
 """Title of a panel -> (places on the x axis, label -> a mean at each place)."""
-FIXED = {"on": "#c2410c", "off": "#64748b", "baseline": "#0c4a6e"}
+FIXED = {"on": ON, "off": OFF, "baseline": "#0c4a6e"}
 NAMED = {"on": "updates on", "off": "updates off"}
 """Labels of variants in a legend; others go by their own name."""
 OTHERS = ("#d9a441", "#4d7c0f", "#7c3aed", "#0891b2", "#be185d", "#57534e")
@@ -24,23 +24,29 @@ def mean_of(row: Mapping[str, Any], name: str = "value") -> Mean:
 
 
 def curves(
-    rows: Rows, x: str, panel: str = "domain", *, of: str = "value", count: str | None = "documents"
+    rows: Rows,
+    x: str,
+    panel: str | Callable[[Mapping[str, Any]], str] = "domain",
+    *,
+    of: str = "value",
+    count: str | None = "documents",
 ) -> dict[str, tuple[list[Any], dict[str, list[Mean]]]]:
     """Map panel -> (values of ``x``, variant -> means of ``of``), each panel's variants at the same places.
 
-    ``count``: column of n in the panel's title.
+    ``panel``: the column that names a row's panel, or a function of the row; ``count``: column of n in its title.
     """
-    found: dict[str, tuple[list[Any], dict[str, list[Mean]]]] = {}
+    groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        places, lines = found.setdefault(row[panel], ([], {}))
-        if row[x] not in places:
-            places.append(row[x])
-        lines.setdefault(row["variant"], []).append(mean_of(row, of))
-    if count is None:
-        return found
-    counts = {title: {row[count] for row in rows if row[panel] == title} for title in found}
-    said = {title: " to ".join(f"{n}" for n in sorted({min(ns), max(ns)})) for title, ns in counts.items()}
-    return {f"{title}, n = {said[title]}": curve for title, curve in found.items()}
+        groups.setdefault(panel(row) if callable(panel) else row[panel], []).append(row)
+    found = {}
+    for title, members in groups.items():
+        ns = sorted(row[count] for row in members) if count is not None else []
+        said = f", n = {ns[0]}" + (f" to {ns[-1]}" if ns[-1] > ns[0] else "") if ns else ""
+        lines: dict[str, list[Mean]] = {}
+        for row in members:
+            lines.setdefault(row["variant"], []).append(mean_of(row, of))
+        found[title + said] = list(dict.fromkeys(row[x] for row in members)), lines
+    return found
 
 
 def gaps(rows: Rows, x: str) -> dict[str, tuple[list[Any], dict[str, list[Mean]]]]:
@@ -76,15 +82,7 @@ def panels(
                 wide = 0.8 / len(lines)
                 at = np.arange(len(x)) + (i - (len(lines) - 1) / 2) * wide
                 error = np.abs(np.array([low, high]) - value)
-                axis.bar(
-                    at,
-                    value,
-                    wide * 0.92,
-                    yerr=error,
-                    color=colour,
-                    label=name,
-                    error_kw={"lw": 0.8},
-                )
+                axis.bar(at, value, wide * 0.92, yerr=error, color=colour, label=name, error_kw={"lw": 0.8})
             else:
                 style = "--" if label == "off" else "-"
                 axis.plot(x, value, style, marker="o", ms=3.5, lw=1.5, color=colour, label=name)

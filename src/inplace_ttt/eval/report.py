@@ -12,32 +12,12 @@ import numpy as np
 from ..records import about, write_json
 from .paired import ENOUGH
 from .runner import read_seconds
-from .suites import Record, Tables, harness, mqar, needle, nll, read_then_ask, state, theory
+from .suites import SUITES, Record, Tables, module_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SUITES: Sequence[Any] = (nll, needle, mqar, read_then_ask, harness, theory, state)
-
-PAGE = """\
-<!doctype html><html lang=en><head><meta charset=utf-8><title>{{ title }}</title><style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1e293b; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; font-size: 0.85rem; margin: 0.6rem 0; }
-th, td { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid #e2e8f0; }
-th:first-child, td:first-child { text-align: left; } td.better { color: #c2410c; font-weight: 600; }
-figure { margin: 1rem 0; } svg { max-width: 100%; height: auto; } .verdict { font-size: 1.05rem; }
-details { margin: 0.8rem 0; } pre { background: #f8fafc; padding: 0.8rem; overflow-x: auto; font-size: 0.8rem; }
-</style></head><body><h1>{{ title }}</h1><div class=verdict>
-{%- for line in said %}<p>{{ line }}</p>{% else %}<p>Nothing was compared.</p>{% endfor %}</div>
-{%- for svg in pictures %}<figure>{{ svg | safe }}</figure>{% endfor %}
-{%- for name, names, rows in tables %}<h2>{{ name }}</h2>
-<table><tr>{% for n in names %}<th>{{ n }}</th>{% endfor %}</tr>
-{%- for row in rows %}<tr>{% for n in names %}{% set text, better = cell(row, n) -%}
-<td{% if better %} class=better{% endif %}>{{ text }}</td>{% endfor %}</tr>{% endfor %}</table>{% endfor %}
-<p>Intervals are 95% bootstrap intervals over documents; differences are paired, against updates off.</p>
-<details><summary>What was run</summary><pre>{{ plan }}</pre></details></body></html>
-"""
+PAGE = Path(__file__).with_name("report.html")
 
 
 def write(
@@ -61,18 +41,22 @@ def write(
 
 def tables(records: Sequence[Record]) -> Tables:
     """Return all tables that the records allow, by name."""
-    return {name: rows for suite in SUITES for name, rows in suite.tables(records).items()}
+    return {name: rows for suite in SUITES for name, rows in module_of(suite).tables(records).items() if rows}
 
 
 def verdicts(found: Tables) -> list[str]:
     """Return sentences: do the updates help, where, and if not, what to try."""
-    return [line for suite in SUITES if hasattr(suite, "verdicts") for line in suite.verdicts(found)]
+    return [line for suite in _with("verdicts") for line in suite.verdicts(found)]
 
 
 def pictures(found: Tables, plan: Mapping[str, Any]) -> dict[str, "Figure"]:
     """Return figures by file name, those that the tables allow."""
-    drawn = [suite.figures(found, plan) for suite in SUITES if hasattr(suite, "figures")]
-    return {name: figure for figures in drawn for name, figure in figures.items()}
+    return {name: figure for suite in _with("figures") for name, figure in suite.figures(found, plan).items()}
+
+
+def _with(function: str) -> list[Any]:
+    """Return the modules of the suites that have this function."""
+    return [module for module in map(module_of, SUITES) if hasattr(module, function)]
 
 
 def _finite(value: Any) -> Any:
@@ -102,17 +86,14 @@ def _page(found: Tables, said: Sequence[str], figures: Mapping[str, "Figure"], p
     columns = {
         name: [n for n in dict.fromkeys(n for r in rows for n in r) if n not in hidden] for name, rows in found.items()
     }
-    return (
-        Environment(autoescape=True)
-        .from_string(PAGE)
-        .render(
-            title=f"Does adapting help? {plan['model']}",
-            said=said,
-            pictures=map(_svg, figures.values()),
-            tables=[(name, columns[name], rows) for name, rows in found.items()],
-            cell=_cell,
-            plan=json.dumps(plan, indent=1),
-        )
+    template = Environment(autoescape=True).from_string(PAGE.read_text(encoding="utf-8"))
+    return template.render(
+        title=f"Does adapting help? {plan['model']}",
+        said=said,
+        pictures=map(_svg, figures.values()),
+        tables=[(name, columns[name], rows) for name, rows in found.items()],
+        cell=_cell,
+        plan=json.dumps(plan, indent=1),
     )
 
 

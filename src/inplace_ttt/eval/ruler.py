@@ -6,6 +6,7 @@ generators are called directly. A task whose data was not given is left to the h
 
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..text_files import read_text
 
 ALL_TEXTS = 500
 """Number of texts of a task and length in RULER."""
@@ -26,8 +28,8 @@ NIAH: dict[str, dict[str, Any]] = {
     "niah_multikey_1": {"type_haystack": "essay", "num_needle_k": 4, **_NUMBERS},
     "niah_multikey_2": {"type_haystack": "needle", **_NUMBERS},
     "niah_multikey_3": {"type_haystack": "needle", **_UUIDS},
-    "niah_multivalue": {"type_haystack": "essay", "num_needle_v": 4, **_NUMBERS},
     "niah_multiquery": {"type_haystack": "essay", "num_needle_q": 4, **_NUMBERS},
+    "niah_multivalue": {"type_haystack": "essay", "num_needle_v": 4, **_NUMBERS},
 }
 """Settings of the needle tasks, those of the harness (a test compares)."""
 ESSAYS = tuple(name for name, settings in NIAH.items() if settings["type_haystack"] == "essay")
@@ -65,20 +67,16 @@ def load_questions(path: Path | str) -> tuple[str, Questions]:
     HotpotQA's JSON for ``ruler_qa_hotpot``. Raises UserError for a file that is missing or neither.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from None
+    text = read_text(path).text
     try:
         if path.suffix == ".jsonl":
-            found = _simple([json.loads(line) for line in text.splitlines() if line.strip()])
-            return "ruler_qa_squad", found
+            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [(x["question"], list(x["answers"]), [x["context"]], [x["context"]]) for x in lines]
+            return "ruler_qa_squad", _numbered(rows)
         content = json.loads(text)
-        if isinstance(content, dict):
-            return "ruler_qa_squad", _squad(content)
-        return "ruler_qa_hotpot", _hotpot(content)
+        return (
+            ("ruler_qa_squad", _squad(content)) if isinstance(content, dict) else ("ruler_qa_hotpot", _hotpot(content))
+        )
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON ({error})") from None
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -105,11 +103,6 @@ def _hotpot(content: list[dict[str, Any]]) -> Questions:
     for question in content:
         paragraphs = [f"{title}\n{''.join(sentences)}" for title, sentences in question["context"]]
         rows.append((question["question"], [question["answer"]], paragraphs, paragraphs))
-    return _numbered(rows)
-
-
-def _simple(lines: list[dict[str, Any]]) -> Questions:
-    rows = [(line["question"], list(line["answers"]), [line["context"]], [line["context"]]) for line in lines]
     return _numbered(rows)
 
 
@@ -210,7 +203,9 @@ def _silent() -> Iterator[None]:
             from lm_eval.tasks.ruler import prepare_niah
 
             split = prepare_niah.cached_sent_tokenize
-            if not _has_splitter():
+            try:
+                nltk.data.find("tokenizers/punkt_tab")
+            except LookupError:
                 prepare_niah.cached_sent_tokenize = _sentences
             try:
                 yield
@@ -220,18 +215,6 @@ def _silent() -> Iterator[None]:
         nltk.download = download
 
 
-def _has_splitter() -> bool:
-    import nltk
-
-    try:
-        nltk.data.find("tokenizers/punkt_tab")
-    except LookupError:
-        return False
-    return True
-
-
 def _sentences(text: str) -> list[str]:
     """Split into sentences by their last character, where nltk's splitter is not installed."""
-    import re
-
     return re.split(r"(?<=[.!?])\s+", text)

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from ..errors import UserError
+from .nll import evaluating
 from .suites import Record, Suite
 
 PLAN, RECORDS = "plan.json", "records.jsonl"
@@ -57,12 +58,7 @@ def run(
         if variant.updates or not getattr(suite, "needs_updates", False)
         if (suite.name, unit.key, variant.label) not in done
     ]
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f}%"),
-        TimeRemainingColumn(),
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with (
         open(directory / RECORDS, "a", encoding="utf-8") as file,
         Progress(*columns, console=console or Console(stderr=True), transient=True) as progress,
@@ -71,11 +67,8 @@ def run(
         for suite, unit, variant in work:
             progress.update(task, description=f"{suite.name}, {variant.label}")
             started = time.perf_counter()
-            was_training = variant.model.training
-            variant.model.train(False)
-            with variant.context():
+            with evaluating(variant.model), variant.context():
                 rows = suite.measure(variant.model, unit)
-            variant.model.train(was_training)
             key = {"suite": suite.name, "unit": unit.key, "variant": variant.label}
             line = {**key, "seconds": round(time.perf_counter() - started, 3), "records": rows}
             file.write(json.dumps(line) + "\n")

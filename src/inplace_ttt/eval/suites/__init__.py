@@ -1,15 +1,20 @@
 """Suites of measurements. A suite cuts its work into units that can be measured one by one, in any order.
 
-Each module defines one suite: ``from_options`` builds it from the command line; ``tables``, ``verdicts`` and
-``figures`` present its records.
+Each suite is one module: ``from_options(options, texts, tokenizer, model)`` builds it from the command line;
+``tables``, ``verdicts`` and ``figures`` (the last two if it has any) present its records.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import nn
+
+SUITES = ("nll", "needle", "mqar", "read-then-ask", "theory", "diagnostics", "harness", "ruler")
+WITHOUT_TEXT = frozenset(["harness", "ruler"])
+"""Suites that need no text."""
 
 Record = dict[str, Any]
 """One row of figures, JSON-ready. Every record of a unit has ``document``, the cluster that intervals resample over."""
@@ -38,3 +43,8 @@ class Suite(Protocol):
     def measure(self, model: "nn.Module", unit: Unit) -> list[Record]:
         """Measure one unit, by the model as it is set at the moment (updates on or off, any settings)."""
         ...
+
+
+def module_of(suite: str) -> Any:
+    """Import the module that defines a suite of ``SUITES``."""
+    return import_module(f"{__name__}.{suite.replace('-', '_')}")

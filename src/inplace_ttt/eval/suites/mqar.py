@@ -9,7 +9,6 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -18,11 +17,11 @@ from ...hf.attach import unwrap
 from ...hf.cache import cache_name
 from .. import plots
 from ..nll import doubling, evaluating, input_device, new_cache
-from ..paired import against_off, by_group, interval, means
+from ..paired import against_off, points, tables_of
 from . import Record, Tables, Unit
 from .needle import rank_of_first
 from .nll import PIECE, piece_size
-from .texts import Document, words
+from .texts import Document, Haystacks, free_words, words
 
 
 class RecallSuite:
@@ -61,10 +60,8 @@ class RecallSuite:
                 "pairs or a larger length"
             )
         self.trials, self.seed, self.piece = trials, seed, piece
-        self._words = np.array(words(tokenizer), np.int64)
-        self._documents = [document for document in documents if len(document.ids) >= max(self.lengths)]
-        if not self._documents:
-            raise UserError(f"no document has the {max(self.lengths):,} tokens of the longest text")
+        self._words = words(tokenizer)
+        self._haystacks = Haystacks(documents, max(self.lengths), seed)
         self._work = {f"{length}/{n}": (length, n) for length in self.lengths for n in pairs}
 
     def units(self) -> Sequence[Unit]:
@@ -74,19 +71,13 @@ class RecallSuite:
     def document(self, unit: Unit, trial: int) -> tuple[str, list[int], list[int]]:
         """Return the name of a trial's text, its ids, and for each question the number of its pair."""
         length, pairs = self._work[unit.key]
-        document = self._documents[trial % len(self._documents)]
-        start = random.Random(f"{self.seed}/{trial}").randint(0, len(document.ids) - max(self.lengths))
-        text = document.ids[start : start + length - 4 * pairs].tolist()
-        free = np.setdiff1d(self._words, text).tolist()
-        if len(free) < 2 * pairs:
-            raise UserError(f"{document.name}: only {len(free)} words that the text does not use, {2 * pairs} needed")
+        document, text = self._haystacks.text(trial, length - 4 * pairs)
         draw = random.Random(f"{self.seed}/{unit.key}/{trial}")
-        picked = draw.sample(free, 2 * pairs)
+        picked = draw.sample(free_words(self._words, text, 2 * pairs, document), 2 * pairs)
         order = draw.sample(range(pairs), pairs)
         asked = [token for i in order for token in picked[2 * i : 2 * i + 2]]
-        return document.name, [*picked, *text, *asked], order
+        return document, [*picked, *text, *asked], order
 
-    @torch.no_grad()
     def measure(self, model: nn.Module, unit: Unit) -> list[Record]:
         """Return one record per question. Works with and without fast weights, updates on or off."""
         length, pairs = self._work[unit.key]
@@ -113,32 +104,24 @@ class RecallSuite:
 # -- what people read --------------------------------------------------------------------------------------------------
 
 
-def from_options(options: Any, texts: Sequence[Document], tokenizer: Any) -> RecallSuite:
+def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model: nn.Module) -> RecallSuite:
     """Build the suite of the command line."""
     return RecallSuite(tokenizer, texts, options.lengths or None, trials=options.trials)
 
 
 def tables(records: Sequence[Record]) -> Tables:
     """Return the share of right answers by number of pairs, and by length."""
-    mine = [r for r in records if r["suite"] == "mqar"]
-    names = {"recall": ("pairs",), "recall by length": ("pairs", "length")}
-    return {name: means(mine, keys, "correct") for name, keys in names.items()} if mine else {}
+    names = {"recall": ["pairs"], "recall by length": ["pairs", "length"]}
+    return tables_of("mqar", records, names, "correct")
 
 
 def verdicts(found: Tables) -> list[str]:
     """Say how many answers are right with updates, and what that is more than without."""
-    lines = []
-    for row in against_off(found.get("recall", [])):
-        gap, low, high = (100 * row[f"difference{end}"] for end in ("", "_low", "_high"))
-        said = interval(low, high, "+.0f", row["documents"])
-        right = f"{row['value']:.0%} right with updates"
-        lines.append(f"Recall, {row['pairs']} pairs: {right}, {gap:+.0f} points ({said}).")
-    return lines
+    return [f"Recall, {row['pairs']} pairs: {points(row)}." for row in against_off(found.get("recall", []))]
 
 
 def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
     """Draw the share of right answers by length, a panel for each number of pairs."""
-    rows = by_group(found.get("recall by length", []), ["pairs"])
-    titled = [{**row, "title": f"Recall, {n} pairs"} for (n,), members in rows.items() for row in members]
-    drawn = plots.curves(titled, "length", "title")
-    return {"recall": plots.panels(drawn, "length (tokens)", "share of right answers", top=1.02)} if titled else {}
+    rows = found.get("recall by length", [])
+    drawn = plots.curves(rows, "length", lambda row: f"Recall, {row['pairs']} pairs")
+    return {"recall": plots.panels(drawn, "length (tokens)", "share of right answers", top=1.02)} if rows else {}

@@ -18,10 +18,10 @@ from transformers.cache_utils import DynamicCache
 from ...errors import UserError
 from .. import plots
 from ..nll import doubling, evaluating, feed, new_cache
-from ..paired import against_off, interval, means
+from ..paired import against_off, points, tables_of
 from . import Record, Tables, Unit
 from .nll import PIECE, piece_size
-from .texts import Document, tokenize, words
+from .texts import Document, Haystacks, free_words, tokenize, words
 
 KINDS = ("single", "multi-key", "multi-value", "multi-query")
 CANDIDATES = 10
@@ -106,9 +106,7 @@ class NeedleSuite:
         self.seed, self.piece = seed, piece
         self._parts = _split(tokenizer, template)
         self._words = np.setdiff1d(words(tokenizer), [token for part in self._parts for token in part])
-        self._documents = [document for document in documents if len(document.ids) >= max(self.lengths)]
-        if not self._documents:
-            raise UserError(f"no document has the {max(self.lengths):,} tokens of the longest haystack")
+        self._haystacks = Haystacks(documents, max(self.lengths), seed)
         self._work = {
             f"{kind}/{length}/{depth:g}/{trial}": (kind, length, depth, trial)
             for trial in range(trials)
@@ -139,13 +137,10 @@ class NeedleSuite:
     def needle(self, unit: Unit) -> Needle:
         """Return the document and the questions of a unit."""
         kind, length, depth, trial = self._work[unit.key]
-        document, text = self._haystack(length, trial)
-        free = np.setdiff1d(self._words, text).tolist()
+        document, text = self._haystacks.text(trial, length)
         needed = 2 * self.several + self.candidates - 1
-        if len(free) < needed:
-            raise UserError(f"{document.name}: only {len(free)} words that the text does not use, {needed} are needed")
         draw = random.Random(f"{self.seed}/{unit.key}")
-        picked = draw.sample(free, needed)
+        picked = draw.sample(free_words(self._words, text, needed, document), needed)
         keys, values, absent = np.split(np.array(picked), [self.several, 2 * self.several])
         if kind == "multi-value":
             keys[:] = keys[0]
@@ -158,18 +153,11 @@ class NeedleSuite:
             choices = [value, *others, *absent.tolist()][: self.candidates]
             distance = length - ends[value] if value in ends else None
             questions.append(Question([*before, key, *between], choices, distance))
-        return Needle(document.name, ids, questions)
+        return Needle(document, ids, questions)
 
     def _sentence(self, key: int, value: int) -> list[int]:
         before, between, after = self._parts
         return [*before, key, *between, value, *after]
-
-    def _haystack(self, length: int, trial: int) -> tuple[Document, list[int]]:
-        """Return the stretch of text that a trial reads, of any length the same beginning."""
-        document = self._documents[trial % len(self._documents)]
-        last = len(document.ids) - max(self.lengths)
-        start = random.Random(f"{self.seed}/{trial}").randint(0, last)
-        return document, document.ids[start : start + length].tolist()
 
     def _plant(
         self, text: Sequence[int], facts: Sequence[tuple[int, int]], depth: float, draw: random.Random
@@ -221,7 +209,7 @@ def rank_of_first(scores: np.ndarray) -> int:
 # -- what people read --------------------------------------------------------------------------------------------------
 
 
-def from_options(options: Any, texts: Sequence[Document], tokenizer: Any) -> NeedleSuite:
+def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model: nn.Module) -> NeedleSuite:
     """Build the suite of the command line."""
     lengths = options.lengths or (1024, 2048, 4096)
     return NeedleSuite(tokenizer, texts, lengths, options.depths, options.kinds, options.trials)
@@ -229,30 +217,21 @@ def from_options(options: Any, texts: Sequence[Document], tokenizer: Any) -> Nee
 
 def tables(records: Sequence[Record]) -> Tables:
     """Return the share of right answers by kind, length and depth."""
-    mine, keys = [r for r in records if r["suite"] == "needle"], ("kind", "length", "depth")
-    names = {"needle": 1, "needle by length": 2, "needle by length and depth": 3}
-    return {name: means(mine, keys[:n], "correct") for name, n in names.items()} if mine else {}
+    keys = ("kind", "length", "depth")
+    names = {"needle": keys[:1], "needle by length": keys[:2], "needle by length and depth": keys}
+    return tables_of("needle", records, names, "correct")
 
 
 def verdicts(found: Tables) -> list[str]:
     """Say how many answers are right with updates, and what that is more than without."""
-    lines = []
-    for row in against_off(found.get("needle", [])):
-        gap, low, high = (100 * row[f"difference{end}"] for end in ("", "_low", "_high"))
-        said = interval(low, high, "+.0f", row["documents"])
-        lines.append(f"Needle, {row['kind']}: {row['value']:.0%} right with updates, {gap:+.0f} points ({said}).")
-    return lines
+    return [f"Needle, {row['kind']}: {points(row)}." for row in against_off(found.get("needle", []))]
 
 
 def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
     """Draw the share of right answers by length, a panel for each kind."""
-    if not (found_rows := found.get("needle by length")):
+    if not (rows := found.get("needle by length")):
         return {}
     trials = plan["trials"] * len(plan["depths"])
-    rows = [{**row, "title": f"{row['kind']}, {trials} a length"} for row in found_rows]
-    drawn = plots.curves(rows, "length", "title", count=None)
-    return {
-        "needle": plots.panels(
-            drawn, "length (tokens)", "needles found", width=2.6, top=1.02, line=(1 / CANDIDATES, "chance")
-        )
-    }
+    drawn = plots.curves(rows, "length", lambda row: f"{row['kind']}, {trials} a length", count=None)
+    chance = (1 / CANDIDATES, "chance")
+    return {"needle": plots.panels(drawn, "length (tokens)", "needles found", width=2.6, top=1.02, line=chance)}

@@ -72,27 +72,27 @@ class NllSuite:
             raise UserError(f"contexts {list(contexts)}: at least 1 token each")
         if len({document.name for document in documents}) < len(documents):
             raise UserError("two documents have the same name")
-        self._work: dict[str, tuple[Document, int, int, int | None]] = {}
+        self.work: dict[str, tuple[Document, int, int, int | None]] = {}
         """By key: document, first and last token (exclusive) to read, and the context's tokens of a sliding unit."""
         for document in documents:
             n = len(document.ids)
             for i in range(n // length if windows is None else min(n // length, windows)):
-                self._work[f"window/{document.name}/{i}"] = (document, i * length, (i + 1) * length, None)
+                self.work[f"window/{document.name}/{i}"] = (document, i * length, (i + 1) * length, None)
             for k in contexts:
                 if k + block <= n:
-                    self._work[f"sliding/{document.name}/{k}"] = (document, n - block - k, n, k)
-        if not self._work:
+                    self.work[f"sliding/{document.name}/{k}"] = (document, n - block - k, n, k)
+        if not self.work:
             raise UserError(
                 f"no document has the {length:,} tokens of a window, nor any context and a block of {block}"
             )
 
     def units(self) -> Sequence[Unit]:
         """Return windows and sliding contexts, document by document; ``tokens`` counts those read."""
-        return [Unit(key, end - start) for key, (_, start, end, _) in self._work.items()]
+        return [Unit(key, end - start) for key, (_, start, end, _) in self.work.items()]
 
     def measure(self, model: nn.Module, unit: Unit) -> list[Record]:
         """Return records of one unit, by the model as it is set. Raises KeyError for a unit of another suite."""
-        document, start, end, context = self._work[unit.key]
+        document, start, end, context = self.work[unit.key]
         ids = document.ids[start:end].astype(np.int64)
         losses = window_losses(model, ids, self.piece, None if context is None else self.block)
         about: Record = {"document": document.name, "domain": document.domain}
@@ -155,7 +155,7 @@ LAYER = "without layer "
 """Prefix of labels for readings with one layer switched off."""
 
 
-def from_options(options: Any, texts: Sequence[Document], model: nn.Module) -> NllSuite:
+def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model: nn.Module) -> NllSuite:
     """Build the suite of the command line. UserError when no document has a whole window."""
     suite = NllSuite(texts, options.length, options.windows, window=native_window(model) or 256)
     if options.windows and not any(unit.key.startswith("window/") for unit in suite.units()):
@@ -177,8 +177,8 @@ def tables(records: Sequence[Record]) -> Tables:
         ("sliding", ["context"]),
     ):
         part = [r for r in mine if r["kind"] == kind]
-        if part := _in_all_contexts(part) if kind == "sliding" else part:
-            found[f"nll by {kind}"] = means(part, ["domain", *keys], "loss_sum", "tokens")
+        part = _in_all_contexts(part) if kind == "sliding" else part
+        found[f"nll by {kind}"] = means(part, ["domain", *keys], "loss_sum", "tokens")
     changed = [r for r in mine if r["kind"] == "document" and r["variant"] not in (REFERENCE, "baseline")]
     if len({r["variant"] for r in changed}) > 1:
         rows = means(changed, ["domain"], "loss_sum", "tokens", to="on")

@@ -23,9 +23,9 @@ from torch import nn
 from ...errors import UserError
 from ...session import Session
 from .. import plots
-from ..paired import means
+from ..paired import tables_of
 from . import Record, Tables, Unit
-from .texts import Document, stretches, words
+from .texts import Document, free_words, stretches, words
 
 CONDITIONS = ("none", "memory", "context")
 
@@ -84,12 +84,9 @@ def trial(
     if len(text) < task.length + task.distance:
         raise UserError(f"the text has {len(text):,} tokens, {task.length + task.distance:,} are needed")
     text = text[: task.length + task.distance]
-    present = {*text, *_sentence(tokenizer, task.template, text[0])[1]}
-    free = [token for token in vocabulary if token not in present]
-    if len(free) < task.candidates:
-        raise UserError(f"the vocabulary has only {len(free)} words that the text does not use")
+    used = [*text, *_sentence(tokenizer, task.template, text[0])[1]]
     draw = random.Random(seed)
-    choices = draw.sample(free, task.candidates)
+    choices = draw.sample(free_words(vocabulary, used, task.candidates, "read-then-ask"), task.candidates)
     question, sentence = _sentence(tokenizer, task.template, choices[0])
     # The first of equals counts as the best (reading may change nothing, bfloat16 logits are often equal): the name's
     # place among the candidates is random, so that it is not favoured.
@@ -191,26 +188,23 @@ LABELS = {"none": "not read", "memory": "read, then dropped", "context": "read, 
 COLOURS = dict(zip(LABELS.values(), ("#94a3b8", "#c2410c", "#0c4a6e"), strict=True))
 
 
-def from_options(options: Any, texts: Sequence[Document], tokenizer: Any) -> MemorySuite:
+def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model: nn.Module) -> MemorySuite:
     """Build the suite of the command line."""
     return MemorySuite(tokenizer, texts, trials=options.trials)
 
 
 def tables(records: Sequence[Record]) -> Tables:
     """Return the share of names that are preferred."""
-    mine = [r for r in records if r["suite"] == "read-then-ask"]
-    return {"read, then ask": means(mine, ["distance", "mentions", "condition"], "correct")} if mine else {}
+    return tables_of("read-then-ask", records, {"read, then ask": ["distance", "mentions", "condition"]}, "correct")
 
 
 def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
     """Draw right answers by mentions, a panel for each distance."""
     rows = [
-        {**row, "variant": LABELS[row["condition"]], "since": f"{row['distance']:,} tokens since"}
+        {**row, "variant": LABELS[row["condition"]]}
         for row in found.get("read, then ask", [])
         if row["variant"] == "on"
     ]
-    label = "right answers, read, then ask"
-    drawn = plots.curves(rows, "mentions", "since")
-    return (
-        {"read-then-ask": plots.panels(drawn, "mentions", label, width=2.6, palette=COLOURS, top=1.02)} if rows else {}
-    )
+    drawn = plots.curves(rows, "mentions", lambda row: f"{row['distance']:,} tokens since")
+    how: Any = {"width": 2.6, "palette": COLOURS, "top": 1.02}
+    return {"read-then-ask": plots.panels(drawn, "mentions", "right answers, read, then ask", **how)} if rows else {}

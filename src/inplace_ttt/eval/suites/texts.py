@@ -1,5 +1,6 @@
 """Documents to measure on: text files, directories of them, JSON lines and datasets, each document tokenised once."""
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -85,6 +86,33 @@ def words(tokenizer: Any) -> list[int]:
     return found
 
 
+def free_words(vocabulary: Sequence[int] | np.ndarray, text: Sequence[int], needed: int, where: str) -> list[int]:
+    """Return the words of ``vocabulary`` that the text does not use. UserError when they are fewer than ``needed``."""
+    free: list[int] = np.setdiff1d(vocabulary, text).tolist()
+    if len(free) < needed:
+        raise UserError(f"{where}: only {len(free)} words that the text does not use, {needed} needed")
+    return free
+
+
+class Haystacks:
+    """The text of each trial: from a random place of a document that has ``longest`` tokens, by ``seed`` and trial.
+
+    Raises UserError when there is no such document.
+    """
+
+    def __init__(self, documents: Sequence[Document], longest: int, seed: int) -> None:
+        self.longest, self.seed = longest, seed
+        self.documents = [document for document in documents if len(document.ids) >= longest]
+        if not self.documents:
+            raise UserError(f"no document has the {longest:,} tokens of the longest text")
+
+    def text(self, trial: int, length: int) -> tuple[str, list[int]]:
+        """Return the name of a trial's document and the ids to read, of any length the same beginning."""
+        document = self.documents[trial % len(self.documents)]
+        start = random.Random(f"{self.seed}/{trial}").randint(0, len(document.ids) - self.longest)
+        return document.name, document.ids[start : start + length].tolist()
+
+
 def stretches(documents: Sequence[Document], length: int) -> Iterator[tuple[str, list[int]]]:
     """Yield name and ids of neighbouring parts of ``length`` tokens, the first of every document first."""
     longest = max((len(document.ids) for document in documents), default=0)
@@ -124,13 +152,9 @@ def _texts(source: Path, domain: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _file(path: Path, domain: str) -> Iterator[tuple[str, str, str]]:
-    if path.name.endswith(JSON_LINES):
-        yield from _json_lines(path, domain)
+    if not path.name.endswith(JSON_LINES):
+        yield str(path), domain, read_text(path).text
         return
-    yield str(path), domain, read_text(path).text
-
-
-def _json_lines(path: Path, domain: str) -> Iterator[tuple[str, str, str]]:
     number = 0
     for number, record in read_json_lines(path):
         if not record["text"].strip():

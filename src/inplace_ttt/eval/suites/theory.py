@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...core import make_target
 from ...errors import UserError
-from ...hf.attach import UNTRAINED, runtime_of, unwrap, updates_off
+from ...hf.attach import UNTRAINED, runtime_of, updates_off
 from ...hf.context import fast_weights
 from .. import plots
-from ..nll import evaluating, feed, input_device, new_cache
+from ..nll import evaluating, feed, new_cache
 from ..paired import interval, means
 from . import Record, Tables, Unit
-from .texts import Document, stretches, words
+from .texts import Document, free_words, stretches, words
 
 TARGETS = ("own", "next_token", "reconstruction")
 """The model's own target and the two of the theorem."""
@@ -110,9 +110,7 @@ class TheorySuite:
     def pair(self, unit: Unit) -> tuple[list[int], list[int]]:
         """Return the ids that a unit reads, the second key last, and the candidates: the value first."""
         name, text, trial = self._work[unit.key]
-        free = np.setdiff1d(self._words, text).tolist()
-        if len(free) <= self.candidates:
-            raise UserError(f"{name}: only {len(free)} words that the text does not use, {self.candidates + 1} needed")
+        free = free_words(self._words, text, self.candidates + 1, name)
         draw = random.Random(f"{self.seed}/{trial}")
         key, *choices = draw.sample(free, self.candidates + 1)
         place = draw.randrange(self.chunk_size // 4, 3 * self.chunk_size // 4)
@@ -128,9 +126,7 @@ class TheorySuite:
 
 def _logits(model: nn.Module, ids: Sequence[int], choices: Sequence[int]) -> np.ndarray:
     """Read ids [n] from an empty cache; return float64 [choices], the logits of the token after them."""
-    rows = torch.tensor([list(ids)], device=input_device(unwrap(model)))
-    logits: Tensor = model(input_ids=rows, use_cache=False, logits_to_keep=1).logits
-    return logits[0, -1, list(choices)].double().cpu().numpy()
+    return feed(model, new_cache(model), ids, len(ids))[list(choices)].double().cpu().numpy()
 
 
 def _figures(change: np.ndarray) -> Record:
@@ -173,7 +169,7 @@ def tables(records: Sequence[Record]) -> Tables:
     """Return each change of the logits by target."""
     mine = [r for r in records if r["suite"] == "theory"]
     rows = [{"change": name, **row} for name in CHANGES for row in means(mine, ["target"], name)]
-    return {"theory": rows} if rows else {}
+    return {"theory": rows}
 
 
 def verdicts(found: Tables) -> list[str]:
@@ -195,12 +191,7 @@ def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
     """Draw changes of the logits of the word that followed the key before, and of other words."""
     labels = dict(zip(CHANGES, COLOURS, strict=False))
     rows = [
-        {
-            **row,
-            "variant": labels[row["change"]],
-            "x": NAMES[row["target"]],
-            "title": "Logits after one update",
-        }
+        {**row, "variant": labels[row["change"]], "x": NAMES[row["target"]], "title": "Logits after one update"}
         for row in found.get("theory", [])
         if row["variant"] == "on" and row["change"] in labels
     ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -12,6 +13,8 @@ from ..nll import evaluating, feed, new_cache
 from ..paired import by_group
 from . import Record, Tables, Unit
 from .nll import NllSuite, piece_size
+from .nll import from_options as windows_from_options
+from .texts import Document
 
 
 class StateSuite:
@@ -29,7 +32,7 @@ class StateSuite:
 
     def measure(self, model: nn.Module, unit: Unit) -> list[Record]:
         """Return one record per layer: the fields of ``LayerDiagnostics``."""
-        document, start, end, _ = self.nll._work[unit.key]
+        document, start, end, _ = self.nll.work[unit.key]
         cache = new_cache(model)
         with evaluating(model):
             feed(model, cache, document.ids[start:end].tolist(), piece_size(model, self.nll.piece))
@@ -46,11 +49,15 @@ WORDS = {
 }
 
 
+def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model: nn.Module) -> StateSuite:
+    """Build the suite of the command line."""
+    return StateSuite(windows_from_options(options, texts, tokenizer, model))
+
+
 def tables(records: Sequence[Record]) -> Tables:
     """Return means by layer, and which measurements correlate with the gain where ``nll`` was measured, too."""
-    mine, nll = ([r for r in records if r["suite"] == name] for name in ("diagnostics", "nll"))
-    found = {"fast weights": _state(mine), "what goes with a gain": correlations(mine, nll)}
-    return {name: rows for name, rows in found.items() if rows}
+    mine, losses = ([r for r in records if r["suite"] == name] for name in ("diagnostics", "nll"))
+    return {"fast weights": _state(mine), "what goes with a gain": correlations(mine, losses)}
 
 
 def _state(records: Sequence[Record]) -> list[Record]:
