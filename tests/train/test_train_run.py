@@ -1,7 +1,7 @@
 """Whole runs of a tiny model on the CPU: they learn, resume exactly, and leave everything behind."""
 
-import io
 import importlib.util
+import io
 import json
 import math
 import re
