@@ -1,5 +1,7 @@
 """Access to a chunk's tokens in a call's tensors: slices when all rows agree, gathers otherwise."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,24 +9,17 @@ from torch import Tensor
 class Layout:
     """A view of a call's tensors by chunk. *Applied* tokens are new; *absorbed* ones include the pending prefix."""
 
-    def __init__(
-        self,
-        z_BTF: Tensor,
-        past_BPF: Tensor | None,
-        chunk_size: int,
-        prefix: int,
-        index_BMC: Tensor | None,
-        update_BM: Tensor | None,
-        reset_BM: Tensor | None,
-    ) -> None:
-        self.z, self.past = z_BTF, None if past_BPF is None else past_BPF[:, :prefix]
-        self.C, self.P, self.T = chunk_size, prefix, z_BTF.shape[1]
-        self.index, self.update, self.reset = index_BMC, update_BM, reset_BM
-        if index_BMC is not None:  # for all slots at once: small kernels in the loop over chunks would dominate it
-            t = index_BMC - prefix
+    def __init__(self, z_BTF: Tensor, past_BPF: Tensor | None, table: Any) -> None:
+        """``table``: a ``ChunkTable`` on z's device, or an object with its attributes."""
+        self.C, self.P, self.T = table.chunk_size, table.prefix, z_BTF.shape[1]
+        self.z, self.past = z_BTF, None if past_BPF is None else past_BPF[:, : self.P]
+        index: Tensor | None = table.index
+        self.index, self.update, self.reset = index, table.update, table.reset
+        if index is not None:  # for all slots at once: small kernels in the loop over chunks would dominate it
+            t = index - self.P
             rows = torch.arange(t.shape[0], device=t.device)[:, None, None] * self.T
             self._flat, self._new = t.clamp(min=0) + rows, (t >= 0)[..., None]
-            self._old = ((index_BMC >= 0) & (t < 0))[..., None]
+            self._old = ((index >= 0) & (t < 0))[..., None]
 
     def _span(self, m: int) -> slice:
         return slice(max(m * self.C - self.P, 0), min((m + 1) * self.C - self.P, self.T))

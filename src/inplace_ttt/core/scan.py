@@ -95,7 +95,7 @@ def generic(call: Call) -> Result:
         start = rule.init(B, call.width, F, z)
         state = start if call.state is None else call.state
         past = call.past if table.prefix and table.updates else None
-        layout = Layout(z, past, table.chunk_size, table.prefix, table.index, table.update, table.reset)
+        layout = Layout(z, past, table)
         slots: Any = range(table.steps)
         parts: list[Tensor] = []
         differentiable = torch.is_grad_enabled() and any(

@@ -8,17 +8,48 @@ applies them. Memory does not grow with the length.
 Shapes: B rows, T new tokens, P pending ones, F width of z, D output width; n slots of c tokens in a segment.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core.algebra import state_dtype
-from .walk import walk
+from .walk import Pairs, has_triton, walk
 
 SEGMENT_BYTES = 400 * 2**20
 """Most bytes of folded weights at a time (at least one chunk's)."""
+
+
+class Inputs(NamedTuple):
+    """The arguments of the scan operator, in the order of ``SCHEMA``; see ``outer.scan`` and ``ChunkTable``."""
+
+    z: Tensor
+    v: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    state: Tensor | None
+    past: Tensor | None
+    index: Tensor | None
+    update: Tensor | None
+    reset: Tensor | None
+    rest: Tensor | None
+    lr: float
+    keep: float
+    chunk_size: int
+    prefix: int
+    steps: int
+    updates: int
+    backend: str
+    width: int
+    keep_state: bool
+
+
+SCHEMA = (
+    "Tensor z, Tensor? v, Tensor? weight, Tensor? bias, Tensor? state, Tensor? past, Tensor? index, Tensor? update, "
+    "Tensor? reset, Tensor? rest, float lr, float keep, SymInt chunk_size, SymInt prefix, SymInt steps, "
+    "SymInt updates, str backend, SymInt width, bool keep_state"
+)
 
 
 class Segment(NamedTuple):
@@ -31,27 +62,23 @@ class Segment(NamedTuple):
 
 
 class Slots:
-    """A view of a call's chunk slots in segments, with access to their tokens."""
+    """A view of a call's chunk slots in segments, with access to their tokens.
 
-    def __init__(
-        self,
-        z_BTF: Tensor,
-        past_BPF: Tensor | None,
-        chunk_size: int,
-        prefix: int,
-        index_BMC: Tensor | None,
-        steps: int,
-        updates: int,
-        most: int,
-    ) -> None:
-        self.z, self.past, self.C, self.P = z_BTF, past_BPF, chunk_size, prefix
-        self.B, self.T = z_BTF.shape[:2]
-        self.index, self.steps, self.updates, self.most = index_BMC, steps, updates, most
-        if index_BMC is not None:
-            rows = torch.arange(self.B, device=z_BTF.device)[:, None, None] * self.T
-            new = index_BMC >= prefix
-            self.flat = torch.where(new, index_BMC - prefix + rows, self.B * self.T)  # last: an unused row
-            self.old = (index_BMC >= 0) & ~new
+    ``matrices``: matrices of W0's size that a slot needs.
+    """
+
+    def __init__(self, call: Inputs, matrices: int = 1) -> None:
+        self.call, self.z, self.past = call, call.z, call.past
+        self.B, self.T, F = call.z.shape
+        self.C, self.P, self.index, self.steps = call.chunk_size, call.prefix, call.index, call.steps
+        self.shape = (call.width, F) if matrices == 1 else (matrices, call.width, F)
+        self.most = max(SEGMENT_BYTES // (matrices * self.B * call.width * F * call.z.element_size()), 1)
+        self._buffer: Tensor | None = None
+        if self.index is not None:
+            rows = torch.arange(self.B, device=call.z.device)[:, None, None] * self.T
+            new = self.index >= self.P
+            self.flat = torch.where(new, self.index - self.P + rows, self.B * self.T)  # last: an unused row
+            self.old = (self.index >= 0) & ~new
 
     def segments(self) -> list[Segment]:
         """Return the segments in order. Slots with few tokens (after pending ones, or at the end) are separate ones."""
@@ -67,7 +94,19 @@ class Slots:
 
     def updating(self, s: Segment) -> int:
         """Return the number of leading slots of the segment that may change S."""
-        return max(min(s.last, self.updates) - s.first, 0)
+        return max(min(s.last, self.call.updates) - s.first, 0)
+
+    def span(self, s: Segment) -> slice:
+        """Return the target tokens of those slots."""
+        return slice(s.first * self.C, (s.first + self.updating(s)) * self.C)
+
+    def buffer(self, s: Segment) -> Tensor:
+        """Return room for the matrices of a segment's slots, [B, n, D, F]; the next segment overwrites it."""
+        n = s.last - s.first
+        if self._buffer is None or self._buffer.shape[1] < n:
+            self._buffer = None  # freed first
+            self._buffer = self.z.new_empty(self.B, n, *self.shape)
+        return self._buffer[:, :n]
 
     def empty(self, width: int) -> Tensor:
         """Allocate [B * T (+ 1), width] for results of all new tokens; see ``view``."""
@@ -150,23 +189,22 @@ def _flat(x_BnXY: Tensor) -> Tensor | None:
     return x_BnXY.flatten(0, 1) if x_BnXY.stride(0) == n * x_BnXY.stride(1) else None
 
 
-def _slots(z: Tensor, past: Tensor | None, rest: Sequence[int | Tensor | None], width: int, weights: int = 1) -> Slots:
-    """Make the slots of a call. ``weights``: matrices of W0's size that a slot needs."""
-    chunk_size, prefix, index, steps, updates = rest
-    weight = weights * z.shape[0] * width * z.shape[2] * z.element_size()
-    return Slots(z, past, chunk_size, prefix, index, steps, updates, max(SEGMENT_BYTES // weight, 1))  # type: ignore[arg-type]
-
-
 class RunningSum:
     """A running sum over segments (S or H), [B, D, F]. The initial value is never modified."""
 
-    def __init__(self, z: Tensor, begin: Tensor | None, width: int) -> None:
-        dtype = state_dtype(z.dtype)
-        self.begin = None if begin is None else begin.to(dtype).contiguous()
-        self.S = z.new_empty(z.shape[0], width, z.shape[2], dtype=dtype)
+    def __init__(self, call: Inputs, begin: Tensor | None) -> None:
+        dtype = state_dtype(call.z.dtype)
+        self.call, self.begin = call, None if begin is None else begin.to(dtype).contiguous()
+        self.S = call.z.new_empty(call.z.shape[0], call.width, call.z.shape[2], dtype=dtype)
 
-    def walk(self, folds: Tensor, *rest: Any, mode: str = "forward") -> None:
-        walk(self.S, self.begin, folds, *rest, mode=mode)
+    def walk(self, s: Segment, folds: Tensor, pairs: Pairs | None, updates: int, mode: str = "forward") -> None:
+        """Run ``walk`` over a segment."""
+        call, run = self.call, walk
+        if folds.is_cuda and folds.dtype in (torch.bfloat16, torch.float16) and has_triton():
+            from .triton_walk import walk as run  # type: ignore[assignment]
+        update, reset = (None if x is None else x[:, s.first : s.last] for x in (call.update, call.reset))
+        weight = None if mode == "reverse" else call.weight
+        run(self.S, self.begin, folds, pairs, weight, update, reset, call.lr, call.keep, updates, mode=mode)
         self.begin = self.S
 
     def value(self) -> Tensor:
@@ -176,176 +214,98 @@ class RunningSum:
         return self.S.zero_() if self.begin is None else self.S.copy_(self.begin)  # there was no segment
 
 
-def _flags(x_BM: Tensor | None, s: Segment) -> Tensor | None:
-    return None if x_BM is None else x_BM[:, s.first : s.last]
-
-
-def folded(
-    slots: Slots,
-    S: RunningSum,
-    v: Tensor | None,
-    weight: Tensor | None,
-    update: Tensor | None,
-    reset: Tensor | None,
-    lr: float,
-    keep: float,
-) -> Iterator[tuple[Segment, Tensor]]:
+def folded(slots: Slots, S: RunningSum) -> Iterator[tuple[Segment, Tensor]]:
     """Yield each segment with the weights ``W0 + lr * S_m`` [B, n, D, F] of its slots, and advance S.
 
     The weights are overwritten by the next segment.
     """
-    B, D, F = S.S.shape
-    buffer = None
+    v = slots.call.v
     for s in slots.segments():
-        n, u = s.last - s.first, slots.updating(s)
-        if buffer is None or buffer.shape[1] < n:
-            buffer = slots.z.new_empty(B, n, D, F)
-        folds = buffer[:, :n]
-        pairs = None
-        if u and v is not None:
-            pairs = v[:, s.first * slots.C : (s.first + u) * slots.C].unflatten(1, (u, slots.C)), slots.absorbed(s)
-        S.walk(folds, pairs, weight, _flags(update, s), _flags(reset, s), lr, keep, u if pairs else 0)
+        folds, u = slots.buffer(s), 0 if v is None else slots.updating(s)
+        pairs = None if v is None or not u else (v[:, slots.span(s)].unflatten(1, (u, slots.C)), slots.absorbed(s))
+        S.walk(s, folds, pairs, u)
         yield s, folds
 
 
-def forward(
-    z: Tensor,
-    v: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    state: Tensor | None,
-    past: Tensor | None,
-    index: Tensor | None,
-    update: Tensor | None,
-    reset: Tensor | None,
-    rest: Tensor | None,
-    lr: float,
-    keep: float,
-    chunk_size: int,
-    prefix: int,
-    steps: int,
-    updates: int,
-    width: int,
-) -> tuple[Tensor, Tensor]:
-    """Return outputs [B, T, D] and S [B, D, F] after the call. ``rest``: tokens in no slot, which see W0 alone."""
-    slots = _slots(z, past, (chunk_size, prefix, index, steps, updates), width)
-    S, out = RunningSum(z, state, width), slots.empty(width)
-    if rest is not None and len(rest):
+def forward(call: Inputs) -> tuple[Tensor, Tensor]:
+    """Return outputs [B, T, D] and S [B, D, F] after the call."""
+    z, weight, rest = call.z, call.weight, call.rest
+    slots, S = Slots(call), RunningSum(call, call.state)
+    out = slots.empty(call.width)
+    if rest is not None and len(rest):  # tokens in no slot see W0 alone
         x = z.reshape(-1, z.shape[2])[rest]
-        out[rest] = 0 if weight is None else torch.nn.functional.linear(x, weight, bias)
-    for s, folds in folded(slots, S, v, weight, update, reset, lr, keep):
-        slots.put(out, s, slots.applied(z, s), folds.mT, bias)
+        out[rest] = 0 if weight is None else torch.nn.functional.linear(x, weight, call.bias)
+    for s, folds in folded(slots, S):
+        slots.put(out, s, slots.applied(z, s), folds.mT, call.bias)
     return slots.view(out), S.value()
 
 
-def backward(
-    g: Tensor,
-    grad_state: Tensor | None,
-    z: Tensor,
-    v: Tensor | None,
-    weight: Tensor | None,
-    state: Tensor | None,
-    past: Tensor | None,
-    index: Tensor | None,
-    update: Tensor | None,
-    reset: Tensor | None,
-    rest: Tensor | None,
-    last: Tensor | None,
-    lr: float,
-    keep: float,
-    chunk_size: int,
-    prefix: int,
-    steps: int,
-    updates: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def backward(call: Inputs, g: Tensor, grad_state: Tensor | None, last: Tensor | None) -> Gradients:
     """Return gradients of z, v, state, past and, where it costs nothing extra, W0 (in the state's precision).
 
     Two walks: backwards over the slots for H_m = dL/dS_{m+1}, which gives dv and v's part of dz, then forward for the
     weights, which give the rest of dz (rounded in between; ``_backward_at_once`` rounds once where S can be unwound).
     """
-    if index is None and keep == 1.0 and (last is not None or not updates):
-        numbers = (chunk_size, prefix, steps, updates)
-        return _backward_at_once(g, grad_state, z, v, weight, state, past, last, lr, *numbers)
-    B, F, D = z.shape[0], z.shape[2], g.shape[2]
-    slots = _slots(z, past, (chunk_size, prefix, index, steps, updates), D)
-    dz = slots.empty(F)
-    if rest is not None and len(rest):
-        dz[rest] = 0 if weight is None else g.reshape(-1, D)[rest] @ weight
+    # H is stored divided by lr, so that products need no factor.
+    H = RunningSum(call, None if grad_state is None else grad_state / call.lr)
+    if call.index is None and call.keep == 1.0 and (last is not None or not call.updates):
+        return _backward_at_once(call, g, grad_state, last, H)
+    z, v, weight, state, past, rest = call.z, call.v, call.weight, call.state, call.past, call.rest
+    slots = Slots(call)
+    dz = slots.empty(z.shape[2]).zero_()
+    if rest is not None and weight is not None:
+        dz[rest] = g.reshape(-1, call.width)[rest] @ weight
     dv = None if v is None else v.new_zeros(v.shape)
     dpast = None if past is None else past.new_zeros(past.shape)
 
-    # H is stored divided by lr, so that products need no factor.
-    H = RunningSum(z, None if grad_state is None else grad_state / lr, D)
-    buffer = None
     for s in reversed(slots.segments()):
-        n, u = s.last - s.first, slots.updating(s)
-        if buffer is None or buffer.shape[1] < n:
-            buffer = z.new_empty(B, n, D, F)
-        folds = buffer[:, :n]
-        pairs = slots.applied(g, s), slots.applied(z, s)
-        H.walk(folds, pairs, None, _flags(update, s), _flags(reset, s), lr, keep, u, mode="reverse")
+        folds, u = slots.buffer(s), slots.updating(s)
+        H.walk(s, folds, (slots.applied(g, s), slots.applied(z, s)), u, mode="reverse")
         if u and v is not None and dv is not None:
-            span = slice(s.first * chunk_size, (s.first + u) * chunk_size)
-            product(slots.absorbed(s), folds[:, :u].mT, dv[:, span].unflatten(1, (u, chunk_size)))
-            _through_targets(slots, dz, dpast, s, v[:, span].unflatten(1, (u, chunk_size)), folds[:, :u])
-        _no_targets(slots, dz, s, u if v is not None else 0)
-    del buffer
+            dv_s, v_s = (x[:, slots.span(s)].unflatten(1, (u, slots.C)) for x in (dv, v))
+            product(slots.absorbed(s), folds[:, :u].mT, dv_s)
+            _through_targets(slots, dz, dpast, s, v_s, folds[:, :u])
 
-    for s, folds in folded(slots, RunningSum(z, state, D), v, weight, update, reset, lr, keep):
+    for s, folds in folded(slots, RunningSum(call, state)):
         slots.add(dz, s, slots.applied(g, s), folds)
 
-    dstate = None if state is None else H.value().mul_(lr).to(state.dtype)
+    dstate = None if state is None else H.value().mul_(call.lr).to(state.dtype)
     return slots.view(dz), dv, dstate, dpast, None
 
 
 def _backward_at_once(
-    g: Tensor,
-    grad_state: Tensor | None,
-    z: Tensor,
-    v: Tensor | None,
-    weight: Tensor | None,
-    state: Tensor | None,
-    past: Tensor | None,
-    last: Tensor | None,
-    lr: float,
-    chunk_size: int,
-    prefix: int,
-    steps: int,
-    updates: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    call: Inputs, g: Tensor, grad_state: Tensor | None, last: Tensor | None, H: RunningSum
+) -> Gradients:
     """Run ``backward`` of a regular call with keep 1: S is unwound from ``last`` while H is built.
 
     ``dz = [g | v] @ [W_m; H_m]`` is one product with one rounding.
     """
-    D, F, C = g.shape[2], z.shape[2], chunk_size
-    slots = _slots(z, past, (chunk_size, prefix, None, steps, updates), D, weights=2)
-    dz = slots.empty(F)
+    z, v, state, past, D = call.z, call.v, call.state, call.past, call.width
+    slots, S = Slots(call, matrices=2), RunningSum(call, state if last is None else last)
+    dz = slots.empty(z.shape[2])
     dv = None if v is None else torch.empty_like(v)
     dpast = None if past is None else past.new_zeros(past.shape)
-    H = RunningSum(z, None if grad_state is None else grad_state / lr, D)
-    S = RunningSum(z, state if last is None else last, D)
-    buffer = None
     for s in reversed(slots.segments()):
-        n, u = s.last - s.first, slots.updating(s) if v is not None else 0
-        if buffer is None or buffer.shape[1] < n:
-            buffer = z.new_empty(slots.B, n, 2, D, F)
-        both = buffer[:, :n]
+        both, u = slots.buffer(s), slots.updating(s) if v is not None else 0
         applied = slots.applied(g, s)
-        H.walk(both[:, :, 1], (applied, slots.applied(z, s)), None, None, None, lr, 1.0, u, mode="reverse")
+        H.walk(s, both[:, :, 1], (applied, slots.applied(z, s)), u, mode="reverse")
         pairs, left = None, applied.new_empty(*applied.shape[:3], 2 * D)  # [g | v]
         left[..., :D] = applied
         left[:, u:, :, D:] = 0
         if u and v is not None and dv is not None:
-            span, head = slice(s.first * C, (s.first + u) * C), slots.P if s.first == 0 else 0
-            pairs = v[:, span].unflatten(1, (u, C)), slots.absorbed(s)
-            product(pairs[1], both[:, :u, 1].mT, dv[:, span].unflatten(1, (u, C)))
-            left[:, :u, :, D:] = pairs[0][:, :, head:]
+            dv_s, v_s = (x[:, slots.span(s)].unflatten(1, (u, slots.C)) for x in (dv, v))
+            pairs, head = (v_s, slots.absorbed(s)), slots.P if s.first == 0 else 0
+            product(pairs[1], both[:, :u, 1].mT, dv_s)
+            left[:, :u, :, D:] = v_s[:, :, head:]
             if head and dpast is not None:
-                dpast[:, :head] = torch.bmm(pairs[0][:, 0, :head], both[:, 0, 1]).to(dpast.dtype)
-        S.walk(both[:, :, 0], pairs, weight, None, None, lr, 1.0, u, mode="unwind")
+                dpast[:, :head] = torch.bmm(v_s[:, 0, :head], both[:, 0, 1]).to(dpast.dtype)
+        S.walk(s, both[:, :, 0], pairs, u, mode="unwind")
         slots.put(dz, s, left, both.flatten(2, 3))
     total = H.value().sum(0) if grad_state is None else None
-    dstate = None if state is None else H.value().mul_(lr).to(state.dtype)
+    dstate = None if state is None else H.value().mul_(call.lr).to(state.dtype)
     return slots.view(dz), dv, dstate, dpast, total
 
 
@@ -367,15 +327,3 @@ def _through_targets(
         where = slots.index[:, part.first : part.last].clamp(0, slots.P - 1).flatten(1)[..., None]
         value = torch.where(old[..., None], v_BnCD @ H_BnDF, 0).flatten(1, 2).to(dpast.dtype)
         dpast.scatter_add_(1, where.expand(-1, -1, value.shape[-1]), value)
-
-
-def _no_targets(slots: Slots, dz: Tensor, s: Segment, updating: int) -> None:
-    """Set dz of the slots that do not update to zero."""
-    if s.first + updating == s.last:
-        return
-    if slots.index is None:
-        slots.view(dz)[
-            :, min(s.start + max(updating * slots.C - (slots.P if s.first == 0 else 0), 0), s.stop) : s.stop
-        ] = 0
-    else:
-        dz[slots.flat[:, s.first + updating : s.last].flatten()] = 0
