@@ -332,12 +332,12 @@ class _Learner:
                 z = module.weight.new_zeros(
                     *shape, _width(module), dtype=self._dtype(module.weight), device=device_of(module)
                 )
-                fast.complete_with(rows, self.rule, z, z.new_zeros(*shape, site.width), None, learned=False)
+                fast.complete(rows, self.rule, {"z": z, "v": z.new_zeros(*shape, site.width)}, None, learned=False)
                 continue
             z, own = call.inputs[i], v[i]
             if inside is not None:
                 z, own = _packed_columns(z, inside, C), _packed_columns(own, inside, C)
-            fast.complete_with(rows, self.rule, z, own, call.slow[i])
+            fast.complete(rows, self.rule, {"z": z, "v": own}, call.slow[i])
 
     def _dtype(self, weight: Tensor) -> torch.dtype:
         return weight.dtype if is_dense(weight) else self.runtime.model.dtype
