@@ -17,7 +17,17 @@ from ..core.scan import path_for
 from ..errors import UserError
 from .context import Forward, Runtime
 from .families import attention_of, check_layers, decoder_layers, family_of, place, text_model
-from .linear import FastWeight, InitWeights, check_replaceable, innermost, is_dense, make_fast, make_slow, output_size
+from .linear import (
+    FastWeight,
+    InitWeights,
+    check_replaceable,
+    innermost,
+    input_size,
+    is_dense,
+    make_fast,
+    make_slow,
+    output_size,
+)
 from .loss import LossForward, check_backward
 from .nested import NestedText, OnePass
 from .saving import after_attach, before_detach
@@ -308,8 +318,7 @@ def inspect(model: nn.Module) -> list[LayerInfo]:
     infos = []
     for site in runtime.sites:
         fast = site.projection()
-        D = output_size(fast)
-        F = next(s for s in (getattr(fast, n, None) for n in ("in_features", "nx")) if isinstance(s, int))
+        D, F = output_size(fast), input_size(fast)
         extra = sum(p.numel() for n, p in site.mlp.named_parameters() if n.startswith("ttt_"))
         state = rule.init(1, D, F, torch.empty(0, dtype=torch.float32, device="meta"))
         size = sum(x.numel() * x.element_size() for x in state.values())

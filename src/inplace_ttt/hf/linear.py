@@ -205,10 +205,19 @@ def device_of(module: Any) -> torch.device:
 
 def output_size(projection: nn.Module) -> int:
     """Return D of a linear-like module."""
-    for name in ("out_features", "nf"):
+    return _size(projection, "output", "out_features", "nf")
+
+
+def input_size(projection: nn.Module) -> int:
+    """Return F of a linear-like module."""
+    return _size(projection, "input", "in_features", "nx")
+
+
+def _size(projection: nn.Module, side: str, *names: str) -> int:
+    for name in names:
         if isinstance(size := getattr(projection, name, None), int):
             return size
-    raise UserError(f"cannot tell the output size of {type(projection).__name__}: it must be a linear layer")
+    raise UserError(f"cannot tell the {side} size of {type(projection).__name__}: it must be a linear layer")
 
 
 class InitWeights:

@@ -15,9 +15,9 @@ Shapes: B rows, T tokens of a call, C of a chunk, n of a piece, V vocabulary, D,
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,9 @@ from ..core.algebra import state_dtype
 from ..errors import UserError
 from .block_attention import register_pieces
 from .cache import FastCacheLayer, cache_name, fast_layers, mark_broken
-from .linear import device_of, is_dense
+from .linear import device_of, input_size, is_dense
 from .masks import read_mask
+from .pending import COLUMNS, IGNORED, Record, cache_before
 from .settings import Settings
 from .sites import LayerSite
 
@@ -40,82 +41,7 @@ if TYPE_CHECKING:
     from .context import Runtime
 
 register_pieces()
-IGNORED = -100
 _AT_ONCE = 1 << 25  # logits converted to float32 at a time
-Sliding = dict[int, tuple[Tensor, Tensor]]
-"""Keys and values of the sliding layers, by layer."""
-
-
-@dataclass(frozen=True, eq=False)
-class Record:
-    """A record of a cache's pending chunks: its columns from ``base`` on. Replaced, never modified in place.
-
-    ids [B, n] (``IGNORED`` where a column has no id), learn [B, n]: True where a column's loss counts; embeds
-    [B, n, D]: inputs without ids; real [B, base + n]: which columns are tokens, None: all; starts: the columns at which
-    each row's last chunks began, with the chunk's number; sliding: the sliding layers' keys before these columns.
-    """
-
-    base: int
-    ids: Tensor
-    learn: Tensor
-    positions: Tensor
-    embeds: Tensor | None = None
-    real: Tensor | None = None
-    starts: tuple[tuple[tuple[int, int], ...], ...] = ()
-    sliding: Mapping[int, Sliding] = field(default_factory=dict)
-
-    @property
-    def end(self) -> int:
-        """Return the total number of columns of the cache."""
-        return self.base + self.ids.shape[1]
-
-    def select(self, rows: Tensor) -> "Record":
-        """Return the record of other rows (beam reorder, batch selection or repetition)."""
-        pick: Callable[[Tensor], Tensor] = lambda x: x.index_select(0, rows.to(x.device))  # noqa: E731
-        kept = {c: {i: (pick(k), pick(v)) for i, (k, v) in s.items()} for c, s in self.sliding.items()}
-        return replace(
-            self,
-            ids=pick(self.ids),
-            learn=pick(self.learn),
-            positions=pick(self.positions),
-            embeds=None if self.embeds is None else pick(self.embeds),
-            real=None if self.real is None else pick(self.real),
-            starts=tuple(self.starts[b] for b in rows.tolist()),
-            sliding=kept,
-        )
-
-    def crop(self, columns: int, chunks: Sequence[int]) -> "Record":
-        """Return the record without the last ``columns``; ``chunks``: the number of each row's present chunk."""
-        n = self.ids.shape[1] - columns
-        starts = tuple(tuple(x for x in own if x[0] <= m) for own, m in zip(self.starts, chunks, strict=True))
-        if n < 0 or not all(starts):
-            raise ValueError("these tokens reach further back than the kept chunks")
-        return replace(
-            self,
-            ids=self.ids[:, :n],
-            learn=self.learn[:, :n],
-            positions=self.positions[:, :n],
-            embeds=None if self.embeds is None else self.embeds[:, :n],
-            real=None if self.real is None else self.real[:, : self.base + n],
-            starts=starts,
-        )
-
-    def trimmed(self, reach: int) -> "Record":
-        """Return the record without columns that kept chunks do not need; ``reach``: completed chunks to keep."""
-        starts = tuple(own[-reach - 1 :] for own in self.starts)
-        first = min(column for own in starts for _, column in own)
-        drop = first - self.base
-        wanted = {column for own in starts for _, column in own}
-        return replace(
-            self,
-            base=first,
-            ids=self.ids[:, drop:],
-            learn=self.learn[:, drop:],
-            positions=self.positions[:, drop:],
-            embeds=None if self.embeds is None else self.embeds[:, drop:],
-            starts=starts,
-            sliding={c: s for c, s in self.sliding.items() if c in wanted},
-        )
 
 
 class LossCall:
@@ -260,13 +186,6 @@ class _Learner:
             for p in asking:
                 p.requires_grad_(True)
 
-    def _groups(self, done: list[int]) -> list[tuple[list[int], int]]:
-        """Group rows by the column at which their complete chunk began; return each group with its column."""
-        starts: dict[int, list[int]] = {}
-        for b in done:
-            starts.setdefault(self.record.starts[b][-1][1], []).append(b)
-        return [(rows, start) for start, rows in starts.items()]
-
     @torch.no_grad()
     def _again(self, rows: list[int], start: int, lengths: Sequence[int]) -> None:
         """Run the columns from ``start`` on once more for some rows, from the keys before them, and learn them.
@@ -274,41 +193,36 @@ class _Learner:
         ``lengths``: tokens of each row's chunk.
         """
         record, index = self.record, torch.tensor(rows, device=self.device)
-        span = slice(start - record.base, None)
-        ids, learn = (x[:, span].index_select(0, index) for x in (record.ids, record.learn))
-        real = None if record.real is None else record.real.index_select(0, index.to(record.real.device))
-        own = None if real is None else real[:, start:]
+        part, span = replace(record, sliding={}).select(index), slice(start - record.base, None)
+        ids, learn, positions = (x[:, span] for x in (part.ids, part.learn, part.positions))
+        real = torch.ones_like(learn) if part.real is None else part.real[:, start:]
         # A chunk of a padded row may begin after the column from which it is run.
-        n = ids.shape[1]
-        pending = torch.tensor(lengths, device=self.device)
-        count = torch.full((len(rows),), n, device=self.device) if own is None else own.sum(1)
-        order = (torch.ones_like(ids) if own is None else own.long()).cumsum(1)
-        inside = order > (count - pending)[:, None]
-        inside = inside if own is None else inside & own
+        order = real.cumsum(1)
+        inside = real & (order > order[:, -1:] - torch.tensor(lengths, device=self.device)[:, None])
         if not bool((learn & inside).any()):
-            self._write(rows, None, None, inside)
+            self._write(rows, None, {}, inside)
             return
-        cache = _before(self.cache, self.runtime.model.config, start, record.sliding.get(start, {}), rows)
-        piece: dict[str, Any] = {"position_ids": record.positions[:, span].index_select(0, index)}
-        if record.embeds is None:
+        cache = cache_before(self.cache, self.runtime.model.config, start, record.sliding.get(start, {}), rows)
+        piece: dict[str, Any] = {"position_ids": positions}
+        if part.embeds is None:
             piece["input_ids"] = ids
         else:
-            piece["inputs_embeds"] = record.embeds[:, span].index_select(0, index)
+            piece["inputs_embeds"] = part.embeds[:, span]
         states = {}
         for i, slot in self.slots.items():
             states[i] = slot.fast
             if len(rows) < self.B:
                 states[i] = copy.copy(slot.fast)  # select replaces tensors and modifies none
                 states[i].select(rows)
-        call = LossCall(self.rule, states, len(rows), n, True)
-        mask = None if real is None else real.long()
+        call = LossCall(self.rule, states, len(rows), ids.shape[1], True)
+        mask = None if part.real is None else part.real.long()
         output = self.call(call, piece, mask, cache, 0)
         self._write(rows, call, self._gradients(call, output.logits, ids, learn, inside), inside)
 
     def _gradients(
         self, call: LossCall, logits: Tensor, ids: Tensor, learn: Tensor, inside: Tensor | None
-    ) -> dict[int, Tensor] | None:
-        """Return -dL/do of every layer, [B, n, D]; None if no token is learned."""
+    ) -> dict[int, Tensor]:
+        """Return -dL/do of every layer, [B, n, D]."""
         weight = learn[:, 1:] & (ids[:, 1:] >= 0)
         if inside is not None:
             weight = weight & inside[:, 1:] & inside[:, :-1]
@@ -320,19 +234,17 @@ class _Learner:
         return {i: torch.zeros_like(o) if g is None else -g for i, o, g in found}
 
     @torch.no_grad()
-    def _write(
-        self, rows: list[int], call: LossCall | None, v: dict[int, Tensor] | None, inside: Tensor | None
-    ) -> None:
-        """Update the states by a chunk of some rows. ``inside`` [R, n]: its tokens; None: all."""
+    def _write(self, rows: list[int], call: LossCall | None, v: dict[int, Tensor], inside: Tensor | None) -> None:
+        """Update the states by a chunk of some rows; without a call, decay. ``inside`` [R, n]: its tokens; None: all."""
         C = self.config.chunk_size
         for i, site in self.sites.items():
             fast, module = self.slots[i].fast, site.projection()
-            if call is None or v is None:
-                shape = (len(rows), C)
+            if call is None:
                 z = module.weight.new_zeros(
-                    *shape, _width(module), dtype=self._dtype(module.weight), device=device_of(module)
+                    *(len(rows), C, input_size(module)), dtype=self._dtype(module.weight), device=device_of(module)
                 )
-                fast.complete(rows, self.rule, {"z": z, "v": z.new_zeros(*shape, site.width)}, None, learned=False)
+                none = z.new_zeros(len(rows), C, site.width)
+                fast.complete(rows, self.rule, {"z": z, "v": none}, None, learned=False)
                 continue
             z, own = call.inputs[i], v[i]
             if inside is not None:
@@ -471,16 +383,10 @@ class _Reading(_Learner):
         at = 0
         while at < self.T:
             need = [C - n % C for n in self.first.fast.seen]
-            if counts is None:
-                ends = [at + n for n in need]
-            else:
-                before = counts[:, at - 1] if at else torch.zeros(self.B, dtype=torch.int64)
-                ends = [
-                    int(torch.searchsorted(counts[b], before[b] + n)) + 1
-                    if counts[b, -1] >= before[b] + n
-                    else self.T + 1
-                    for b, n in enumerate(need)
-                ]
+            ends = [at + n for n in need]
+            if counts is not None:
+                before = counts[:, at - 1].tolist() if at else [0] * self.B
+                ends = [int(torch.searchsorted(counts[b], before[b] + n)) + 1 for b, n in enumerate(need)]
             end = min(min(ends), self.T)
             done = [b for b, e in enumerate(ends) if e == end]
             yield self._piece(at, end, done, real, learn)
@@ -491,17 +397,17 @@ class _Reading(_Learner):
     ) -> tuple[Tensor | None, Any]:
         n, C, self.begun = end - at, self.config.chunk_size, True
         fasts = {i: slot.fast for i, slot in self.slots.items()}
-        self._begin_chunks()
+        numbers = [n // C for n in self.first.fast.seen]
+        self.record = self.record.begin(numbers, self.cache, self.first.fast.reach)
         # Where all rows' chunks begin and end with this piece, its own forward gives the gradient.
         at_once = n == C and len(done) == self.B and self.record.real is None and self._dynamic()
         piece = _cut(self.ids, self.embeds, self.positions, at, end)
         train = torch.is_grad_enabled()
         call = LossCall(self.rule, fasts, self.B, n, at_once, train)
-        # Compute the logits that the caller asks for and those that the loss needs.
-        wanted = n if at_once or self.labels is not None or isinstance(self.keep, Tensor) or not self.keep else None
-        if wanted is None:
+        wanted = n  # last tokens whose logits the caller asks for
+        if self.keep and not isinstance(self.keep, Tensor) and self.labels is None:
             wanted = max(0, end - max(self.T - int(self.keep), at))
-        output = self.call(call, piece, self._mask(at, end, real), self.cache, wanted or 1)
+        output = self.call(call, piece, self._mask(at, end, real), self.cache, n if at_once else wanted or 1)
         self.record = self._extended(at, end, real, learn, piece)
         own_real = None if real is None else real[:, at:end].cpu()
         tokens = [n] * self.B if own_real is None else own_real.sum(1).tolist()
@@ -515,17 +421,13 @@ class _Reading(_Learner):
                 learned = self._gradients(call, output.logits, ids, self.record.learn[:, -n:], None)
                 self._write(done, call, learned, None)
             else:
-                for rows, start in self._groups(done):
+                for rows, start in self.record.groups(done):
                     self._again(rows, start, [C] * len(rows))
         for slot in self.slots.values():
             slot.record = None
         self.first.record = self.record
-        logits = output.logits if wanted else None
-        logits = logits.detach() if logits is not None and not train else logits
-        if at_once and self.keep and not isinstance(self.keep, Tensor) and self.labels is None and logits is not None:
-            logits = logits[:, max(0, self.T - int(self.keep) - at) :]
-            logits = logits if logits.shape[1] else None
-        return logits, output
+        logits = output.logits[:, -wanted:] if wanted else None
+        return logits.detach() if logits is not None and not train else logits, output
 
     def _mask(self, at: int, end: int, real: Tensor | None) -> Any:
         """Return the mask of a piece."""
@@ -579,20 +481,6 @@ class _Reading(_Learner):
             learn = torch.zeros_like(learn)  # tokens without ids have no loss
         return learn if real is None else learn & real
 
-    def _begin_chunks(self) -> None:
-        """Record the starts of chunks that begin here, with the present keys of sliding layers."""
-        C, seen = self.config.chunk_size, self.first.fast.seen
-        numbers = [n // C for n in seen]
-        starts = [
-            own if own and own[-1][0] == m else (*own, (m, self.record.end))
-            for own, m in zip(self.record.starts, numbers, strict=True)
-        ]
-        record = replace(self.record, starts=tuple(starts))
-        here = record.end
-        if any(own[-1][1] == here for own in starts) and here not in record.sliding:
-            record = replace(record, sliding={**record.sliding, here: _sliding_keys(self.cache, here)})
-        self.record = record.trimmed(self.first.fast.reach)
-
     @torch.no_grad()
     def _extended(self, at: int, end: int, real: Tensor | None, learn: Tensor, piece: dict[str, Any]) -> Record:
         """Return the record with a piece's columns."""
@@ -615,14 +503,9 @@ class _Reading(_Learner):
         whole = record.real
         if real is not None or whole is not None:
             whole = self._real_columns(at, end, real)
-        return replace(
-            record,
-            ids=torch.cat([record.ids, ids], 1),
-            learn=torch.cat([record.learn, learn[:, at:end]], 1),
-            positions=torch.cat([record.positions, positions.expand(self.B, n).to(record.positions.device)], 1),
-            embeds=embeds,
-            real=whole,
-        )
+        more = (ids, learn[:, at:end], positions.expand(self.B, n).to(record.positions.device))
+        joined = (torch.cat([getattr(record, name), x], 1) for name, x in zip(COLUMNS, more, strict=False))
+        return Record(record.base, *joined, embeds, whole, record.starts, record.sliding)
 
     def _dynamic(self) -> bool:
         return all(type(x).__name__.startswith(("Dynamic", "FastDynamic")) for x in self.cache.layers)
@@ -654,7 +537,7 @@ def commit(runtime: "Runtime", cache: Cache) -> bool:
         pending = {b: n % first.fast.chunk_size for b, n in enumerate(first.fast.seen) if n % first.fast.chunk_size}
         for slot in slots.values():
             slot.fast.close_chunk()
-        for rows, start in learner._groups(list(pending)):
+        for rows, start in learner.record.groups(list(pending)):
             learner._again(rows, start, [pending[b] for b in rows])
     return True
 
@@ -705,10 +588,6 @@ def learn_from(
     return found.detach()
 
 
-def _width(module: Any) -> int:
-    return int(module.nx if hasattr(module, "nx") else module.in_features)
-
-
 def _cut(ids: Tensor | None, embeds: Tensor | None, positions: Tensor | None, at: int, end: int) -> dict[str, Any]:
     piece: dict[str, Any] = {"input_ids": ids[:, at:end]} if ids is not None else {}
     if ids is None and embeds is not None:
@@ -726,43 +605,3 @@ def _packed_columns(x_RnW: Tensor, inside: Tensor, C: int) -> Tensor:
     picked = x_RnW.gather(1, order[..., None].expand(-1, -1, x_RnW.shape[-1]))
     there = inside.gather(1, order)[..., None]
     return nn.functional.pad(torch.where(there, picked, 0), (0, 0, 0, max(C - order.shape[1], 0)))
-
-
-def _sliding_keys(cache: Cache, columns: int) -> Sliding:
-    """Return keys and values of a cache's sliding layers at so many columns, copied if the cache writes in place."""
-    found: Sliding = {}
-    for i, layer in enumerate(cache.layers):
-        x: Any = layer
-        if not getattr(x, "is_sliding", False) or x.keys is None:
-            continue
-        if "Static" in type(x).__name__:
-            held = min(columns, x.keys.shape[2])
-            found[i] = x.keys[:, :, :held].clone(), x.values[:, :, :held].clone()
-        else:
-            found[i] = x.keys, x.values
-    return found
-
-
-def _before(cache: Cache, config: Any, columns: int, sliding: Sliding, rows: list[int]) -> DynamicCache:
-    """Return a cache of some rows as it was after ``columns`` columns, to read from there again."""
-    new: Any = DynamicCache(config=config)
-    for i, layer in enumerate(cache.layers):
-        x: Any = layer
-        if i >= len(new.layers):
-            new.layers.append(new.layer_class_to_replicate())
-        y: Any = new.layers[i]
-        if not hasattr(x, "keys") or not hasattr(y, "keys"):
-            raise NotImplementedError(f'objective="loss" cannot read again in a {type(x).__name__}')
-        if not columns or x.keys is None:
-            continue
-        index = torch.tensor(rows, device=x.keys.device)
-        keys, values = sliding[i] if i in sliding else (x.keys[:, :, :columns], x.values[:, :, :columns])
-        if len(rows) < keys.shape[0]:
-            keys, values = keys.index_select(0, index), values.index_select(0, index)
-        if getattr(y, "is_sliding", False):
-            keys, values = keys[:, :, -(y.sliding_window - 1) :], values[:, :, -(y.sliding_window - 1) :]
-        y.lazy_initialization(keys, values)
-        y.keys, y.values = keys, values
-        if getattr(y, "is_sliding", False):
-            y.cumulative_length = columns
-    return new  # type: ignore[no-any-return]
