@@ -29,7 +29,7 @@ from .linear import (
     output_size,
 )
 from .loss import LossForward, check_backward
-from .nested import NestedText, OnePass
+from .nested import NestedText
 from .saving import after_attach, before_detach
 from .sites import LayerSite
 from .tensor_parallel import check_split, is_split
@@ -159,7 +159,7 @@ def install(model: Model, config: InPlaceTTTConfig) -> Model:
             setattr(where.mlp, f"ttt_{name}", getattr(site.target, name))
         runtime.sites.append(site)
         runtime.handles += [
-            where.attention.register_forward_pre_hook(OnePass(site).before_attention, with_kwargs=True),
+            where.attention.register_forward_pre_hook(site.before_attention, with_kwargs=True),
             where.mlp.register_forward_pre_hook(site.before_mlp, with_kwargs=True),
             where.mlp.register_forward_hook(site.after_mlp, always_call=True),
         ]

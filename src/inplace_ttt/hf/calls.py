@@ -76,9 +76,6 @@ class WholeCall:
             out = (slow + out).to(slow.dtype)
         return out if table.updates else site.anchored(out)
 
-    def end(self) -> None:
-        pass
-
 
 class SplitTarget:
     """A target whose values are the same on all ranks of a split projection; each rank has a share of the gradient."""

@@ -122,7 +122,7 @@ class Runtime:
             step = self.begin_step(given, tokens_are_real)
         cache = None
         if step is not None:
-            context.call, context.ends = step, mine
+            context.call, context.step = step, step if mine else None
         elif inner is None:
             context.call, cache = self._call(module, given)
         if given.get("inputs_embeds") is not None:
@@ -159,8 +159,8 @@ class Runtime:
                 site.forget()
             if context.begun:
                 mark_broken(getattr(context.call, "slots", {}))
-        elif context.ends and context.call is not None:
-            context.call.end()
+        elif context.step is not None:
+            context.step.end()
 
     # -- one call -------------------------------------------------------------------------------------------------
 

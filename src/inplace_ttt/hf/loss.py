@@ -17,7 +17,8 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ from .block_attention import register_pieces
 from .cache import FastCacheLayer, cache_name, fast_layers, mark_broken
 from .linear import device_of, input_size, is_dense
 from .masks import read_mask
-from .pending import COLUMNS, IGNORED, Record, cache_before
+from .pending import IGNORED, Record, cache_before
 from .settings import Settings
 from .sites import LayerSite
 
@@ -44,20 +45,22 @@ register_pieces()
 _AT_ONCE = 1 << 25  # logits converted to float32 at a time
 
 
+@dataclass(eq=False)
 class LossCall:
     """A piece of a call: every layer reads with its state; with ``capture`` the tensors for a gradient are kept.
 
     ``train``: the parameters require gradients, too (``first_order``).
     """
 
-    def __init__(
-        self, rule: Rule, states: dict[int, FastWeights], rows: int, tokens: int, capture: bool, train: bool = False
-    ) -> None:
-        self.rule, self.states, self.rows, self.tokens = rule, states, rows, tokens
-        self.capture, self.train = capture, train
-        self.inputs: dict[int, Tensor] = {}
-        self.outputs: dict[int, Tensor] = {}
-        self.slow: dict[int, Tensor | None] = {}
+    rule: Rule
+    states: dict[int, FastWeights]
+    rows: int
+    tokens: int
+    capture: bool
+    train: bool = False
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+    slow: dict[int, Tensor | None] = field(default_factory=dict)
 
     def project(
         self, site: "LayerSite", module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]
@@ -75,9 +78,6 @@ class LossCall:
             # Now: offloaded weights are loaded during the layer's own forward only.
             self.slow[site.index] = site.slow_weight(module, self.rule)
         return out
-
-    def end(self) -> None:
-        """Do nothing: the caller uses the captured tensors."""
 
 
 @torch.inference_mode(False)
@@ -150,7 +150,6 @@ class _Learner:
         self.sites: dict[int, LayerSite] = {}
         self.slots: dict[int, FastCacheLayer] = {}
         self.record: Any = None
-        self.asking: list[nn.Parameter] | None = None
         self.B = 0
         self.device = torch.device("cpu")
 
@@ -172,12 +171,14 @@ class _Learner:
                 logits_to_keep=logits,
             )
 
+    @cached_property
+    def _asking(self) -> list[nn.Parameter]:
+        return [p for p in self.runtime.model.parameters() if p.requires_grad]
+
     @contextmanager
     def _frozen(self, active: bool) -> Iterator[None]:
         """Set ``requires_grad`` False for all parameters in the block: backward stops at the projections' outputs."""
-        if active and self.asking is None:
-            self.asking = [p for p in self.runtime.model.parameters() if p.requires_grad]
-        asking = (self.asking or ()) if active else ()
+        asking = self._asking if active else []
         for p in asking:
             p.requires_grad_(False)
         try:
@@ -200,14 +201,10 @@ class _Learner:
         order = real.cumsum(1)
         inside = real & (order > order[:, -1:] - torch.tensor(lengths, device=self.device)[:, None])
         if not bool((learn & inside).any()):
-            self._write(rows, None, {}, inside)
+            self._decay(rows)
             return
         cache = cache_before(self.cache, self.runtime.model.config, start, record.sliding.get(start, {}), rows)
-        piece: dict[str, Any] = {"position_ids": positions}
-        if part.embeds is None:
-            piece["input_ids"] = ids
-        else:
-            piece["inputs_embeds"] = part.embeds[:, span]
+        source = {"input_ids": ids} if part.embeds is None else {"inputs_embeds": part.embeds[:, span]}
         states = {}
         for i, slot in self.slots.items():
             states[i] = slot.fast
@@ -216,7 +213,7 @@ class _Learner:
                 states[i].select(rows)
         call = LossCall(self.rule, states, len(rows), ids.shape[1], True)
         mask = None if part.real is None else part.real.long()
-        output = self.call(call, piece, mask, cache, 0)
+        output = self.call(call, {**source, "position_ids": positions}, mask, cache, 0)
         self._write(rows, call, self._gradients(call, output.logits, ids, learn, inside), inside)
 
     def _gradients(
@@ -234,25 +231,23 @@ class _Learner:
         return {i: torch.zeros_like(o) if g is None else -g for i, o, g in found}
 
     @torch.no_grad()
-    def _write(self, rows: list[int], call: LossCall | None, v: dict[int, Tensor], inside: Tensor | None) -> None:
-        """Update the states by a chunk of some rows; without a call, decay. ``inside`` [R, n]: its tokens; None: all."""
-        C = self.config.chunk_size
-        for i, site in self.sites.items():
-            fast, module = self.slots[i].fast, site.projection()
-            if call is None:
-                z = module.weight.new_zeros(
-                    *(len(rows), C, input_size(module)), dtype=self._dtype(module.weight), device=device_of(module)
-                )
-                none = z.new_zeros(len(rows), C, site.width)
-                fast.complete(rows, self.rule, {"z": z, "v": none}, None, learned=False)
-                continue
-            z, own = call.inputs[i], v[i]
+    def _write(self, rows: list[int], call: LossCall, v: dict[int, Tensor], inside: Tensor | None) -> None:
+        """Update the states by a chunk of some rows. ``inside`` [R, n]: its tokens; None: all."""
+        for i, slot in self.slots.items():
+            chunk = {"z": call.inputs[i], "v": v[i]}
             if inside is not None:
-                z, own = _packed_columns(z, inside, C), _packed_columns(own, inside, C)
-            fast.complete(rows, self.rule, {"z": z, "v": own}, call.slow[i])
+                chunk = {name: _packed_columns(x, inside, self.config.chunk_size) for name, x in chunk.items()}
+            slot.fast.complete(rows, self.rule, chunk, call.slow[i])
 
-    def _dtype(self, weight: Tensor) -> torch.dtype:
-        return weight.dtype if is_dense(weight) else self.runtime.model.dtype
+    def _decay(self, rows: list[int]) -> None:
+        """Update the states by a chunk of some rows that has nothing to learn."""
+        shape = len(rows), self.config.chunk_size
+        for i, site in self.sites.items():
+            module = site.projection()
+            dtype = module.weight.dtype if is_dense(module.weight) else self.runtime.model.dtype
+            z = torch.zeros(*shape, input_size(module), dtype=dtype, device=device_of(module))
+            chunk = {"z": z, "v": z.new_zeros(*shape, site.width)}
+            self.slots[i].fast.complete(rows, self.rule, chunk, None, learned=False)
 
 
 class _Reading(_Learner):
@@ -261,12 +256,13 @@ class _Reading(_Learner):
     def __init__(self, forward: LossForward, given: dict[str, Any]) -> None:
         caches = [given.pop(name, None) for name in ("cache", "past_key_values")]
         super().__init__(forward, next((x for x in caches if x is not None), None), given)
-        self.ids, self.embeds = given.pop("input_ids", None), given.pop("inputs_embeds", None)
-        source = self.ids if self.ids is not None else self.embeds
-        if source is None:
+        self.ids, embeds = given.pop("input_ids", None), given.pop("inputs_embeds", None)
+        self.source_name = "inputs_embeds" if self.ids is None else "input_ids"
+        self.source: Tensor | None = embeds if self.ids is None else self.ids
+        if self.source is None:
             raise ValueError("a call needs input_ids or inputs_embeds")
-        self.B, self.T = source.shape[:2]
-        self.device = source.device
+        self.B, self.T = self.source.shape[:2]
+        self.device = self.source.device
         self.mask, self.positions = self.runtime.mask_of(given), given.pop("position_ids", None)
         given.pop("attention_mask", None)
         self.labels, self.use_cache = given.pop("labels", None), given.pop("use_cache", None)
@@ -349,13 +345,13 @@ class _Reading(_Learner):
             cuts = [0, *(t for t in range(1, self.T) if row[t] != row[t - 1]), self.T]
             spans += [(b, i, j) for i, j in pairwise(cuts) if row[i] >= 0]
         longest = max(j - i for _, i, j in spans)
-        source = self.ids if self.ids is not None else self.embeds
+        source: Any = self.source
         rows = source.new_zeros(len(spans), longest, *source.shape[2:])
         mask = torch.zeros(len(spans), longest, dtype=torch.int64, device=self.device)
         for k, (b, i, j) in enumerate(spans):
             rows[k, : j - i], mask[k, : j - i] = source[b, i:j], 1
         inner = {k: v for k, v in self.given.items() if k not in _PACKING}
-        inner |= {"input_ids" if self.ids is not None else "inputs_embeds": rows, "attention_mask": mask}
+        inner |= {self.source_name: rows, "attention_mask": mask}
         output = _Reading(self.forward, {**inner, "use_cache": False}).run()
         logits = output.logits.new_zeros(self.B, self.T, output.logits.shape[-1])
         for k, (b, i, j) in enumerate(spans):
@@ -401,7 +397,9 @@ class _Reading(_Learner):
         self.record = self.record.begin(numbers, self.cache, self.first.fast.reach)
         # Where all rows' chunks begin and end with this piece, its own forward gives the gradient.
         at_once = n == C and len(done) == self.B and self.record.real is None and self._dynamic()
-        piece = _cut(self.ids, self.embeds, self.positions, at, end)
+        piece: dict[str, Any] = {self.source_name: self.source[:, at:end]}
+        if self.positions is not None:
+            piece["position_ids"] = self.positions[..., at:end]
         train = torch.is_grad_enabled()
         call = LossCall(self.rule, fasts, self.B, n, at_once, train)
         wanted = n  # last tokens whose logits the caller asks for
@@ -436,14 +434,15 @@ class _Reading(_Learner):
             return mask
         if isinstance(mask, Tensor) and mask.dim() == 2:
             return mask[:, : min(mask.shape[1] - self.T, self.past) + end]
-        known = self.record.real  # a prepared mask is of the call's size: the model makes one for the piece
-        if real is None and known is None:
-            return None
-        return self._real_columns(at, end, real).long()
+        # A prepared mask is of the call's size: the model makes one for the piece.
+        known = self._real_columns(at, end, real)
+        return None if known is None else known.long()
 
-    def _real_columns(self, at: int, end: int, real: Tensor | None) -> Tensor:
-        """Return which of the cache's columns are tokens after a piece, bool [B, past + end]."""
+    def _real_columns(self, at: int, end: int, real: Tensor | None) -> Tensor | None:
+        """Return which of the cache's columns are tokens after a piece, bool [B, past + end]; None: all."""
         old, new = self.record.real, None if real is None else real[:, at:end]
+        if old is None and new is None:
+            return None
         old = torch.ones(self.B, self.record.end, dtype=torch.bool, device=self.device) if old is None else old
         new = torch.ones(self.B, end - at, dtype=torch.bool, device=self.device) if new is None else new
         return torch.cat([old, new.to(old.device)], 1)
@@ -486,26 +485,22 @@ class _Reading(_Learner):
         """Return the record with a piece's columns."""
         n = end - at
         record: Record = self.record
-        ids = torch.full((self.B, n), IGNORED, device=self.device)
-        if self.ids is not None:
-            ids = self.ids[:, at:end]
-        elif self.labels is not None:
-            ids = self.labels[:, at:end]
+        known = self.labels if self.ids is None else self.ids
+        ids = torch.full((self.B, n), IGNORED, device=self.device) if known is None else known[:, at:end]
         embeds = record.embeds
         if self.ids is None or embeds is not None:
             table: Any = self.runtime.model.get_input_embeddings()
             old = table(record.ids.clamp(min=0)) if embeds is None else embeds
-            new = self.embeds[:, at:end] if self.ids is None else table(self.ids[:, at:end])
+            new = self.source[:, at:end] if self.ids is None else table(ids)
             embeds = torch.cat([old, new.to(old.dtype)], 1)
         positions = piece.get("position_ids")
         if positions is None:
             positions = torch.arange(self.past + at, self.past + end, device=self.device)[None]
-        whole = record.real
-        if real is not None or whole is not None:
-            whole = self._real_columns(at, end, real)
-        more = (ids, learn[:, at:end], positions.expand(self.B, n).to(record.positions.device))
-        joined = (torch.cat([getattr(record, name), x], 1) for name, x in zip(COLUMNS, more, strict=False))
-        return Record(record.base, *joined, embeds, whole, record.starts, record.sliding)
+        whole = self._real_columns(at, end, real)
+        positions = positions.expand(self.B, n).to(record.positions.device)
+        pairs = (record.ids, ids), (record.learn, learn[:, at:end]), (record.positions, positions)
+        ids, learn, positions = (torch.cat(pair, 1) for pair in pairs)
+        return replace(record, ids=ids, learn=learn, positions=positions, embeds=embeds, real=whole)
 
     def _dynamic(self) -> bool:
         return all(type(x).__name__.startswith(("Dynamic", "FastDynamic")) for x in self.cache.layers)
@@ -586,15 +581,6 @@ def learn_from(
             z, v = (x.reshape(state.rows, -1, x.shape[-1]) for x in (z, v))
             state.add(settings.rule, z, v, call.slow[i])
     return found.detach()
-
-
-def _cut(ids: Tensor | None, embeds: Tensor | None, positions: Tensor | None, at: int, end: int) -> dict[str, Any]:
-    piece: dict[str, Any] = {"input_ids": ids[:, at:end]} if ids is not None else {}
-    if ids is None and embeds is not None:
-        piece["inputs_embeds"] = embeds[:, at:end]
-    if positions is not None:
-        piece["position_ids"] = positions[..., at:end]
-    return piece
 
 
 def _packed_columns(x_RnW: Tensor, inside: Tensor, C: int) -> Tensor:

@@ -1,16 +1,14 @@
-"""Models with decoder layers below the base model (a language model beside a vision tower), and looped layers."""
+"""Models with decoder layers below the base model: a language model beside a vision tower."""
 
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from ..errors import UserError
 from .context import Runtime
-from .sites import CONTEXT, LayerSite
+from .sites import CONTEXT
 
 _HUB = ("gguf_file", "revision", "token", "subfolder", "cache_dir", "local_files_only", "trust_remote_code")
 
@@ -54,23 +52,3 @@ class NestedText:
         if kwargs.get("inputs_embeds") is not None:
             context.embeddings = kwargs["inputs_embeds"]
         return args, {**kwargs, CONTEXT: context}
-
-
-class OnePass:
-    """A hook that rejects a layer that runs twice in one call: its state would read every token twice."""
-
-    def __init__(self, site: LayerSite) -> None:
-        self.site = site
-
-    def before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Raise UserError on a second pass; recomputations (activation checkpointing) come after the call's end."""
-        context, index = kwargs.get(CONTEXT), self.site.index
-        if not torch.compiler.is_compiling() and context is not None and context is self.site.runtime.current:
-            call: Any = context
-            if getattr(call, "last_layer", -1) >= index:
-                raise UserError(
-                    f"layer {index} runs several times per token in this model, so its fast weights would read each "
-                    "token as often: this family cannot adapt"
-                )
-            call.last_layer = index
-        return self.site.before_attention(module, args, kwargs)

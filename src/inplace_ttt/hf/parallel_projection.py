@@ -41,6 +41,3 @@ class SliceCall:
         else:
             out = plain(z_BTF).reshape(R, length, -1) + scan_slice(z, v, table, self.slices.group, **keywords)
         return out.reshape(*z_BTF.shape[:-1], out.shape[-1])
-
-    def end(self) -> None:
-        pass

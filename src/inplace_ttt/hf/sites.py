@@ -32,10 +32,6 @@ class LayerCall(Protocol):
         """Return the output [B, T, D] of a layer's projection for its inputs z [B, T, F], u its target's source."""
         ...
 
-    def end(self) -> None:
-        """Finish the call after the model's forward."""
-        ...
-
 
 class CallContext:
     """A forward call while it runs. ``call`` None: with the slow weights alone."""
@@ -47,8 +43,9 @@ class CallContext:
         self.begun = False
         """True once a layer was entered, so that the cache may have changed."""
         self.outer: CallContext | None = None
-        self.ends = True
-        """True if the runtime must call ``end()``; False if the caller does."""
+        self.step: Any = None
+        """The decoding step that the runtime must end after the model's forward."""
+        self.last_layer = -1
 
 
 class LayerSite:
@@ -79,9 +76,18 @@ class LayerSite:
         """Tell if the target gates the state."""
         return self.target.gates
 
-    def before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._context.set(kwargs.get(CONTEXT))
-        return None
+    def before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Receive the context. UserError on a second pass: the state would read every token twice."""
+        context: CallContext | None = kwargs.get(CONTEXT)
+        # Recomputations (activation checkpointing) come after the call's end.
+        if not torch.compiler.is_compiling() and context is not None and context is self.runtime.current:
+            if context.last_layer >= self.index:
+                raise UserError(
+                    f"layer {self.index} runs several times per token in this model, so its fast weights would read "
+                    "each token as often: this family cannot adapt"
+                )
+            context.last_layer = self.index
+        self._context.set(context)
 
     def projection(self) -> Any:
         """Return the adapting module itself, inside any wrappers."""
