@@ -186,19 +186,8 @@ class Runtime:
         seen = next((slot.fast.seen for slot in slots.values()), None)
         if any(slot.fast.seen != seen for slot in slots.values()):
             raise ValueError("a call on this cache broke off half way through the layers: start from an empty cache")
-        fresh = given.get("past_key_values") is None
-        position_ids = given.get("position_ids")
         first = next((slot.fast for slot in slots.values()), None)
-        numbered = given.get("seq_idx")
-        real, numbers = read_mask(self.mask_of(given), rows, tokens, cache, first, divided=numbered is None)
-        documents = document_ids(
-            real,
-            position_ids if fresh and position_ids is not None and position_ids.dim() == 2 else None,
-            numbers if numbered is None else numbered,
-            given.get("cu_seq_lens_q"),
-            rows=rows,
-            tokens=tokens,
-        )
+        documents = self.documents(given, rows, tokens, cache, first)
         table = ChunkTable.build(
             rows,
             tokens,
@@ -209,6 +198,17 @@ class Runtime:
             from_zero=rule.from_zero,
         )
         return WholeCall(settings, table, slots), cache
+
+    def documents(
+        self, given: dict[str, Any], rows: int, tokens: int, cache: Cache | None, state: FastWeights | None
+    ) -> Tensor | None:
+        """Return the document number of each token of a call, as ``core.document_ids`` does."""
+        numbers, positions = given.get("seq_idx"), given.get("position_ids")
+        real, found = read_mask(self.mask_of(given), rows, tokens, cache, state, divided=numbers is None)
+        if given.get("past_key_values") is not None or (positions is not None and positions.dim() != 2):
+            positions = None
+        numbers = found if numbers is None else numbers
+        return document_ids(real, positions, numbers, given.get("cu_seq_lens_q"), rows=rows, tokens=tokens)
 
     def mask_of(self, given: dict[str, Any]) -> Any:
         """Return a call's mask; the 2-D one where ``generate`` prepared another from it."""

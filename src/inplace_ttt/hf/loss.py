@@ -20,26 +20,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..config import InPlaceTTTConfig
-from ..core import FastWeights, Rule, document_ids
+from ..core import FastWeights, Rule
 from ..core.algebra import state_dtype
 from ..errors import UserError
 from .block_attention import register_pieces
 from .cache import FastCacheLayer, cache_name, fast_layers, mark_broken
+from .context import Runtime, fast_weights
 from .linear import device_of, input_size, is_dense
-from .masks import read_mask
 from .pending import IGNORED, Record, cache_before
 from .settings import Settings
 from .sites import LayerSite
-
-if TYPE_CHECKING:
-    from .context import Runtime
 
 register_pieces()
 _AT_ONCE = 1 << 25  # logits converted to float32 at a time
@@ -62,9 +59,7 @@ class LossCall:
     outputs: dict[int, Tensor] = field(default_factory=dict)
     slow: dict[int, Tensor | None] = field(default_factory=dict)
 
-    def project(
-        self, site: "LayerSite", module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def project(self, site: LayerSite, module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the projection's output [B, n, D]."""
         out = plain(z)
         with torch.autocast(z.device.type, enabled=False):
@@ -106,7 +101,7 @@ def check_backward(model: nn.Module, dtype: torch.dtype) -> None:
 class LossForward:
     """A replacement of the model's forward that reads in chunks. ``forward``: the original."""
 
-    def __init__(self, runtime: "Runtime", forward: Callable[..., Any]) -> None:
+    def __init__(self, runtime: Runtime, forward: Callable[..., Any]) -> None:
         self.runtime, self.forward = runtime, forward
         self.names = list(inspect.signature(forward).parameters)
         self.cache_name = cache_name(runtime.model)
@@ -268,6 +263,8 @@ class _Reading(_Learner):
         self.labels, self.use_cache = given.pop("labels", None), given.pop("use_cache", None)
         self.keep = given.pop("logits_to_keep", 0)
         self.return_dict = given.pop("return_dict", None)
+        self.real: Tensor | None = None
+        """Which of the call's tokens are not padding, bool [B, T]; None: all."""
         self.begun = False
         """True once the cache may have changed."""
         self.hidden = given.get("output_hidden_states")
@@ -279,8 +276,14 @@ class _Reading(_Learner):
     def run(self) -> Any:
         """Read everything; return the model's output."""
         wanted = self.cache is not None or self.use_cache
-        documents = self._documents()
+        documents, several = self._documents(), False
         if documents is not None:
+            padded = documents < 0
+            several = bool(((documents != documents.gather(1, padded.byte().argmin(1, keepdim=True))) & ~padded).any())
+            self.real = ~padded.to(self.device)
+        if documents is not None and several:
+            if self.cache is not None:
+                raise UserError("rows of several documents cannot be read into a cache: read each on its own")
             return self._finish(*self._packed(documents), None)
         if self.cache is None:
             self.cache = DynamicCache(config=self.runtime.model.config)
@@ -317,26 +320,14 @@ class _Reading(_Learner):
         return output if self.return_dict is None or self.return_dict else output.to_tuple()
 
     def _documents(self) -> Tensor | None:
-        """Return document numbers [B, T] where rows hold several documents; None otherwise."""
-        packed = {name: self.given.get(name) for name in ("seq_idx", "cu_seq_lens_q")}
-        positions = self.positions
-        fresh = self.cache is None and self.T > 1 and positions is not None and positions.dim() == 2
-        real = numbers = None
-        if packed["seq_idx"] is None and getattr(self.mask, "ndim", 4) == 4:
-            real, numbers = read_mask(self.mask, self.B, self.T, self.cache)
-        if not fresh and numbers is None and all(x is None for x in packed.values()):
+        """Return document numbers [B, T], -1 for padding; None where every row is one unpadded document."""
+        tokens_are_real = self.runtime.tokens_are_real.get()
+        self.runtime.tokens_are_real.clear()
+        if tokens_are_real and all(self.given.get(name) is None for name in _PACKING):
             return None
-        documents = document_ids(
-            None if numbers is None else real,
-            positions if fresh and self.mask is None else None,
-            packed["seq_idx"] if numbers is None else numbers,
-            packed["cu_seq_lens_q"],
-            rows=self.B,
-            tokens=self.T,
-        )
-        if documents is not None and self.cache is not None:
-            raise UserError("rows of several documents cannot be read into a cache: read each on its own")
-        return documents
+        given = {**self.given, "attention_mask": self.mask, "position_ids": self.positions}
+        state = None if self.cache is None else next(iter(fast_weights(self.cache).values()), None)
+        return self.runtime.documents({**given, "past_key_values": self.cache}, self.B, self.T, self.cache, state)
 
     def _packed(self, documents: Tensor) -> tuple[Tensor, Any]:
         """Read every document as a separate row; return the logits in the packed order, and an output to fill."""
@@ -367,15 +358,9 @@ class _Reading(_Learner):
         if not sites:
             raise UserError("no layer adapts at present: leave some on, or read with updates_off(model)")
         self.sites, self.slots = sites, slots
-        tokens_are_real = self.runtime.tokens_are_real.get()
-        self.runtime.tokens_are_real.clear()
-        own = None if tokens_are_real else read_mask(self.mask, self.B, self.T, self.cache, self.first.fast)[0]
-        padded = document_ids(own, rows=self.B, tokens=self.T)
-        real = None if padded is None else (padded >= 0).to(self.device)
         self.past = int(self.cache.get_seq_length())
-        self.record = self._record(real)
-        learn = self._learn(real)
-        counts = None if real is None else real.long().cumsum(1).cpu()
+        self.record, self.learn = self._record(), self._learn()
+        counts = None if self.real is None else self.real.long().cumsum(1).cpu()
         at = 0
         while at < self.T:
             need = [C - n % C for n in self.first.fast.seen]
@@ -385,12 +370,10 @@ class _Reading(_Learner):
                 ends = [int(torch.searchsorted(counts[b], before[b] + n)) + 1 for b, n in enumerate(need)]
             end = min(min(ends), self.T)
             done = [b for b, e in enumerate(ends) if e == end]
-            yield self._piece(at, end, done, real, learn)
+            yield self._piece(at, end, done)
             at = end
 
-    def _piece(
-        self, at: int, end: int, done: list[int], real: Tensor | None, learn: Tensor
-    ) -> tuple[Tensor | None, Any]:
+    def _piece(self, at: int, end: int, done: list[int]) -> tuple[Tensor | None, Any]:
         n, C, self.begun = end - at, self.config.chunk_size, True
         fasts = {i: slot.fast for i, slot in self.slots.items()}
         numbers = [n // C for n in self.first.fast.seen]
@@ -405,9 +388,9 @@ class _Reading(_Learner):
         wanted = n  # last tokens whose logits the caller asks for
         if self.keep and not isinstance(self.keep, Tensor) and self.labels is None:
             wanted = max(0, end - max(self.T - int(self.keep), at))
-        output = self.call(call, piece, self._mask(at, end, real), self.cache, n if at_once else wanted or 1)
-        self.record = self._extended(at, end, real, learn, piece)
-        own_real = None if real is None else real[:, at:end].cpu()
+        output = self.call(call, piece, self._mask(at, end), self.cache, n if at_once else wanted or 1)
+        self.record = self._extended(at, end, piece)
+        own_real = None if self.real is None else self.real[:, at:end].cpu()
         tokens = [n] * self.B if own_real is None else own_real.sum(1).tolist()
         for fast in fasts.values():
             fast.note(n, own_real, tuple(s + k for s, k in zip(fast.seen, tokens, strict=True)))
@@ -427,7 +410,7 @@ class _Reading(_Learner):
         logits = output.logits[:, -wanted:] if wanted else None
         return logits.detach() if logits is not None and not train else logits, output
 
-    def _mask(self, at: int, end: int, real: Tensor | None) -> Any:
+    def _mask(self, at: int, end: int) -> Any:
         """Return the mask of a piece."""
         mask = self.mask
         if mask is None or end - at == self.T:
@@ -435,12 +418,12 @@ class _Reading(_Learner):
         if isinstance(mask, Tensor) and mask.dim() == 2:
             return mask[:, : min(mask.shape[1] - self.T, self.past) + end]
         # A prepared mask is of the call's size: the model makes one for the piece.
-        known = self._real_columns(at, end, real)
+        known = self._real_columns(at, end)
         return None if known is None else known.long()
 
-    def _real_columns(self, at: int, end: int, real: Tensor | None) -> Tensor | None:
+    def _real_columns(self, at: int, end: int) -> Tensor | None:
         """Return which of the cache's columns are tokens after a piece, bool [B, past + end]; None: all."""
-        old, new = self.record.real, None if real is None else real[:, at:end]
+        old, new = self.record.real, None if self.real is None else self.real[:, at:end]
         if old is None and new is None:
             return None
         old = torch.ones(self.B, self.record.end, dtype=torch.bool, device=self.device) if old is None else old
@@ -449,7 +432,7 @@ class _Reading(_Learner):
 
     # -- what is pending ------------------------------------------------------------------------------------------
 
-    def _record(self, real: Tensor | None) -> Record:
+    def _record(self) -> Record:
         """Return the cache's record; a new one if its columns are no longer the recorded ones."""
         record: Record | None = self.first.record
         if record is None or record.end != self.past:
@@ -463,7 +446,7 @@ class _Reading(_Learner):
             record = Record(self.past, none, none.bool(), none, real=known, starts=((),) * self.B)
         return record
 
-    def _learn(self, real: Tensor | None) -> Tensor:
+    def _learn(self) -> Tensor:
         """Return which tokens of the call are learned, bool [B, T]."""
         learn = torch.ones(self.B, self.T, dtype=torch.bool, device=self.device)
         asked = self.settings.learn
@@ -478,10 +461,10 @@ class _Reading(_Learner):
             learn = learn & (torch.arange(self.past, self.past + self.T, device=self.device) < prompt)
         if self.ids is None and self.labels is None:
             learn = torch.zeros_like(learn)  # tokens without ids have no loss
-        return learn if real is None else learn & real
+        return learn if self.real is None else learn & self.real
 
     @torch.no_grad()
-    def _extended(self, at: int, end: int, real: Tensor | None, learn: Tensor, piece: dict[str, Any]) -> Record:
+    def _extended(self, at: int, end: int, piece: dict[str, Any]) -> Record:
         """Return the record with a piece's columns."""
         n = end - at
         record: Record = self.record
@@ -496,9 +479,9 @@ class _Reading(_Learner):
         positions = piece.get("position_ids")
         if positions is None:
             positions = torch.arange(self.past + at, self.past + end, device=self.device)[None]
-        whole = self._real_columns(at, end, real)
+        whole = self._real_columns(at, end)
         positions = positions.expand(self.B, n).to(record.positions.device)
-        pairs = (record.ids, ids), (record.learn, learn[:, at:end]), (record.positions, positions)
+        pairs = (record.ids, ids), (record.learn, self.learn[:, at:end]), (record.positions, positions)
         ids, learn, positions = (torch.cat(pair, 1) for pair in pairs)
         return replace(record, ids=ids, learn=learn, positions=positions, embeds=embeds, real=whole)
 
@@ -514,7 +497,7 @@ class _Reading(_Learner):
 _PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
-def commit(runtime: "Runtime", cache: Cache) -> bool:
+def commit(runtime: Runtime, cache: Cache) -> bool:
     """Learn the pending tokens of a cache's rows as a shorter chunk; the next token begins a chunk.
 
     Return True if there were any.
@@ -555,7 +538,7 @@ def _loss_gradient(logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
 
 
 def learn_from(
-    runtime: "Runtime",
+    runtime: Runtime,
     states: dict[int, FastWeights],
     ids_RMn: Tensor,
     loss: Callable[[Tensor], Tensor],
