@@ -15,11 +15,10 @@ from ..config import InPlaceTTTConfig
 from ..core import Call, ChunkTable, Rule, Target, make_target
 from ..core.scan import path_for
 from ..errors import UserError
-from .context import Forward, Runtime
+from .context import Runtime
 from .families import attention_of, check_layers, decoder_layers, family_of, place, text_model
 from .linear import (
     FastWeight,
-    InitWeights,
     check_replaceable,
     innermost,
     input_size,
@@ -29,8 +28,9 @@ from .linear import (
     output_size,
 )
 from .loss import LossForward, check_backward
+from .names import rename_attached, rename_detached
 from .nested import NestedText
-from .saving import after_attach, before_detach
+from .overrides import Forward, InitWeights, Overrides
 from .sites import LayerSite
 from .tensor_parallel import check_split, is_split
 
@@ -182,19 +182,19 @@ def install(model: Model, config: InPlaceTTTConfig) -> Model:
     if any(target.source == "loss" for target in targets):
         runtime.loss_forward = LossForward(runtime, root.forward)
     root.__dict__[RUNTIME] = runtime
-    root.__dict__.update(runtime.overrides())
+    root.__dict__.update(Overrides(runtime).by_name())
     for part in root.modules():
         if isinstance(part, PreTrainedModel):
             part.__dict__["_init_weights"] = InitWeights(part)
     root.config.inplace_ttt = config.to_dict()
-    after_attach(root)
+    rename_attached(root)
     return model
 
 
 def detach(model: Model) -> Model:
     """Remove the fast weights from ``model`` in place and return it: the plain model with its present parameters."""
     root, runtime = unwrap(model), runtime_of(model)
-    before_detach(root)
+    rename_detached(root)
     for handle in (*runtime.handles, *(site.wrapper_hook for site in runtime.sites if site.wrapper_hook)):
         handle.remove()
     for site in runtime.sites:
@@ -205,7 +205,7 @@ def detach(model: Model) -> Model:
         for name, child in list(parent.named_children()):
             if isinstance(child, FastWeight):
                 setattr(parent, name, make_slow(child))
-    for name in (RUNTIME, *runtime.overrides()):
+    for name in (RUNTIME, *Overrides(runtime).by_name()):
         del root.__dict__[name]
     if (
         runtime.loss_forward is not None

@@ -171,7 +171,7 @@ def save_base(
 ) -> None:
     """Write transformers' own files of the base model; a sharded one is written through an unsharded meta model."""
     if not sharded:
-        type(root).save_pretrained(root, path, state_dict=state, **kwargs)  # not the override in ``saving``
+        type(root).save_pretrained(root, path, state_dict=state, **kwargs)  # not the override
         return
     config = copy.deepcopy(root.config)
     config.dtype = next(x.dtype for x in state.values() if x.is_floating_point())

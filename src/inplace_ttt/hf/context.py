@@ -7,7 +7,7 @@ Hooks are bound methods of plain objects, so deep copies of a model point to the
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -103,7 +103,7 @@ class Runtime:
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = dict(zip(self.parameters, args, strict=False)) | kwargs
         if type(given.get("cache")).__name__ == "PagedAttentionCache" or "write_index" in given:
-            self.no_continuous_batching()
+            no_continuous_batching()
         if given.get("cache") is not None:
             given["past_key_values"] = given["cache"]
         if getattr(module, "_is_replica", False):
@@ -255,110 +255,13 @@ class Runtime:
             return None
         return DynamicCache(config=self.model_config)
 
-    # -- methods of the model that do not work with fast weights --------------------------------------------------
 
-    def overrides(self) -> dict[str, Callable[..., Any]]:
-        """Return replacements of the model's own methods, by name."""
-        return {
-            "_valid_auto_compile_criteria": self.may_compile,
-            "prepare_inputs_for_generation": PrepareInputs(self),
-            "_update_model_kwargs_for_generation": self.extend_mask,
-            "init_continuous_batching": self.no_continuous_batching,
-            **({} if self.loss_forward is None else {"forward": self.loss_forward, "generate": self.generate}),
-        }
-
-    def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's ``generate`` and record the prompt length, to tell read tokens from written ones."""
-        model: Any = type(self.model)
-        given = [inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
-        prompt = next((x.shape[1] for x in given if isinstance(x, Tensor)), 1)
-        with self.prompt.as_(prompt):
-            return model.generate(self.model, inputs, *args, **kwargs)
-
-    def may_compile(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
-        """Tell if ``generate`` may compile the forward with a static cache: single steps, not pieces of a prompt."""
-        if (
-            getattr(generation_config, "prefill_chunk_size", None) is not None
-            or not self.settings.rule.linear
-            or self.loss_forward is not None
-        ):
-            return False
-        model: Any = type(self.model)
-        found: bool = model._valid_auto_compile_criteria(self.model, model_kwargs, generation_config)
-        return found
-
-    def extend_mask(self, *args: Any, **kwargs: Any) -> Any:
-        """Run ``generate``'s own method, which adds the written token to the mask, and record the result."""
-        model: Any = type(self.model)
-        found = model._update_model_kwargs_for_generation(self.model, *args, **kwargs)
-        self.extended_mask.set(found.get("attention_mask"))
-        return found
-
-    def no_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(
-            "continuous batching mixes requests in one row and names none of them, so fast weights cannot follow: "
-            "call generate() instead"
-        )
-
-
-class Forward:
-    """A wrapper of the base model's forward that clears an interrupted call: PyTorch does not run hooks then."""
-
-    def __init__(self, runtime: Runtime, module: nn.Module) -> None:
-        self.runtime, self.module = runtime, module
-        self.own: Callable[..., Any] | None = module.__dict__.get("forward")
-        """The module's own ``forward`` attribute, if it had one."""
-
-    @property
-    def __signature__(self) -> inspect.Signature:  # transformers reads accepted arguments from it
-        return inspect.signature(type(self.module).forward.__get__(self.module) if self.own is None else self.own)
-
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        # Not as a bound method: compiled code looks it up again after a graph break, and would find this object.
-        kind: Any = type(self.module)
-        return kind.forward(self.module, *args, **kwargs) if self.own is None else self.own(*args, **kwargs)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self._forward(*args, **kwargs)
-        try:
-            return self._forward(*args, **kwargs)
-        except BaseException as error:
-            if not isinstance(error, Exception):
-                self.runtime.after_model(self.module, args, None)
-            raise
-
-    def remove(self) -> None:
-        """Restore the previous ``forward``, unless other code has replaced this one since."""
-        if self.module.__dict__.get("forward") is self:
-            del self.module.__dict__["forward"]
-            if self.own is not None:
-                self.module.__dict__["forward"] = self.own
-
-
-class PrepareInputs:
-    """A wrapper of ``generate``'s own method. Without a mask, or with one just extended, the next token is real."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
-
-    @property
-    def __signature__(self) -> inspect.Signature:  # transformers reads accepted arguments from it
-        return inspect.signature(self._own)
-
-    @property
-    def _own(self) -> Any:
-        model: Any = self.runtime.model
-        return type(model).prepare_inputs_for_generation.__get__(model)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        mask, runtime = kwargs.get("attention_mask"), self.runtime
-        runtime.tokens_are_real.set(mask is None or mask is runtime.extended_mask.get())
-        runtime.extended_mask.clear()
-        inputs = self._own(*args, **kwargs)
-        made = inputs.get("attention_mask")
-        runtime.prepared_mask.set((None, None) if made is mask else (made, mask))
-        return inputs
+def no_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
+    """Refuse transformers' continuous batching, as a method of the model or in a call."""
+    raise NotImplementedError(
+        "continuous batching mixes requests in one row and names none of them, so fast weights cannot follow: "
+        "call generate() instead"
+    )
 
 
 def rows_are_cut() -> str | None:

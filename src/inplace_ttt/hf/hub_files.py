@@ -42,24 +42,12 @@ def fetch(directory: str | Path, subfolder: str = "", **hub: Any) -> Path:
 
 
 def upload(
-    directory: Path,
-    *,
-    repo_id: str | None = None,
-    token: Any = None,
-    private: bool | None = None,
-    commit_message: str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
+    directory: Path, *, repo_id: str | None = None, token: Any = None, private: bool | None = None, **how: Any
 ) -> None:
-    """Upload a whole directory to the hub; ``repo_id`` left out: the directory's own name."""
+    """Upload a directory to the hub; ``repo_id`` None: its own name. ``how``: further keywords of ``UPLOADING``."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
     repo = api.create_repo(repo_id or directory.resolve().name, private=private, exist_ok=True).repo_id
-    api.upload_folder(
-        repo_id=repo,
-        folder_path=directory,
-        commit_message=commit_message or "Upload model with fast weights",
-        revision=revision,
-        create_pr=create_pr,
-    )
+    how["commit_message"] = how.get("commit_message") or "Upload model with fast weights"
+    api.upload_folder(repo_id=repo, folder_path=directory, **how)

@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
@@ -218,17 +217,3 @@ def _size(projection: nn.Module, side: str, *names: str) -> int:
         if isinstance(size := getattr(projection, name, None), int):
             return size
     raise UserError(f"cannot tell the {side} size of {type(projection).__name__}: it must be a linear layer")
-
-
-class InitWeights:
-    """A replacement of a model's ``_init_weights`` that also initialises the added parameters (after ``to_empty``)."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-
-    def __call__(self, module: nn.Module) -> None:
-        if getattr(module, "_inplace_ttt_added", False):
-            module.reset_parameters()  # type: ignore[operator]
-        else:
-            own: Any = type(self.model)._init_weights
-            own(self.model, module)
