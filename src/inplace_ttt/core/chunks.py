@@ -101,17 +101,17 @@ class ChunkTable:
     chunk_size: int
     rows: int
     tokens: int
-    prefix: int
+    prefix: int = 0
     """P: pending tokens that precede the new ones (the largest count over rows; a row's own come first)."""
-    steps: int
+    steps: int = 0
     """M: chunk slots in a row."""
-    updates: int
+    updates: int = 0
     """Slots 0 .. updates-1 may change S."""
-    keep_state: bool
+    keep_state: bool = False
     """True if the state after the call is needed."""
-    seen: tuple[int, ...]
+    seen: tuple[int, ...] = ()
     """Tokens read of each row's current document after this call; seen % C of them are pending."""
-    restarted: tuple[bool, ...]
+    restarted: tuple[bool, ...] = ()
     """Rows whose current document began inside this call."""
     index: Tensor | None = None
     """int64 [B, M, C] extended positions, -1 where a slot has no token."""

@@ -141,17 +141,7 @@ class SliceTable:
                 f"of {length:,}, no multiple of chunk_size {C:,}. Use rows of a multiple of {P * C:,} tokens"
             )
         updates = length // C if total > C else 0
-        table = ChunkTable(
-            chunk_size=C,
-            rows=R,
-            tokens=length,
-            prefix=0,
-            steps=-(-length // C),
-            updates=updates,
-            keep_state=False,
-            seen=(length,) * R,
-            restarted=(False,) * R,
-        )
+        table = ChunkTable(C, R, length, steps=-(-length // C), updates=updates)
         weights = None
         if keep != 1.0 and updates:
             weights = keep ** torch.arange(updates - 1, -1, -1, dtype=torch.float64).expand(R, updates)
@@ -195,26 +185,11 @@ class SliceTable:
             carry[p] = left
         enters = [bool(((idx[:, 0] >= 0).any(-1) & ~reset[:, 0]).any()) if M else False for idx, _, reset in parts]
 
-        own = slices.of(slices.rank)
-
         def stack(tensors: Sequence[Tensor]) -> Tensor:
-            return torch.stack([tensors[p] for p in own], 1).flatten(0, 1)
+            return torch.stack([tensors[p] for p in slices.of(slices.rank)], 1).flatten(0, 1)
 
-        R = B * slices.own
-        table = ChunkTable(
-            chunk_size=C,
-            rows=R,
-            tokens=length,
-            prefix=0,
-            steps=M,
-            updates=updates,
-            keep_state=False,
-            seen=(0,) * R,
-            restarted=(False,) * R,
-            index=stack([part[0] for part in parts]),
-            update=stack([part[1] for part in parts]),
-            reset=stack([part[2] for part in parts]),
-        )
+        index, update, reset = (stack(tensors) for tensors in zip(*parts, strict=True))
+        table = ChunkTable(C, B * slices.own, length, steps=M, updates=updates, index=index, update=update, reset=reset)
         return cls(slices, B, table, stack(list(weights)), keep == 1.0, carry, updates > 0 and any(enters[1:]))
 
     @staticmethod

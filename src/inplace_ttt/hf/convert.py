@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..config import InPlaceTTTConfig
 from ..errors import UserError
 from .attach import install, is_attached, unwrap
 from .checkpoint import from_pretrained, load_plain, save_pretrained
-from .directory import BASE, CONFIG, SETTINGS, mark_config, read_json, split_config, tokenizer_places
+from .directory import BASE, CONFIG, SETTINGS, find_tokenizer, mark_config, read_json, split_config
 from .release import save_release
 
 
@@ -35,7 +35,8 @@ def convert(
         model = _from_shards(shards, config)
     else:
         model = from_pretrained(source, model=None if base is None else load_plain(base, {}))
-    tokenizer = _tokenizer(source, config)
+    # Of a sharded checkpoint, the tokenizer is beside it or beside ``config``.
+    tokenizer, _ = find_tokenizer(source, *([] if config is None else [config]), source.parent)
     if to == "model":
         save_pretrained(model, out, tokenizer)
     elif to == "adapter":
@@ -46,18 +47,6 @@ def convert(
         _to_shards(model, out)
     if tokenizer is not None and to in ("release", "sharded"):
         tokenizer.save_pretrained(out)
-
-
-def _tokenizer(source: Path, config: Path | None) -> Any:
-    """Load the tokenizer of a directory; of a sharded one, that beside it or beside ``config``; None without one."""
-    places = [place for path in (source, config, source.parent) if path is not None for place in tokenizer_places(path)]
-    for place, where in places:
-        if not Path(place).is_dir() or any(Path(place).glob("tokenizer*")):
-            try:
-                return AutoTokenizer.from_pretrained(place, **where)
-            except (OSError, ValueError):
-                continue
-    return None
 
 
 def sharded_directory(source: Path) -> Path | None:

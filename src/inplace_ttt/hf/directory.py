@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import UserError
@@ -88,3 +88,15 @@ def place_of_base(path: Path, base: dict[str, Any]) -> str:
     """Return the name of an adapter's base; relative paths start at the current directory or at the adapter's."""
     name = str(base["name"])
     return name if Path(name).is_dir() or not (path / name).is_dir() else str(path / name)
+
+
+def find_tokenizer(*paths: str | Path) -> tuple[Any, str]:
+    """Load the tokenizer of the first of these directories or hub ids with one; without any: None and the reason."""
+    reason = "no tokenizer files"
+    for place, where in (place for path in paths for place in tokenizer_places(path)):
+        if not Path(place).is_dir() or any(Path(place).glob("tokenizer*")):
+            try:
+                return AutoTokenizer.from_pretrained(place, **where), ""
+            except (OSError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+    return None, reason

@@ -10,7 +10,7 @@ an argument of the call, a recomputation under activation checkpointing sees it 
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core import document_ids
+from ..core.layer import written
+from ..core.targets import values_of
 from ..errors import UserError
-from ..fast.ranks import Group, Slices, SliceTable
+from ..fast.ranks import Group, Slices, SliceTable, scan_slice
 from .attach import is_attached, runtime_of, unwrap
 from .context import rows_are_cut
 from .parallel_attention import GATHER, SLICES, RowSlices, register, working_ways
-from .parallel_projection import SliceCall
+from .settings import Settings
 
 IGNORED = -100
 STATE = "_inplace_ttt_context_parallel"
@@ -187,6 +189,36 @@ class ContextParallel:
         parts = x_BT.new_empty(self.slices.ranks * x_BT.shape[0], x_BT.shape[1])
         dist.all_gather_into_tensor(parts, x_BT.contiguous(), group=self.group)
         return self.slices.join(parts.chunk(self.slices.ranks))
+
+
+class SliceCall:
+    """A call in which every rank reads its slice: its pieces are separate rows with an initial state."""
+
+    def __init__(self, slices: RowSlices, rows: int, tokens: int, settings: Settings) -> None:
+        self.slices, self.rows, self.tokens, self.settings = slices, rows, tokens, settings
+
+    def project(self, site: Any, module: Any, z_BTF: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the output for this rank's slice, [B, T / ranks, D]."""
+        if getattr(module, "split", False):
+            raise UserError("context parallelism together with tensor parallelism is not supported")
+        table, rule = self.slices.table_on(z_BTF.device), self.settings.rule
+        R, length = table.table.rows, table.table.tokens
+        z, u = z_BTF.reshape(R, length, z_BTF.shape[-1]), u.reshape(R, length, u.shape[-1])
+        v, keep = values_of(site.bound_target(), u, z, table.table, (None, None))
+        if keep is not None:
+            raise UserError("gates do not pass from process to process: leave them out with context parallelism")
+        if v is None:
+            kept: Tensor = site.anchored(plain(z_BTF))
+            return kept
+        slow = site.slow_weight(module, rule)
+        v = written(rule, z, v, table.table, None, slow) if rule.outer else v
+        keywords: dict[str, Any] = {"rule": rule, "width": site.width, "slow": slow}
+        if site.fuses(module):
+            keywords["bias"] = None if module.bias is None else module.bias.to(z.dtype)
+            out = scan_slice(z, v, table, self.slices.group, weight=module.weight.to(z.dtype), **keywords)
+        else:
+            out = plain(z_BTF).reshape(R, length, -1) + scan_slice(z, v, table, self.slices.group, **keywords)
+        return out.reshape(*z_BTF.shape[:-1], out.shape[-1])
 
 
 def enable_context_parallel(

@@ -187,19 +187,13 @@ class LayerSite:
         call = context.call
         if call is None or self.index in context.settings.disabled_layers:
             return plain(z)
-        flat = z.dim() == 2
-        if flat:
-            if z.shape[0] != call.rows * call.tokens:
-                raise NotImplementedError(
-                    f"layer {self.index} got {z.shape[0]} tokens of a call of {call.rows} x {call.tokens}: fast "
-                    "weights need a layer's tokens together (switch tiled MLPs off)"
-                )
-            z = z.view(call.rows, call.tokens, -1)
-        elif tuple(z.shape[:2]) != (call.rows, call.tokens):
+        flat, shape = z.dim() == 2, (call.rows, call.tokens)
+        if tuple(z.shape[:-1]) not in (shape, (call.rows * call.tokens,)):
             raise NotImplementedError(
-                f"layer {self.index} got {z.shape[0]} x {z.shape[1]} tokens of a call of {call.rows} x {call.tokens}: "
-                "fast weights need a layer's tokens together (switch tiled MLPs off)"
+                f"layer {self.index} got {' x '.join(map(str, z.shape[:-1]))} tokens of a call of {call.rows} x "
+                f"{call.tokens}: fast weights need a layer's tokens together (switch tiled MLPs off)"
             )
+        z = z.view(*shape, -1) if flat else z
         u = z if self.target.source == "loss" else self._source(context, call)
         out = call.project(self, module, compute_dtype(z), u, plain)
         return out.flatten(0, 1) if flat else out
