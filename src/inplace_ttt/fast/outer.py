@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from ..core.algebra import accumulate, exact, outer, state_dtype
 from ..core.chunks import ChunkTable
-from ..core.layout import Layout
+from ..core.layout import Slots, product
 from ..core.rules import Rule
 from ..core.scan import PATHS, Call, Path, Result
 from .segments import SCHEMA, Inputs
@@ -25,27 +25,29 @@ from .segments import forward as segments_forward
 Tensors = tuple[Tensor, Tensor]
 
 
-def keep_factor(layout: Layout, m: int, keep: float) -> float | Tensor:
+def keep_factor(slots: Slots, m: int, keep: float) -> float | Tensor:
     """Return the factor by which slot m's update scales S: a number, or [B, 1, 1] where only some rows update."""
-    if layout.update is None or keep == 1.0:
+    if slots.update is None or keep == 1.0:
         return keep
-    return 1.0 - (1.0 - keep) * layout.update[:, m, None, None].to(state_dtype(layout.z.dtype))
+    return 1.0 - (1.0 - keep) * slots.update[:, m, None, None].to(state_dtype(slots.z.dtype))
 
 
-def sweep(call: Inputs, layout: Layout, out: Tensor, x: Tensor, *, transposed: bool = False) -> Tensor | None:
+def sweep(call: Inputs, slots: Slots, out: Tensor, x: Tensor, *, transposed: bool = False) -> Tensor | None:
     """Add ``lr * S_m x_t`` (``lr * S_m^T x_t`` if transposed) to ``out``, slot by slot; return S after the last one."""
     reset, v = call.reset, call.v
     S = None
     if call.state is not None:
         S = call.state.to(state_dtype(x.dtype), copy=call.updates > 0 or reset is not None)
     for m in range(call.steps):
+        s = slots.segment(m, m + 1)
         if reset is not None and S is not None:
             S *= ~reset[:, m, None, None]
         if S is not None:
             fast = S.to(x.dtype)
-            layout.add_product(out, m, layout.applied(x, m), fast if transposed else fast.mT, call.lr)
+            slots.add(out, s, slots.applied(x, s), (fast if transposed else fast.mT)[:, None], call.lr)
         if m < call.updates and v is not None:
-            S = accumulate(S, layout.absorbed(m), layout.targets(v, m), keep_factor(layout, m, call.keep))
+            z_m, v_m = slots.absorbed(s)[:, 0], slots.masked(slots.chunks(v, s), s)[:, 0]
+            S = accumulate(S, z_m, v_m, keep_factor(slots, m, call.keep))
     return S
 
 
@@ -59,8 +61,9 @@ def scan_op(*inputs: Any) -> Tensors:
     if call.backend == "segments":
         out, S = segments_forward(call)
     else:
-        out = z.new_zeros(*z.shape[:2], call.width) if weight is None else linear(z, weight, call.bias)
-        S = sweep(call, Layout(z, call.past, call), out, z)
+        slots = Slots(z, call.past, call)
+        flat = slots.padded(z.new_zeros(*z.shape[:2], call.width) if weight is None else linear(z, weight, call.bias))
+        S, out = sweep(call, slots, flat, z), slots.view(flat)
     if S is None or not call.keep_state:
         S = z.new_zeros(_state_shape(call), dtype=state_dtype(z.dtype))
     return out, S
@@ -101,29 +104,29 @@ def scan_backward_op(g: Tensor, grad_state: Tensor | None, last: Tensor | None, 
 
 def _loop_backward(call: Inputs, g: Tensor, grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
     z, v, weight, state, past, reset = call.z, call.v, call.weight, call.state, call.past, call.reset
-    layout = Layout(z, past, call)
-    dz = z.new_zeros(z.shape) if weight is None else (g @ weight.to(g.dtype)).to(z.dtype)
+    slots = Slots(z, past, call)
+    dz = slots.padded(z.new_zeros(z.shape) if weight is None else (g @ weight.to(g.dtype)).to(z.dtype))
     dv = None if v is None else v.new_zeros(v.shape)
     dpast = None if past is None else past.new_zeros(past.shape)
 
-    sweep(call, layout, dz, g, transposed=True)
+    sweep(call, slots, dz, g, transposed=True)
 
     H = None if grad_state is None else grad_state.to(state_dtype(z.dtype), copy=True)
     for m in reversed(range(call.steps)):
+        s = slots.segment(m, m + 1)
         if m < call.updates and v is not None and dv is not None and H is not None:
-            z_m, v_m = layout.absorbed(m), layout.targets(v, m)
-            H_m = H.to(z.dtype)
-            layout.add_to_targets(dv, m, z_m, H_m.mT)
-            layout.add_absorbed(dz, dpast, m, v_m, H_m)
-            H = H.mul_(keep_factor(layout, m, call.keep)) if call.keep != 1.0 else H
+            H_m = slots.masked(H.to(z.dtype)[:, None], s)
+            product(slots.absorbed(s), H_m.mT, slots.chunks(dv, s))
+            slots.through_targets(slots.add, dz, dpast, s, slots.chunks(v, s), H_m)
+            H = H.mul_(keep_factor(slots, m, call.keep)) if call.keep != 1.0 else H
         if m > 0 or state is not None:
-            G = outer(layout.applied(g, m), layout.applied(z, m))
+            G = outer(slots.applied(g, s)[:, 0], slots.applied(z, s)[:, 0])
             H = G.mul_(call.lr) if H is None else H.add_(G, alpha=call.lr)
         if reset is not None and H is not None:
             H *= ~reset[:, m, None, None]
 
     dstate = None if state is None else torch.zeros_like(state) if H is None else H.to(state.dtype)
-    return dz, dv, dstate, dpast, None
+    return slots.view(dz), dv, dstate, dpast, None
 
 
 @scan_backward_op.register_fake

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.algebra import state_dtype
+from ..core.layout import Segment, Slots, product
 from .walk import Pairs, has_triton, walk
 
 SEGMENT_BYTES = 400 * 2**20
@@ -52,53 +53,15 @@ SCHEMA = (
 )
 
 
-class Segment(NamedTuple):
-    """A range of slots ``first`` .. ``last - 1``. Regular calls: new tokens ``start`` .. ``stop - 1`` of every row."""
-
-    first: int
-    last: int
-    start: int
-    stop: int
-
-
-class Slots:
-    """A view of a call's chunk slots in segments, with access to their tokens.
-
-    ``matrices``: matrices of W0's size that a slot needs.
-    """
+class FoldedSlots(Slots):
+    """A call's slots, as many in a segment as ``SEGMENT_BYTES`` has room for ``matrices`` of W0's size for each."""
 
     def __init__(self, call: Inputs, matrices: int = 1) -> None:
-        self.call, self.z, self.past = call, call.z, call.past
-        self.B, self.T, F = call.z.shape
-        self.C, self.P, self.index, self.steps = call.chunk_size, call.prefix, call.index, call.steps
+        B, F = call.z.shape[0], call.z.shape[2]
+        weight = matrices * B * call.width * F * call.z.element_size()
+        super().__init__(call.z, call.past, call, max(SEGMENT_BYTES // weight, 1))
         self.shape = (call.width, F) if matrices == 1 else (matrices, call.width, F)
-        self.most = max(SEGMENT_BYTES // (matrices * self.B * call.width * F * call.z.element_size()), 1)
         self._buffer: Tensor | None = None
-        if self.index is not None:
-            rows = torch.arange(self.B, device=call.z.device)[:, None, None] * self.T
-            new = self.index >= self.P
-            self.flat = torch.where(new, self.index - self.P + rows, self.B * self.T)  # last: an unused row
-            self.old = (self.index >= 0) & ~new
-
-    def segments(self) -> list[Segment]:
-        """Return the segments in order. Slots with few tokens (after pending ones, or at the end) are separate ones."""
-        most = self.most
-        if self.index is not None:
-            return [Segment(m, min(m + most, self.steps), 0, 0) for m in range(0, self.steps, most)]
-        first, last = (1 if self.P else 0), min((self.P + self.T) // self.C, self.steps)
-        cuts = [0] if self.P else []
-        cuts += [*range(first, last, most), last] if last > first else [first]
-        cuts += [self.steps] if cuts[-1] < self.steps else []
-        bounds = [min(max(m * self.C - self.P, 0), self.T) for m in cuts]
-        return [Segment(*cuts[i : i + 2], *bounds[i : i + 2]) for i in range(len(cuts) - 1)]
-
-    def updating(self, s: Segment) -> int:
-        """Return the number of leading slots of the segment that may change S."""
-        return max(min(s.last, self.call.updates) - s.first, 0)
-
-    def span(self, s: Segment) -> slice:
-        """Return the target tokens of those slots."""
-        return slice(s.first * self.C, (s.first + self.updating(s)) * self.C)
 
     def buffer(self, s: Segment) -> Tensor:
         """Return room for the matrices of a segment's slots, [B, n, D, F]; the next segment overwrites it."""
@@ -107,86 +70,6 @@ class Slots:
             self._buffer = None  # freed first
             self._buffer = self.z.new_empty(self.B, n, *self.shape)
         return self._buffer[:, :n]
-
-    def empty(self, width: int) -> Tensor:
-        """Allocate [B * T (+ 1), width] for results of all new tokens; see ``view``."""
-        return self.z.new_empty(self.B * self.T + (self.index is not None), width)
-
-    def view(self, x: Tensor) -> Tensor:
-        """Return a tensor of ``empty`` as [B, T, width]."""
-        return x[: self.B * self.T].view(self.B, self.T, x.shape[-1])
-
-    def applied(self, x_BTW: Tensor, s: Segment) -> Tensor:
-        """Return ``x`` at the segment's new tokens, [B, n, c, W]; zero where a slot has none."""
-        if self.index is None:
-            return x_BTW[:, s.start : s.stop].unflatten(1, (s.last - s.first, -1))
-        flat = self.flat[:, s.first : s.last]
-        there = (flat < self.B * self.T)[..., None]
-        return torch.where(there, x_BTW.reshape(-1, x_BTW.shape[-1])[flat.clamp(max=self.B * self.T - 1)], 0)
-
-    def absorbed(self, s: Segment) -> Tensor:
-        """Return z of the updating slots' tokens, pending ones included, [B, n, C, F]; zero where there is none."""
-        n = self.updating(s)
-        if self.index is None:
-            if s.first == 0 and self.past is not None:
-                return torch.cat([self.past.to(self.z.dtype), self.z[:, s.start : s.stop]], 1)[:, None]
-            return self.z[:, s.start : s.start + n * self.C].unflatten(1, (n, self.C))
-        s = s._replace(last=s.first + n)
-        z = self.applied(self.z, s)
-        if self.past is None:
-            return z
-        where = self.index[:, s.first : s.last].clamp(0, self.P - 1).flatten(1)[..., None]
-        past = self.past.gather(1, where.expand(-1, -1, z.shape[-1])).view_as(z).to(z.dtype)
-        return torch.where(self.old[:, s.first : s.last, :, None], past, z)
-
-    def put(self, out: Tensor, s: Segment, x_BncK: Tensor, w_BnKN: Tensor, bias_N: Tensor | None = None) -> None:
-        """Set ``out`` at the segment's new tokens to ``x @ w (+ bias)``."""
-        if self.index is None:
-            product(x_BncK, w_BnKN, self.applied(self.view(out), s), bias_N)
-        else:
-            y = x_BncK.new_empty(*x_BncK.shape[:3], w_BnKN.shape[-1])
-            product(x_BncK, w_BnKN, y, bias_N)
-            out.index_copy_(0, self.flat[:, s.first : s.last].flatten(), y.flatten(0, 2))
-
-    def add(self, out: Tensor, s: Segment, x_BncK: Tensor, w_BnKN: Tensor) -> None:
-        """Add ``x @ w`` to ``out`` at the segment's new tokens, with one rounding."""
-        if self.index is None:
-            product(x_BncK, w_BnKN, self.applied(self.view(out), s), add=True)
-        else:
-            flat = self.flat[:, s.first : s.last]
-            y = out[flat]
-            product(x_BncK, w_BnKN, y, add=True)
-            out.index_copy_(0, flat.flatten(), y.flatten(0, 2))
-
-
-def product(
-    x_BncK: Tensor, w_BnKN: Tensor, out_BncN: Tensor, bias_N: Tensor | None = None, *, add: bool = False
-) -> None:
-    """Compute ``out (+)= x @ w (+ bias)`` in place, as one batched product where the strides allow."""
-    flat = [_flat(x) for x in (x_BncK, w_BnKN, out_BncN)]
-    if any(x is None for x in flat):
-        for row in zip(x_BncK, w_BnKN, out_BncN, strict=True):
-            _product(*row, bias_N, add)
-    else:
-        x, w, out = flat
-        _product(x, w, out, bias_N, add)  # type: ignore[arg-type]
-
-
-def _product(x: Tensor, w: Tensor, out: Tensor, bias: Tensor | None, add: bool) -> None:
-    if add:
-        out.baddbmm_(x, w)
-    elif bias is not None:
-        torch.baddbmm(bias, x, w, out=out)
-    else:
-        torch.bmm(x, w, out=out)
-
-
-def _flat(x_BnXY: Tensor) -> Tensor | None:
-    """Return a view [B * n, X, Y], None where the strides do not allow one."""
-    B, n = x_BnXY.shape[:2]
-    if B == 1 or n == 1:
-        return x_BnXY.squeeze(0) if B == 1 else x_BnXY.squeeze(1)
-    return x_BnXY.flatten(0, 1) if x_BnXY.stride(0) == n * x_BnXY.stride(1) else None
 
 
 class RunningSum:
@@ -214,15 +97,14 @@ class RunningSum:
         return self.S.zero_() if self.begin is None else self.S.copy_(self.begin)  # there was no segment
 
 
-def folded(slots: Slots, S: RunningSum) -> Iterator[tuple[Segment, Tensor]]:
+def folded(slots: FoldedSlots, S: RunningSum, v: Tensor | None) -> Iterator[tuple[Segment, Tensor]]:
     """Yield each segment with the weights ``W0 + lr * S_m`` [B, n, D, F] of its slots, and advance S.
 
     The weights are overwritten by the next segment.
     """
-    v = slots.call.v
     for s in slots.segments():
         folds, u = slots.buffer(s), 0 if v is None else slots.updating(s)
-        pairs = None if v is None or not u else (v[:, slots.span(s)].unflatten(1, (u, slots.C)), slots.absorbed(s))
+        pairs = None if v is None or not u else (slots.chunks(v, s), slots.absorbed(s))
         S.walk(s, folds, pairs, u)
         yield s, folds
 
@@ -230,12 +112,12 @@ def folded(slots: Slots, S: RunningSum) -> Iterator[tuple[Segment, Tensor]]:
 def forward(call: Inputs) -> tuple[Tensor, Tensor]:
     """Return outputs [B, T, D] and S [B, D, F] after the call."""
     z, weight, rest = call.z, call.weight, call.rest
-    slots, S = Slots(call), RunningSum(call, call.state)
+    slots, S = FoldedSlots(call), RunningSum(call, call.state)
     out = slots.empty(call.width)
     if rest is not None and len(rest):  # tokens in no slot see W0 alone
         x = z.reshape(-1, z.shape[2])[rest]
         out[rest] = 0 if weight is None else torch.nn.functional.linear(x, weight, call.bias)
-    for s, folds in folded(slots, S):
+    for s, folds in folded(slots, S, call.v):
         slots.put(out, s, slots.applied(z, s), folds.mT, call.bias)
     return slots.view(out), S.value()
 
@@ -254,7 +136,7 @@ def backward(call: Inputs, g: Tensor, grad_state: Tensor | None, last: Tensor | 
     if call.index is None and call.keep == 1.0 and (last is not None or not call.updates):
         return _backward_at_once(call, g, grad_state, last, H)
     z, v, weight, state, past, rest = call.z, call.v, call.weight, call.state, call.past, call.rest
-    slots = Slots(call)
+    slots = FoldedSlots(call)
     dz = slots.empty(z.shape[2]).zero_()
     if rest is not None and weight is not None:
         dz[rest] = g.reshape(-1, call.width)[rest] @ weight
@@ -265,11 +147,11 @@ def backward(call: Inputs, g: Tensor, grad_state: Tensor | None, last: Tensor | 
         folds, u = slots.buffer(s), slots.updating(s)
         H.walk(s, folds, (slots.applied(g, s), slots.applied(z, s)), u, mode="reverse")
         if u and v is not None and dv is not None:
-            dv_s, v_s = (x[:, slots.span(s)].unflatten(1, (u, slots.C)) for x in (dv, v))
+            dv_s, v_s = slots.chunks(dv, s), slots.chunks(v, s)
             product(slots.absorbed(s), folds[:, :u].mT, dv_s)
-            _through_targets(slots, dz, dpast, s, v_s, folds[:, :u])
+            slots.through_targets(slots.put, dz, dpast, s, v_s, folds[:, :u])
 
-    for s, folds in folded(slots, RunningSum(call, state)):
+    for s, folds in folded(slots, RunningSum(call, state), v):
         slots.add(dz, s, slots.applied(g, s), folds)
 
     dstate = None if state is None else H.value().mul_(call.lr).to(state.dtype)
@@ -284,7 +166,7 @@ def _backward_at_once(
     ``dz = [g | v] @ [W_m; H_m]`` is one product with one rounding.
     """
     z, v, state, past, D = call.z, call.v, call.state, call.past, call.width
-    slots, S = Slots(call, matrices=2), RunningSum(call, state if last is None else last)
+    slots, S = FoldedSlots(call, matrices=2), RunningSum(call, state if last is None else last)
     dz = slots.empty(z.shape[2])
     dv = None if v is None else torch.empty_like(v)
     dpast = None if past is None else past.new_zeros(past.shape)
@@ -296,7 +178,7 @@ def _backward_at_once(
         left[..., :D] = applied
         left[:, u:, :, D:] = 0
         if u and v is not None and dv is not None:
-            dv_s, v_s = (x[:, slots.span(s)].unflatten(1, (u, slots.C)) for x in (dv, v))
+            dv_s, v_s = slots.chunks(dv, s), slots.chunks(v, s)
             pairs, head = (v_s, slots.absorbed(s)), slots.P if s.first == 0 else 0
             product(pairs[1], both[:, :u, 1].mT, dv_s)
             left[:, :u, :, D:] = v_s[:, :, head:]
@@ -307,23 +189,3 @@ def _backward_at_once(
     total = H.value().sum(0) if grad_state is None else None
     dstate = None if state is None else H.value().mul_(call.lr).to(state.dtype)
     return slots.view(dz), dv, dstate, dpast, total
-
-
-def _through_targets(
-    slots: Slots, dz: Tensor, dpast: Tensor | None, s: Segment, v_BnCD: Tensor, H_BnDF: Tensor
-) -> None:
-    """Set dz of the updating slots to ``H^T v``; add that of pending tokens to ``dpast``."""
-    part = s._replace(last=s.first + v_BnCD.shape[1])
-    if slots.index is None:
-        head = slots.P if s.first == 0 and dpast is not None else 0
-        part = part._replace(stop=s.start + v_BnCD.shape[1] * slots.C - head)
-        slots.put(dz, part, v_BnCD[:, :, head:], H_BnDF)
-        if head and dpast is not None:
-            dpast[:, :head] = torch.bmm(v_BnCD[:, 0, :head], H_BnDF[:, 0]).to(dpast.dtype)
-        return
-    slots.put(dz, part, v_BnCD, H_BnDF)
-    if dpast is not None:
-        old = slots.old[:, part.first : part.last]
-        where = slots.index[:, part.first : part.last].clamp(0, slots.P - 1).flatten(1)[..., None]
-        value = torch.where(old[..., None], v_BnCD @ H_BnDF, 0).flatten(1, 2).to(dpast.dtype)
-        dpast.scatter_add_(1, where.expand(-1, -1, value.shape[-1]), value)
