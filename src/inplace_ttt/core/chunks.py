@@ -36,19 +36,13 @@ def document_ids(
     padded row's positions jump without a new document).
     """
     given = (attention_mask, position_ids, seq_idx, cu_seqlens)
-    return None if all(x is None for x in given) else _document_ids(*given, rows, tokens)
+    return None if all(x is None for x in given) else _document_ids(given, rows, tokens)
 
 
 # Reads tensors on the host: one graph break under torch.compile, before the first layer.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _document_ids(
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    seq_idx: Tensor | None,
-    cu_seqlens: Tensor | None,
-    rows: int,
-    tokens: int,
-) -> Tensor | None:
+def _document_ids(given: tuple[Tensor | None, ...], rows: int, tokens: int) -> Tensor | None:
+    attention_mask, position_ids, seq_idx, cu_seqlens = given
     documents = None
     if seq_idx is not None:
         documents = seq_idx.detach().reshape(-1, tokens).to("cpu", torch.int64)
@@ -70,9 +64,9 @@ def _document_ids(
         if bool((documents == documents[:, :1]).all()) and bool((documents >= 0).all()):
             documents = None
     if attention_mask is not None:
-        given = attention_mask.detach()[:, -tokens:].to("cpu")
-        real = given.bool()
-        if given.dtype != torch.bool and bool((given != real).any()):
+        mask = attention_mask.detach()[:, -tokens:].to("cpu")
+        real = mask.bool()
+        if mask.dtype != torch.bool and bool((mask != real).any()):
             raise UserError(
                 "attention_mask holds numbers other than 0 and 1. To pack documents pass position_ids that begin at 0 "
                 "in each, or seq_idx, and no mask"

@@ -64,7 +64,7 @@ def read(
                 out = torch.nn.functional.linear(z_BTF, weight, bias)
             old = rule.lr * old
             out = old if out is None else (out + old).to(out.dtype)
-        state.absorb(table, z_BTF, u_BTD, v, keep, new, before, slow)
+        state.absorb(table, z_BTF, u_BTD, v, new, before, slow)
     return out
 
 

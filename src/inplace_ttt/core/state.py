@@ -127,7 +127,6 @@ class FastWeights:
         z_BTF: Tensor,
         u_BTD: Tensor,
         v_BND: Tensor | None,
-        keep_BU: Tensor | None,
         new: State | None,
         before: dict[int, State],
         slow: Tensor | None,

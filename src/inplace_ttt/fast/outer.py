@@ -171,11 +171,6 @@ BACKENDS = ("torch", "segments")
 """Ways to compute the scan: a loop over chunks, or segments of chunks in batched products (segments.py)."""
 
 
-def choose_backend(z: Tensor) -> str:
-    """Return ``segments`` on CUDA, ``torch`` elsewhere."""
-    return "segments" if z.is_cuda else "torch"
-
-
 def scan(
     z_BTF: Tensor,
     v_BND: Tensor | None,
@@ -206,7 +201,8 @@ def scan(
 
     Raises ValueError on an unknown backend or missing pending tokens.
     """
-    backend = choose_backend(z_BTF) if backend == "auto" else backend
+    if backend == "auto":
+        backend = "segments" if z_BTF.is_cuda else "torch"
     if backend not in BACKENDS:
         raise ValueError(f"unknown scan backend {backend!r}: choose auto or one of {', '.join(BACKENDS)}")
     if table.prefix and table.updates and past_BPF is None:

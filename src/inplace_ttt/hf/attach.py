@@ -137,7 +137,9 @@ def install(model: Model, config: InPlaceTTTConfig) -> Model:
     runtime = Runtime(root, config)
     holders = [innermost(p.mlp, p.name) for p in places]
     widths = [output_size(getattr(*h)) for h in holders]
-    settings = {**config.settings, "init_std": _std(root, config)}
+    settings = config.settings
+    if config.init_std is None:
+        settings["init_std"] = getattr(root.config.get_text_config(decoder=True), "initializer_range", 0.02)
     for holder in holders:
         check_replaceable(getattr(*holder))
         if is_split(getattr(*holder).weight):
@@ -214,13 +216,6 @@ def detach(model: Model) -> Model:
         root.__dict__["forward"] = runtime.loss_forward.forward  # another library's, from before attach
     del root.config.inplace_ttt
     return model
-
-
-def _std(root: PreTrainedModel, config: InPlaceTTTConfig) -> float:
-    """Return sigma of P's initial diagonal."""
-    text = root.config.get_text_config(decoder=True)
-    std: float = config.init_std if config.init_std is not None else getattr(text, "initializer_range", 0.02)
-    return std
 
 
 def _target(

@@ -79,12 +79,12 @@ def load_model(model: str | Path, device: str | None = None, dtype: str | torch.
 def load_baseline(model: str | Path, device: str | None = None) -> PreTrainedModel:
     """Load a model to compare with, plain or with fast weights; UserError when it cannot be loaded."""
     place, model = _device(device), _place_of(model)
-    dtype: Any = torch.float32 if place.type == "cpu" else "auto"
     path = Path(model).expanduser()
     if has_fast_weights(path):
-        return from_pretrained(path, dtype=dtype).to(place).eval()  # type: ignore[no-any-return]
+        return load_model(path, device)
     if not path.is_dir():
         require_hub_id(str(model))
+    dtype = torch.float32 if place.type == "cpu" else "auto"
     plain: Any = load_plain(path if path.is_dir() else str(model), {"dtype": dtype})
     return plain.to(place).eval()  # type: ignore[no-any-return]
 
