@@ -5,11 +5,14 @@ A sharded checkpoint is a directory of torch.distributed.checkpoint (with ``.met
 tensors only: the model's shape comes from that file, or from another saved model.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..config import InPlaceTTTConfig
@@ -56,35 +59,30 @@ def sharded_directory(source: Path) -> Path | None:
 
 
 def _to_shards(model: Any, out: Path) -> None:
-    from torch.distributed.checkpoint.state_dict_saver import save
-
     out.mkdir(parents=True)
-    save({"model": unwrap(model).state_dict()}, checkpoint_id=str(out), no_dist=True)
+    save({"model": unwrap(model).state_dict()}, checkpoint_id=out, no_dist=True)
     unwrap(model).config.save_pretrained(out)
     mark_config(out)
 
 
 def _from_shards(shards: Path, config: Path | None) -> Any:
-    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
     model = _empty(shards, config)
-    state: dict[str, Any] = {}
-    everything: Any = _EmptyStateDictLoadPlanner
-    _load_state_dict(state, storage_reader=FileSystemReader(str(shards)), planner=everything(), no_dist=True)
-    tensors: dict[str, Tensor] = state.get("model", state)
     own = unwrap(model).state_dict()
-    missing, extra = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    stored = FileSystemReader(shards).read_metadata().state_dict_metadata
+    prefix = "model." if any(f"model.{name}" in stored for name in own) else ""  # of the model beside an optimizer
+    sizes = {n.removeprefix(prefix): getattr(x, "size", None) for n, x in stored.items() if n.startswith(prefix)}
+    missing, extra = sorted(set(own) - set(sizes)), sorted(set(sizes) - set(own))
     if missing or extra:
         raise UserError(
             f"{shards} is of another model (lacks {missing[:3]}, has {extra[:3]} too many): name one of its shape with "
             "--config"
         )
-    for name, tensor in tensors.items():
-        if own[name].shape != tensor.shape:
-            raise UserError(f"{shards}: {name} has shape {tuple(tensor.shape)}, the model {tuple(own[name].shape)}")
-    unwrap(model).load_state_dict(tensors)
+    for name, size in sizes.items():
+        if own[name].shape != size:
+            raise UserError(f"{shards}: {name} has shape {tuple(size or ())}, the model {tuple(own[name].shape)}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is")  # that it is not in use
+        load({"model": own} if prefix else own, checkpoint_id=shards, no_dist=True)
     return model
 
 
