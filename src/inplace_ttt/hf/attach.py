@@ -29,7 +29,6 @@ from .linear import (
 )
 from .loss import LossForward, check_backward
 from .names import rename_attached, rename_detached
-from .nested import NestedText
 from .overrides import Forward, InitWeights, Overrides
 from .sites import LayerSite
 from .tensor_parallel import check_split, is_split
@@ -170,10 +169,10 @@ def install(model: Model, config: InPlaceTTTConfig) -> Model:
         if (attention := attention_of(layer)) is not None:
             runtime.handles.append(attention.register_forward_pre_hook(runtime.before_attention, with_kwargs=True))
     text = text_model(root, family)
-    nested = None if text is root.base_model else NestedText(runtime)
-    if nested is not None:
-        runtime.handles.append(text.register_forward_pre_hook(nested.before_text, with_kwargs=True))
-    before_model = runtime.before_model if nested is None else nested.before_model
+    nested = text is not root.base_model
+    if nested:
+        runtime.handles.append(text.register_forward_pre_hook(runtime.before_text, with_kwargs=True))
+    before_model = runtime.before_whole if nested else runtime.before_model
     runtime.handles += [
         root.base_model.register_forward_pre_hook(before_model, with_kwargs=True),
         root.base_model.register_forward_hook(runtime.after_model, always_call=True),

@@ -134,6 +134,23 @@ class Runtime:
             kwargs[self.cache_name] = cache
         return args, kwargs
 
+    def before_whole(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run ``before_model`` of a model of several modalities, whose vision tower does not see the context."""
+        args, kwargs = self.before_model(module, args, kwargs)
+        return args, {k: v for k, v in kwargs.items() if k != CONTEXT}
+
+    def before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Pass the running call's context to its language model, with the embeddings that this reads.
+
+        Image features replace placeholder tokens there; mask, positions and cache are those of the whole model's call.
+        """
+        context = self.current
+        if context is None:
+            return None
+        if kwargs.get("inputs_embeds") is not None:
+            context.embeddings = kwargs["inputs_embeds"]
+        return args, {**kwargs, CONTEXT: context}
+
     def after_embedding(self, module: nn.Module, args: Any, output: Tensor) -> None:
         context = self._current.get()
         if context is not None and context.embeddings is None:

@@ -30,7 +30,7 @@ from ..config import InPlaceTTTConfig
 from ..core import FastWeights, Rule
 from ..core.algebra import state_dtype
 from ..errors import UserError
-from .block_attention import register_pieces
+from . import block_attention as block_attention  # registers its attention
 from .cache import FastCacheLayer, cache_name, fast_layers, mark_broken
 from .context import Runtime, fast_weights
 from .linear import device_of, input_size, is_dense
@@ -38,7 +38,6 @@ from .pending import IGNORED, Record, cache_before
 from .settings import Settings
 from .sites import LayerSite
 
-register_pieces()
 _AT_ONCE = 1 << 25  # logits converted to float32 at a time
 
 

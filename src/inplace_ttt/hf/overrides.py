@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .context import Runtime, no_continuous_batching
-from .directory import CONFIG, SETTINGS, mark_config
-from .hub_files import UPLOADING, take, upload
+from .directory import CONFIG, SETTINGS, UPLOADING, mark_config, take, upload
 
 
 class Forward:

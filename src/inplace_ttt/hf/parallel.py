@@ -26,8 +26,9 @@ from ..core.targets import values_of
 from ..errors import UserError
 from ..fast.ranks import Group, Slices, SliceTable, scan_slice
 from .attach import is_attached, runtime_of, unwrap
+from .calls import CALL
 from .context import rows_are_cut
-from .parallel_attention import GATHER, SLICES, RowSlices, register, working_ways
+from .parallel_attention import GATHER, RowSlices, working_ways
 from .settings import Settings
 
 IGNORED = -100
@@ -123,7 +124,7 @@ class ContextParallel:
                 raise UserError('attention="torch" works inside "with context.step():" only, backward included')
             call.native = True
         self.calls.append(call)
-        return args, {**kwargs, "use_cache": False, "attention_mask": None, SLICES: call}
+        return args, {**kwargs, "use_cache": False, "attention_mask": None, CALL: call}
 
     def after_model(self, module: nn.Module, args: Any, output: Any) -> None:
         call = self.calls.pop() if self.calls else None
@@ -257,7 +258,6 @@ def enable_context_parallel(
         windows = "sliding_attention" in kinds or (len(kinds) == 1 and getattr(root.config, "sliding_window", None))
         if mesh is None or mesh.device_type != "cuda" or not head_tail or windows:
             raise UserError('attention="torch" needs a DeviceMesh of CUDA devices, head-tail slices and no window')
-    register()
     context = ContextParallel(root, group, head_tail, mesh if attention == "torch" else None)
     root.set_attn_implementation(GATHER)
     root.__dict__[STATE] = context

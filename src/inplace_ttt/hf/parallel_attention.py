@@ -24,7 +24,6 @@ from .block_attention import attend_in_blocks
 from .calls import CALL
 
 GATHER = "inplace_ttt_gather"
-SLICES = CALL
 logger = logging.getLogger(__name__)
 
 
@@ -79,12 +78,6 @@ class RowSlices:
         return self._once(("bounds", row, piece, device), make)  # type: ignore[no-any-return]
 
 
-def register() -> None:
-    """Register ``GATHER`` with transformers as an attention implementation."""
-    AttentionInterface.register(GATHER, gather_attention)
-    AttentionMaskInterface.register(GATHER, no_mask)
-
-
 def no_mask(*args: Any, **kwargs: Any) -> None:
     """Return None: a slice's positions jump, so a mask from them would be wrong; ``gather_attention`` knows the row."""
     return
@@ -124,7 +117,7 @@ def gather_attention(
     Causal, inside documents, over the whole row. Raises NotImplementedError for dropout, capped logits, attention
     sinks, and outside a context-parallel call.
     """
-    call: RowSlices | None = rest.get(SLICES)
+    call: RowSlices | None = rest.get(CALL)
     if call is None:
         raise NotImplementedError("this attention needs a context-parallel call: call the whole model")
     for name, given in (("dropout", dropout), *((n, rest.get(n)) for n in ("softcap", "s_aux", "position_bias"))):
@@ -146,6 +139,10 @@ def gather_attention(
     keys, values = slices.join(list(gathered), 3)
     way = call.ways.get((dtype, sliding_window is None and call.documents is None), "mask")
     return attend(call, query, keys, values, scale, sliding_window, way), None
+
+
+AttentionInterface.register(GATHER, gather_attention)
+AttentionMaskInterface.register(GATHER, no_mask)
 
 
 def attend(
