@@ -29,7 +29,8 @@ class Slots:
     """
 
     def __init__(self, z_BTF: Tensor, past_BPF: Tensor | None, table: Any, most: int = 1) -> None:
-        self.C, self.P, self.steps, self.updates = table.chunk_size, table.prefix, table.steps, table.updates
+        self.C, self.P = int(table.chunk_size), int(table.prefix)
+        self.steps, self.updates = int(table.steps), int(table.updates)
         self.z, self.past = z_BTF, None if past_BPF is None else past_BPF[:, : self.P]
         self.B, self.T = z_BTF.shape[:2]
         self.most = most
@@ -64,7 +65,7 @@ class Slots:
     def chunks(self, v_BND: Tensor, s: Segment) -> Tensor:
         """Return a view of the updating slots' targets, [B, n, C, D]."""
         n = self.updating(s)
-        return v_BND[:, s.first * self.C : (s.first + n) * self.C].unflatten(1, (n, self.C))
+        return torch.unflatten(v_BND[:, s.first * self.C : (s.first + n) * self.C], 1, (n, self.C))
 
     def masked(self, x_BnXY: Tensor, s: Segment) -> Tensor:
         """Return ``x``, zero for rows whose slot does not update."""
@@ -85,7 +86,7 @@ class Slots:
     def applied(self, x_BTW: Tensor, s: Segment) -> Tensor:
         """Return ``x`` at the segment's new tokens, [B, n, c, W]; zero where a slot has none."""
         if self.index is None:
-            return x_BTW[:, s.start : s.stop].unflatten(1, (s.last - s.first, -1))
+            return torch.unflatten(x_BTW[:, s.start : s.stop], 1, (s.last - s.first, -1))
         own = slice(s.first, s.last)
         return torch.where(self.new[:, own], x_BTW.reshape(-1, x_BTW.shape[-1])[self.source[:, own]], 0)
 
@@ -95,7 +96,7 @@ class Slots:
         if self.index is None:
             if s.first == 0 and self.past is not None:
                 return torch.cat([self.past.to(self.z.dtype), self.z[:, s.start : s.stop]], 1)[:, None]
-            return self.z[:, s.start : s.start + n * self.C].unflatten(1, (n, self.C))
+            return torch.unflatten(self.z[:, s.start : s.start + n * self.C], 1, (n, self.C))
         s = s._replace(last=s.first + n)
         z = self.applied(self.z, s)
         if self.past is None:

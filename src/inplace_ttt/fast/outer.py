@@ -18,7 +18,7 @@ from ..core.chunks import ChunkTable
 from ..core.layout import Slots, product
 from ..core.rules import Rule
 from ..core.scan import PATHS, Call, Path, Result
-from .segments import SCHEMA, Inputs
+from .segments import SCHEMA, Gradients, Inputs
 from .segments import backward as segments_backward
 from .segments import forward as segments_forward
 
@@ -102,7 +102,7 @@ def scan_backward_op(g: Tensor, grad_state: Tensor | None, last: Tensor | None, 
     return tuple(g.new_zeros(0) if x is None else x for x in found)
 
 
-def _loop_backward(call: Inputs, g: Tensor, grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
+def _loop_backward(call: Inputs, g: Tensor, grad_state: Tensor | None) -> Gradients:
     z, v, weight, state, past, reset = call.z, call.v, call.weight, call.state, call.past, call.reset
     slots = Slots(z, past, call)
     dz = slots.padded(z.new_zeros(z.shape) if weight is None else (g @ weight.to(g.dtype)).to(z.dtype))

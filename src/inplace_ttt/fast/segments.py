@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
     bias: Tensor | None
     state: Tensor | None
     past: Tensor | None
-    index: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]
     update: Tensor | None
     reset: Tensor | None
     rest: Tensor | None
@@ -84,7 +84,7 @@ class RunningSum:
         """Run ``walk`` over a segment."""
         call, run = self.call, walk
         if folds.is_cuda and folds.dtype in (torch.bfloat16, torch.float16) and has_triton():
-            from .triton_walk import walk as run  # type: ignore[assignment]
+            from .triton_walk import walk as run
         update, reset = (None if x is None else x[:, s.first : s.last] for x in (call.update, call.reset))
         weight = None if mode == "reverse" else call.weight
         run(self.S, self.begin, folds, pairs, weight, update, reset, call.lr, call.keep, updates, mode=mode)

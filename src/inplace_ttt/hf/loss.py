@@ -252,7 +252,7 @@ class _Reading(_Learner):
         super().__init__(forward, next((x for x in caches if x is not None), None), given)
         self.ids, embeds = given.pop("input_ids", None), given.pop("inputs_embeds", None)
         self.source_name = "inputs_embeds" if self.ids is None else "input_ids"
-        self.source: Tensor | None = embeds if self.ids is None else self.ids
+        self.source: Any = embeds if self.ids is None else self.ids
         if self.source is None:
             raise ValueError("a call needs input_ids or inputs_embeds")
         self.B, self.T = self.source.shape[:2]
@@ -335,7 +335,7 @@ class _Reading(_Learner):
             cuts = [0, *(t for t in range(1, self.T) if row[t] != row[t - 1]), self.T]
             spans += [(b, i, j) for i, j in pairwise(cuts) if row[i] >= 0]
         longest = max(j - i for _, i, j in spans)
-        source: Any = self.source
+        source = self.source
         rows = source.new_zeros(len(spans), longest, *source.shape[2:])
         mask = torch.zeros(len(spans), longest, dtype=torch.int64, device=self.device)
         for k, (b, i, j) in enumerate(spans):

@@ -42,7 +42,7 @@ class Record:
 
     def _each(self, function: Callable[[Tensor], Tensor], **values: Any) -> "Record":
         """Return the record with ``function`` applied to all columns, and other ``values``."""
-        found = {name: function(x) for name in COLUMNS if (x := getattr(self, name)) is not None}
+        found: dict[str, Any] = {name: function(x) for name in COLUMNS if (x := getattr(self, name)) is not None}
         return replace(self, **found, **values)
 
     def select(self, rows: Tensor) -> "Record":
