@@ -200,22 +200,23 @@ class FastWeights:
         for own in slots:
             numbers = [*range(H), *(H + m for m in own)][-R:]
             pick.append([0] * (R - len(numbers)) + numbers)
-        kept = {}
-        for name in [name for name in chunks if name != "v" or not self.snapshots]:
-            old_BHW, new_BNW = self.history.get(name), chunks[name]
+        names = [name for name in chunks if name != "v" or not self.snapshots]
+        # By name and number, [B, ...] each.
+        found = {n: dict(enumerate(torch.unflatten(chunks[n], 1, (-1, C)).unbind(1), H)) for n in names}
+        for m, state in before.items():
+            for name, x in state.items():
+                found.setdefault(f"state.{name}", {})[H + m] = x
+        for name, x in self.history.items():
+            kept = x if name.startswith("state.") else torch.unflatten(x, 1, (H, C))
+            new = {m: y.to(x.dtype) for m, y in found.get(name, {}).items()}
+            found[name] = new | dict(enumerate(kept.unbind(1)))
+        self.history = {}
+        for name, parts in found.items():
+            like = next(iter(parts.values()))  # in places of no chunk
             # Slices, not an index from the host, for which a GPU would wait.
-            found = [_chunk(old_BHW, new_BNW, m, C)[b] for b, own in enumerate(pick) for m in own]
-            kept[name] = torch.cat(found).view(self.rows, R * C, -1)
-        if self.snapshots and (before or H):
-            names = [f"state.{name}" for name in next(iter(before.values()))] if before else []
-            names = names or [name for name in self.history if name.startswith("state.")]
-            for name in names:
-                states = {H + m: state[name.removeprefix("state.")] for m, state in before.items()}
-                states |= {h: self.history[name][:, h] for h in range(H)}
-                like = next(iter(states.values()))
-                rows = [torch.stack([states.get(m, like)[b] for m in own]) for b, own in enumerate(pick)]
-                kept[name] = torch.stack(rows)
-        self.history = kept
+            x = torch.stack([parts.get(m, like)[b] for b, own in enumerate(pick) for m in own])
+            x = torch.unflatten(x, 0, (self.rows, R))
+            self.history[name] = x if name.startswith("state.") else x.flatten(1, 2)
 
     # -- one token at a time --------------------------------------------------------------------------------------
 
@@ -498,14 +499,6 @@ def stacked(parts: Sequence[Tensor | None], rows: Sequence[int], side: str = "ri
     none, dtype = known[0][:1, :0], reduce(torch.promote_types, [x.dtype for x in known])
     whole = [none.expand(n, *none.shape[1:]) if x is None else x for x, n in zip(parts, rows, strict=True)]
     return pad_sequence([row.to(dtype) for x in whole for row in x], batch_first=True, padding_side=side)
-
-
-def _chunk(old_BHW: Tensor | None, new_BNW: Tensor, m: int, C: int) -> Tensor:
-    """Return chunk m of [old | new], [B, C, W], in old's dtype."""
-    if old_BHW is None:
-        return new_BNW[:, m * C : (m + 1) * C]
-    H = old_BHW.shape[1] // C
-    return old_BHW[:, m * C : (m + 1) * C] if m < H else new_BNW[:, (m - H) * C : (m - H + 1) * C].to(old_BHW.dtype)
 
 
 def _tail(table: ChunkTable, x_BTW: Tensor, past_BPW: Tensor | None) -> Tensor:
