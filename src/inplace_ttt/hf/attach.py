@@ -134,31 +134,27 @@ def install(model: Model, config: InPlaceTTTConfig) -> Model:
     places = [place(layers, i, family) for i in config.layer_indices(len(layers))]
     check_layers(layers, places)
     runtime = Runtime(root, config)
-    holders = [innermost(p.mlp, p.name) for p in places]
-    widths = [output_size(getattr(*h)) for h in holders]
     settings = config.settings
     if config.init_std is None:
         settings["init_std"] = getattr(root.config.get_text_config(decoder=True), "initializer_range", 0.02)
-    for holder in holders:
-        check_replaceable(getattr(*holder))
-        if is_split(getattr(*holder).weight):
+    holders = [innermost(p.mlp, p.name) for p in places]
+    for where, holder in zip(places, holders, strict=True):
+        projection = getattr(*holder)
+        width = output_size(projection)
+        check_replaceable(projection)
+        if is_split(projection.weight):
             check_split(runtime.settings.rule)
-    targets = [
-        _target(config, width, settings, getattr(*holder), root) for width, holder in zip(widths, holders, strict=True)
-    ]
-    if any(target.source == "loss" for target in targets):
+        target = _target(config, width, settings, projection, root)
+        runtime.sites.append(LayerSite(runtime, where.index, where.mlp, where.name, target, width))
+    by_loss = runtime.sites[0].target.source == "loss"
+    if by_loss:
         check_backward(root, root.dtype)
-    sites = [
-        LayerSite(runtime, p.index, p.mlp, p.name, target, width)
-        for p, target, width in zip(places, targets, widths, strict=True)
-    ]
-    fasts = [make_fast(getattr(*h), site) for h, site in zip(holders, sites, strict=True)]
+    fasts = [make_fast(getattr(*holder), site) for holder, site in zip(holders, runtime.sites, strict=True)]
 
-    for where, holder, site, fast in zip(places, holders, sites, fasts, strict=True):
+    for where, holder, site, fast in zip(places, holders, runtime.sites, fasts, strict=True):
         setattr(*holder, fast)
         for name in sorted(site.names):
             setattr(where.mlp, f"ttt_{name}", getattr(site.target, name))
-        runtime.sites.append(site)
         runtime.handles += [
             where.attention.register_forward_pre_hook(site.before_attention, with_kwargs=True),
             where.mlp.register_forward_pre_hook(site.before_mlp, with_kwargs=True),
@@ -180,7 +176,7 @@ def install(model: Model, config: InPlaceTTTConfig) -> Model:
     ]
     runtime.handles.append(Forward(runtime, root.base_model))
     root.base_model.__dict__["forward"] = runtime.handles[-1]
-    if any(target.source == "loss" for target in targets):
+    if by_loss:
         runtime.loss_forward = LossForward(runtime, root.forward)
     root.__dict__[RUNTIME] = runtime
     root.__dict__.update(Overrides(runtime).by_name())

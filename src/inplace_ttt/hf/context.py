@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..config import InPlaceTTTConfig
 from ..core import ChunkTable, FastWeights, document_ids
 from ..errors import UserError
-from .cache import FastCacheLayer, fast_layers, mark_broken, mark_stale
+from .cache import FastCacheLayer, cache_name, fast_layers, mark_broken, mark_stale
 from .calls import CALL, WholeCall
 from .masks import read_mask
 from .settings import PerThread, Settings
@@ -39,8 +39,7 @@ class Runtime:
         self.sites: list[LayerSite] = []
         self.handles: list[Any] = []
         self.parameters = list(inspect.signature(model.base_model.forward).parameters)
-        self.cache_name = "cache" if "cache" in self.parameters else "past_key_values"
-        """transformers' name for the cache argument: the first from 5.24 on, in most families."""
+        self.cache_name = cache_name(model.base_model)
         self.model = model
         self.prepared: Step | None = None
         """Step prepared by the caller, who must also call ``end()`` (``DecodingGraph``)."""
