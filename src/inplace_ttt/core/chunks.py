@@ -142,6 +142,22 @@ class ChunkTable:
         moved = {name: getattr(self, name) for name in ("index", "update", "reset", "tail", "rest")}
         return replace(self, **{name: value.to(device) for name, value in moved.items() if value is not None})
 
+    def select(self, rows: Tensor) -> "ChunkTable":
+        """Return an irregular table's part for some rows, without a state afterwards."""
+        assert self.index is not None
+        assert self.update is not None
+        assert self.reset is not None
+        assert self.rest is not None
+        alone = torch.zeros(self.rows * self.tokens, dtype=torch.bool, device=self.rest.device)
+        alone[self.rest] = True
+        return ChunkTable(
+            *(self.chunk_size, len(rows), self.tokens, self.prefix, self.steps, self.updates),
+            index=self.index[rows],
+            update=self.update[rows],
+            reset=self.reset[rows],
+            rest=alone.view(self.rows, self.tokens)[rows].flatten().nonzero().flatten(),
+        )
+
     @classmethod
     def build(
         cls,

@@ -103,7 +103,7 @@ def _remade(old: nn.Module, cls: type[nn.Module], site: Site | None = None) -> n
         new.__dict__.update({"site": site} if split is None else {"site": site, "split": True})
     if split is not None:
         split[0].install_forward(new, split[1])
-    return new if hook is None else add_hook_to_module(new, hook)  # type: ignore[no-any-return]
+    return new if hook is None else add_hook_to_module(new, hook)
 
 
 def innermost(module: nn.Module, name: str) -> tuple[nn.Module, str]:
