@@ -312,3 +312,26 @@ def test_checkpointing_in_segments_changes_no_gradient(case, monkeypatch, generi
         results.append([run(rule, target, z, u, W0, documents, state), *state.tensors.values()])
         assert (len(calls) > 2) == (segment == 2)
     compare(results[1], results[0], [z, u, W0, *target.parameters()])
+
+
+@pytest.mark.parametrize("case", ["one key", "pairs"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("name", "options"), [("sum", {"update_size": 0.01}), ("adaptive", {})])
+def test_a_sized_write_of_rounding_errors_alone_writes_nothing(name, options, dtype, case):
+    """Values of one key that cancel, or pairs of opposite values; another row of the call writes as ever."""
+    torch.manual_seed(0)
+    n, half = 16, 8
+    v, z, W0 = (torch.randn(*shape, dtype=dtype) for shape in ((2, n, D), (2, n, F), (D, F)))
+    if case == "pairs":
+        v, z = torch.cat([v[:, :half], -v[:, :half]], 1), torch.cat([z[:, :half]] * 2, 1)
+    else:
+        v, z = v - v.mean(1, keepdim=True), z[:, :1].repeat(1, n, 1)
+    v[1], z[1] = torch.randn(n, D), torch.randn(n, F)
+    rule = make_rule(name, options, {"lr": 0.1})
+    state = rule.init(2, D, F, W0)
+    state = rule.update(state, z, v, W0)
+    size = state["S"].norm(dim=(1, 2)) / W0.float().norm()
+    assert size[0] < 1e-4 < size[1] < 0.011
+    state = rule.update(state, *(x[1:].expand(2, n, -1) for x in (z, v)), W0)
+    assert all(x.isfinite().all() for x in state.values())
+    assert (state["S"].norm(dim=(1, 2)) / W0.float().norm() > 1e-4).all()

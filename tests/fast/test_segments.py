@@ -6,6 +6,7 @@ from method import scan
 
 from inplace_ttt.core import ChunkTable
 from inplace_ttt.fast import outer, segments
+from inplace_ttt.fast.ranks import Slices, SliceTable
 
 D, F, C = 6, 10, 4
 
@@ -121,3 +122,13 @@ def test_clipped_chunks(kind, clip, most):
 def test_clipped_chunk_that_began_before_the_call(most):
     table = ChunkTable.build(2, 3 * C, C, seen=(C - 1, C - 1), keep_state=True)
     both(table, state=True, past=True, later=True, clip=10.0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("kind", ["packed", "packed holes", "left packed"])
+def test_pieces_of_packed_rows(kind, rank, most):
+    """Documents of less than a chunk are in no slot, and the rows' tables are those of a rank's pieces."""
+    docs = documents(kind, 2, 16 * C, 0)
+    docs[:, 1:] = torch.where(docs[:, 1:] < 0, docs[:, 1:], torch.arange(1, 16 * C) // 3)
+    table = SliceTable.build(Slices(2, rank), 2, 16 * C, C, documents=docs, keep=1.0)
+    both(table.table, seed=rank)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from inplace_ttt.fast import has_triton
-from inplace_ttt.fast.walk import plain
+from inplace_ttt.fast.walk import walk as plain
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if not has_triton() or (DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"):

@@ -12,8 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 import inplace_ttt as ittt
 from inplace_ttt.hf.attach import runtime_of
-from inplace_ttt.hf.relocate import Relocation
-from inplace_ttt.hf.rotary import Rotation
+from inplace_ttt.hf.relocate import Relocation, Rotation
 from inplace_ttt.hf.window import evict
 
 N, OFFSET = 3 * C + 3, 45

@@ -56,6 +56,14 @@ def norm_of(left_BND: Tensor, right_BNF: Tensor) -> Tensor:
     return squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()
 
 
+def size_of(v_BCD: Tensor, z_BCF: Tensor) -> Tensor:
+    """Return ``norm_of``, infinite where the sum cancels down to rounding errors, which then scale to nothing."""
+    norm = norm_of(v_BCD, z_BCF)
+    v, z = v_BCD.to(norm.dtype), z_BCF.to(norm.dtype)
+    terms = (v.square().sum(-1) * z.square().sum(-1)).sum(1)
+    return torch.where(norm.square() > torch.finfo(z_BCF.dtype).eps * terms, norm, torch.inf)
+
+
 def shrink(norm: Tensor, longest: Tensor | float) -> Tensor:
     """Return the factors that scale lengths ``norm`` down to ``longest`` where they are longer."""
     return torch.where(norm > longest, longest / norm, 1.0)

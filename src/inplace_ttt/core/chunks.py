@@ -36,19 +36,13 @@ def document_ids(
     padded row's positions jump without a new document).
     """
     given = (attention_mask, position_ids, seq_idx, cu_seqlens)
-    return None if all(x is None for x in given) else _document_ids(*given, rows, tokens)
+    return None if all(x is None for x in given) else _document_ids(given, rows, tokens)
 
 
 # Reads tensors on the host: one graph break under torch.compile, before the first layer.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _document_ids(
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    seq_idx: Tensor | None,
-    cu_seqlens: Tensor | None,
-    rows: int,
-    tokens: int,
-) -> Tensor | None:
+def _document_ids(given: tuple[Tensor | None, ...], rows: int, tokens: int) -> Tensor | None:
+    attention_mask, position_ids, seq_idx, cu_seqlens = given
     documents = None
     if seq_idx is not None:
         documents = seq_idx.detach().reshape(-1, tokens).to("cpu", torch.int64)
@@ -70,9 +64,9 @@ def _document_ids(
         if bool((documents == documents[:, :1]).all()) and bool((documents >= 0).all()):
             documents = None
     if attention_mask is not None:
-        given = attention_mask.detach()[:, -tokens:].to("cpu")
-        real = given.bool()
-        if given.dtype != torch.bool and bool((given != real).any()):
+        mask = attention_mask.detach()[:, -tokens:].to("cpu")
+        real = mask.bool()
+        if mask.dtype != torch.bool and bool((mask != real).any()):
             raise UserError(
                 "attention_mask holds numbers other than 0 and 1. To pack documents pass position_ids that begin at 0 "
                 "in each, or seq_idx, and no mask"
@@ -101,17 +95,17 @@ class ChunkTable:
     chunk_size: int
     rows: int
     tokens: int
-    prefix: int
+    prefix: int = 0
     """P: pending tokens that precede the new ones (the largest count over rows; a row's own come first)."""
-    steps: int
+    steps: int = 0
     """M: chunk slots in a row."""
-    updates: int
+    updates: int = 0
     """Slots 0 .. updates-1 may change S."""
-    keep_state: bool
+    keep_state: bool = False
     """True if the state after the call is needed."""
-    seen: tuple[int, ...]
+    seen: tuple[int, ...] = ()
     """Tokens read of each row's current document after this call; seen % C of them are pending."""
-    restarted: tuple[bool, ...]
+    restarted: tuple[bool, ...] = ()
     """Rows whose current document began inside this call."""
     index: Tensor | None = None
     """int64 [B, M, C] extended positions, -1 where a slot has no token."""
@@ -147,6 +141,22 @@ class ChunkTable:
             return self
         moved = {name: getattr(self, name) for name in ("index", "update", "reset", "tail", "rest")}
         return replace(self, **{name: value.to(device) for name, value in moved.items() if value is not None})
+
+    def select(self, rows: Tensor) -> "ChunkTable":
+        """Return an irregular table's part for some rows, without a state afterwards."""
+        assert self.index is not None
+        assert self.update is not None
+        assert self.reset is not None
+        assert self.rest is not None
+        alone = torch.zeros(self.rows * self.tokens, dtype=torch.bool, device=self.rest.device)
+        alone[self.rest] = True
+        return ChunkTable(
+            *(self.chunk_size, len(rows), self.tokens, self.prefix, self.steps, self.updates),
+            index=self.index[rows],
+            update=self.update[rows],
+            reset=self.reset[rows],
+            rest=alone.view(self.rows, self.tokens)[rows].flatten().nonzero().flatten(),
+        )
 
     @classmethod
     def build(

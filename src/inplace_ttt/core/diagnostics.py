@@ -60,26 +60,15 @@ def output_change(S_DF: Tensor, weight_DF: Tensor, z_NF: Tensor, lr: float) -> f
     return _ratio(abs(lr) * _norm(z @ _double(S_DF).mT), _norm(z @ _double(weight_DF).mT))
 
 
-def singular_values(S_DF: Tensor) -> Tensor:
-    """Return the min(D, F) singular values, ascending; NaN where S is not finite."""
-    return _gram_spectrum(S_DF)[0].sqrt()
-
-
-def effective_rank_of(singular_values: Tensor) -> float:
+def effective_rank(S_DF: Tensor) -> float:
     """Compute exp of the entropy of the normalised singular values: n for n equal ones, 1 for a single one.
 
-    Roy & Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007. 0 for all zero.
+    Roy & Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007. 0 for a zero S; NaN
+    where S is not finite.
     """
-    values = singular_values.double()
+    values = _gram_spectrum(S_DF)[0].sqrt()
     total = float(values.sum())
-    if total == 0:
-        return 0.0
-    return math.exp(float(torch.special.entr(values / total).sum()))
-
-
-def effective_rank(S_DF: Tensor) -> float:
-    """Return ``effective_rank_of`` the singular values of S; NaN where S is not finite."""
-    return effective_rank_of(singular_values(S_DF))
+    return math.exp(float(torch.special.entr(values / total).sum())) if total else 0.0
 
 
 def key_overlap(S_DF: Tensor, z_NF: Tensor, energy: float = 0.99) -> float:

@@ -64,7 +64,7 @@ def read(
                 out = torch.nn.functional.linear(z_BTF, weight, bias)
             old = rule.lr * old
             out = old if out is None else (out + old).to(out.dtype)
-        state.absorb(table, z_BTF, u_BTD, v, keep, new, before, slow)
+        state.absorb(table, z_BTF, u_BTD, v, new, before, slow)
     return out
 
 
@@ -86,9 +86,9 @@ def complete(
     """Apply the update of some rows' completed pending chunk (see ``FastWeights.end_step``)."""
     assert state.z is not None
     assert state.u is not None
-    table = ChunkTable.build(state.rows, state.chunk_size, state.chunk_size, keep_state=True)
-    v, keep = values_of(target, state.u, state.z, table, (None, None))
+    index = torch.tensor(rows, device=state.z.device)
+    z, u = state.z.index_select(0, index), state.u.index_select(0, index)
+    table = ChunkTable.build(len(rows), state.chunk_size, state.chunk_size, keep_state=True)
+    v, keep = values_of(target, u, z, table, (None, None))
     assert v is not None
-    if rule.outer:
-        v = written(rule, state.z, v, table, None, slow)
-    state.complete(rows, rule, v, keep, slow)
+    state.complete(rows, rule, {"z": z, "u": u, "v": v}, slow, keep)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .algebra import norm_of, outer, shrink, state_dtype
+from .algebra import norm_of, outer, shrink, size_of, state_dtype
 
 State = dict[str, Tensor]
 RULES: dict[str, type["Rule"]] = {}
@@ -197,7 +197,7 @@ class Sum(Rule):
             return v
         v = v.to(z.dtype)
         if self.update_size is not None:
-            factor = self.update_size * slow_norm(W0, "update_size") / norm_of(v, z)
+            factor = self.update_size * slow_norm(W0, "update_size") / size_of(v, z)
         elif self.soft_cap is not None:
             tau = self.soft_cap * slow_norm(W0, "soft_cap")
             factor = tau / (largest_singular_value(v, z) + tau)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .algebra import norm_of, outer
+from .algebra import outer, size_of
 from .rules import Rule, State, register_rule, slow_norm
 
 
@@ -138,7 +138,7 @@ class Adaptive(Rule):
     def update(self, state: State, z: Tensor, v: Tensor, W0: Tensor | None) -> State:
         S, old, v = state["S"], state["size"], v.to(z.dtype)
         count = (v != 0).any(-1).sum(1).clamp(min=1)
-        dW, norm, slow = outer(v, z), norm_of(v, z), slow_norm(W0, "update_size")
+        dW, norm, slow = outer(v, z), size_of(v, z), slow_norm(W0, "update_size")
         gain = (self.apply(state, z) * v).sum((1, 2), dtype=S.dtype) / count
         mean_norm = torch.where(old > 0, torch.lerp(state["norm"], norm, 0.05), norm)
         usual = torch.maximum(norm, mean_norm)
@@ -151,4 +151,4 @@ class Adaptive(Rule):
         keep = (1 - self.decay) / (1 + (-mean - self.tolerance).clamp(min=0) / self.slope)
         factor = size * slow / usual
         S = keep[:, None, None] * S + factor[:, None, None] * dW
-        return {"S": S, "size": size, "gain": mean, "norm": mean_norm}
+        return {"S": S, "size": size, "gain": mean, "norm": torch.where(norm.isfinite(), mean_norm, state["norm"])}

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .chunks import ChunkTable
-from .layout import Layout
+from .layout import Slots
 from .rules import Rule, State
 
 SEGMENT = 8
@@ -95,37 +95,39 @@ def generic(call: Call) -> Result:
         start = rule.init(B, call.width, F, z)
         state = start if call.state is None else call.state
         past = call.past if table.prefix and table.updates else None
-        layout = Layout(z, past, table.chunk_size, table.prefix, table.index, table.update, table.reset)
-        slots: Any = range(table.steps)
+        slots = Slots(z, past, table)
+        numbers: Any = range(table.steps)
         parts: list[Tensor] = []
         differentiable = torch.is_grad_enabled() and any(
             x is not None and x.requires_grad for x in (z, call.v, call.keep, past, *state.values())
         )
         for first in range(0, table.steps, SEGMENT):
-            some = slots[first : first + SEGMENT]
-            if differentiable and len(slots) > SEGMENT:
-                found, state = checkpoint(_segment, call, layout, start, state, some, use_reentrant=False)
+            some = numbers[first : first + SEGMENT]
+            if differentiable and table.steps > SEGMENT:
+                found, state = checkpoint(_segment, call, slots, start, state, some, use_reentrant=False)
             else:
-                found, state = _segment(call, layout, start, state, some)
+                found, state = _segment(call, slots, start, state, some)
             parts += found
-        out = layout.add_all(out, parts)
+        out = slots.add_all(out, parts)
     changed = call.state is not None or table.changes_state
     return Result(out, state if table.keep_state and changed else None)
 
 
-def _segment(call: Call, layout: Layout, start: State, state: State, slots: Any) -> tuple[list[Tensor], State]:
+def _segment(call: Call, slots: Slots, start: State, state: State, numbers: Any) -> tuple[list[Tensor], State]:
     """Run some slots in order; return the state's part of their tokens' outputs, and the state after them."""
-    rule, parts = call.rule, []
-    for m in slots:
-        if layout.reset is not None:
-            state = where(layout.reset[:, m], start, state)
-        parts.append(rule.apply(state, layout.applied(call.z, m)))
+    rule, table, parts = call.rule, call.table, []
+    for m in numbers:
+        s = slots.segment(m, m + 1)
+        if table.reset is not None:
+            state = where(table.reset[:, m], start, state)
+        parts.append(rule.apply(state, slots.applied(call.z, s)[:, 0]))
         if call.watch is not None:
             call.watch(m, state)
-        if m < call.table.updates and call.v is not None:
+        if m < table.updates and call.v is not None:
             shrunk = state if call.keep is None else {k: scaled(x, call.keep[:, m]) for k, x in state.items()}
-            new = rule.update_as_written(shrunk, layout.absorbed(m), layout.targets(call.v, m), call.slow)
-            state = new if layout.update is None else where(layout.update[:, m], new, state)
+            z, v = slots.absorbed(s)[:, 0], slots.masked(slots.chunks(call.v, s), s)[:, 0]
+            new = rule.update_as_written(shrunk, z, v, call.slow)
+            state = new if table.update is None else where(table.update[:, m], new, state)
     return parts, state
 
 

@@ -127,23 +127,21 @@ class FastWeights:
         z_BTF: Tensor,
         u_BTD: Tensor,
         v_BND: Tensor | None,
-        keep_BU: Tensor | None,
         new: State | None,
         before: dict[int, State],
         slow: Tensor | None,
     ) -> None:
         """Update the state after a call with ``table``: the new tensors, its pending tokens, its completed chunks."""
         self.slow = slow if self.rule.additive and not self.rule.outer else None
-        if table.updates or any(table.restarted):
+        if new is not None and (self.tensors is not None or table.updates):
+            self.tensors = new
+        restarted = [b for b, again in enumerate(table.restarted) if again]
+        if table.updates or restarted:
             past_z, past_u = self.past(table)
-            slots, restarted = completed(table), [b for b, again in enumerate(table.restarted) if again]
-            chunks: dict[str, Tensor] | None = None
+            slots, chunks = completed(table), None
             if v_BND is not None:
                 chunks = {"z": chunked(z_BTF, past_z, table), "u": chunked(u_BTD, past_u, table), "v": v_BND}
             self._remember(slots, restarted, chunks, before)
-        if new is not None and (self.tensors is not None or table.updates):
-            self.tensors = new
-        if table.updates or any(table.restarted):
             self._absorb_chunks(slots, restarted, chunks)
         self._set_pending(table, z_BTF, u_BTD)
         self.note(table.tokens, table.real, table.seen)
@@ -202,22 +200,23 @@ class FastWeights:
         for own in slots:
             numbers = [*range(H), *(H + m for m in own)][-R:]
             pick.append([0] * (R - len(numbers)) + numbers)
-        kept = {}
-        for name in [name for name in chunks if name != "v" or not self.snapshots]:
-            old_BHW, new_BNW = self.history.get(name), chunks[name]
+        names = [name for name in chunks if name != "v" or not self.snapshots]
+        # By name and number, [B, ...] each.
+        found = {n: dict(enumerate(torch.unflatten(chunks[n], 1, (-1, C)).unbind(1), H)) for n in names}
+        for m, state in before.items():
+            for name, x in state.items():
+                found.setdefault(f"state.{name}", {})[H + m] = x
+        for name, x in self.history.items():
+            kept = x if name.startswith("state.") else torch.unflatten(x, 1, (H, C))
+            new = {m: y.to(x.dtype) for m, y in found.get(name, {}).items()}
+            found[name] = new | dict(enumerate(kept.unbind(1)))
+        self.history = {}
+        for name, parts in found.items():
+            like = next(iter(parts.values()))  # in places of no chunk
             # Slices, not an index from the host, for which a GPU would wait.
-            found = [_chunk(old_BHW, new_BNW, m, C)[b] for b, own in enumerate(pick) for m in own]
-            kept[name] = torch.cat(found).view(self.rows, R * C, -1)
-        if self.snapshots and (before or H):
-            names = [f"state.{name}" for name in next(iter(before.values()))] if before else []
-            names = names or [name for name in self.history if name.startswith("state.")]
-            for name in names:
-                states = {H + m: state[name.removeprefix("state.")] for m, state in before.items()}
-                states |= {h: self.history[name][:, h] for h in range(H)}
-                like = next(iter(states.values()))
-                rows = [torch.stack([states.get(m, like)[b] for m in own]) for b, own in enumerate(pick)]
-                kept[name] = torch.stack(rows)
-        self.history = kept
+            x = torch.stack([parts.get(m, like)[b] for b, own in enumerate(pick) for m in own])
+            x = torch.unflatten(x, 0, (self.rows, R))
+            self.history[name] = x if name.startswith("state.") else x.flatten(1, 2)
 
     # -- one token at a time --------------------------------------------------------------------------------------
 
@@ -233,29 +232,34 @@ class FastWeights:
         self.note(1, None, tuple(n + 1 for n in self.seen))
         return [b for b, n in enumerate(self.seen) if n % self.chunk_size == 0]
 
-    def complete(self, rows: list[int], rule: Rule, v_BCD: Tensor, keep_B1: Tensor | None, slow: Tensor | None) -> None:
-        """Apply the update of some rows' completed pending chunk, with targets v (as written, for outer rules)."""
-        assert self.z is not None
-        assert self.u is not None
-        index = torch.tensor(rows, device=self.z.device)
-        z, v = (x.index_select(0, index) for x in (self.z, v_BCD.to(self.z.dtype)))
-        start = self._update(rows, rule, z, v, keep_B1, slow)
-        slots = [[0] if b in rows else [] for b in range(self.rows)]
-        self._remember(slots, [], {"z": self.z, "u": self.u, "v": v_BCD}, {0: start} if self.snapshots else {})
-
-    def complete_with(
-        self, rows: list[int], rule: Rule, z_RCF: Tensor, v_RCD: Tensor, slow: Tensor | None, *, learned: bool = True
+    def complete(
+        self,
+        rows: list[int],
+        rule: Rule,
+        chunk: dict[str, Tensor],
+        slow: Tensor | None,
+        keep_R1: Tensor | None = None,
+        *,
+        learned: bool = True,
     ) -> None:
-        """Apply the update of a given chunk of some rows. ``learned`` False: decay only, no write."""
-        with torch.autocast(z_RCF.device.type, enabled=False):
-            v = rule.values(z_RCF, v_RCD.to(z_RCF.dtype), slow) if rule.outer and learned else v_RCD
-        index = torch.tensor(rows, device=z_RCF.device)
-        start = self._update(rows, rule, z_RCF, v.to(z_RCF.dtype), None, slow, learned)
-        slots = [[0] if b in rows else [] for b in range(self.rows)]
-        chunks = {"z": z_RCF, "v": v}
+        """Apply the update of one complete chunk of some rows.
+
+        ``chunk``: z [R, C, F], targets v [R, C, D] and, where pending tokens are inputs, u. ``keep``: gates.
+        ``learned`` False: decay only, no write.
+        """
+        z, v = chunk["z"], chunk["v"]
+        before = {0: self._start(rule, z, v)} if self.snapshots else {}
+        chunk = chunk | {"v": self._update(rows, rule, z, v, slow, keep_R1, learned)}
         if len(rows) < self.rows:
-            chunks = {n: x.new_zeros(self.rows, *x.shape[1:]).index_copy(0, index, x) for n, x in chunks.items()}
-        self._remember(slots, [], chunks, {0: start} if self.snapshots else {})
+            index = torch.tensor(rows, device=z.device)
+            chunk = {n: x.new_zeros(self.rows, *x.shape[1:]).index_copy(0, index, x) for n, x in chunk.items()}
+        self._remember([[0] if b in rows else [] for b in range(self.rows)], [], chunk, before)
+
+    def _start(self, rule: Rule, z: Tensor, v: Tensor) -> State:
+        """Return the tensors of all rows, those of a document's beginning included."""
+        if self.tensors is not None:
+            return self.tensors
+        return rule.init(self.rows, v.shape[-1], z.shape[-1], z)
 
     def _update(
         self,
@@ -263,40 +267,38 @@ class FastWeights:
         rule: Rule,
         z: Tensor,
         v: Tensor,
-        keep_B1: Tensor | None,
         slow: Tensor | None,
+        keep_R1: Tensor | None = None,
         learned: bool = True,
-    ) -> State:
-        """Update the tensors of some rows by one chunk each; return all rows' tensors before it."""
+    ) -> Tensor:
+        """Update the tensors of some rows by one chunk each; return its targets as they are written."""
         self.rule, self.slow = rule, slow if rule.additive and not rule.outer else None
-        index = torch.tensor(rows, device=z.device)
-        start = rule.init(self.rows, v.shape[-1], z.shape[-1], z) if self.tensors is None else self.tensors
+        index, v = torch.tensor(rows, device=z.device), v.to(z.dtype)
         if not learned:  # decay still applies
             if rule.additive and rule.keep != 1 and self.tensors is not None:
                 factor = torch.ones(self.rows, device=z.device).index_fill(0, index, rule.keep)
-                self.tensors = {name: scaled(x, factor) for name, x in start.items()}
-            return start
+                self.tensors = {name: scaled(x, factor) for name, x in self.tensors.items()}
+            return v
+        start = self._start(rule, z, v)
         old = {name: x.index_select(0, index) for name, x in start.items()}  # a copy: forks may share these tensors
-        if rule.outer and keep_B1 is None:
-            new = old | {"S": accumulate(None if self.tensors is None else old["S"], z, v, rule.keep)}
-        else:
-            with torch.autocast(z.device.type, enabled=False):
-                shrunk = old if keep_B1 is None else {k: scaled(x, keep_B1[index, 0]) for k, x in old.items()}
+        with torch.autocast(z.device.type, enabled=False):
+            v = rule.values(z, v, slow).to(z.dtype) if rule.outer else v
+            if rule.outer and keep_R1 is None:
+                new = old | {"S": accumulate(None if self.tensors is None else old["S"], z, v, rule.keep)}
+            else:
+                shrunk = old if keep_R1 is None else {k: scaled(x, keep_R1[:, 0]) for k, x in old.items()}
                 new = rule.update_as_written(shrunk, z, v, slow)
         whole = len(rows) == self.rows
         self.tensors = new if whole else {name: x.index_copy(0, index, new[name]) for name, x in start.items()}
-        return start
+        return v
 
     def add(self, rule: Rule, z_BNF: Tensor, v_BND: Tensor, slow: Tensor | None) -> None:
         """Apply an update of any length that does not come from tokens of the rows, and count it as one chunk.
 
         For outer rules. An empty state is initialised by its own rule, which may carry more than ``rule`` writes.
         """
-        if self.tensors is None:
-            self.tensors = self.rule.init(self.rows, v_BND.shape[-1], z_BNF.shape[-1], z_BNF)
-        with torch.autocast(z_BNF.device.type, enabled=False):
-            v = rule.values(z_BNF, v_BND.to(z_BNF.dtype), slow)
-        self._update(list(range(self.rows)), rule, z_BNF, v.to(z_BNF.dtype), None, slow)
+        self.tensors = self._start(self.rule, z_BNF, v_BND)
+        self._update(list(range(self.rows)), rule, z_BNF, v_BND, slow)
         self.seen = tuple(n + self.chunk_size for n in self.seen)
 
     def adopt(self, other: "FastWeights") -> None:
@@ -497,14 +499,6 @@ def stacked(parts: Sequence[Tensor | None], rows: Sequence[int], side: str = "ri
     none, dtype = known[0][:1, :0], reduce(torch.promote_types, [x.dtype for x in known])
     whole = [none.expand(n, *none.shape[1:]) if x is None else x for x, n in zip(parts, rows, strict=True)]
     return pad_sequence([row.to(dtype) for x in whole for row in x], batch_first=True, padding_side=side)
-
-
-def _chunk(old_BHW: Tensor | None, new_BNW: Tensor, m: int, C: int) -> Tensor:
-    """Return chunk m of [old | new], [B, C, W], in old's dtype."""
-    if old_BHW is None:
-        return new_BNW[:, m * C : (m + 1) * C]
-    H = old_BHW.shape[1] // C
-    return old_BHW[:, m * C : (m + 1) * C] if m < H else new_BNW[:, (m - H) * C : (m - H + 1) * C].to(old_BHW.dtype)
 
 
 def _tail(table: ChunkTable, x_BTW: Tensor, past_BPW: Tensor | None) -> Tensor:

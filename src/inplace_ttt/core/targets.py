@@ -212,16 +212,17 @@ class Shaped(Target):
       with a shared direction do not add up (after TTT-NTP, arXiv 2606.21803).
     """
 
+    std = 0.0
+    """sigma of P's diagonal at the start."""
+
     def __init__(
         self,
         width: int,
-        projection: bool,
-        std: float,
-        gates: bool,
-        ridge: float | None,
-        center: bool,
         *,
-        source_width: int = 0,
+        projection: bool = True,
+        gates: bool = False,
+        ridge: float | None = None,
+        center: bool = False,
     ) -> None:
         super().__init__(width)
         if ridge is not None and not ridge > 0:
@@ -229,9 +230,9 @@ class Shaped(Target):
         self.ridge, self.gates, self.center = ridge, gates, center
         self.needs_keys = ridge is not None  # type: ignore[misc]
         if projection:
-            self.proj = TargetProjection(width, std)
+            self.proj = TargetProjection(width, self.std)
         if gates:
-            self.gate = TargetGates(source_width or width)
+            self.gate = TargetGates(2 * width if self.source == "both" else width)
 
     def forward(self, u: Tensor, z: Tensor | None) -> Any:
         v, keep = self.gated(u)
@@ -295,8 +296,8 @@ class Learned(Shaped):
             raise UserError('start="next_token" begins with P at zero: it needs projection=True')
         if has_tap and lookahead < 1:
             raise UserError(f'start="next_token" needs a tap for the next token: lookahead at least 1, got {lookahead}')
-        std = 0.0 if has_tap else 0.02 if init_std is None else init_std
-        super().__init__(width, projection, std, gates, ridge, center)
+        self.std = 0.0 if has_tap else 0.02 if init_std is None else init_std
+        super().__init__(width, projection=projection, gates=gates, ridge=ridge, center=center)
         self.conv = TargetConv(width, conv_kernel, conv_kernel - lookahead if has_tap else None)
         self.lookahead = lookahead
 
@@ -317,17 +318,6 @@ class Shift(Shaped):
     """A fixed target: ``v_t = u[t + shift] P`` inside the chunk, without a convolution; P is zero at the start."""
 
     shift: ClassVar[int]
-
-    def __init__(
-        self,
-        width: int,
-        *,
-        projection: bool = True,
-        gates: bool = False,
-        ridge: float | None = None,
-        center: bool = False,
-    ) -> None:
-        super().__init__(width, projection, 0.0, gates, ridge, center)
 
     def mix(self, u: Tensor, dtype: torch.dtype | None) -> Tensor:
         return convolved(u, u.new_ones(u.shape[-1], 1), self.shift, dtype)
@@ -362,7 +352,7 @@ class NextError(Shaped):
     source = "both"
 
     def __init__(self, width: int, *, gates: bool = False, ridge: float | None = None, center: bool = False) -> None:
-        super().__init__(width, True, 0.0, gates, ridge, center, source_width=2 * width)
+        super().__init__(width, gates=gates, ridge=ridge, center=center)
         self.input_proj = TargetProjection(width, 0.0)
 
     def projected(self, u: Tensor) -> Tensor:

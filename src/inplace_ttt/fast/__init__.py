@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..core import targets
-from .available import has_triton
 from .outer import scan
+from .walk import has_triton
 
 __all__ = ["has_triton", "scan"]
 

@@ -172,39 +172,27 @@ class FactoredWeights(FastWeights):
             self._join(rows, *((z, v) if len(rows) == self.rows else (z[rows], v[rows])), self.rule.keep)
             self._truncate()
 
-    def complete(self, rows: list[int], rule: Rule, v_BCD: Tensor, keep_B1: Tensor | None, slow: Tensor | None) -> None:
-        if self.tensors is not None:
-            super().complete(rows, rule, v_BCD, keep_B1, slow)
-            return
-        assert self.z is not None
-        assert self.u is not None
-        self.rule = rule
-        slots = [[0] if b in rows else [] for b in range(self.rows)]
-        chunks = {"z": self.z, "u": self.u, "v": v_BCD}
-        self._remember(slots, [], chunks, {})
-        self._absorb_chunks(slots, [], chunks)
-
-    def complete_with(
-        self, rows: list[int], rule: Rule, z_RCF: Tensor, v_RCD: Tensor, slow: Tensor | None, *, learned: bool = True
-    ) -> None:
+    def _update(
+        self,
+        rows: list[int],
+        rule: Rule,
+        z: Tensor,
+        v: Tensor,
+        slow: Tensor | None,
+        keep_R1: Tensor | None = None,
+        learned: bool = True,
+    ) -> Tensor:
         if self.tensors is None and learned:
-            self.begin(
-                rule, ChunkTable.build(self.rows, self.chunk_size, self.chunk_size, keep_state=True), z_RCF, v_RCD
-            )
+            self.begin(rule, ChunkTable.build(self.rows, self.chunk_size, self.chunk_size, keep_state=True), z, v)
         if self.tensors is not None:
-            super().complete_with(rows, rule, z_RCF, v_RCD, slow, learned=learned)
-            return
-        self.rule = rule
+            return super()._update(rows, rule, z, v, slow, keep_R1, learned)
+        self.rule, v = rule, v.to(z.dtype)
         if learned:
-            with torch.autocast(z_RCF.device.type, enabled=False):
-                v_RCD = rule.values(z_RCF, v_RCD.to(z_RCF.dtype), slow)
-        index = torch.tensor(rows, device=z_RCF.device)
-        chunks = {"z": z_RCF, "v": v_RCD.to(z_RCF.dtype)}
-        if len(rows) < self.rows:
-            chunks = {n: x.new_zeros(self.rows, *x.shape[1:]).index_copy(0, index, x) for n, x in chunks.items()}
-        slots = [[0] if b in rows else [] for b in range(self.rows)]
-        self._remember(slots, [], chunks, {})
-        self._absorb_chunks(slots, [], chunks)
+            with torch.autocast(z.device.type, enabled=False):
+                v = rule.values(z, v, slow).to(z.dtype)
+        self._join(rows, z, v, rule.keep)
+        self._truncate()
+        return v
 
     def output(self, rule: Rule, z_BTF: Tensor, width: int) -> Tensor | None:
         if self.left is None or self.right is None:

@@ -11,122 +11,82 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from ..core.algebra import accumulate, exact, outer, state_dtype
 from ..core.chunks import ChunkTable
-from ..core.layout import Layout
+from ..core.layout import Slots, product
 from ..core.rules import Rule
 from ..core.scan import PATHS, Call, Path, Result
+from .segments import SCHEMA, Gradients, Inputs
 from .segments import backward as segments_backward
 from .segments import forward as segments_forward
 
 Tensors = tuple[Tensor, Tensor]
 
 
-def keep_factor(layout: Layout, m: int, keep: float) -> float | Tensor:
+def keep_factor(slots: Slots, m: int, keep: float) -> float | Tensor:
     """Return the factor by which slot m's update scales S: a number, or [B, 1, 1] where only some rows update."""
-    if layout.update is None or keep == 1.0:
+    if slots.update is None or keep == 1.0:
         return keep
-    return 1.0 - (1.0 - keep) * layout.update[:, m, None, None].to(state_dtype(layout.z.dtype))
+    return 1.0 - (1.0 - keep) * slots.update[:, m, None, None].to(state_dtype(slots.z.dtype))
 
 
-def sweep(
-    layout: Layout,
-    out: Tensor,
-    x: Tensor,
-    v: Tensor | None,
-    state: Tensor | None,
-    lr: float,
-    keep: float,
-    steps: int,
-    updates: int,
-    *,
-    transposed: bool = False,
-) -> Tensor | None:
+def sweep(call: Inputs, slots: Slots, out: Tensor, x: Tensor, *, transposed: bool = False) -> Tensor | None:
     """Add ``lr * S_m x_t`` (``lr * S_m^T x_t`` if transposed) to ``out``, slot by slot; return S after the last one."""
-    reset = layout.reset
-    S = None if state is None else state.to(state_dtype(x.dtype), copy=updates > 0 or reset is not None)
-    for m in range(steps):
+    reset, v = call.reset, call.v
+    S = None
+    if call.state is not None:
+        S = call.state.to(state_dtype(x.dtype), copy=call.updates > 0 or reset is not None)
+    for m in range(call.steps):
+        s = slots.segment(m, m + 1)
         if reset is not None and S is not None:
             S *= ~reset[:, m, None, None]
         if S is not None:
             fast = S.to(x.dtype)
-            layout.add_product(out, m, layout.applied(x, m), fast if transposed else fast.mT, lr)
-        if m < updates and v is not None:
-            S = accumulate(S, layout.absorbed(m), layout.targets(v, m), keep_factor(layout, m, keep))
+            slots.add(out, s, slots.applied(x, s), (fast if transposed else fast.mT)[:, None], call.lr)
+        if m < call.updates and v is not None:
+            z_m, v_m = slots.absorbed(s)[:, 0], slots.masked(slots.chunks(v, s), s)[:, 0]
+            S = accumulate(S, z_m, v_m, keep_factor(slots, m, call.keep))
     return S
 
 
-@torch.library.custom_op("inplace_ttt::scan", mutates_args=())
+@torch.library.custom_op("inplace_ttt::scan", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor)")
 @exact
-def scan_op(
-    z: Tensor,
-    v: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    state: Tensor | None,
-    past: Tensor | None,
-    index: Tensor | None,
-    update: Tensor | None,
-    reset: Tensor | None,
-    rest: Tensor | None,
-    lr: float,
-    keep: float,
-    chunk_size: int,
-    prefix: int,
-    steps: int,
-    updates: int,
-    backend: str,
-    width: int,
-    keep_state: bool,
-) -> Tensors:
+def scan_op(*inputs: Any) -> Tensors:
     """Return outputs and, if it is kept, S after the last update."""
-    B, T, F = z.shape
-    dtype = state_dtype(z.dtype)
+    call = Inputs(*inputs)
+    z, weight = call.z, call.weight
     S: Tensor | None
-    if backend == "segments":
-        tensors = (z, v, weight, bias, state, past, index, update, reset, rest)
-        out, S = segments_forward(*tensors, lr, keep, chunk_size, prefix, steps, updates, width)
-        return out, S if keep_state else z.new_zeros(0, dtype=dtype)
-    layout = Layout(z, past, chunk_size, prefix, index, update, reset)
-    out = z.new_zeros(B, T, width) if weight is None else torch.nn.functional.linear(z, weight, bias)
-    S = sweep(layout, out, z, v, state, lr, keep, steps, updates)
-    if not keep_state:
-        return out, z.new_zeros(0, dtype=dtype)
-    return out, z.new_zeros(B, width, F, dtype=dtype) if S is None else S
+    if call.backend == "segments":
+        out, S = segments_forward(call)
+    else:
+        slots = Slots(z, call.past, call)
+        flat = slots.padded(z.new_zeros(*z.shape[:2], call.width) if weight is None else linear(z, weight, call.bias))
+        S, out = sweep(call, slots, flat, z), slots.view(flat)
+    if S is None or not call.keep_state:
+        S = z.new_zeros(_state_shape(call), dtype=state_dtype(z.dtype))
+    return out, S
+
+
+def _state_shape(call: Inputs) -> tuple[int, ...]:
+    return (call.z.shape[0], call.width, call.z.shape[2]) if call.keep_state else (0,)
 
 
 @scan_op.register_fake
-def _(z: Tensor, *rest: Any) -> Tensors:
-    width, keep_state = rest[-2:]
-    B, T, F = z.shape
-    dtype = state_dtype(z.dtype)
-    return z.new_empty(B, T, width), z.new_empty(*((B, width, F) if keep_state else (0,)), dtype=dtype)
+def _(*inputs: Any) -> Tensors:
+    call = Inputs(*inputs)
+    z = call.z
+    return z.new_empty(*z.shape[:2], call.width), z.new_empty(_state_shape(call), dtype=state_dtype(z.dtype))
 
 
-@torch.library.custom_op("inplace_ttt::scan_backward", mutates_args=())
+@torch.library.custom_op(
+    "inplace_ttt::scan_backward",
+    mutates_args=(),
+    schema=f"(Tensor g, Tensor? grad_state, Tensor? last, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 @exact
-def scan_backward_op(
-    g: Tensor,
-    grad_state: Tensor | None,
-    z: Tensor,
-    v: Tensor | None,
-    weight: Tensor | None,
-    state: Tensor | None,
-    past: Tensor | None,
-    index: Tensor | None,
-    update: Tensor | None,
-    reset: Tensor | None,
-    rest: Tensor | None,
-    last: Tensor | None,
-    lr: float,
-    keep: float,
-    chunk_size: int,
-    prefix: int,
-    steps: int,
-    updates: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def scan_backward_op(g: Tensor, grad_state: Tensor | None, last: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
     """Return gradients of z, v, state, past (empty for None inputs), and of W0 if the backend computes it here.
 
     ``last``: S after the last update, if forward kept it (the torch backend ignores it).
@@ -134,91 +94,81 @@ def scan_backward_op(
     ``dL/dz_t = (W0 + lr S_i)^T g_t + H_i^T v_t`` and ``dL/dv_t = H_i z_t``, where H_i = dL/dS_{i+1} is the reverse
     prefix sum ``H_{i-1} = keep * H_i + lr * sum_t g_t z_t^T``.
     """
-    if backend == "segments" and lr:
-        tensors = (g, grad_state, z, v, weight, state, past, index, update, reset, rest, last)
-        found = segments_backward(*tensors, lr, keep, chunk_size, prefix, steps, updates)
-        return tuple(z.new_zeros(0) if x is None else x for x in found)  # type: ignore[return-value]
-    layout = Layout(z, past, chunk_size, prefix, index, update, reset)
-    dtype = state_dtype(z.dtype)
-    dz = z.new_zeros(z.shape) if weight is None else (g @ weight.to(g.dtype)).to(z.dtype)
+    call = Inputs(*inputs)
+    if call.backend == "segments" and call.lr:
+        found = segments_backward(call, g, grad_state, last)
+    else:
+        found = _loop_backward(call, g, grad_state)
+    return tuple(g.new_zeros(0) if x is None else x for x in found)
+
+
+def _loop_backward(call: Inputs, g: Tensor, grad_state: Tensor | None) -> Gradients:
+    z, v, weight, state, past, reset = call.z, call.v, call.weight, call.state, call.past, call.reset
+    slots = Slots(z, past, call)
+    dz = slots.padded(z.new_zeros(z.shape) if weight is None else (g @ weight.to(g.dtype)).to(z.dtype))
     dv = None if v is None else v.new_zeros(v.shape)
     dpast = None if past is None else past.new_zeros(past.shape)
 
-    sweep(layout, dz, g, v, state, lr, keep, steps, updates, transposed=True)
+    sweep(call, slots, dz, g, transposed=True)
 
-    H = None if grad_state is None else grad_state.to(dtype, copy=True)
-    for m in reversed(range(steps)):
-        if m < updates and v is not None and dv is not None and H is not None:
-            z_m, v_m = layout.absorbed(m), layout.targets(v, m)
-            H_m = H.to(z.dtype)
-            layout.add_to_targets(dv, m, z_m, H_m.mT)
-            layout.add_absorbed(dz, dpast, m, v_m, H_m)
-            H = H.mul_(keep_factor(layout, m, keep)) if keep != 1.0 else H
+    H = None if grad_state is None else grad_state.to(state_dtype(z.dtype), copy=True)
+    for m in reversed(range(call.steps)):
+        s = slots.segment(m, m + 1)
+        if m < call.updates and v is not None and dv is not None and H is not None:
+            H_m = slots.masked(H.to(z.dtype)[:, None], s)
+            product(slots.absorbed(s), H_m.mT, slots.chunks(dv, s))
+            slots.through_targets(slots.add, dz, dpast, s, slots.chunks(v, s), H_m)
+            H = H.mul_(keep_factor(slots, m, call.keep)) if call.keep != 1.0 else H
         if m > 0 or state is not None:
-            G = outer(layout.applied(g, m), layout.applied(z, m))
-            H = G.mul_(lr) if H is None else H.add_(G, alpha=lr)
+            G = outer(slots.applied(g, s)[:, 0], slots.applied(z, s)[:, 0])
+            H = G.mul_(call.lr) if H is None else H.add_(G, alpha=call.lr)
         if reset is not None and H is not None:
             H *= ~reset[:, m, None, None]
 
-    dstate = z.new_zeros(0) if state is None else torch.zeros_like(state) if H is None else H.to(state.dtype)
-    empty = z.new_zeros(0)
-    dv, dpast = empty if dv is None else dv, empty.clone() if dpast is None else dpast
-    return dz, dv, dstate, dpast, z.new_zeros(0)
+    dstate = None if state is None else torch.zeros_like(state) if H is None else H.to(state.dtype)
+    return slots.view(dz), dv, dstate, dpast, None
 
 
 @scan_backward_op.register_fake
-def _(g: Tensor, grad_state: Tensor | None, z: Tensor, v: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    _weight, state, past = rest[:3]
-    lr, keep, backend = rest[8], rest[9], rest[-1]
-    known = backend == "segments" and lr and keep == 1.0 and rest[3] is None and grad_state is None
-    total = z.new_empty(*(g.shape[2], z.shape[2]) if known else (0,), dtype=state_dtype(z.dtype) if known else z.dtype)
-    return (*(z.new_empty(0) if x is None else x.new_empty(x.shape) for x in (z, v, state, past)), total)
+def _(g: Tensor, grad_state: Tensor | None, last: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
+    call = Inputs(*inputs)
+    known = call.backend == "segments" and call.lr and call.keep == 1.0 and call.index is None and grad_state is None
+    shape, dtype = ((call.width, call.z.shape[2]), state_dtype(call.z.dtype)) if known else ((0,), g.dtype)
+    same = (g.new_empty(0) if x is None else x.new_empty(x.shape) for x in (call.z, call.v, call.state, call.past))
+    return (*same, g.new_empty(shape, dtype=dtype))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    z, v, weight, bias, state, past, index, update, reset, rest = inputs[:10]
     ctx.set_materialize_grads(False)
-    last = output[1] if output[1].numel() else None
-    ctx.save_for_backward(z, v, weight, state, past, index, update, reset, rest, last)
-    ctx.numbers = inputs[10:17]  # lr, keep, chunk_size, prefix, steps, updates, backend
-    ctx.has_bias = bias is not None
+    call = Inputs(*inputs)
+    ctx.save_for_backward(output[1] if output[1].numel() else None, *call._replace(bias=None)[:10])
+    ctx.numbers, ctx.has_bias = call[10:], call.bias is not None
 
 
 def _backward(ctx, g, grad_state):
-    z, v, weight, state, past, index, update, reset, rest, last = ctx.saved_tensors
+    last, *tensors = ctx.saved_tensors
+    call = Inputs(*tensors, *ctx.numbers)
+    z, weight = call.z, call.weight
     if grad_state is not None and grad_state.numel() == 0:
         grad_state = None
     if g is None:
-        width = grad_state.shape[1]
-        g = z.new_zeros(*z.shape[:2], width)
-    dz, dv, dstate, dpast, total = scan_backward_op(
-        g, grad_state, z, v, weight, state, past, index, update, reset, rest, last, *ctx.numbers
-    )
+        g = z.new_zeros(*z.shape[:2], call.width)
+    dz, dv, dstate, dpast, total = scan_backward_op(g, grad_state, last, *call)
     dweight = dbias = None
     if weight is not None and ctx.needs_input_grad[2]:
         dweight = total.to(weight.dtype) if total.numel() else (g.flatten(0, 1).mT @ z.flatten(0, 1)).to(weight.dtype)
     if ctx.has_bias and ctx.needs_input_grad[3]:
         dbias = g.flatten(0, 1).sum(0)
-    return (
-        dz,
-        None if v is None else dv,
-        dweight,
-        dbias,
-        None if state is None else dstate,
-        None if past is None else dpast,
-        *(None,) * 13,
+    dv, dstate, dpast = (
+        None if x is None else dx for x, dx in ((call.v, dv), (call.state, dstate), (call.past, dpast))
     )
+    return dz, dv, dweight, dbias, dstate, dpast, *(None,) * 13
 
 
 scan_op.register_autograd(_backward, setup_context=_setup_context)
 
 BACKENDS = ("torch", "segments")
 """Ways to compute the scan: a loop over chunks, or segments of chunks in batched products (segments.py)."""
-
-
-def choose_backend(z: Tensor) -> str:
-    """Return ``segments`` on CUDA, ``torch`` elsewhere."""
-    return "segments" if z.is_cuda else "torch"
 
 
 def scan(
@@ -251,7 +201,8 @@ def scan(
 
     Raises ValueError on an unknown backend or missing pending tokens.
     """
-    backend = choose_backend(z_BTF) if backend == "auto" else backend
+    if backend == "auto":
+        backend = "segments" if z_BTF.is_cuda else "torch"
     if backend not in BACKENDS:
         raise ValueError(f"unknown scan backend {backend!r}: choose auto or one of {', '.join(BACKENDS)}")
     if table.prefix and table.updates and past_BPF is None:
@@ -265,25 +216,9 @@ def scan(
     unwound = backend == "segments" and table.index is None and keep == 1.0 and table.updates > 0
     unwound = unwound and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     out, state = scan_op(
-        z_BTF,
-        None if v_BND is None else v_BND.to(z_BTF.dtype),
-        weight_DF,
-        bias_D,
-        state_BDF,
-        past_BPF if table.prefix and table.updates else None,
-        table.index,
-        table.update,
-        table.reset,
-        table.rest,
-        lr,
-        keep,
-        table.chunk_size,
-        table.prefix,
-        table.steps,
-        table.updates,
-        backend,
-        D,
-        kept or unwound,
+        *(z_BTF, None if v_BND is None else v_BND.to(z_BTF.dtype), weight_DF, bias_D, state_BDF),
+        *(past_BPF if table.prefix and table.updates else None, table.index, table.update, table.reset, table.rest),
+        *(lr, keep, table.chunk_size, table.prefix, table.steps, table.updates, backend, D, kept or unwound),
     )
     return out, state if kept else state_BDF if table.keep_state else None
 

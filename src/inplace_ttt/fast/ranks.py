@@ -126,10 +126,8 @@ class SliceTable:
         length = tokens // P
         if documents is None:
             return cls._regular(slices, rows, length, C, keep)
-        whole = ChunkTable.build(rows, tokens, C, documents=documents)
-        if whole.index is None:  # every row is one document
-            return cls._regular(slices, rows, length, C, keep)
-        return cls._irregular(slices, whole, length, keep)
+        _check_cuts(ChunkTable.build(rows, tokens, C, documents=documents), length)
+        return cls._irregular(slices, documents, length, C, keep)
 
     @classmethod
     def _regular(cls, slices: Slices, rows: int, length: int, C: int, keep: float) -> "SliceTable":
@@ -141,17 +139,7 @@ class SliceTable:
                 f"of {length:,}, no multiple of chunk_size {C:,}. Use rows of a multiple of {P * C:,} tokens"
             )
         updates = length // C if total > C else 0
-        table = ChunkTable(
-            chunk_size=C,
-            rows=R,
-            tokens=length,
-            prefix=0,
-            steps=-(-length // C),
-            updates=updates,
-            keep_state=False,
-            seen=(length,) * R,
-            restarted=(False,) * R,
-        )
+        table = ChunkTable(C, R, length, steps=-(-length // C), updates=updates)
         weights = None
         if keep != 1.0 and updates:
             weights = keep ** torch.arange(updates - 1, -1, -1, dtype=torch.float64).expand(R, updates)
@@ -159,83 +147,57 @@ class SliceTable:
         return cls(slices, rows, table, weights, weights is None, carry, updates > 0 and P > 1)
 
     @classmethod
-    def _irregular(cls, slices: Slices, whole: ChunkTable, length: int, keep: float) -> "SliceTable":
-        assert whole.index is not None
-        assert whole.update is not None
-        assert whole.reset is not None
-        P, B, C = slices.pieces, whole.rows, whole.chunk_size
-        index, valid = whole.index, whole.index >= 0
-        piece = torch.where(valid, index // length, -1)
-        first = torch.where(valid, piece, P).amin(-1) if index.numel() else piece.new_zeros(index.shape[:2])
-        last = piece.amax(-1) if index.numel() else first
-        cut = whole.update & (first != last)
-        if bool(cut.any()):
-            b, m = cut.nonzero()[0].tolist()
-            start, boundary = int(index[b, m, 0]), int(last[b, m]) * length
-            raise ValueError(
-                f"a slice boundary (token {boundary:,} of row {b}) lies inside a chunk of a document (tokens {start:,} "
-                f"to {start + C - 1:,}): begin documents that cross a multiple of {length:,} tokens at a multiple of "
-                f"chunk_size {C:,} (pad the ones before), or use rows with fewer, longer documents"
-            )
-        inside = [(piece == p).any(-1) for p in range(P)]  # [B, M] each
-        M = max((int(has.sum(1).max()) for has in inside), default=0) if index.shape[1] else 0
-        parts = [cls._piece(whole, piece, has, p, length, M) for p, has in enumerate(inside)]
-        updates = max(
-            (int(update.any(0).nonzero().max()) + 1 for _, update, _ in parts if bool(update.any())), default=0
+    def _irregular(cls, slices: Slices, documents: Tensor, length: int, C: int, keep: float) -> "SliceTable":
+        P, B = slices.pieces, len(documents)
+        # Of all pieces, so that all ranks have the same slots; row b * P + p. A chunk that a boundary cuts does not
+        # update, so the rest of its tokens may count as a chunk's first ones.
+        seen = [n // C * C for n in _read_before(documents, length).flatten().tolist()]
+        pieces = documents.reshape(B * P, length)
+        table = ChunkTable.build(B * P, length, C, documents=pieces, seen=seen, keep_state=True)
+        assert table.update is not None
+        assert table.reset is not None
+        weights = torch.zeros(B * P, table.updates, dtype=torch.float64)
+        left = torch.ones(B * P, dtype=torch.float64)  # of a state after slot m, at the end of the piece
+        for m in reversed(range(table.steps)):
+            if m < table.updates:
+                weights[:, m] = left * table.update[:, m]
+            left = left * (1 - (1 - keep) * table.update[:, m].double()) * ~table.reset[:, m]
+        own = torch.tensor([b * P + p for b in range(B) for p in slices.of(slices.rank)])
+        carry = left.view(B, P).mT.contiguous()
+        return cls(slices, B, table.select(own), weights[own], keep == 1.0, carry, table.updates > 0 and any(seen))
+
+
+def _check_cuts(whole: ChunkTable, length: int) -> None:
+    """Raise ValueError if a boundary of pieces lies inside a chunk that updates."""
+    assert whole.index is not None
+    assert whole.update is not None
+    if not whole.index.numel():
+        return
+    piece = whole.index // length  # -1 where there is no token
+    last = piece.amax(-1)
+    cut = whole.update & (whole.index[..., 0] // length != last)  # such a chunk is complete
+    if bool(cut.any()):
+        (b, m), C = cut.nonzero()[0].tolist(), whole.chunk_size
+        start, boundary = int(whole.index[b, m, 0]), int(last[b, m]) * length
+        raise ValueError(
+            f"a slice boundary (token {boundary:,} of row {b}) lies inside a chunk of a document (tokens {start:,} "
+            f"to {start + C - 1:,}): begin documents that cross a multiple of {length:,} tokens at a multiple of "
+            f"chunk_size {C:,} (pad the ones before), or use rows with fewer, longer documents"
         )
 
-        weights = torch.zeros(P, B, updates, dtype=torch.float64)
-        carry = torch.ones(P, B, dtype=torch.float64)
-        for p, (_, update, reset) in enumerate(parts):
-            left = torch.ones(B, dtype=torch.float64)  # of a state after slot m, at the end of the piece
-            for m in reversed(range(M)):
-                if m < updates:
-                    weights[p, :, m] = left * update[:, m]
-                left = left * (1 - (1 - keep) * update[:, m].double()) * ~reset[:, m]
-            carry[p] = left
-        enters = [bool(((idx[:, 0] >= 0).any(-1) & ~reset[:, 0]).any()) if M else False for idx, _, reset in parts]
 
-        own = slices.of(slices.rank)
-
-        def stack(tensors: Sequence[Tensor]) -> Tensor:
-            return torch.stack([tensors[p] for p in own], 1).flatten(0, 1)
-
-        R = B * slices.own
-        table = ChunkTable(
-            chunk_size=C,
-            rows=R,
-            tokens=length,
-            prefix=0,
-            steps=M,
-            updates=updates,
-            keep_state=False,
-            seen=(0,) * R,
-            restarted=(False,) * R,
-            index=stack([part[0] for part in parts]),
-            update=stack([part[1] for part in parts]),
-            reset=stack([part[2] for part in parts]),
-        )
-        return cls(slices, B, table, stack(list(weights)), keep == 1.0, carry, updates > 0 and any(enters[1:]))
-
-    @staticmethod
-    def _piece(
-        whole: ChunkTable, piece: Tensor, has: Tensor, p: int, length: int, M: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return index [B, M, C], update and reset [B, M] of piece p's slots, moved to the front."""
-        assert whole.index is not None
-        assert whole.update is not None
-        assert whole.reset is not None
-        B, C = whole.rows, whole.chunk_size
-        index = torch.full((B, M, C), -1)
-        update, reset = torch.zeros(B, M, dtype=torch.bool), torch.zeros(B, M, dtype=torch.bool)
-        rows, slots = has.nonzero(as_tuple=True)
-        place = (has.long().cumsum(1) - 1)[rows, slots]
-        mine = piece[rows, slots] == p
-        index[rows, place] = torch.where(mine, whole.index[rows, slots] - p * length, -1)
-        update[rows, place] = whole.update[rows, slots]
-        begins = whole.index[rows, slots, 0] >= p * length  # a chunk's first token lies here, not in the piece before
-        reset[rows, place] = whole.reset[rows, slots] & begins
-        return index, update, reset
+def _read_before(documents: Tensor, length: int) -> Tensor:
+    """Return how many tokens of a piece's first document lie in earlier pieces, [B, P]."""
+    real, place = documents >= 0, torch.arange(documents.shape[1]).expand(documents.shape)
+    known = torch.where(real, place, -1).cummax(1).values
+    before = torch.nn.functional.pad(known[:, :-1], (1, 0), value=-1)  # the real token before each
+    same = (before >= 0) & (documents.gather(1, before.clamp(min=0)) == documents)
+    count = real.long().cumsum(1) - 1
+    position = count - torch.where(real & ~same, count, 0).cummax(1).values
+    pieces = real.view(len(real), -1, length)
+    first = pieces.int().argmax(-1, keepdim=True)
+    found = position.view(pieces.shape).gather(2, first).squeeze(2)
+    return torch.where(pieces.any(-1), found, 0)
 
 
 def scan_slice(

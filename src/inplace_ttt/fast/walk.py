@@ -6,49 +6,27 @@ Reverse (H), slot m: write ``lr * S`` where the slot updates, else 0; ``S <- kee
 Unwind, slot m, last one first: ``S <- S - sum_t x_t z_t^T`` where it updated; write ``W0 + lr * S``. With keep 1
 and without resets this inverts forward.
 
+``triton_walk`` does the same in one kernel, in half precision on CUDA.
+
 Shapes: B rows, n slots of c tokens, D and F the widths of x and z.
 """
 
-import torch
+from importlib.util import find_spec
+
 from torch import Tensor
 
 from ..core.algebra import outer
-from .available import has_triton
 
 Pairs = tuple[Tensor, Tensor]
+_TRITON = find_spec("triton") is not None
+
+
+def has_triton() -> bool:
+    """Tell if Triton is installed (it comes with PyTorch's CUDA builds)."""
+    return _TRITON
 
 
 def walk(
-    S_BDF: Tensor,
-    begin_BDF: Tensor | None,
-    folds_BnDF: Tensor,
-    pairs: Pairs | None,
-    weight_DF: Tensor | None,
-    update_Bn: Tensor | None,
-    reset_Bn: Tensor | None,
-    lr: float,
-    keep: float,
-    updates: int,
-    *,
-    mode: str = "forward",
-) -> None:
-    """Set S to its value after all slots, starting from ``begin``, and write ``folds``.
-
-    begin: may be S itself; None: zero.
-    mode: "forward", "reverse" or "unwind".
-    pairs: x [B, n', c, D] and z [B, n', c, F] of the first n' slots (reverse: all; else those that may update).
-    updates: slots below it may update; ``update``: rows that do, None: all.
-    """
-    args = (S_BDF, begin_BDF, folds_BnDF, pairs, weight_DF, update_Bn, reset_Bn, lr, keep, updates)
-    if folds_BnDF.is_cuda and folds_BnDF.dtype in (torch.bfloat16, torch.float16) and has_triton():
-        from .triton_walk import walk as fused
-
-        fused(*args, mode=mode)
-    else:
-        plain(*args, mode=mode)
-
-
-def plain(
     S: Tensor,
     begin: Tensor | None,
     folds: Tensor,
@@ -62,7 +40,14 @@ def plain(
     *,
     mode: str = "forward",
 ) -> None:
-    """Run ``walk`` in PyTorch, slot by slot; for any precision."""
+    """Set S [B, D, F] to its value after all slots, starting from ``begin``, and write ``folds`` [B, n, D, F].
+
+    begin: may be S itself; None: zero.
+    mode: "forward", "reverse" or "unwind".
+    pairs: x [B, n', c, D] and z [B, n', c, F] of the first n' slots (reverse: all; else those that may update).
+    weight: W0 [D, F]. updates: slots below it may update; ``update`` [B, n]: rows that do, None: all.
+    reset [B, n]: rows whose slot begins a document.
+    """
     n = folds.shape[1]
     if begin is None:
         S.zero_()

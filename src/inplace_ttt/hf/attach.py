@@ -15,12 +15,21 @@ from ..config import InPlaceTTTConfig
 from ..core import Call, ChunkTable, Rule, Target, make_target
 from ..core.scan import path_for
 from ..errors import UserError
-from .context import Forward, Runtime
+from .context import Runtime
 from .families import attention_of, check_layers, decoder_layers, family_of, place, text_model
-from .linear import FastWeight, InitWeights, check_replaceable, innermost, is_dense, make_fast, make_slow, output_size
+from .linear import (
+    FastWeight,
+    check_replaceable,
+    innermost,
+    input_size,
+    is_dense,
+    make_fast,
+    make_slow,
+    output_size,
+)
 from .loss import LossForward, check_backward
-from .nested import NestedText, OnePass
-from .saving import after_attach, before_detach
+from .names import rename_attached, rename_detached
+from .overrides import Forward, InitWeights, Overrides
 from .sites import LayerSite
 from .tensor_parallel import check_split, is_split
 
@@ -125,31 +134,29 @@ def install(model: Model, config: InPlaceTTTConfig) -> Model:
     places = [place(layers, i, family) for i in config.layer_indices(len(layers))]
     check_layers(layers, places)
     runtime = Runtime(root, config)
+    settings = config.settings
+    if config.init_std is None:
+        settings["init_std"] = getattr(root.config.get_text_config(decoder=True), "initializer_range", 0.02)
     holders = [innermost(p.mlp, p.name) for p in places]
-    widths = [output_size(getattr(*h)) for h in holders]
-    settings = {**config.settings, "init_std": _std(root, config)}
-    for holder in holders:
-        check_replaceable(getattr(*holder))
-        if is_split(getattr(*holder).weight):
+    for where, holder in zip(places, holders, strict=True):
+        projection = getattr(*holder)
+        width = output_size(projection)
+        check_replaceable(projection)
+        if is_split(projection.weight):
             check_split(runtime.settings.rule)
-    targets = [
-        _target(config, width, settings, getattr(*holder), root) for width, holder in zip(widths, holders, strict=True)
-    ]
-    if any(target.source == "loss" for target in targets):
+        target = _target(config, width, settings, projection, root)
+        runtime.sites.append(LayerSite(runtime, where.index, where.mlp, where.name, target, width))
+    by_loss = runtime.sites[0].target.source == "loss"
+    if by_loss:
         check_backward(root, root.dtype)
-    sites = [
-        LayerSite(runtime, p.index, p.mlp, p.name, target, width)
-        for p, target, width in zip(places, targets, widths, strict=True)
-    ]
-    fasts = [make_fast(getattr(*h), site) for h, site in zip(holders, sites, strict=True)]
+    fasts = [make_fast(getattr(*holder), site) for holder, site in zip(holders, runtime.sites, strict=True)]
 
-    for where, holder, site, fast in zip(places, holders, sites, fasts, strict=True):
+    for where, holder, site, fast in zip(places, holders, runtime.sites, fasts, strict=True):
         setattr(*holder, fast)
         for name in sorted(site.names):
             setattr(where.mlp, f"ttt_{name}", getattr(site.target, name))
-        runtime.sites.append(site)
         runtime.handles += [
-            where.attention.register_forward_pre_hook(OnePass(site).before_attention, with_kwargs=True),
+            where.attention.register_forward_pre_hook(site.before_attention, with_kwargs=True),
             where.mlp.register_forward_pre_hook(site.before_mlp, with_kwargs=True),
             where.mlp.register_forward_hook(site.after_mlp, always_call=True),
         ]
@@ -158,10 +165,10 @@ def install(model: Model, config: InPlaceTTTConfig) -> Model:
         if (attention := attention_of(layer)) is not None:
             runtime.handles.append(attention.register_forward_pre_hook(runtime.before_attention, with_kwargs=True))
     text = text_model(root, family)
-    nested = None if text is root.base_model else NestedText(runtime)
-    if nested is not None:
-        runtime.handles.append(text.register_forward_pre_hook(nested.before_text, with_kwargs=True))
-    before_model = runtime.before_model if nested is None else nested.before_model
+    nested = text is not root.base_model
+    if nested:
+        runtime.handles.append(text.register_forward_pre_hook(runtime.before_text, with_kwargs=True))
+    before_model = runtime.before_whole if nested else runtime.before_model
     runtime.handles += [
         root.base_model.register_forward_pre_hook(before_model, with_kwargs=True),
         root.base_model.register_forward_hook(runtime.after_model, always_call=True),
@@ -169,22 +176,22 @@ def install(model: Model, config: InPlaceTTTConfig) -> Model:
     ]
     runtime.handles.append(Forward(runtime, root.base_model))
     root.base_model.__dict__["forward"] = runtime.handles[-1]
-    if any(target.source == "loss" for target in targets):
+    if by_loss:
         runtime.loss_forward = LossForward(runtime, root.forward)
     root.__dict__[RUNTIME] = runtime
-    root.__dict__.update(runtime.overrides())
+    root.__dict__.update(Overrides(runtime).by_name())
     for part in root.modules():
         if isinstance(part, PreTrainedModel):
             part.__dict__["_init_weights"] = InitWeights(part)
     root.config.inplace_ttt = config.to_dict()
-    after_attach(root)
+    rename_attached(root)
     return model
 
 
 def detach(model: Model) -> Model:
     """Remove the fast weights from ``model`` in place and return it: the plain model with its present parameters."""
     root, runtime = unwrap(model), runtime_of(model)
-    before_detach(root)
+    rename_detached(root)
     for handle in (*runtime.handles, *(site.wrapper_hook for site in runtime.sites if site.wrapper_hook)):
         handle.remove()
     for site in runtime.sites:
@@ -195,7 +202,7 @@ def detach(model: Model) -> Model:
         for name, child in list(parent.named_children()):
             if isinstance(child, FastWeight):
                 setattr(parent, name, make_slow(child))
-    for name in (RUNTIME, *runtime.overrides()):
+    for name in (RUNTIME, *Overrides(runtime).by_name()):
         del root.__dict__[name]
     if (
         runtime.loss_forward is not None
@@ -204,13 +211,6 @@ def detach(model: Model) -> Model:
         root.__dict__["forward"] = runtime.loss_forward.forward  # another library's, from before attach
     del root.config.inplace_ttt
     return model
-
-
-def _std(root: PreTrainedModel, config: InPlaceTTTConfig) -> float:
-    """Return sigma of P's initial diagonal."""
-    text = root.config.get_text_config(decoder=True)
-    std: float = config.init_std if config.init_std is not None else getattr(text, "initializer_range", 0.02)
-    return std
 
 
 def _target(
@@ -308,8 +308,7 @@ def inspect(model: nn.Module) -> list[LayerInfo]:
     infos = []
     for site in runtime.sites:
         fast = site.projection()
-        D = output_size(fast)
-        F = next(s for s in (getattr(fast, n, None) for n in ("in_features", "nx")) if isinstance(s, int))
+        D, F = output_size(fast), input_size(fast)
         extra = sum(p.numel() for n, p in site.mlp.named_parameters() if n.startswith("ttt_"))
         state = rule.init(1, D, F, torch.empty(0, dtype=torch.float32, device="meta"))
         size = sum(x.numel() * x.element_size() for x in state.values())

@@ -61,13 +61,8 @@ class InPlaceTTTForCausalLM:
         kind = type(model).__name__
         if kind.endswith(CLASSIFIER) != (cls is not InPlaceTTTForCausalLM):
             raise UserError(f"{directory} holds a {kind}: load it with inplace_ttt.from_pretrained")
-        report: dict[str, Any] = {
-            "missing_keys": set(),
-            "unexpected_keys": set(),
-            "mismatched_keys": set(),
-            "error_msgs": [],
-        }
-        return (model, report) if wants_report else model
+        report: dict[str, set[str]] = {name: set() for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+        return (model, {**report, "error_msgs": []}) if wants_report else model
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:

@@ -173,7 +173,5 @@ def pieces_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def register_pieces() -> None:
-    """Register ``PIECES`` with transformers."""
-    AttentionInterface.register(PIECES, pieces_attention)
-    AttentionMaskInterface.register(PIECES, pieces_mask)
+AttentionInterface.register(PIECES, pieces_attention)
+AttentionMaskInterface.register(PIECES, pieces_mask)

@@ -1,7 +1,7 @@
 """Forward calls as the adapting layers see them.
 
 A call knows the layout of its tokens and computes every layer's output (``project``). Here: calls of complete
-rows. ``steps.Step`` is one token a row, ``parallel_projection.SliceCall`` a slice of a row.
+rows. ``steps.Step`` is one token a row, ``parallel.SliceCall`` a slice of a row.
 """
 
 from collections.abc import Callable
@@ -75,9 +75,6 @@ class WholeCall:
             slow = plain(z)
             out = (slow + out).to(slow.dtype)
         return out if table.updates else site.anchored(out)
-
-    def end(self) -> None:
-        pass
 
 
 class SplitTarget:

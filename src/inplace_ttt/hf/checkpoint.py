@@ -27,7 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import distribute_tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from ..config import InPlaceTTTConfig
@@ -37,19 +38,22 @@ from .card import write_card
 from .directory import (
     BASE,
     CONFIG,
+    FETCHING,
     MODEL_TYPE,
     SETTINGS,
     TENSORS,
+    UPLOADING,
     check_free,
+    fetch,
     place_of_base,
     read_json,
     split_config,
+    take,
+    upload,
     write_config,
 )
-from .hub_files import FETCHING, UPLOADING, fetch, take, upload
 from .linear import is_dense
 from .names import BaseModel, base_of, rename_loaded
-from .nested import auto_class
 from .release import is_release, load_release
 from .sharding import is_sharded, whole, whole_state
 from .tensor_parallel import is_split
@@ -57,6 +61,8 @@ from .tensor_parallel import is_split
 SAMPLES = 16
 MODEL_KEYWORDS = ("dtype", "torch_dtype", "attn_implementation", "quantization_config")
 """Keywords that transformers' ``from_pretrained`` accepts beside a configuration."""
+HUB_KEYWORDS = ("gguf_file", "revision", "token", "subfolder", "cache_dir", "local_files_only", "trust_remote_code")
+"""Those that its ``AutoConfig`` needs."""
 
 
 def adapter_state(model: nn.Module, projections: bool = False) -> dict[str, Tensor]:
@@ -171,7 +177,7 @@ def save_base(
 ) -> None:
     """Write transformers' own files of the base model; a sharded one is written through an unsharded meta model."""
     if not sharded:
-        type(root).save_pretrained(root, path, state_dict=state, **kwargs)  # not the override in ``saving``
+        type(root).save_pretrained(root, path, state_dict=state, **kwargs)  # not the override
         return
     config = copy.deepcopy(root.config)
     config.dtype = next(x.dtype for x in state.values() if x.is_floating_point())
@@ -278,7 +284,7 @@ def load_plain(
     transformers_logging.set_verbosity(logging.ERROR)
     try:
         kwargs = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}  # an error below names them
-        loader = auto_class(path, kwargs, model_type) if loader is None else loader
+        loader = _auto_class(path, kwargs, model_type) if loader is None else loader
         loaded: Any = loader.from_pretrained(path, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"transformers cannot load {path}: missing or damaged? ({in_one_line(error)})") from None
@@ -292,6 +298,22 @@ def load_plain(
     if extra:
         raise UserError(f"{path} has weights that {type(model).__name__} does not know: {', '.join(extra[:3])}")
     return model  # type: ignore[no-any-return]
+
+
+def _auto_class(path: Path | str, kwargs: dict[str, Any], model_type: str | None = None) -> Any:
+    """Return transformers' auto class for a checkpoint: with its other modalities if it was saved with them.
+
+    ``model_type``: of the requested model; a text model inside another type of model is loaded alone. ``kwargs``: those
+    for ``from_pretrained``. Raises the errors of ``AutoConfig.from_pretrained``.
+    """
+    config: Any = kwargs.get("config")
+    if not hasattr(config, "model_type"):
+        config = AutoConfig.from_pretrained(path, **{k: v for k, v in kwargs.items() if k in HUB_KEYWORDS})
+    saved = (getattr(config, "architectures", None) or [None])[0]
+    several = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    if several is not None and several == saved and model_type in (None, config.model_type):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def stored_added(path: Path, variant: str | None = None) -> dict[str, Tensor]:

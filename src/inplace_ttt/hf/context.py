@@ -7,7 +7,7 @@ Hooks are bound methods of plain objects, so deep copies of a model point to the
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..config import InPlaceTTTConfig
 from ..core import ChunkTable, FastWeights, document_ids
 from ..errors import UserError
-from .cache import FastCacheLayer, fast_layers, mark_broken, mark_stale
+from .cache import FastCacheLayer, cache_name, fast_layers, mark_broken, mark_stale
 from .calls import CALL, WholeCall
 from .masks import read_mask
 from .settings import PerThread, Settings
@@ -39,8 +39,7 @@ class Runtime:
         self.sites: list[LayerSite] = []
         self.handles: list[Any] = []
         self.parameters = list(inspect.signature(model.base_model.forward).parameters)
-        self.cache_name = "cache" if "cache" in self.parameters else "past_key_values"
-        """transformers' name for the cache argument: the first from 5.24 on, in most families."""
+        self.cache_name = cache_name(model.base_model)
         self.model = model
         self.prepared: Step | None = None
         """Step prepared by the caller, who must also call ``end()`` (``DecodingGraph``)."""
@@ -103,7 +102,7 @@ class Runtime:
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = dict(zip(self.parameters, args, strict=False)) | kwargs
         if type(given.get("cache")).__name__ == "PagedAttentionCache" or "write_index" in given:
-            self.no_continuous_batching()
+            no_continuous_batching()
         if given.get("cache") is not None:
             given["past_key_values"] = given["cache"]
         if getattr(module, "_is_replica", False):
@@ -122,7 +121,7 @@ class Runtime:
             step = self.begin_step(given, tokens_are_real)
         cache = None
         if step is not None:
-            context.call, context.ends = step, mine
+            context.call, context.step = step, step if mine else None
         elif inner is None:
             context.call, cache = self._call(module, given)
         if given.get("inputs_embeds") is not None:
@@ -133,6 +132,23 @@ class Runtime:
                 raise ValueError(f"pass {self.cache_name} by keyword")
             kwargs[self.cache_name] = cache
         return args, kwargs
+
+    def before_whole(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run ``before_model`` of a model of several modalities, whose vision tower does not see the context."""
+        args, kwargs = self.before_model(module, args, kwargs)
+        return args, {k: v for k, v in kwargs.items() if k != CONTEXT}
+
+    def before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Pass the running call's context to its language model, with the embeddings that this reads.
+
+        Image features replace placeholder tokens there; mask, positions and cache are those of the whole model's call.
+        """
+        context = self.current
+        if context is None:
+            return None
+        if kwargs.get("inputs_embeds") is not None:
+            context.embeddings = kwargs["inputs_embeds"]
+        return args, {**kwargs, CONTEXT: context}
 
     def after_embedding(self, module: nn.Module, args: Any, output: Tensor) -> None:
         context = self._current.get()
@@ -159,8 +175,8 @@ class Runtime:
                 site.forget()
             if context.begun:
                 mark_broken(getattr(context.call, "slots", {}))
-        elif context.ends and context.call is not None:
-            context.call.end()
+        elif context.step is not None:
+            context.step.end()
 
     # -- one call -------------------------------------------------------------------------------------------------
 
@@ -186,19 +202,8 @@ class Runtime:
         seen = next((slot.fast.seen for slot in slots.values()), None)
         if any(slot.fast.seen != seen for slot in slots.values()):
             raise ValueError("a call on this cache broke off half way through the layers: start from an empty cache")
-        fresh = given.get("past_key_values") is None
-        position_ids = given.get("position_ids")
         first = next((slot.fast for slot in slots.values()), None)
-        numbered = given.get("seq_idx")
-        real, numbers = read_mask(self.mask_of(given), rows, tokens, cache, first, divided=numbered is None)
-        documents = document_ids(
-            real,
-            position_ids if fresh and position_ids is not None and position_ids.dim() == 2 else None,
-            numbers if numbered is None else numbered,
-            given.get("cu_seq_lens_q"),
-            rows=rows,
-            tokens=tokens,
-        )
+        documents = self.documents(given, rows, tokens, cache, first)
         table = ChunkTable.build(
             rows,
             tokens,
@@ -209,6 +214,17 @@ class Runtime:
             from_zero=rule.from_zero,
         )
         return WholeCall(settings, table, slots), cache
+
+    def documents(
+        self, given: dict[str, Any], rows: int, tokens: int, cache: Cache | None, state: FastWeights | None
+    ) -> Tensor | None:
+        """Return the document number of each token of a call, as ``core.document_ids`` does."""
+        numbers, positions = given.get("seq_idx"), given.get("position_ids")
+        real, found = read_mask(self.mask_of(given), rows, tokens, cache, state, divided=numbers is None)
+        if given.get("past_key_values") is not None or (positions is not None and positions.dim() != 2):
+            positions = None
+        numbers = found if numbers is None else numbers
+        return document_ids(real, positions, numbers, given.get("cu_seq_lens_q"), rows=rows, tokens=tokens)
 
     def mask_of(self, given: dict[str, Any]) -> Any:
         """Return a call's mask; the 2-D one where ``generate`` prepared another from it."""
@@ -255,110 +271,13 @@ class Runtime:
             return None
         return DynamicCache(config=self.model_config)
 
-    # -- methods of the model that do not work with fast weights --------------------------------------------------
 
-    def overrides(self) -> dict[str, Callable[..., Any]]:
-        """Return replacements of the model's own methods, by name."""
-        return {
-            "_valid_auto_compile_criteria": self.may_compile,
-            "prepare_inputs_for_generation": PrepareInputs(self),
-            "_update_model_kwargs_for_generation": self.extend_mask,
-            "init_continuous_batching": self.no_continuous_batching,
-            **({} if self.loss_forward is None else {"forward": self.loss_forward, "generate": self.generate}),
-        }
-
-    def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's ``generate`` and record the prompt length, to tell read tokens from written ones."""
-        model: Any = type(self.model)
-        given = [inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
-        prompt = next((x.shape[1] for x in given if isinstance(x, Tensor)), 1)
-        with self.prompt.as_(prompt):
-            return model.generate(self.model, inputs, *args, **kwargs)
-
-    def may_compile(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
-        """Tell if ``generate`` may compile the forward with a static cache: single steps, not pieces of a prompt."""
-        if (
-            getattr(generation_config, "prefill_chunk_size", None) is not None
-            or not self.settings.rule.linear
-            or self.loss_forward is not None
-        ):
-            return False
-        model: Any = type(self.model)
-        found: bool = model._valid_auto_compile_criteria(self.model, model_kwargs, generation_config)
-        return found
-
-    def extend_mask(self, *args: Any, **kwargs: Any) -> Any:
-        """Run ``generate``'s own method, which adds the written token to the mask, and record the result."""
-        model: Any = type(self.model)
-        found = model._update_model_kwargs_for_generation(self.model, *args, **kwargs)
-        self.extended_mask.set(found.get("attention_mask"))
-        return found
-
-    def no_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(
-            "continuous batching mixes requests in one row and names none of them, so fast weights cannot follow: "
-            "call generate() instead"
-        )
-
-
-class Forward:
-    """A wrapper of the base model's forward that clears an interrupted call: PyTorch does not run hooks then."""
-
-    def __init__(self, runtime: Runtime, module: nn.Module) -> None:
-        self.runtime, self.module = runtime, module
-        self.own: Callable[..., Any] | None = module.__dict__.get("forward")
-        """The module's own ``forward`` attribute, if it had one."""
-
-    @property
-    def __signature__(self) -> inspect.Signature:  # transformers reads accepted arguments from it
-        return inspect.signature(type(self.module).forward.__get__(self.module) if self.own is None else self.own)
-
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        # Not as a bound method: compiled code looks it up again after a graph break, and would find this object.
-        kind: Any = type(self.module)
-        return kind.forward(self.module, *args, **kwargs) if self.own is None else self.own(*args, **kwargs)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self._forward(*args, **kwargs)
-        try:
-            return self._forward(*args, **kwargs)
-        except BaseException as error:
-            if not isinstance(error, Exception):
-                self.runtime.after_model(self.module, args, None)
-            raise
-
-    def remove(self) -> None:
-        """Restore the previous ``forward``, unless other code has replaced this one since."""
-        if self.module.__dict__.get("forward") is self:
-            del self.module.__dict__["forward"]
-            if self.own is not None:
-                self.module.__dict__["forward"] = self.own
-
-
-class PrepareInputs:
-    """A wrapper of ``generate``'s own method. Without a mask, or with one just extended, the next token is real."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
-
-    @property
-    def __signature__(self) -> inspect.Signature:  # transformers reads accepted arguments from it
-        return inspect.signature(self._own)
-
-    @property
-    def _own(self) -> Any:
-        model: Any = self.runtime.model
-        return type(model).prepare_inputs_for_generation.__get__(model)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        mask, runtime = kwargs.get("attention_mask"), self.runtime
-        runtime.tokens_are_real.set(mask is None or mask is runtime.extended_mask.get())
-        runtime.extended_mask.clear()
-        inputs = self._own(*args, **kwargs)
-        made = inputs.get("attention_mask")
-        runtime.prepared_mask.set((None, None) if made is mask else (made, mask))
-        return inputs
+def no_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
+    """Refuse transformers' continuous batching, as a method of the model or in a call."""
+    raise NotImplementedError(
+        "continuous batching mixes requests in one row and names none of them, so fast weights cannot follow: "
+        "call generate() instead"
+    )
 
 
 def rows_are_cut() -> str | None:

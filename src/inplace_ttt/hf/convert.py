@@ -5,18 +5,21 @@ A sharded checkpoint is a directory of torch.distributed.checkpoint (with ``.met
 tensors only: the model's shape comes from that file, or from another saved model.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..config import InPlaceTTTConfig
 from ..errors import UserError
-from .attach import install, is_attached, unwrap
+from .attach import install, unwrap
 from .checkpoint import from_pretrained, load_plain, save_pretrained
-from .directory import BASE, CONFIG, SETTINGS, mark_config, read_json, split_config, tokenizer_places
+from .directory import BASE, CONFIG, SETTINGS, find_tokenizer, mark_config, read_json, split_config
 from .release import save_release
 
 
@@ -35,7 +38,8 @@ def convert(
         model = _from_shards(shards, config)
     else:
         model = from_pretrained(source, model=None if base is None else load_plain(base, {}))
-    tokenizer = _tokenizer(source, config)
+    # Of a sharded checkpoint, the tokenizer is beside it or beside ``config``.
+    tokenizer, _ = find_tokenizer(source, *([] if config is None else [config]), source.parent)
     if to == "model":
         save_pretrained(model, out, tokenizer)
     elif to == "adapter":
@@ -48,18 +52,6 @@ def convert(
         tokenizer.save_pretrained(out)
 
 
-def _tokenizer(source: Path, config: Path | None) -> Any:
-    """Load the tokenizer of a directory; of a sharded one, that beside it or beside ``config``; None without one."""
-    places = [place for path in (source, config, source.parent) if path is not None for place in tokenizer_places(path)]
-    for place, where in places:
-        if not Path(place).is_dir() or any(Path(place).glob("tokenizer*")):
-            try:
-                return AutoTokenizer.from_pretrained(place, **where)
-            except (OSError, ValueError):
-                continue
-    return None
-
-
 def sharded_directory(source: Path) -> Path | None:
     """Return the directory of shards: ``source`` itself, or one inside it."""
     found = [source, source / "sharded", *sorted(source.glob("pytorch_model_fsdp_*"))]
@@ -67,35 +59,30 @@ def sharded_directory(source: Path) -> Path | None:
 
 
 def _to_shards(model: Any, out: Path) -> None:
-    from torch.distributed.checkpoint.state_dict_saver import save
-
     out.mkdir(parents=True)
-    save({"model": unwrap(model).state_dict()}, checkpoint_id=str(out), no_dist=True)
+    save({"model": unwrap(model).state_dict()}, checkpoint_id=out, no_dist=True)
     unwrap(model).config.save_pretrained(out)
     mark_config(out)
 
 
 def _from_shards(shards: Path, config: Path | None) -> Any:
-    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
     model = _empty(shards, config)
-    state: dict[str, Any] = {}
-    everything: Any = _EmptyStateDictLoadPlanner
-    _load_state_dict(state, storage_reader=FileSystemReader(str(shards)), planner=everything(), no_dist=True)
-    tensors: dict[str, Tensor] = state.get("model", state)
     own = unwrap(model).state_dict()
-    missing, extra = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    stored = FileSystemReader(shards).read_metadata().state_dict_metadata
+    prefix = "model." if any(f"model.{name}" in stored for name in own) else ""  # of the model beside an optimizer
+    sizes = {n.removeprefix(prefix): getattr(x, "size", None) for n, x in stored.items() if n.startswith(prefix)}
+    missing, extra = sorted(set(own) - set(sizes)), sorted(set(sizes) - set(own))
     if missing or extra:
         raise UserError(
             f"{shards} is of another model (lacks {missing[:3]}, has {extra[:3]} too many): name one of its shape with "
             "--config"
         )
-    for name, tensor in tensors.items():
-        if own[name].shape != tensor.shape:
-            raise UserError(f"{shards}: {name} has shape {tuple(tensor.shape)}, the model {tuple(own[name].shape)}")
-    unwrap(model).load_state_dict(tensors)
+    for name, size in sizes.items():
+        if own[name].shape != size:
+            raise UserError(f"{shards}: {name} has shape {tuple(size or ())}, the model {tuple(own[name].shape)}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is")  # that it is not in use
+        load({"model": own} if prefix else own, checkpoint_id=shards, no_dist=True)
     return model
 
 
@@ -115,6 +102,5 @@ def _empty(shards: Path, config: Path | None) -> Any:
         make: Any = AutoModelForCausalLM.from_config
         model = make(found, dtype=torch.float32)
         install(model, InPlaceTTTConfig.from_dict(settings))
-        assert is_attached(model)
         return model
     raise UserError(f"{shards} holds tensors only: name a saved model of the same shape with --config")

@@ -1,4 +1,4 @@
-"""The files of a saved directory: their names, its ``config.json``, and the place of its tokenizer.
+"""The files of a saved directory: their names, its ``config.json``, the place of its tokenizer, and the hub.
 
 ``config.json`` has a model type of this library, see ``auto``.
 """
@@ -7,14 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..errors import UserError
+from ..errors import UserError, in_one_line
+from ..hub import require_hub_id
 from .names import SAVE_FIRST
 
 SETTINGS, TENSORS, BASE = "inplace_ttt.json", "inplace_ttt.safetensors", "base"
 MODEL_TYPE, ARCHITECTURE, CONFIG = "inplace_ttt", "InPlaceTTTForCausalLM", "config.json"
+FETCHING = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+UPLOADING = ("repo_id", "token", "private", "commit_message", "revision", "create_pr")
 LOAD_WHOLE = "this directory has fast weights: load it with inplace_ttt.from_pretrained"
 """Stored in a field that a model's own configuration class reads as a number, so that loading fails with this text."""
 
@@ -88,3 +91,61 @@ def place_of_base(path: Path, base: dict[str, Any]) -> str:
     """Return the name of an adapter's base; relative paths start at the current directory or at the adapter's."""
     name = str(base["name"])
     return name if Path(name).is_dir() or not (path / name).is_dir() else str(path / name)
+
+
+def find_tokenizer(*paths: str | Path) -> tuple[Any, str]:
+    """Load the tokenizer of the first of these directories or hub ids with one; without any: None and the reason."""
+    reason = "no tokenizer files"
+    for place, where in (place for path in paths for place in tokenizer_places(path)):
+        if not Path(place).is_dir() or any(Path(place).glob("tokenizer*")):
+            try:
+                return AutoTokenizer.from_pretrained(place, **where), ""
+            except (OSError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+    return None, reason
+
+
+# -- on the hub --------------------------------------------------------------------------------------------------------
+
+
+def take(kwargs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Take the keywords with these names out of ``kwargs``."""
+    return {name: kwargs.pop(name) for name in names if name in kwargs}
+
+
+def fetch(directory: str | Path, subfolder: str = "", **hub: Any) -> Path:
+    """Return the local directory of a model: ``directory`` itself, or a copy of that hub id; in it, ``subfolder``.
+
+    ``hub``: the keywords in ``FETCHING``, as huggingface_hub has them. Raises UserError when there is none.
+    """
+    path = Path(directory).expanduser()
+    if path.is_dir():
+        if hub.get("revision") not in (None, "main"):
+            raise UserError(f"{directory} is a local directory, which has no revision {hub['revision']!r}")
+    else:
+        require_hub_id(str(directory))
+        from huggingface_hub import snapshot_download
+
+        if subfolder:
+            hub["allow_patterns"] = [f"{subfolder.strip('/')}/*"]
+        try:
+            path = Path(snapshot_download(str(directory), **hub))
+        except Exception as error:
+            raise UserError(
+                f"{directory} is not a local directory and could not be fetched from the hub ({in_one_line(error)})"
+            ) from None
+    if not (path / subfolder).is_dir():
+        raise UserError(f"{directory} has no directory {subfolder}")
+    return path / subfolder
+
+
+def upload(
+    directory: Path, *, repo_id: str | None = None, token: Any = None, private: bool | None = None, **how: Any
+) -> None:
+    """Upload a directory to the hub; ``repo_id`` None: its own name. ``how``: further keywords of ``UPLOADING``."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo = api.create_repo(repo_id or directory.resolve().name, private=private, exist_ok=True).repo_id
+    how["commit_message"] = how.get("commit_message") or "Upload model with fast weights"
+    api.upload_folder(repo_id=repo, folder_path=directory, **how)

@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
@@ -80,26 +79,31 @@ def make_fast(slow: nn.Module, site: Site) -> nn.Module:
 
     Raises UserError where the weight is offloaded or something else replaced the module's forward.
     """
-    hook, split = _take_device_hook(slow), split_forward(slow)
-    fast = _rebuild(type(slow))
-    fast.__dict__.update({k: v for k, v in slow.__dict__.items() if split is None or k != "forward"})
-    fast.__dict__["site"] = site
-    if split is not None:
-        fast.__dict__["split"] = True
-        split[0].install_forward(fast, split[1])
-    return _give_device_hook(fast, hook)
+    return _remade(slow, _class_for(type(slow)), site)
 
 
 def make_slow(fast: nn.Module) -> nn.Module:
     """Return the plain module, with the same parameters, buffers and hooks."""
-    hook, split = _take_device_hook(fast), split_forward(fast)
-    slow_class: type[nn.Module] = fast.slow_class  # type: ignore[assignment]
-    slow = slow_class.__new__(slow_class)
+    return _remade(fast, fast.slow_class)  # type: ignore[arg-type]
+
+
+def _remade(old: nn.Module, cls: type[nn.Module], site: Site | None = None) -> nn.Module:
+    check_replaceable(old)
+    hook: Any = old.__dict__.get("_hf_hook")  # accelerate's; it wraps a bound forward and would call the old module
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+        remove_hook_from_module(old)
+        old.__dict__.pop("forward", None)
+    split = split_forward(old)
+    new = cls.__new__(cls)
     left = {"site"} if split is None else {"site", "split", "forward"}
-    slow.__dict__.update({k: v for k, v in fast.__dict__.items() if k not in left})
+    new.__dict__.update({k: v for k, v in old.__dict__.items() if k not in left})
+    if site is not None:
+        new.__dict__.update({"site": site} if split is None else {"site": site, "split": True})
     if split is not None:
-        split[0].install_forward(slow, split[1])
-    return _give_device_hook(slow, hook)
+        split[0].install_forward(new, split[1])
+    return new if hook is None else add_hook_to_module(new, hook)
 
 
 def innermost(module: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -140,27 +144,6 @@ def check_replaceable(module: nn.Module) -> None:
             f"the forward of a {type(module).__name__} was replaced (offloaded weights?): load the model whole onto "
             "one or more devices, without offloading, attach, and offload it then (accelerate.dispatch_model)"
         )
-
-
-def _take_device_hook(module: nn.Module) -> Any:
-    """Remove and return accelerate's hook, which wraps a bound forward and would call the replaced module."""
-    check_replaceable(module)
-    hook = module.__dict__.get("_hf_hook")
-    if hook is not None:
-        from accelerate.hooks import remove_hook_from_module
-
-        remove_hook_from_module(module)
-        module.__dict__.pop("forward", None)  # it is bound to this module
-    return hook
-
-
-def _give_device_hook(module: nn.Module, hook: Any) -> nn.Module:
-    if hook is None:
-        return module
-    from accelerate.hooks import add_hook_to_module
-
-    hooked: nn.Module = add_hook_to_module(module, hook)
-    return hooked
 
 
 _DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -205,21 +188,16 @@ def device_of(module: Any) -> torch.device:
 
 def output_size(projection: nn.Module) -> int:
     """Return D of a linear-like module."""
-    for name in ("out_features", "nf"):
+    return _size(projection, "output", "out_features", "nf")
+
+
+def input_size(projection: nn.Module) -> int:
+    """Return F of a linear-like module."""
+    return _size(projection, "input", "in_features", "nx")
+
+
+def _size(projection: nn.Module, side: str, *names: str) -> int:
+    for name in names:
         if isinstance(size := getattr(projection, name, None), int):
             return size
-    raise UserError(f"cannot tell the output size of {type(projection).__name__}: it must be a linear layer")
-
-
-class InitWeights:
-    """A replacement of a model's ``_init_weights`` that also initialises the added parameters (after ``to_empty``)."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-
-    def __call__(self, module: nn.Module) -> None:
-        if getattr(module, "_inplace_ttt_added", False):
-            module.reset_parameters()  # type: ignore[operator]
-        else:
-            own: Any = type(self.model)._init_weights
-            own(self.model, module)
+    raise UserError(f"cannot tell the {side} size of {type(projection).__name__}: it must be a linear layer")

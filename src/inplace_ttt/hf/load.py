@@ -16,7 +16,7 @@ from ..hub import check_gguf, require_hub_id
 from ..shipped import DEFAULT_MODEL, SHIPPED
 from .attach import PLAIN, install, is_attached, runtime_of
 from .checkpoint import from_pretrained, has_fast_weights, load_plain
-from .directory import tokenizer_places
+from .directory import find_tokenizer
 
 WORDS = 200
 """Number of words of a converted tokenizer's vocabulary to check."""
@@ -79,12 +79,12 @@ def load_model(model: str | Path, device: str | None = None, dtype: str | torch.
 def load_baseline(model: str | Path, device: str | None = None) -> PreTrainedModel:
     """Load a model to compare with, plain or with fast weights; UserError when it cannot be loaded."""
     place, model = _device(device), _place_of(model)
-    dtype: Any = torch.float32 if place.type == "cpu" else "auto"
     path = Path(model).expanduser()
     if has_fast_weights(path):
-        return from_pretrained(path, dtype=dtype).to(place).eval()  # type: ignore[no-any-return]
+        return load_model(path, device)
     if not path.is_dir():
         require_hub_id(str(model))
+    dtype = torch.float32 if place.type == "cpu" else "auto"
     plain: Any = load_plain(path if path.is_dir() else str(model), {"dtype": dtype})
     return plain.to(place).eval()  # type: ignore[no-any-return]
 
@@ -112,14 +112,9 @@ def _plain(model: str | Path, device: str | None, window: int | None) -> PreTrai
 
 def load_tokenizer(model: str | Path, loaded: PreTrainedModel) -> Any:
     """Load the tokenizer beside a model, in its base, or of the base that an adapter names. UserError without one."""
-    reason = "no tokenizer files"
-    for place, where in tokenizer_places(model):
-        if Path(place).is_dir() and not any(Path(place).glob("tokenizer*")):
-            continue
-        try:
-            return AutoTokenizer.from_pretrained(place, **where)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+    tokenizer, reason = find_tokenizer(model)
+    if tokenizer is not None:
+        return tokenizer
     raise UserError(f"no tokenizer for {model} ({reason}): save one beside it with tokenizer.save_pretrained")
 
 

@@ -15,127 +15,50 @@ Shapes: B rows, T tokens of a call, C of a chunk, n of a piece, V vocabulary, D,
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..config import InPlaceTTTConfig
-from ..core import FastWeights, Rule, document_ids
+from ..core import FastWeights, Rule
 from ..core.algebra import state_dtype
 from ..errors import UserError
-from .block_attention import register_pieces
+from . import block_attention as block_attention  # registers its attention
 from .cache import FastCacheLayer, cache_name, fast_layers, mark_broken
-from .linear import device_of, is_dense
-from .masks import read_mask
+from .context import Runtime, fast_weights
+from .linear import device_of, input_size, is_dense
+from .pending import IGNORED, Record, cache_before
 from .settings import Settings
 from .sites import LayerSite
 
-if TYPE_CHECKING:
-    from .context import Runtime
-
-register_pieces()
-IGNORED = -100
 _AT_ONCE = 1 << 25  # logits converted to float32 at a time
-Sliding = dict[int, tuple[Tensor, Tensor]]
-"""Keys and values of the sliding layers, by layer."""
 
 
-@dataclass(frozen=True, eq=False)
-class Record:
-    """A record of a cache's pending chunks: its columns from ``base`` on. Replaced, never modified in place.
-
-    ids [B, n] (``IGNORED`` where a column has no id), learn [B, n]: True where a column's loss counts; embeds
-    [B, n, D]: inputs without ids; real [B, base + n]: which columns are tokens, None: all; starts: the columns at which
-    each row's last chunks began, with the chunk's number; sliding: the sliding layers' keys before these columns.
-    """
-
-    base: int
-    ids: Tensor
-    learn: Tensor
-    positions: Tensor
-    embeds: Tensor | None = None
-    real: Tensor | None = None
-    starts: tuple[tuple[tuple[int, int], ...], ...] = ()
-    sliding: Mapping[int, Sliding] = field(default_factory=dict)
-
-    @property
-    def end(self) -> int:
-        """Return the total number of columns of the cache."""
-        return self.base + self.ids.shape[1]
-
-    def select(self, rows: Tensor) -> "Record":
-        """Return the record of other rows (beam reorder, batch selection or repetition)."""
-        pick: Callable[[Tensor], Tensor] = lambda x: x.index_select(0, rows.to(x.device))  # noqa: E731
-        kept = {c: {i: (pick(k), pick(v)) for i, (k, v) in s.items()} for c, s in self.sliding.items()}
-        return replace(
-            self,
-            ids=pick(self.ids),
-            learn=pick(self.learn),
-            positions=pick(self.positions),
-            embeds=None if self.embeds is None else pick(self.embeds),
-            real=None if self.real is None else pick(self.real),
-            starts=tuple(self.starts[b] for b in rows.tolist()),
-            sliding=kept,
-        )
-
-    def crop(self, columns: int, chunks: Sequence[int]) -> "Record":
-        """Return the record without the last ``columns``; ``chunks``: the number of each row's present chunk."""
-        n = self.ids.shape[1] - columns
-        starts = tuple(tuple(x for x in own if x[0] <= m) for own, m in zip(self.starts, chunks, strict=True))
-        if n < 0 or not all(starts):
-            raise ValueError("these tokens reach further back than the kept chunks")
-        return replace(
-            self,
-            ids=self.ids[:, :n],
-            learn=self.learn[:, :n],
-            positions=self.positions[:, :n],
-            embeds=None if self.embeds is None else self.embeds[:, :n],
-            real=None if self.real is None else self.real[:, : self.base + n],
-            starts=starts,
-        )
-
-    def trimmed(self, reach: int) -> "Record":
-        """Return the record without columns that kept chunks do not need; ``reach``: completed chunks to keep."""
-        starts = tuple(own[-reach - 1 :] for own in self.starts)
-        first = min(column for own in starts for _, column in own)
-        drop = first - self.base
-        wanted = {column for own in starts for _, column in own}
-        return replace(
-            self,
-            base=first,
-            ids=self.ids[:, drop:],
-            learn=self.learn[:, drop:],
-            positions=self.positions[:, drop:],
-            embeds=None if self.embeds is None else self.embeds[:, drop:],
-            starts=starts,
-            sliding={c: s for c, s in self.sliding.items() if c in wanted},
-        )
-
-
+@dataclass(eq=False)
 class LossCall:
     """A piece of a call: every layer reads with its state; with ``capture`` the tensors for a gradient are kept.
 
     ``train``: the parameters require gradients, too (``first_order``).
     """
 
-    def __init__(
-        self, rule: Rule, states: dict[int, FastWeights], rows: int, tokens: int, capture: bool, train: bool = False
-    ) -> None:
-        self.rule, self.states, self.rows, self.tokens = rule, states, rows, tokens
-        self.capture, self.train = capture, train
-        self.inputs: dict[int, Tensor] = {}
-        self.outputs: dict[int, Tensor] = {}
-        self.slow: dict[int, Tensor | None] = {}
+    rule: Rule
+    states: dict[int, FastWeights]
+    rows: int
+    tokens: int
+    capture: bool
+    train: bool = False
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+    slow: dict[int, Tensor | None] = field(default_factory=dict)
 
-    def project(
-        self, site: "LayerSite", module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def project(self, site: LayerSite, module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the projection's output [B, n, D]."""
         out = plain(z)
         with torch.autocast(z.device.type, enabled=False):
@@ -149,9 +72,6 @@ class LossCall:
             # Now: offloaded weights are loaded during the layer's own forward only.
             self.slow[site.index] = site.slow_weight(module, self.rule)
         return out
-
-    def end(self) -> None:
-        """Do nothing: the caller uses the captured tensors."""
 
 
 @torch.inference_mode(False)
@@ -180,7 +100,7 @@ def check_backward(model: nn.Module, dtype: torch.dtype) -> None:
 class LossForward:
     """A replacement of the model's forward that reads in chunks. ``forward``: the original."""
 
-    def __init__(self, runtime: "Runtime", forward: Callable[..., Any]) -> None:
+    def __init__(self, runtime: Runtime, forward: Callable[..., Any]) -> None:
         self.runtime, self.forward = runtime, forward
         self.names = list(inspect.signature(forward).parameters)
         self.cache_name = cache_name(runtime.model)
@@ -224,7 +144,6 @@ class _Learner:
         self.sites: dict[int, LayerSite] = {}
         self.slots: dict[int, FastCacheLayer] = {}
         self.record: Any = None
-        self.asking: list[nn.Parameter] | None = None
         self.B = 0
         self.device = torch.device("cpu")
 
@@ -246,12 +165,14 @@ class _Learner:
                 logits_to_keep=logits,
             )
 
+    @cached_property
+    def _asking(self) -> list[nn.Parameter]:
+        return [p for p in self.runtime.model.parameters() if p.requires_grad]
+
     @contextmanager
     def _frozen(self, active: bool) -> Iterator[None]:
         """Set ``requires_grad`` False for all parameters in the block: backward stops at the projections' outputs."""
-        if active and self.asking is None:
-            self.asking = [p for p in self.runtime.model.parameters() if p.requires_grad]
-        asking = (self.asking or ()) if active else ()
+        asking = self._asking if active else []
         for p in asking:
             p.requires_grad_(False)
         try:
@@ -260,13 +181,6 @@ class _Learner:
             for p in asking:
                 p.requires_grad_(True)
 
-    def _groups(self, done: list[int]) -> list[tuple[list[int], int]]:
-        """Group rows by the column at which their complete chunk began; return each group with its column."""
-        starts: dict[int, list[int]] = {}
-        for b in done:
-            starts.setdefault(self.record.starts[b][-1][1], []).append(b)
-        return [(rows, start) for start, rows in starts.items()]
-
     @torch.no_grad()
     def _again(self, rows: list[int], start: int, lengths: Sequence[int]) -> None:
         """Run the columns from ``start`` on once more for some rows, from the keys before them, and learn them.
@@ -274,41 +188,32 @@ class _Learner:
         ``lengths``: tokens of each row's chunk.
         """
         record, index = self.record, torch.tensor(rows, device=self.device)
-        span = slice(start - record.base, None)
-        ids, learn = (x[:, span].index_select(0, index) for x in (record.ids, record.learn))
-        real = None if record.real is None else record.real.index_select(0, index.to(record.real.device))
-        own = None if real is None else real[:, start:]
+        part, span = replace(record, sliding={}).select(index), slice(start - record.base, None)
+        ids, learn, positions = (x[:, span] for x in (part.ids, part.learn, part.positions))
+        real = torch.ones_like(learn) if part.real is None else part.real[:, start:]
         # A chunk of a padded row may begin after the column from which it is run.
-        n = ids.shape[1]
-        pending = torch.tensor(lengths, device=self.device)
-        count = torch.full((len(rows),), n, device=self.device) if own is None else own.sum(1)
-        order = (torch.ones_like(ids) if own is None else own.long()).cumsum(1)
-        inside = order > (count - pending)[:, None]
-        inside = inside if own is None else inside & own
+        order = real.cumsum(1)
+        inside = real & (order > order[:, -1:] - torch.tensor(lengths, device=self.device)[:, None])
         if not bool((learn & inside).any()):
-            self._write(rows, None, None, inside)
+            self._decay(rows)
             return
-        cache = _before(self.cache, self.runtime.model.config, start, record.sliding.get(start, {}), rows)
-        piece: dict[str, Any] = {"position_ids": record.positions[:, span].index_select(0, index)}
-        if record.embeds is None:
-            piece["input_ids"] = ids
-        else:
-            piece["inputs_embeds"] = record.embeds[:, span].index_select(0, index)
+        cache = cache_before(self.cache, self.runtime.model.config, start, record.sliding.get(start, {}), rows)
+        source = {"input_ids": ids} if part.embeds is None else {"inputs_embeds": part.embeds[:, span]}
         states = {}
         for i, slot in self.slots.items():
             states[i] = slot.fast
             if len(rows) < self.B:
                 states[i] = copy.copy(slot.fast)  # select replaces tensors and modifies none
                 states[i].select(rows)
-        call = LossCall(self.rule, states, len(rows), n, True)
-        mask = None if real is None else real.long()
-        output = self.call(call, piece, mask, cache, 0)
+        call = LossCall(self.rule, states, len(rows), ids.shape[1], True)
+        mask = None if part.real is None else part.real.long()
+        output = self.call(call, {**source, "position_ids": positions}, mask, cache, 0)
         self._write(rows, call, self._gradients(call, output.logits, ids, learn, inside), inside)
 
     def _gradients(
         self, call: LossCall, logits: Tensor, ids: Tensor, learn: Tensor, inside: Tensor | None
-    ) -> dict[int, Tensor] | None:
-        """Return -dL/do of every layer, [B, n, D]; None if no token is learned."""
+    ) -> dict[int, Tensor]:
+        """Return -dL/do of every layer, [B, n, D]."""
         weight = learn[:, 1:] & (ids[:, 1:] >= 0)
         if inside is not None:
             weight = weight & inside[:, 1:] & inside[:, :-1]
@@ -320,27 +225,23 @@ class _Learner:
         return {i: torch.zeros_like(o) if g is None else -g for i, o, g in found}
 
     @torch.no_grad()
-    def _write(
-        self, rows: list[int], call: LossCall | None, v: dict[int, Tensor] | None, inside: Tensor | None
-    ) -> None:
+    def _write(self, rows: list[int], call: LossCall, v: dict[int, Tensor], inside: Tensor | None) -> None:
         """Update the states by a chunk of some rows. ``inside`` [R, n]: its tokens; None: all."""
-        C = self.config.chunk_size
-        for i, site in self.sites.items():
-            fast, module = self.slots[i].fast, site.projection()
-            if call is None or v is None:
-                shape = (len(rows), C)
-                z = module.weight.new_zeros(
-                    *shape, _width(module), dtype=self._dtype(module.weight), device=device_of(module)
-                )
-                fast.complete_with(rows, self.rule, z, z.new_zeros(*shape, site.width), None, learned=False)
-                continue
-            z, own = call.inputs[i], v[i]
+        for i, slot in self.slots.items():
+            chunk = {"z": call.inputs[i], "v": v[i]}
             if inside is not None:
-                z, own = _packed_columns(z, inside, C), _packed_columns(own, inside, C)
-            fast.complete_with(rows, self.rule, z, own, call.slow[i])
+                chunk = {name: _packed_columns(x, inside, self.config.chunk_size) for name, x in chunk.items()}
+            slot.fast.complete(rows, self.rule, chunk, call.slow[i])
 
-    def _dtype(self, weight: Tensor) -> torch.dtype:
-        return weight.dtype if is_dense(weight) else self.runtime.model.dtype
+    def _decay(self, rows: list[int]) -> None:
+        """Update the states by a chunk of some rows that has nothing to learn."""
+        shape = len(rows), self.config.chunk_size
+        for i, site in self.sites.items():
+            module = site.projection()
+            dtype = module.weight.dtype if is_dense(module.weight) else self.runtime.model.dtype
+            z = torch.zeros(*shape, input_size(module), dtype=dtype, device=device_of(module))
+            chunk = {"z": z, "v": z.new_zeros(*shape, site.width)}
+            self.slots[i].fast.complete(rows, self.rule, chunk, None, learned=False)
 
 
 class _Reading(_Learner):
@@ -349,17 +250,20 @@ class _Reading(_Learner):
     def __init__(self, forward: LossForward, given: dict[str, Any]) -> None:
         caches = [given.pop(name, None) for name in ("cache", "past_key_values")]
         super().__init__(forward, next((x for x in caches if x is not None), None), given)
-        self.ids, self.embeds = given.pop("input_ids", None), given.pop("inputs_embeds", None)
-        source = self.ids if self.ids is not None else self.embeds
-        if source is None:
+        self.ids, embeds = given.pop("input_ids", None), given.pop("inputs_embeds", None)
+        self.source_name = "inputs_embeds" if self.ids is None else "input_ids"
+        self.source: Any = embeds if self.ids is None else self.ids
+        if self.source is None:
             raise ValueError("a call needs input_ids or inputs_embeds")
-        self.B, self.T = source.shape[:2]
-        self.device = source.device
+        self.B, self.T = self.source.shape[:2]
+        self.device = self.source.device
         self.mask, self.positions = self.runtime.mask_of(given), given.pop("position_ids", None)
         given.pop("attention_mask", None)
         self.labels, self.use_cache = given.pop("labels", None), given.pop("use_cache", None)
         self.keep = given.pop("logits_to_keep", 0)
         self.return_dict = given.pop("return_dict", None)
+        self.real: Tensor | None = None
+        """Which of the call's tokens are not padding, bool [B, T]; None: all."""
         self.begun = False
         """True once the cache may have changed."""
         self.hidden = given.get("output_hidden_states")
@@ -371,8 +275,14 @@ class _Reading(_Learner):
     def run(self) -> Any:
         """Read everything; return the model's output."""
         wanted = self.cache is not None or self.use_cache
-        documents = self._documents()
+        documents, several = self._documents(), False
         if documents is not None:
+            padded = documents < 0
+            several = bool(((documents != documents.gather(1, padded.byte().argmin(1, keepdim=True))) & ~padded).any())
+            self.real = ~padded.to(self.device)
+        if documents is not None and several:
+            if self.cache is not None:
+                raise UserError("rows of several documents cannot be read into a cache: read each on its own")
             return self._finish(*self._packed(documents), None)
         if self.cache is None:
             self.cache = DynamicCache(config=self.runtime.model.config)
@@ -409,26 +319,14 @@ class _Reading(_Learner):
         return output if self.return_dict is None or self.return_dict else output.to_tuple()
 
     def _documents(self) -> Tensor | None:
-        """Return document numbers [B, T] where rows hold several documents; None otherwise."""
-        packed = {name: self.given.get(name) for name in ("seq_idx", "cu_seq_lens_q")}
-        positions = self.positions
-        fresh = self.cache is None and self.T > 1 and positions is not None and positions.dim() == 2
-        real = numbers = None
-        if packed["seq_idx"] is None and getattr(self.mask, "ndim", 4) == 4:
-            real, numbers = read_mask(self.mask, self.B, self.T, self.cache)
-        if not fresh and numbers is None and all(x is None for x in packed.values()):
+        """Return document numbers [B, T], -1 for padding; None where every row is one unpadded document."""
+        tokens_are_real = self.runtime.tokens_are_real.get()
+        self.runtime.tokens_are_real.clear()
+        if tokens_are_real and all(self.given.get(name) is None for name in _PACKING):
             return None
-        documents = document_ids(
-            None if numbers is None else real,
-            positions if fresh and self.mask is None else None,
-            packed["seq_idx"] if numbers is None else numbers,
-            packed["cu_seq_lens_q"],
-            rows=self.B,
-            tokens=self.T,
-        )
-        if documents is not None and self.cache is not None:
-            raise UserError("rows of several documents cannot be read into a cache: read each on its own")
-        return documents
+        given = {**self.given, "attention_mask": self.mask, "position_ids": self.positions}
+        state = None if self.cache is None else next(iter(fast_weights(self.cache).values()), None)
+        return self.runtime.documents({**given, "past_key_values": self.cache}, self.B, self.T, self.cache, state)
 
     def _packed(self, documents: Tensor) -> tuple[Tensor, Any]:
         """Read every document as a separate row; return the logits in the packed order, and an output to fill."""
@@ -437,13 +335,13 @@ class _Reading(_Learner):
             cuts = [0, *(t for t in range(1, self.T) if row[t] != row[t - 1]), self.T]
             spans += [(b, i, j) for i, j in pairwise(cuts) if row[i] >= 0]
         longest = max(j - i for _, i, j in spans)
-        source = self.ids if self.ids is not None else self.embeds
+        source = self.source
         rows = source.new_zeros(len(spans), longest, *source.shape[2:])
         mask = torch.zeros(len(spans), longest, dtype=torch.int64, device=self.device)
         for k, (b, i, j) in enumerate(spans):
             rows[k, : j - i], mask[k, : j - i] = source[b, i:j], 1
         inner = {k: v for k, v in self.given.items() if k not in _PACKING}
-        inner |= {"input_ids" if self.ids is not None else "inputs_embeds": rows, "attention_mask": mask}
+        inner |= {self.source_name: rows, "attention_mask": mask}
         output = _Reading(self.forward, {**inner, "use_cache": False}).run()
         logits = output.logits.new_zeros(self.B, self.T, output.logits.shape[-1])
         for k, (b, i, j) in enumerate(spans):
@@ -459,51 +357,39 @@ class _Reading(_Learner):
         if not sites:
             raise UserError("no layer adapts at present: leave some on, or read with updates_off(model)")
         self.sites, self.slots = sites, slots
-        tokens_are_real = self.runtime.tokens_are_real.get()
-        self.runtime.tokens_are_real.clear()
-        own = None if tokens_are_real else read_mask(self.mask, self.B, self.T, self.cache, self.first.fast)[0]
-        padded = document_ids(own, rows=self.B, tokens=self.T)
-        real = None if padded is None else (padded >= 0).to(self.device)
         self.past = int(self.cache.get_seq_length())
-        self.record = self._record(real)
-        learn = self._learn(real)
-        counts = None if real is None else real.long().cumsum(1).cpu()
+        self.record, self.learn = self._record(), self._learn()
+        counts = None if self.real is None else self.real.long().cumsum(1).cpu()
         at = 0
         while at < self.T:
             need = [C - n % C for n in self.first.fast.seen]
-            if counts is None:
-                ends = [at + n for n in need]
-            else:
-                before = counts[:, at - 1] if at else torch.zeros(self.B, dtype=torch.int64)
-                ends = [
-                    int(torch.searchsorted(counts[b], before[b] + n)) + 1
-                    if counts[b, -1] >= before[b] + n
-                    else self.T + 1
-                    for b, n in enumerate(need)
-                ]
+            ends = [at + n for n in need]
+            if counts is not None:
+                before = counts[:, at - 1].tolist() if at else [0] * self.B
+                ends = [int(torch.searchsorted(counts[b], before[b] + n)) + 1 for b, n in enumerate(need)]
             end = min(min(ends), self.T)
             done = [b for b, e in enumerate(ends) if e == end]
-            yield self._piece(at, end, done, real, learn)
+            yield self._piece(at, end, done)
             at = end
 
-    def _piece(
-        self, at: int, end: int, done: list[int], real: Tensor | None, learn: Tensor
-    ) -> tuple[Tensor | None, Any]:
+    def _piece(self, at: int, end: int, done: list[int]) -> tuple[Tensor | None, Any]:
         n, C, self.begun = end - at, self.config.chunk_size, True
         fasts = {i: slot.fast for i, slot in self.slots.items()}
-        self._begin_chunks()
+        numbers = [n // C for n in self.first.fast.seen]
+        self.record = self.record.begin(numbers, self.cache, self.first.fast.reach)
         # Where all rows' chunks begin and end with this piece, its own forward gives the gradient.
         at_once = n == C and len(done) == self.B and self.record.real is None and self._dynamic()
-        piece = _cut(self.ids, self.embeds, self.positions, at, end)
+        piece: dict[str, Any] = {self.source_name: self.source[:, at:end]}
+        if self.positions is not None:
+            piece["position_ids"] = self.positions[..., at:end]
         train = torch.is_grad_enabled()
         call = LossCall(self.rule, fasts, self.B, n, at_once, train)
-        # Compute the logits that the caller asks for and those that the loss needs.
-        wanted = n if at_once or self.labels is not None or isinstance(self.keep, Tensor) or not self.keep else None
-        if wanted is None:
+        wanted = n  # last tokens whose logits the caller asks for
+        if self.keep and not isinstance(self.keep, Tensor) and self.labels is None:
             wanted = max(0, end - max(self.T - int(self.keep), at))
-        output = self.call(call, piece, self._mask(at, end, real), self.cache, wanted or 1)
-        self.record = self._extended(at, end, real, learn, piece)
-        own_real = None if real is None else real[:, at:end].cpu()
+        output = self.call(call, piece, self._mask(at, end), self.cache, n if at_once else wanted or 1)
+        self.record = self._extended(at, end, piece)
+        own_real = None if self.real is None else self.real[:, at:end].cpu()
         tokens = [n] * self.B if own_real is None else own_real.sum(1).tolist()
         for fast in fasts.values():
             fast.note(n, own_real, tuple(s + k for s, k in zip(fast.seen, tokens, strict=True)))
@@ -515,40 +401,37 @@ class _Reading(_Learner):
                 learned = self._gradients(call, output.logits, ids, self.record.learn[:, -n:], None)
                 self._write(done, call, learned, None)
             else:
-                for rows, start in self._groups(done):
+                for rows, start in self.record.groups(done):
                     self._again(rows, start, [C] * len(rows))
         for slot in self.slots.values():
             slot.record = None
         self.first.record = self.record
-        logits = output.logits if wanted else None
-        logits = logits.detach() if logits is not None and not train else logits
-        if at_once and self.keep and not isinstance(self.keep, Tensor) and self.labels is None and logits is not None:
-            logits = logits[:, max(0, self.T - int(self.keep) - at) :]
-            logits = logits if logits.shape[1] else None
-        return logits, output
+        logits = output.logits[:, -wanted:] if wanted else None
+        return logits.detach() if logits is not None and not train else logits, output
 
-    def _mask(self, at: int, end: int, real: Tensor | None) -> Any:
+    def _mask(self, at: int, end: int) -> Any:
         """Return the mask of a piece."""
         mask = self.mask
         if mask is None or end - at == self.T:
             return mask
         if isinstance(mask, Tensor) and mask.dim() == 2:
             return mask[:, : min(mask.shape[1] - self.T, self.past) + end]
-        known = self.record.real  # a prepared mask is of the call's size: the model makes one for the piece
-        if real is None and known is None:
-            return None
-        return self._real_columns(at, end, real).long()
+        # A prepared mask is of the call's size: the model makes one for the piece.
+        known = self._real_columns(at, end)
+        return None if known is None else known.long()
 
-    def _real_columns(self, at: int, end: int, real: Tensor | None) -> Tensor:
-        """Return which of the cache's columns are tokens after a piece, bool [B, past + end]."""
-        old, new = self.record.real, None if real is None else real[:, at:end]
+    def _real_columns(self, at: int, end: int) -> Tensor | None:
+        """Return which of the cache's columns are tokens after a piece, bool [B, past + end]; None: all."""
+        old, new = self.record.real, None if self.real is None else self.real[:, at:end]
+        if old is None and new is None:
+            return None
         old = torch.ones(self.B, self.record.end, dtype=torch.bool, device=self.device) if old is None else old
         new = torch.ones(self.B, end - at, dtype=torch.bool, device=self.device) if new is None else new
         return torch.cat([old, new.to(old.device)], 1)
 
     # -- what is pending ------------------------------------------------------------------------------------------
 
-    def _record(self, real: Tensor | None) -> Record:
+    def _record(self) -> Record:
         """Return the cache's record; a new one if its columns are no longer the recorded ones."""
         record: Record | None = self.first.record
         if record is None or record.end != self.past:
@@ -562,7 +445,7 @@ class _Reading(_Learner):
             record = Record(self.past, none, none.bool(), none, real=known, starts=((),) * self.B)
         return record
 
-    def _learn(self, real: Tensor | None) -> Tensor:
+    def _learn(self) -> Tensor:
         """Return which tokens of the call are learned, bool [B, T]."""
         learn = torch.ones(self.B, self.T, dtype=torch.bool, device=self.device)
         asked = self.settings.learn
@@ -577,52 +460,29 @@ class _Reading(_Learner):
             learn = learn & (torch.arange(self.past, self.past + self.T, device=self.device) < prompt)
         if self.ids is None and self.labels is None:
             learn = torch.zeros_like(learn)  # tokens without ids have no loss
-        return learn if real is None else learn & real
-
-    def _begin_chunks(self) -> None:
-        """Record the starts of chunks that begin here, with the present keys of sliding layers."""
-        C, seen = self.config.chunk_size, self.first.fast.seen
-        numbers = [n // C for n in seen]
-        starts = [
-            own if own and own[-1][0] == m else (*own, (m, self.record.end))
-            for own, m in zip(self.record.starts, numbers, strict=True)
-        ]
-        record = replace(self.record, starts=tuple(starts))
-        here = record.end
-        if any(own[-1][1] == here for own in starts) and here not in record.sliding:
-            record = replace(record, sliding={**record.sliding, here: _sliding_keys(self.cache, here)})
-        self.record = record.trimmed(self.first.fast.reach)
+        return learn if self.real is None else learn & self.real
 
     @torch.no_grad()
-    def _extended(self, at: int, end: int, real: Tensor | None, learn: Tensor, piece: dict[str, Any]) -> Record:
+    def _extended(self, at: int, end: int, piece: dict[str, Any]) -> Record:
         """Return the record with a piece's columns."""
         n = end - at
         record: Record = self.record
-        ids = torch.full((self.B, n), IGNORED, device=self.device)
-        if self.ids is not None:
-            ids = self.ids[:, at:end]
-        elif self.labels is not None:
-            ids = self.labels[:, at:end]
+        known = self.labels if self.ids is None else self.ids
+        ids = torch.full((self.B, n), IGNORED, device=self.device) if known is None else known[:, at:end]
         embeds = record.embeds
         if self.ids is None or embeds is not None:
             table: Any = self.runtime.model.get_input_embeddings()
             old = table(record.ids.clamp(min=0)) if embeds is None else embeds
-            new = self.embeds[:, at:end] if self.ids is None else table(self.ids[:, at:end])
+            new = self.source[:, at:end] if self.ids is None else table(ids)
             embeds = torch.cat([old, new.to(old.dtype)], 1)
         positions = piece.get("position_ids")
         if positions is None:
             positions = torch.arange(self.past + at, self.past + end, device=self.device)[None]
-        whole = record.real
-        if real is not None or whole is not None:
-            whole = self._real_columns(at, end, real)
-        return replace(
-            record,
-            ids=torch.cat([record.ids, ids], 1),
-            learn=torch.cat([record.learn, learn[:, at:end]], 1),
-            positions=torch.cat([record.positions, positions.expand(self.B, n).to(record.positions.device)], 1),
-            embeds=embeds,
-            real=whole,
-        )
+        whole = self._real_columns(at, end)
+        positions = positions.expand(self.B, n).to(record.positions.device)
+        pairs = (record.ids, ids), (record.learn, self.learn[:, at:end]), (record.positions, positions)
+        ids, learn, positions = (torch.cat(pair, 1) for pair in pairs)
+        return replace(record, ids=ids, learn=learn, positions=positions, embeds=embeds, real=whole)
 
     def _dynamic(self) -> bool:
         return all(type(x).__name__.startswith(("Dynamic", "FastDynamic")) for x in self.cache.layers)
@@ -636,7 +496,7 @@ class _Reading(_Learner):
 _PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
-def commit(runtime: "Runtime", cache: Cache) -> bool:
+def commit(runtime: Runtime, cache: Cache) -> bool:
     """Learn the pending tokens of a cache's rows as a shorter chunk; the next token begins a chunk.
 
     Return True if there were any.
@@ -654,7 +514,7 @@ def commit(runtime: "Runtime", cache: Cache) -> bool:
         pending = {b: n % first.fast.chunk_size for b, n in enumerate(first.fast.seen) if n % first.fast.chunk_size}
         for slot in slots.values():
             slot.fast.close_chunk()
-        for rows, start in learner._groups(list(pending)):
+        for rows, start in learner.record.groups(list(pending)):
             learner._again(rows, start, [pending[b] for b in rows])
     return True
 
@@ -677,7 +537,7 @@ def _loss_gradient(logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
 
 
 def learn_from(
-    runtime: "Runtime",
+    runtime: Runtime,
     states: dict[int, FastWeights],
     ids_RMn: Tensor,
     loss: Callable[[Tensor], Tensor],
@@ -705,19 +565,6 @@ def learn_from(
     return found.detach()
 
 
-def _width(module: Any) -> int:
-    return int(module.nx if hasattr(module, "nx") else module.in_features)
-
-
-def _cut(ids: Tensor | None, embeds: Tensor | None, positions: Tensor | None, at: int, end: int) -> dict[str, Any]:
-    piece: dict[str, Any] = {"input_ids": ids[:, at:end]} if ids is not None else {}
-    if ids is None and embeds is not None:
-        piece["inputs_embeds"] = embeds[:, at:end]
-    if positions is not None:
-        piece["position_ids"] = positions[..., at:end]
-    return piece
-
-
 def _packed_columns(x_RnW: Tensor, inside: Tensor, C: int) -> Tensor:
     """Return the columns that are ``inside`` [R, n], moved to the front of C; zero behind them."""
     if x_RnW.shape[1] == C and bool(inside.all()):
@@ -726,43 +573,3 @@ def _packed_columns(x_RnW: Tensor, inside: Tensor, C: int) -> Tensor:
     picked = x_RnW.gather(1, order[..., None].expand(-1, -1, x_RnW.shape[-1]))
     there = inside.gather(1, order)[..., None]
     return nn.functional.pad(torch.where(there, picked, 0), (0, 0, 0, max(C - order.shape[1], 0)))
-
-
-def _sliding_keys(cache: Cache, columns: int) -> Sliding:
-    """Return keys and values of a cache's sliding layers at so many columns, copied if the cache writes in place."""
-    found: Sliding = {}
-    for i, layer in enumerate(cache.layers):
-        x: Any = layer
-        if not getattr(x, "is_sliding", False) or x.keys is None:
-            continue
-        if "Static" in type(x).__name__:
-            held = min(columns, x.keys.shape[2])
-            found[i] = x.keys[:, :, :held].clone(), x.values[:, :, :held].clone()
-        else:
-            found[i] = x.keys, x.values
-    return found
-
-
-def _before(cache: Cache, config: Any, columns: int, sliding: Sliding, rows: list[int]) -> DynamicCache:
-    """Return a cache of some rows as it was after ``columns`` columns, to read from there again."""
-    new: Any = DynamicCache(config=config)
-    for i, layer in enumerate(cache.layers):
-        x: Any = layer
-        if i >= len(new.layers):
-            new.layers.append(new.layer_class_to_replicate())
-        y: Any = new.layers[i]
-        if not hasattr(x, "keys") or not hasattr(y, "keys"):
-            raise NotImplementedError(f'objective="loss" cannot read again in a {type(x).__name__}')
-        if not columns or x.keys is None:
-            continue
-        index = torch.tensor(rows, device=x.keys.device)
-        keys, values = sliding[i] if i in sliding else (x.keys[:, :, :columns], x.values[:, :, :columns])
-        if len(rows) < keys.shape[0]:
-            keys, values = keys.index_select(0, index), values.index_select(0, index)
-        if getattr(y, "is_sliding", False):
-            keys, values = keys[:, :, -(y.sliding_window - 1) :], values[:, :, -(y.sliding_window - 1) :]
-        y.lazy_initialization(keys, values)
-        y.keys, y.values = keys, values
-        if getattr(y, "is_sliding", False):
-            y.cumulative_length = columns
-    return new  # type: ignore[no-any-return]

@@ -10,7 +10,7 @@ an argument of the call, a recomputation under activation checkpointing sees it 
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,12 +21,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core import document_ids
+from ..core.layer import written
+from ..core.targets import values_of
 from ..errors import UserError
-from ..fast.ranks import Group, Slices, SliceTable
+from ..fast.ranks import Group, Slices, SliceTable, scan_slice
 from .attach import is_attached, runtime_of, unwrap
+from .calls import CALL
 from .context import rows_are_cut
-from .parallel_attention import GATHER, SLICES, RowSlices, register, working_ways
-from .parallel_projection import SliceCall
+from .parallel_attention import GATHER, RowSlices, working_ways
+from .settings import Settings
 
 IGNORED = -100
 STATE = "_inplace_ttt_context_parallel"
@@ -121,7 +124,7 @@ class ContextParallel:
                 raise UserError('attention="torch" works inside "with context.step():" only, backward included')
             call.native = True
         self.calls.append(call)
-        return args, {**kwargs, "use_cache": False, "attention_mask": None, SLICES: call}
+        return args, {**kwargs, "use_cache": False, "attention_mask": None, CALL: call}
 
     def after_model(self, module: nn.Module, args: Any, output: Any) -> None:
         call = self.calls.pop() if self.calls else None
@@ -189,6 +192,36 @@ class ContextParallel:
         return self.slices.join(parts.chunk(self.slices.ranks))
 
 
+class SliceCall:
+    """A call in which every rank reads its slice: its pieces are separate rows with an initial state."""
+
+    def __init__(self, slices: RowSlices, rows: int, tokens: int, settings: Settings) -> None:
+        self.slices, self.rows, self.tokens, self.settings = slices, rows, tokens, settings
+
+    def project(self, site: Any, module: Any, z_BTF: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the output for this rank's slice, [B, T / ranks, D]."""
+        if getattr(module, "split", False):
+            raise UserError("context parallelism together with tensor parallelism is not supported")
+        table, rule = self.slices.table_on(z_BTF.device), self.settings.rule
+        R, length = table.table.rows, table.table.tokens
+        z, u = z_BTF.reshape(R, length, z_BTF.shape[-1]), u.reshape(R, length, u.shape[-1])
+        v, keep = values_of(site.bound_target(), u, z, table.table, (None, None))
+        if keep is not None:
+            raise UserError("gates do not pass from process to process: leave them out with context parallelism")
+        if v is None:
+            kept: Tensor = site.anchored(plain(z_BTF))
+            return kept
+        slow = site.slow_weight(module, rule)
+        v = written(rule, z, v, table.table, None, slow) if rule.outer else v
+        keywords: dict[str, Any] = {"rule": rule, "width": site.width, "slow": slow}
+        if site.fuses(module):
+            keywords["bias"] = None if module.bias is None else module.bias.to(z.dtype)
+            out = scan_slice(z, v, table, self.slices.group, weight=module.weight.to(z.dtype), **keywords)
+        else:
+            out = plain(z_BTF).reshape(R, length, -1) + scan_slice(z, v, table, self.slices.group, **keywords)
+        return out.reshape(*z_BTF.shape[:-1], out.shape[-1])
+
+
 def enable_context_parallel(
     model: nn.Module, group: Group = None, *, head_tail: bool = True, attention: str = "gather"
 ) -> ContextParallel:
@@ -225,7 +258,6 @@ def enable_context_parallel(
         windows = "sliding_attention" in kinds or (len(kinds) == 1 and getattr(root.config, "sliding_window", None))
         if mesh is None or mesh.device_type != "cuda" or not head_tail or windows:
             raise UserError('attention="torch" needs a DeviceMesh of CUDA devices, head-tail slices and no window')
-    register()
     context = ContextParallel(root, group, head_tail, mesh if attention == "torch" else None)
     root.set_attn_implementation(GATHER)
     root.__dict__[STATE] = context

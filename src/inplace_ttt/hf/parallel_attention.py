@@ -9,6 +9,7 @@ Shapes: B rows, H heads, G of keys and values, k pieces of t tokens, T of a whol
 """
 
 import logging
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +24,6 @@ from .block_attention import attend_in_blocks
 from .calls import CALL
 
 GATHER = "inplace_ttt_gather"
-SLICES = CALL
 logger = logging.getLogger(__name__)
 
 
@@ -41,48 +41,41 @@ class RowSlices:
         self.ways: dict[tuple[torch.dtype, bool], str] = {}  # by dtype and "undivided rows, no window"
         self.attended = 0  # attention layers that have run
         self.begin: Any = None  # makes the adapting layers' call from the settings
-        self._moved: dict[Any, Any] = {}
+        self._made: dict[Any, Any] = {}
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def table_on(self, device: torch.device) -> SliceTable:
         """Return the chunk table on a device, moved once."""
-        assert self.table is not None
-        if device not in self._moved:
-            self._moved[device] = self.table.to(device)
-        table: SliceTable = self._moved[device]
-        return table
+        table: SliceTable = self.table  # type: ignore[assignment]
+        return self._once(("table", device), lambda: table.to(device))  # type: ignore[no-any-return]
 
     def documents_on(self, device: torch.device) -> Tensor | None:
         """Return the documents on a device, moved once."""
-        if self.documents is not None and ("documents", device) not in self._moved:
-            self._moved["documents", device] = self.documents.to(device)
-        return None if self.documents is None else self._moved["documents", device]
+        documents = self.documents
+        return None if documents is None else self._once(("documents", device), lambda: documents.to(device))
 
     def bounds(self, row: int, piece: int, device: torch.device) -> tuple[int, Tensor, Tensor]:
         """Return bounds for varlen attention of a piece: the start of its first document in the row, and the cumulative
         lengths of its documents' queries (in the piece) and keys (from that start on), int32."""
-        key = ("bounds", row, piece, device)
-        if key not in self._moved:
+
+        def make() -> tuple[int, Tensor, Tensor]:
             length = self.tokens // self.slices.pieces
             begin, end = piece * length, (piece + 1) * length
-            if self.documents is None:
-                first, starts = 0, [begin]
-            else:
+            first, starts = 0, [begin]
+            if self.documents is not None:
                 ids = self.documents[row, :end]
                 steps = (ids[1:] != ids[:-1]).nonzero().flatten() + 1
-                before = steps[steps <= begin]
-                first = int(before[-1]) if len(before) else 0
-                starts = [begin, *steps[steps > begin].tolist()]
+                first = int(steps[steps <= begin].max()) if bool((steps <= begin).any()) else 0
+                starts += steps[steps > begin].tolist()
             queries = torch.tensor([s - begin for s in starts] + [length], dtype=torch.int32, device=device)
             keys = torch.tensor([0] + [s - first for s in starts[1:]] + [end - first], dtype=torch.int32, device=device)
-            self._moved[key] = first, queries, keys
-        found: tuple[int, Tensor, Tensor] = self._moved[key]
-        return found
+            return first, queries, keys
 
-
-def register() -> None:
-    """Register ``GATHER`` with transformers as an attention implementation."""
-    AttentionInterface.register(GATHER, gather_attention)
-    AttentionMaskInterface.register(GATHER, no_mask)
+        return self._once(("bounds", row, piece, device), make)  # type: ignore[no-any-return]
 
 
 def no_mask(*args: Any, **kwargs: Any) -> None:
@@ -124,7 +117,7 @@ def gather_attention(
     Causal, inside documents, over the whole row. Raises NotImplementedError for dropout, capped logits, attention
     sinks, and outside a context-parallel call.
     """
-    call: RowSlices | None = rest.get(SLICES)
+    call: RowSlices | None = rest.get(CALL)
     if call is None:
         raise NotImplementedError("this attention needs a context-parallel call: call the whole model")
     for name, given in (("dropout", dropout), *((n, rest.get(n)) for n in ("softcap", "s_aux", "position_bias"))):
@@ -139,18 +132,17 @@ def gather_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if call.native:
         keys, values = (x.repeat_interleave(groups, 1) for x in pair)
-        out = scaled_dot_product(query.contiguous(), keys, values, scale)
-        return out.transpose(1, 2), None
+        # By the name that torch's ``context_parallel`` replaces while it is on.
+        native = nn.functional.scaled_dot_product_attention
+        return native(query.contiguous(), keys, values, is_causal=True, scale=scale).transpose(1, 2), None
     gathered: Any = _Gather.apply(pair, call.group)  # type: ignore[no-untyped-call]
     keys, values = slices.join(list(gathered), 3)
     way = call.ways.get((dtype, sliding_window is None and call.documents is None), "mask")
     return attend(call, query, keys, values, scale, sliding_window, way), None
 
 
-def scaled_dot_product(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """Call causal attention by the name that torch's ``context_parallel`` replaces while it is on."""
-    out: Tensor = nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale)
-    return out
+AttentionInterface.register(GATHER, gather_attention)
+AttentionMaskInterface.register(GATHER, no_mask)
 
 
 def attend(

@@ -179,11 +179,12 @@ FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 def save_sharded(directory: str | Path, model: nn.Module, optimizer: Any = None) -> None:
     """Save model and optimizer with torch.distributed.checkpoint; all ranks call it."""
+    save(_states(model, optimizer), checkpoint_id=directory)
+
+
+def _states(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     model_state, optimizer_state = get_state_dict(model, () if optimizer is None else optimizer, options=FLAT)
-    state: dict[str, Any] = {"model": model_state}
-    if optimizer is not None:
-        state["optimizer"] = optimizer_state
-    save(state, checkpoint_id=directory)
+    return {"model": model_state} if optimizer is None else {"model": model_state, "optimizer": optimizer_state}
 
 
 def load_sharded(directory: str | Path, model: nn.Module, optimizer: Any = None) -> None:
@@ -193,10 +194,7 @@ def load_sharded(directory: str | Path, model: nn.Module, optimizer: Any = None)
     """
     if not (Path(directory) / ".metadata").is_file():
         raise UserError(f"no complete checkpoint in {directory}")
-    model_state, optimizer_state = get_state_dict(model, () if optimizer is None else optimizer, options=FLAT)
-    state: dict[str, Any] = {"model": model_state}
-    if optimizer is not None:
-        state["optimizer"] = optimizer_state
+    state = _states(model, optimizer)
     try:
         load(state, checkpoint_id=directory)
     except (RuntimeError, KeyError, CheckpointException) as error:

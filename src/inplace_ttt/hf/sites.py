@@ -32,10 +32,6 @@ class LayerCall(Protocol):
         """Return the output [B, T, D] of a layer's projection for its inputs z [B, T, F], u its target's source."""
         ...
 
-    def end(self) -> None:
-        """Finish the call after the model's forward."""
-        ...
-
 
 class CallContext:
     """A forward call while it runs. ``call`` None: with the slow weights alone."""
@@ -47,8 +43,9 @@ class CallContext:
         self.begun = False
         """True once a layer was entered, so that the cache may have changed."""
         self.outer: CallContext | None = None
-        self.ends = True
-        """True if the runtime must call ``end()``; False if the caller does."""
+        self.step: Any = None
+        """The decoding step that the runtime must end after the model's forward."""
+        self.last_layer = -1
 
 
 class LayerSite:
@@ -79,9 +76,18 @@ class LayerSite:
         """Tell if the target gates the state."""
         return self.target.gates
 
-    def before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._context.set(kwargs.get(CONTEXT))
-        return None
+    def before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Receive the context. UserError on a second pass: the state would read every token twice."""
+        context: CallContext | None = kwargs.get(CONTEXT)
+        # Recomputations (activation checkpointing) come after the call's end.
+        if not torch.compiler.is_compiling() and context is not None and context is self.runtime.current:
+            if context.last_layer >= self.index:
+                raise UserError(
+                    f"layer {self.index} runs several times per token in this model, so its fast weights would read "
+                    "each token as often: this family cannot adapt"
+                )
+            context.last_layer = self.index
+        self._context.set(context)
 
     def projection(self) -> Any:
         """Return the adapting module itself, inside any wrappers."""
@@ -181,19 +187,13 @@ class LayerSite:
         call = context.call
         if call is None or self.index in context.settings.disabled_layers:
             return plain(z)
-        flat = z.dim() == 2
-        if flat:
-            if z.shape[0] != call.rows * call.tokens:
-                raise NotImplementedError(
-                    f"layer {self.index} got {z.shape[0]} tokens of a call of {call.rows} x {call.tokens}: fast "
-                    "weights need a layer's tokens together (switch tiled MLPs off)"
-                )
-            z = z.view(call.rows, call.tokens, -1)
-        elif tuple(z.shape[:2]) != (call.rows, call.tokens):
+        flat, shape = z.dim() == 2, (call.rows, call.tokens)
+        if tuple(z.shape[:-1]) not in (shape, (call.rows * call.tokens,)):
             raise NotImplementedError(
-                f"layer {self.index} got {z.shape[0]} x {z.shape[1]} tokens of a call of {call.rows} x {call.tokens}: "
-                "fast weights need a layer's tokens together (switch tiled MLPs off)"
+                f"layer {self.index} got {' x '.join(map(str, z.shape[:-1]))} tokens of a call of {call.rows} x "
+                f"{call.tokens}: fast weights need a layer's tokens together (switch tiled MLPs off)"
             )
+        z = z.view(*shape, -1) if flat else z
         u = z if self.target.source == "loss" else self._source(context, call)
         out = call.project(self, module, compute_dtype(z), u, plain)
         return out.flatten(0, 1) if flat else out

@@ -70,14 +70,13 @@ class Step:
         assert source is not None
         rows = source.shape[0]
         slots = fast_layers(cache, {i: site.gates for i, site in sites.items()}, rows, settings)
-        seen = next(iter(slots.values())).fast.seen
-        if not all(slot.fast.can_step and slot.fast.seen == seen and len(seen) == rows for slot in slots.values()):
+        first = next(iter(slots.values())).fast
+        if first.rows != rows or not all(s.fast.can_step and s.fast.seen == first.seen for s in slots.values()):
             return None
         weights = {i: slow_weight(site, rows) for i, site in sites.items()}
         if any(weight is False for weight in weights.values()):
             return None
         if not tokens_are_real:
-            first = next(iter(slots.values())).fast
             real, _ = read_mask(given.get("attention_mask"), rows, 1, cache, first)
             if real is not None and not bool(real.all()):
                 return None

@@ -11,7 +11,7 @@ from ..core.state import ROLLBACK_TOKENS
 from ..fast.factors import fast_weights
 from ..hf.attach import READING, inspect
 from ..hf.cache import FastCacheLayer
-from ..hf.loss import Record
+from ..hf.pending import Record
 from ..hf.rows import from_tensors, to_tensors
 from .diagnostics import Timeline
 from .parts import SessionParts as Session
