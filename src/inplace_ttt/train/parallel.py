@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Subset
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
 from inplace_ttt.errors import UserError
 from inplace_ttt.hf.attach import is_attached
@@ -54,10 +54,8 @@ class Rank:
             self.meshes = make_meshes(device, data=spec.data, shard=spec.shard, context=spec.context)
         self.context: ContextParallel | None = None
 
-    @property
-    def reading_groups(self) -> int:
+        self.reading_groups = 1 if self.meshes is None else self.meshes.readers
         """Groups of processes that read different rows."""
-        return 1 if self.meshes is None else self.meshes.readers
 
     def on_main_first(self, work: Callable[[], T]) -> T:
         """Call ``work`` on the main process, then on the others; they raise the UserError that it raised there."""
@@ -80,15 +78,14 @@ class Rank:
             return work()
         return from_first(self.on_main_first(lambda: work() if self.is_main else None))
 
-    def shard(self, model: PreTrainedModel, precision: torch.dtype | None) -> PreTrainedModel:
-        """Shard a built model, which still reads whole rows."""
+    def shard(self, model: PreTrainedModel, precision: torch.dtype | None) -> None:
+        """Shard a built model, which still reads whole rows; or put it on the device of a process alone."""
         if self.meshes is not None:
             shard_from_first(model, self.meshes.parameters, precision=precision)
         elif self.is_alone:
             model.to(self.device)  # type: ignore[arg-type]
         model.__dict__["_is_accelerate_prepared"] = not self.is_alone
         model.__dict__["_is_distributed_loading_by_transformers"] = False  # checkpoints are written here
-        return model
 
     def cut_rows(self, model: PreTrainedModel) -> None:
         """Make the model read slices from now on, where the settings say so."""
@@ -105,8 +102,9 @@ class Rank:
             dist.destroy_process_group()
 
 
-def start(spec: ParallelSpec) -> Rank:
-    """Join the run's other processes. Raises UserError when torchrun started another number of them."""
+def start(spec: ParallelSpec | None) -> Rank:
+    """Join the run's other processes (None: there are none). UserError when torchrun started another number of them."""
+    spec = spec or ParallelSpec()
     started, has_cuda = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available()
     if started != spec.processes:
         raise UserError(
@@ -124,19 +122,11 @@ def start(spec: ParallelSpec) -> Rank:
     return Rank(spec, "cuda" if has_cuda else "cpu")
 
 
-class PlacedArguments(TrainingArguments):
-    """Arguments of a Trainer whose model is where it belongs already."""
-
-    @property
-    def place_model_on_device(self) -> bool | None:
-        return False
-
-
 class ParallelTrainer(PackedTrainer):
     """``PackedTrainer`` on several processes: each reads its rows or slices, checkpoints are written by all of them."""
 
-    def __init__(self, *, rank: Rank, rows_per_batch: int, **arguments: Any) -> None:
-        self.rank, self.rows_per_batch = rank, rows_per_batch
+    def __init__(self, *, rank: Rank, **arguments: Any) -> None:
+        self.rank = rank
         super().__init__(**arguments)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -156,9 +146,10 @@ class ParallelTrainer(PackedTrainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Give this process its rows of every batch, in the order of one process."""
         rows: Any = self.train_dataset
-        own = self.rows_per_batch // self.rank.reading_groups
+        own = self.args.per_device_train_batch_size
         first = 0 if self.rank.meshes is None else self.rank.meshes.reader * own
-        batches = range(0, len(rows) // self.rows_per_batch * self.rows_per_batch, self.rows_per_batch)
+        together = own * self.rank.reading_groups
+        batches = range(0, len(rows) // together * together, together)
         workers = self.args.dataloader_num_workers
         return DataLoader(
             Subset(rows, [batch + first + i for batch in batches for i in range(own)]),

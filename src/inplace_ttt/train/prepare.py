@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from inplace_ttt.records import write_json
-from inplace_ttt.train.packing import TokenStore, TokenWriter
+from inplace_ttt.train.packing import TokenStore
 from inplace_ttt.train.sources import SPLITS, Document, DomainDocuments, source_files, split_source
 from inplace_ttt.train.specs import DataSpec, DomainSpec, Recipe, TokenizerSpec
 from inplace_ttt.train.tokenizer import encode_documents, load_tokenizer, train_tokenizer
@@ -97,10 +97,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], s
             size += len(document.text.encode())
             yield document.text
 
-    with TokenWriter(stem) as writer:
-        for ids in encode_documents(tokenizer, texts()):
-            writer.add(names.popleft(), ids)
-    return {"documents": len(writer.names), "bytes": size, "tokens": writer.offsets[-1]}
+    encoded = encode_documents(tokenizer, texts())
+    store = TokenStore.write(stem, ((names.popleft(), ids) for ids in encoded))
+    return {"documents": len(store.names), "bytes": size, "tokens": int(store.offsets[-1])}
 
 
 def _key(data: DataSpec, tokenizer: TokenizerSpec, path: str) -> str:

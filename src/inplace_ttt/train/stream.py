@@ -52,15 +52,11 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
         self._process: int | None = None  # file handles of another process must not be used
         self._window, self._first = 0, 0
         self._store = TokenStore.build([])
-        self._plan: list[Row] = []
+        self.plan: list[Row] = []
+        """The rows of the window that was read last."""
 
     def __len__(self) -> int:
         return self.rows
-
-    @property
-    def plan(self) -> list[Row]:
-        """The rows of the window that was read last."""
-        return self._plan
 
     def describe(self) -> str:
         """Return a line for people."""
@@ -73,12 +69,12 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < self.rows:
             raise IndexError(index)
-        is_near = self._first <= index < self._first + len(self._plan) + WINDOW_ROWS
+        is_near = self._first <= index < self._first + len(self.plan) + WINDOW_ROWS
         if not is_near or self._process != os.getpid():
             self._seek(index)
-        while index >= self._first + len(self._plan):
+        while index >= self._first + len(self.plan):
             self._next()
-        return row_tensors(self._store, self._plan[index - self._first], self.layout)
+        return row_tensors(self._store, self.plan[index - self._first], self.layout)
 
     def _seek(self, index: int) -> None:
         """Go to the last known beginning of a window at or before row ``index``."""
@@ -87,12 +83,12 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
             os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
         known = [first for path in self._notes.glob("*.json") if (first := int(path.stem)) <= index]
         note = json.loads((self._notes / f"{max(known)}.json").read_text(encoding="utf-8")) if known else {}
-        self._window, self._first, self._plan = note.get("window", 0) - 1, note.get("first", 0), []
+        self._window, self._first, self.plan = note.get("window", 0) - 1, note.get("first", 0), []
         for name, domain in self._domains.items():
             domain.go_to(*note.get("domains", {}).get(name, (0, 0)))
 
     def _next(self) -> None:
-        self._first += len(self._plan)
+        self._first += len(self.plan)
         self._window += 1
         documents: list[tuple[str, np.ndarray]] = []
         missing = max(WINDOW_ROWS, 4 * self.layout.group) * self.layout.length
@@ -101,11 +97,11 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
             documents.append((name, next(self._domains[name])))
             missing -= len(documents[-1][1])
         self._store = TokenStore.build(documents)
-        self._plan, _ = plan_rows(self._store.offsets, self.layout, self._window)
-        if not self._plan:
+        self.plan, _ = plan_rows(self._store.offsets, self.layout, self._window)
+        if not self.plan:
             raise UserError("there is no text to train on: every document is empty")
         # The start of the next window; the first process writes it, all would write the same.
-        first = self._first + len(self._plan)
+        first = self._first + len(self.plan)
         if not (path := self._notes / f"{first}.json").exists():
             domains = {name: (domain.documents, domain.tokens) for name, domain in self._domains.items()}
             write_json(path, {"window": self._window + 1, "first": first, "domains": domains})

@@ -22,7 +22,7 @@ from inplace_ttt.records import peak_memory
 from inplace_ttt.train.loss import loss_in_pieces
 from inplace_ttt.train.packing import IGNORED, PackedRows
 from inplace_ttt.train.sizes import FastWeightMonitor
-from inplace_ttt.train.specs import OptimizerSpec, Recipe
+from inplace_ttt.train.specs import Recipe
 from inplace_ttt.train.stream import StreamedRows
 
 COMPLETE = "complete"
@@ -30,25 +30,41 @@ COMPLETE = "complete"
 Rows = Mapping[str, Sequence[dict[str, Tensor]]]
 
 
-def training_arguments(
-    recipe: Recipe, checkpoints: Path, kind: type[TrainingArguments] = TrainingArguments, **more: Any
-) -> TrainingArguments:
-    """Build the Trainer's arguments from a recipe; it writes to ``checkpoints``. ``more`` replaces some of them."""
+class PlacedArguments(TrainingArguments):
+    """Arguments of a Trainer whose model is where it belongs already."""
+
+    @property
+    def place_model_on_device(self) -> bool | None:
+        return False
+
+
+def training_arguments(recipe: Recipe, checkpoints: Path, readers: int, autocast: bool) -> TrainingArguments:
+    """Build the Trainer's arguments from a recipe; it writes to ``checkpoints``.
+
+    ``readers``: groups of processes that share a batch's rows. ``autocast``: False where sharding has a mixed
+    precision of its own.
+    """
     optimizer, has_cuda = recipe.optimizer, torch.cuda.is_available()
-    values: dict[str, Any] = dict(
+    schedules = {
+        "constant": "constant_with_warmup",
+        "cosine": "cosine_with_min_lr" if optimizer.min_lr_ratio else "cosine",
+    }
+    return PlacedArguments(
         output_dir=str(checkpoints),
         max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
+        per_device_train_batch_size=recipe.batch_size // readers,
         per_device_eval_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation,
         learning_rate=optimizer.lr,
+        lr_scheduler_type=schedules.get(optimizer.schedule, optimizer.schedule),
+        lr_scheduler_kwargs={"min_lr_rate": optimizer.min_lr_ratio} if optimizer.min_lr_ratio else None,
         warmup_steps=optimizer.warmup_steps,
         weight_decay=optimizer.weight_decay,
         adam_beta1=optimizer.beta1,
         adam_beta2=optimizer.beta2,
         max_grad_norm=optimizer.max_grad_norm,
         optim="adamw_torch_fused" if has_cuda else "adamw_torch",
-        bf16=recipe.precision == "bf16",
+        bf16=recipe.precision == "bf16" and autocast,
         average_tokens_across_devices=False,
         torch_compile=recipe.compile,
         logging_steps=recipe.log_every,
@@ -66,18 +82,7 @@ def training_arguments(
         label_names=["labels"],
         disable_tqdm=True,
         report_to=list(recipe.report_to) or "none",
-        **_schedule(optimizer),
     )
-    return kind(**values | more)
-
-
-def _schedule(optimizer: OptimizerSpec) -> dict[str, Any]:
-    if optimizer.schedule == "constant":
-        return {"lr_scheduler_type": "constant_with_warmup"}
-    if optimizer.min_lr_ratio:
-        lowest = {"min_lr_rate": optimizer.min_lr_ratio}
-        return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": lowest}
-    return {"lr_scheduler_type": optimizer.schedule}
 
 
 class PackedTrainer(Trainer):
