@@ -97,6 +97,7 @@ class Engine:
         self.learn = (config.learn if self._chooses else "all") if learn in (None, "frozen") else str(learn)
         self.learning(self.learn)
         self.scheduler = Scheduler(self.pool, watch)
+        self.piece = self.scheduler.call
         self.jobs: set[Job] = set()
         self.stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -271,10 +272,6 @@ class Engine:
 
         return await asyncio.to_thread(run)
 
-    async def piece(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Run a piece of work on a session in the scheduler's thread."""
-        return await self.scheduler.call(function, *arguments)
-
     async def store_now(self, live: Live, again: bool = False) -> None:
         """Store the present state, unless its version is stored."""
         if live.stored == live.version and not again and live.version:
@@ -284,6 +281,15 @@ class Engine:
         twin = await self.piece(live.loaded.fork)
         await self._add_state(live, twin, live.version, live.values())
         live.unsaved = 0
+
+    def from_file(self, path: Path, what: str) -> Session:
+        """Load a session file, called ``what`` in errors; a piece of work. UserError for one that does not fit."""
+        try:
+            session = self.pool.load("loading", path)
+        except UserError as error:
+            raise UserError(str(error).replace(str(path), what)) from None
+        self.pool.close("loading")
+        return session
 
     def forget(self, live: Live) -> None:
         """Forget what is in memory; what is on disk counts."""
@@ -331,18 +337,12 @@ class Engine:
             return
         with self.store.opened(state) as path:
             try:
-                live.session = await self.piece(self._from_file, path)
+                live.session = await self.piece(self.from_file, path, "its state")
             except UserError as error:
-                reason = str(error).replace(str(path), "its state")
-                raise VersionError(f"session {live.id} does not fit this server: {reason}") from None
+                raise VersionError(f"session {live.id} does not fit this server: {error}") from None
         live.version = live.stored = state.version
         live.history, live.frozen = list(state.values["history"]), bool(state.values["frozen"])
         live.learn = state.values.get("learn", self.learn)
-
-    def _from_file(self, path: Any) -> Session:
-        session = self.pool.load("loading", path)
-        self.pool.close("loading")
-        return session
 
     async def _apply(self, live: Live, entry: dict[str, Any]) -> None:
         """Do what an entry says. When that fails midway the state of that moment is stored: it counts."""

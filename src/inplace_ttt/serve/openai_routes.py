@@ -6,7 +6,6 @@ from uuid import uuid4
 
 import torch
 from fastapi import APIRouter, Header, Request
-from fastapi.responses import JSONResponse
 
 from ..session.pool import Writer
 from . import work
@@ -15,7 +14,7 @@ from .scheduler import Finish
 from .schemas import Chat, Completion, OpenAI, SessionHeaders
 from .service import Service
 from .settings import NotFoundError, ServeError
-from .sse import outcome, streamed
+from .sse import Json, outcome, streamed
 
 router = APIRouter()
 
@@ -82,7 +81,7 @@ async def _answer(
     if body.stream:
         return await streamed(job, request, reply.chunks, reply.last)
     answers = await outcome(job, request)
-    return JSONResponse(reply.whole(answers))
+    return Json(reply.whole(answers))
 
 
 def _look(top: int) -> Any:

@@ -64,16 +64,6 @@ class Scheduler:
         """Return whether it takes no more work."""
         return self._stopping
 
-    @property
-    def writing(self) -> int:
-        """Count the sessions that write now."""
-        return len(self._active)
-
-    @property
-    def waiting(self) -> int:
-        """Count the pieces of reading and the writers that wait for their turn."""
-        return len(self._calls) + len(self._joining)
-
     # -- from the event loop --------------------------------------------------------------------------------------
 
     def start(self) -> None:

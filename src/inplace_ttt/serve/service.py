@@ -1,6 +1,7 @@
 """Shared by the routes: the engine, how prompts are rendered, the numbers; and how it is made of a model's name."""
 
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,15 @@ class Service:
         self.prompts = Prompts(engine.tokenizer, engine.blank)
         self.vocabulary = len(tokenizer)
         self.created = int(time.time())
-        self._texts: dict[int, str] = {}
-        self._decode = engine.tokenizer.backend_tokenizer.decode
+        decode = engine.tokenizer.backend_tokenizer.decode
+        self.token_text = cache(lambda token: decode([token], skip_special_tokens=False))
+        """A token's text by itself, for log-probabilities."""
 
     @classmethod
     def of(cls, request: Request) -> "Service":
         """Return the service of a request."""
         service: Service = request.app.state.service
         return service
-
-    def token_text(self, token: int) -> str:
-        """Return a token's text by itself, for log-probabilities."""
-        if token not in self._texts:
-            self._texts[token] = self._decode([token], skip_special_tokens=False)
-        return self._texts[token]
 
 
 def load_model(name: str | None, device: str | None = None, objective: str | None = None, **settings: Any) -> Any:
