@@ -65,8 +65,6 @@ def test_values_and_defaults(values: dict[str, Any]) -> None:
         ("data.train.text=jsonl:/nowhere/*.jsonl", "data.train.text: .*no such file"),
         ("data.train.text=/nowhere", "data.train.text: .*is not a document source"),
         ("data.train.text=library:test", "belongs to another split, write library:train"),
-        ("data.train.text=packages:train", "data.train.text: packages:train: .*benchmarks/code_documents.py"),
-        ("data.packages={test: [rich]}", "data.packages: .*benchmarks/code_documents.py writes their files"),
         ("data.train.text={sources: [], bytes: 3}", "data.train.text.bytes: no such setting"),
         ("data={train: {'a/b': 'text:x'}}", "data.train.a/b: a domain's name"),
         ("evaluation.edges=[64, 32]", "evaluation.edges: must rise"),

@@ -31,7 +31,7 @@ class Counted:
     def __init__(self, name: str, lengths: list[int]) -> None:
         draw = random.Random(name)
         words = [" ".join(draw.choices(["lo", "tu", "re", "ne"], k=n)) for n in lengths]
-        self.all = [Document(f"{name}{i}", f"{name} {i} {text}", "") for i, text in enumerate(words)]
+        self.all = [Document(f"{name}{i}", f"{name} {i} {text}") for i, text in enumerate(words)]
         self.read = 0
 
     def __iter__(self) -> Any:

@@ -21,7 +21,7 @@ def documents(corpus: Path) -> list[Document]:
 @pytest.fixture(scope="module")
 def tokenizer(documents: list[Document]) -> PreTrainedTokenizerFast:
     """Knows runs of white space as tokens of their own: there a careless cut would show."""
-    code = Document("code", "def f():\n        a\n\n\n    b\n\t\tc  \n\n" * 4000, "")
+    code = Document("code", "def f():\n        a\n\n\n    b\n\t\tc  \n\n" * 4000)
     return train_tokenizer([documents, [code]], 320)
 
 
@@ -84,8 +84,8 @@ def test_ids_are_compact(tokenizer: PreTrainedTokenizerFast, documents: list[Doc
 
 def test_every_domain_is_looked_at() -> None:
     """A long first domain does not use up the budget."""
-    first = [Document(str(i), f"common words here {i}\n" * 5000, "") for i in range(10)]
-    second = [Document("z", "zyzzyva\n" * 2000, "")]
+    first = [Document(str(i), f"common words here {i}\n" * 5000) for i in range(10)]
+    second = [Document("z", "zyzzyva\n" * 2000)]
     tokenizer = train_tokenizer([first, second], 275, max_bytes=120_000)
     assert any("zy" in token for token in tokenizer.get_vocab())
 
@@ -94,6 +94,6 @@ def test_mistakes(documents: list[Document], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="too small"):
         train_tokenizer([documents], 100)
     with pytest.raises(UserError, match="only 259 tokens"):
-        train_tokenizer([[Document("a", "aaaa", "")]], 1000)
+        train_tokenizer([[Document("a", "aaaa")]], 1000)
     with pytest.raises(UserError, match="no tokenizer at"):
         load_tokenizer(tmp_path)

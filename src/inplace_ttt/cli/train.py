@@ -63,11 +63,11 @@ def tokenizer(
     """Train a byte-level BPE tokenizer that AutoTokenizer loads."""
     from rich.console import Console
 
-    from inplace_ttt.train.sources import DomainDocuments, check_source
+    from inplace_ttt.train.sources import DomainDocuments, source_files
     from inplace_ttt.train.tokenizer import train_tokenizer
 
     for source in sources:
-        check_source(source)
+        source_files(source)
     console = Console()
     domains = [DomainDocuments([source]) for source in sources]
     with console.status("training the tokenizer"):

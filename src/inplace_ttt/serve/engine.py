@@ -22,9 +22,9 @@ from ..hf.attach import inspect, runtime_of
 from ..session import Session, SessionPool
 from .jobs import Job
 from .journal import REMEMBERED, pieces_of
-from .scheduler import Scheduler, StoppedError
+from .scheduler import Scheduler
 from .settings import LEARN, BusyError, Limits, NotFoundError, StoppingError, VersionError
-from .store import ConflictError, Record, Store
+from .store import ConflictError, Store
 
 TRIM_EVERY = 5.0
 """Seconds between two times that freed memory goes back to the system, at least."""
@@ -155,7 +155,7 @@ class Engine:
                 async with live.lock:
                     await self.store_now(live)
         await self.scheduler.stop()
-        if self.jobs:  # what still runs gets the scheduler's StoppedError
+        if self.jobs:  # what still runs gets the scheduler's StoppingError
             await asyncio.wait([job.task for job in self.jobs], timeout=5)
 
     def begin(self, work: Callable[[Job], Awaitable[Any]]) -> Job:
@@ -212,8 +212,6 @@ class Engine:
                         await self.keep_up(live)
                         if live.storing is not None:
                             await live.storing
-        except StoppedError:
-            raise StoppingError from None
         finally:
             live.users -= 1
             live.used = time.monotonic()
@@ -229,8 +227,6 @@ class Engine:
         await self._admit(need, live)
         try:
             yield
-        except StoppedError:
-            raise StoppingError from None
         finally:
             self._active -= need
             if live is not None:
@@ -314,21 +310,18 @@ class Engine:
             record = await asyncio.to_thread(self.store.record, live.key)
             if record is None:
                 raise NotFoundError(GONE.format(live.id))
-            await self._load(live, record)
+            live.version = live.stored = live.unsaved = 0
+            live.history, live.frozen, live.learn = [], False, self.learn
+            await self._restore(live, record.state)
+            live.tokens = (await self.piece(live.loaded.stats)).tokens
+            for entry in record.entries:
+                live.version += 1
+                with suppress(UserError):  # as it was when this was done first
+                    await self._apply(live, entry)
+            await self._measure(live)
         except BaseException:
             self.forget(live)
             raise
-
-    async def _load(self, live: Live, record: Record) -> None:
-        live.version = live.stored = live.unsaved = 0
-        live.history, live.frozen, live.learn = [], False, self.learn
-        await self._restore(live, record.state)
-        live.tokens = (await self.piece(live.loaded.stats)).tokens
-        for entry in record.entries:
-            live.version += 1
-            with suppress(UserError):  # as it was when this was done first
-                await self._apply(live, entry)
-        await self._measure(live)
 
     async def _restore(self, live: Live, state: Any) -> None:
         """Put a stored state in place of the session."""
@@ -357,7 +350,7 @@ class Engine:
         try:
             for work in pieces_of(entry, live.loaded, self.limits.piece):
                 await self.piece(work)
-        except StoppedError:
+        except StoppingError:
             raise
         except Exception:
             await self.store_now(live, again=True)

@@ -81,7 +81,7 @@ class BusyError(ServeError):
 
 
 class InternalError(ServeError):
-    """What a client is told about a bug."""
+    """A bug, of which a client is told nothing else."""
 
     status, kind = 500, "server_error"
 

@@ -34,7 +34,7 @@ async def streamed(
     The answer begins with the first event: a job that fails before is an error with a status of its own. A client that
     leaves stops the job.
     """
-    await _unless_gone(request, job, job.begun())
+    await _unless_gone(request, job, job.begun.wait())
     if job.failed:
         await job.result()
     return _Stream(job, _events(job, lines, end))

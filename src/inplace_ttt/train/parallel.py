@@ -225,8 +225,8 @@ class ParallelTrainer(PackedTrainer):
             dist.barrier()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        model, scheduler = self._model_and_scheduler()
-        save_sharded(Path(output_dir) / SHARDED, model, self._bare_optimizer())
+        model, scheduler, optimizer = self._parts()
+        save_sharded(Path(output_dir) / SHARDED, model, optimizer)
         if self.rank.is_main:
             torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER)
 
@@ -236,19 +236,16 @@ class ParallelTrainer(PackedTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        model, scheduler = self._model_and_scheduler()
-        load_sharded(Path(checkpoint) / SHARDED, model, self._bare_optimizer())
+        model, scheduler, optimizer = self._parts()
+        load_sharded(Path(checkpoint) / SHARDED, model, optimizer)
         state = torch.load(Path(checkpoint) / SCHEDULER, weights_only=True)
-        groups = len(self._bare_optimizer().param_groups)  # another layout may have had fewer
-        state |= {k: v[:1] * groups for k, v in state.items() if isinstance(v, list)}
-        given = [group["lr"] for group in self._bare_optimizer().param_groups]
+        given = [group["lr"] for group in optimizer.param_groups]  # another layout may have had fewer groups
+        state |= {k: v[:1] * len(given) for k, v in state.items() if isinstance(v, list)}
         scheduler.load_state_dict(state | {"base_lrs": scheduler.base_lrs, "_last_lr": given})
 
-    def _model_and_scheduler(self) -> tuple[Any, Any]:
-        return self.model, self.lr_scheduler
-
-    def _bare_optimizer(self) -> Any:
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+    def _parts(self) -> tuple[Any, Any, Any]:
+        """Return model, scheduler and the optimizer inside accelerate's."""
+        return self.model, self.lr_scheduler, getattr(self.optimizer, "optimizer", self.optimizer)
 
 
 def save_whole(model: PreTrainedModel, directory: Path) -> None:

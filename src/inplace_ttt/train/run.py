@@ -235,16 +235,11 @@ def build_trainer(
         args=arguments,
         train_dataset=rows,
         validation=validation if recipe.eval_every else None,
-        tokens_per_step=recipe.tokens_per_step,
-        decay_embeddings=recipe.optimizer.decay_embeddings,
         flops_per_token=flops,
         peak_flops=peak and peak * rank.spec.processes,
         # Compiled layers call no hooks.
         monitor=FastWeightMonitor(model, recipe.log_every, say) if attached and not recipe.compile else None,
         say=say,
-        ttt_lr=recipe.optimizer.ttt_lr,
-        teach=recipe.teach,
-        teach_alone=recipe.teach_alone,
     )
     trainer.add_callback(MarkComplete())
     if attached and recipe.ttt_lr_warmup_steps:

@@ -24,8 +24,7 @@ class RecipeError(UserError):
 def build(cls: type[T], values: object, where: str = "") -> T:
     """Build the dataclass ``cls`` from a mapping. ``where`` names the place in messages ("data.train").
 
-    A class attribute ``shorthand`` names the field that a bare value is for; ``elsewhere`` maps settings that belong
-    elsewhere to what to write instead.
+    A class attribute ``shorthand`` names the field that a bare value is for.
     """
     if (shorthand := getattr(cls, "shorthand", None)) and isinstance(values, str | list):
         values = {shorthand: values}
@@ -33,8 +32,6 @@ def build(cls: type[T], values: object, where: str = "") -> T:
         raise RecipeError(f"{where or 'the recipe'}: expected settings (key: value), got {_shown(values)}")
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls)) if field.init}
     for key in values:
-        if advice := getattr(cls, "elsewhere", {}).get(key):
-            raise RecipeError(f"{_join(where, key)}: {advice}")
         if key not in fields:
             close = difflib.get_close_matches(str(key), fields, 1)
             hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(fields)}"

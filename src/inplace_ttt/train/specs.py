@@ -58,10 +58,6 @@ class DataSpec:
     ``tokenise``: the training split's tokens are made before training and kept, or while training and not kept.
     """
 
-    elsewhere: ClassVar = {
-        "packages": "installed packages are no longer read here: benchmarks/code_documents.py writes their files"
-    }
-
     train: dict[str, DomainSpec]
     validation: dict[str, DomainSpec] = field(default_factory=dict)
     test: dict[str, DomainSpec] = field(default_factory=dict)
@@ -116,8 +112,6 @@ class ParallelSpec:
     ``context``: every row cut into slices; ``tensor``: matrices split as transformers plans it for a base model.
     ``slices``, ``attention``: see `inplace_ttt.hf.parallel.enable_context_parallel`.
     """
-
-    elsewhere: ClassVar = {"activation_checkpointing": "write activation_checkpointing in the recipe itself"}
 
     data: Count = 1
     shard: Count = 1
