@@ -81,7 +81,7 @@ def test_values_and_defaults(values: dict[str, Any]) -> None:
         ("teach=1", "teach: there is no ttt"),
         ("teach_alone=true", "teach_alone: the target would learn from nothing"),
         ("teach=-1", "teach: -1.0 is too small"),
-        ("report_to=[mlflow]", "report_to: 'mlflow' is none of"),
+        ("report_to=[mlflow]", r"report_to\[0\]: 'mlflow' is none of tensorboard, wandb"),
         ("report_to=wandb", "report_to: wandb is not installed: pip install wandb"),
         ("model.settings={a: 1}", "model.settings: only a base has settings"),
         ("nonsense", "write key=value"),

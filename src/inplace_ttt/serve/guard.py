@@ -6,6 +6,7 @@ Nothing here needs torch or FastAPI: a server listens before they are imported a
 import asyncio
 import hashlib
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -43,12 +44,12 @@ def read_keys(path: Path) -> dict[str, str]:
         line = line.strip()
         if not line or line.startswith("#"):
             continue
-        owner, colon, key = (part.strip() for part in line.partition(":"))
-        if not owner or not colon or len(key) < 8 or not key.isascii() or " " in key:
+        match = re.fullmatch(r"([^:]*[^:\s])\s*:\s*([!-~]{8,})", line)
+        if match is None:
             raise UserError(f"{path}, line {number}: write owner:key, the key at least 8 ASCII characters, no spaces")
-        if key_digest(key) in found:
+        if (digest := key_digest(match[2])) in found:
             raise UserError(f"{path}, line {number}: this key is there already; every key belongs to one owner")
-        found[key_digest(key)] = owner
+        found[digest] = match[1]
     if not found:
         raise UserError(f"{path} holds no keys: write owner:key, one a line")
     return found

@@ -112,8 +112,6 @@ def _check_numbers(recipe: Recipe) -> None:
         limits = f"must lie between 1 and sequence_length ({recipe.sequence_length})"
         raise RecipeError(f"cut_multiple: {recipe.cut_multiple} {limits}")
     for name in recipe.report_to:
-        if name not in ("tensorboard", "wandb"):
-            raise RecipeError(f"report_to: {name!r} is none of tensorboard, wandb")
         if importlib.util.find_spec(name) is None:
             raise RecipeError(f"report_to: {name} is not installed: pip install {name}")
     for name, place in (("output", recipe.output), ("data.cache", recipe.data.cache)):

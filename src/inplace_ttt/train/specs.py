@@ -154,7 +154,7 @@ class Recipe:
     teach_alone: bool = False
     trainable: Literal["all", "adapter", "adapter_and_projections"] = "all"
     activation_checkpointing: bool = False
-    report_to: tuple[str, ...] = ()
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     peak_tflops: float | None = None
     batch_size: Count = 1
     gradient_accumulation: Count = 1

@@ -120,7 +120,7 @@ class _Domain:
         """Continue after so many documents, which held so many tokens."""
         self.documents, self.tokens = documents, tokens
         texts = (document.text for document in islice(self._endless(), documents, None))
-        self._ids = encode_documents(self._tokenizer, texts, cut=False, characters=_BATCH_CHARACTERS)
+        self._ids = encode_documents(self._tokenizer, texts, characters=_BATCH_CHARACTERS)
 
     def _endless(self) -> Iterator[Document]:
         while True:
