@@ -37,6 +37,7 @@ def reference_varlen(
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs varlen attention's own code on the CPU, with the loop in place of the CUDA kernel."""
     monkeypatch.setattr(attention, "_varlen", reference_varlen)
+    attention.register()
 
 
 def packed_positions(*rows: tuple[int, ...]) -> Tensor:

@@ -7,6 +7,7 @@ embeddings return queries and keys in float32 beside half-precision values; both
 first (flex_attention would otherwise fail, or run in float32, depending on the version of PyTorch).
 """
 
+import inspect
 import weakref
 from typing import Any
 
@@ -21,8 +22,17 @@ VARLEN = "inplace_ttt_varlen"
 FLEX = "inplace_ttt_flex"
 
 
+def register() -> None:
+    """Make ``VARLEN`` and ``FLEX`` known to transformers as attention implementations."""
+    AttentionInterface.register(VARLEN, varlen_attention)
+    AttentionMaskInterface.register(VARLEN, varlen_mask)
+    AttentionInterface.register(FLEX, flex_attention)
+    AttentionMaskInterface.register(FLEX, flex_attention_mask)
+
+
 def choose_attention(wanted: str, device: torch.device, compiled: bool = False) -> str:
     """Return transformers' name for a recipe's ``attn_implementation``; ``auto``: the fastest that works here."""
+    register()
     if wanted == "auto":
         if device.type != "cuda":
             return "sdpa"
@@ -142,9 +152,12 @@ _last_bounds: dict[str, tuple[Any, int, int, Tensor]] = {}
 
 
 def _varlen(*tensors: Any, **settings: Any) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 
-    out: Tensor = varlen_attn(*tensors, **settings)
+    if "window_size" not in inspect.signature(varlen.varlen_attn).parameters:
+        raise NotImplementedError("this version of PyTorch has no windows in varlen_attn")
+    out = varlen.varlen_attn(*tensors, **settings)
+    assert isinstance(out, Tensor)
     return out
 
 
@@ -161,9 +174,3 @@ def _dense_mask(positions: Tensor, window: int) -> Tensor:
     t = torch.arange(positions.shape[1], device=positions.device)
     back = t[:, None] - t[None, :]
     return ((document[:, :, None] == document[:, None, :]) & (back >= 0) & (back < window))[:, None]
-
-
-AttentionInterface.register(VARLEN, varlen_attention)
-AttentionMaskInterface.register(VARLEN, varlen_mask)
-AttentionInterface.register(FLEX, flex_attention)
-AttentionMaskInterface.register(FLEX, flex_attention_mask)

@@ -7,6 +7,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import yaml
@@ -54,15 +55,13 @@ def convert(kind: Any, value: object, where: str) -> Any:
             raise RecipeError(f"{where}: {number} is too small, it must be at least {inside[1]}")
         return number
     if origin in (types.UnionType, typing.Union):
-        arms = [arm for arm in inside if arm is not types.NoneType]
-        if value is None and len(arms) < len(inside):
+        if value is None and types.NoneType in inside:
             return None
-        for arm in arms[:-1]:
-            try:
+        *arms, last = (arm for arm in inside if arm is not types.NoneType)
+        for arm in arms:
+            with suppress(RecipeError):
                 return convert(arm, value, where)
-            except RecipeError:
-                continue
-        return convert(arms[-1], value, where)
+        return convert(last, value, where)
     if origin is typing.Literal:
         if value not in inside:
             raise RecipeError(f"{where}: {_shown(value)} is none of {', '.join(map(str, inside))}")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -76,10 +77,10 @@ def encode_documents(
     backend.no_truncation()
     backend.no_padding()
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
-    end = tokenizer.eos_token_id
+    end = [tokenizer.eos_token_id]
     for batch in _batches(texts, _BATCH_CHARACTERS if characters is None else characters):
         for encoded in backend.encode_batch_fast(batch, add_special_tokens=False):
-            yield np.array([*encoded.ids, end], dtype)
+            yield np.fromiter(chain(encoded.ids, end), dtype, len(encoded) + 1)
 
 
 def _sample(domains: Sequence[Iterable[Document]], max_bytes: int) -> Iterator[str]:
