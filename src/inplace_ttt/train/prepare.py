@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-import os
 import shutil
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -48,15 +48,13 @@ def prepare(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> P
     data, path = recipe.data, recipe.tokenizer.path or recipe.model.base or ""
     directory = Path(data.cache) / _key(data, recipe.tokenizer, path)
     if not (directory / "summary.json").exists():
-        unfinished = directory.with_name(f"{directory.name}.{os.getpid()}")  # renamed at the end: never half a cache
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory.parent) as place:
+            unfinished = Path(place, "tokens")  # renamed at the end: never half a cache
+            unfinished.mkdir()
             _write(data, recipe.tokenizer, path, unfinished, say)
             shutil.rmtree(directory, ignore_errors=True)
             unfinished.rename(directory)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
     say(f"tokens: {directory}")
     return Prepared(directory)
 
