@@ -172,19 +172,9 @@ class ParallelTrainer(PackedTrainer):
         with nullcontext() if self.rank.context is None else self.rank.context.step():
             return super().training_step(*args, **kwargs)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Sum this process's losses over ``num_items_in_batch``: its mean over the processes is the step's."""
-        given = self._cut(inputs)
-        if num_items_in_batch is not None:
-            given["num_items_in_batch"] = num_items_in_batch
-        outputs = model(**given, use_cache=False)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        return super().compute_loss(model, self._cut(inputs), *args, **kwargs)
 
     def _cut(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return dict(inputs) if self.rank.context is None else self.rank.context.cut(inputs)
