@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,10 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
         notes: Path,
     ) -> None:
         self.rows, self.layout = rows, layout
-        self._domains = {name: _Domain(documents, tokenizer) for name, documents in domains.items()}
+        self._domains, self._tokenizer = domains, tokenizer
+        self._given: dict[str, tuple[int, int]] = {}
+        """Documents and tokens of each domain so far, earlier passes included."""
+        self._ids: dict[str, Iterator[np.ndarray]] = {}
         key = hashlib.sha256(json.dumps([asdict(layout), WINDOW_ROWS, list(domains)]).encode()).hexdigest()[:16]
         self._notes = notes / key
         self._process: int | None = None  # file handles of another process must not be used
@@ -84,8 +87,11 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
         known = [first for path in self._notes.glob("*.json") if (first := int(path.stem)) <= index]
         note = json.loads((self._notes / f"{max(known)}.json").read_text(encoding="utf-8")) if known else {}
         self._window, self._first, self.plan = note.get("window", 0) - 1, note.get("first", 0), []
-        for name, domain in self._domains.items():
-            domain.go_to(*note.get("domains", {}).get(name, (0, 0)))
+        self._given = {name: note.get("domains", {}).get(name, (0, 0)) for name in self._domains}
+        for name, (documents, _) in self._given.items():
+            endless = chain.from_iterable(repeat(self._domains[name]))
+            texts = (document.text for document in islice(endless, documents, None))
+            self._ids[name] = encode_documents(self._tokenizer, texts, characters=_BATCH_CHARACTERS)
 
     def _next(self) -> None:
         self._first += len(self.plan)
@@ -93,9 +99,11 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
         documents: list[tuple[str, np.ndarray]] = []
         missing = max(WINDOW_ROWS, 4 * self.layout.group) * self.layout.length
         while missing > 0:
-            name = min(self._domains, key=lambda name: self._domains[name].tokens)  # the first of equal ones
-            documents.append((name, next(self._domains[name])))
-            missing -= len(documents[-1][1])
+            name = min(self._given, key=lambda name: self._given[name][1])  # the first of equal ones
+            ids, (number, tokens) = next(self._ids[name]), self._given[name]
+            self._given[name] = number + 1, tokens + len(ids)
+            documents.append((name, ids))
+            missing -= len(ids)
         self._store = TokenStore.build(documents)
         self.plan, _ = plan_rows(self._store.offsets, self.layout, self._window)
         if not self.plan:
@@ -103,31 +111,4 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
         # The start of the next window; the first process writes it, all would write the same.
         first = self._first + len(self.plan)
         if not (path := self._notes / f"{first}.json").exists():
-            domains = {name: (domain.documents, domain.tokens) for name, domain in self._domains.items()}
-            write_json(path, {"window": self._window + 1, "first": first, "domains": domains})
-
-
-class _Domain:
-    """An endless stream of token ids of a domain's documents."""
-
-    def __init__(self, documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> None:
-        self._all, self._tokenizer = documents, tokenizer
-        self.documents, self.tokens = 0, 0
-        """Given so far, including earlier passes."""
-        self._ids: Iterator[np.ndarray] = iter(())
-
-    def go_to(self, documents: int, tokens: int) -> None:
-        """Continue after so many documents, which held so many tokens."""
-        self.documents, self.tokens = documents, tokens
-        texts = (document.text for document in islice(self._endless(), documents, None))
-        self._ids = encode_documents(self._tokenizer, texts, characters=_BATCH_CHARACTERS)
-
-    def _endless(self) -> Iterator[Document]:
-        while True:
-            yield from self._all
-
-    def __next__(self) -> np.ndarray:
-        ids = next(self._ids)
-        self.documents += 1
-        self.tokens += len(ids)
-        return ids
+            write_json(path, {"window": self._window + 1, "first": first, "domains": self._given})
