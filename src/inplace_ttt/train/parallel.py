@@ -35,7 +35,7 @@ from inplace_ttt.hf.sharding import (
 )
 from inplace_ttt.train.packing import IGNORED
 from inplace_ttt.train.specs import ParallelSpec
-from inplace_ttt.train.trainer import PackedTrainer
+from inplace_ttt.train.trainer import PackedTrainer, split_groups
 
 T = TypeVar("T")
 SHARDED, SCHEDULER = "sharded", "scheduler.pt"
@@ -197,13 +197,8 @@ class ParallelTrainer(PackedTrainer):
             if isinstance(module, FSDPModule):
                 module.reshard()  # after a forward the root module holds unsharded parameters
         optimizer = super().create_optimizer(*args, **kwargs)
-        split = []
-        for group in optimizer.param_groups:
-            kinds: dict[Any, list[nn.Parameter]] = {}
-            for parameter in group["params"]:
-                kinds.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
-            split += [{**group, "params": parameters} for parameters in kinds.values()]
-        optimizer.param_groups[:] = split
+        groups = split_groups(optimizer, lambda p: getattr(p, "device_mesh", None))
+        optimizer.param_groups[:] = [group for _, group in groups]
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -148,13 +148,9 @@ class PackedTrainer(Trainer):
         if self.args.ttt_lr is not None:
             assert isinstance(self.model, nn.Module)
             added = {id(p) for name, p in self.model.named_parameters() if is_added(name)}
-            others: list[dict[str, Any]] = []
-            own: list[dict[str, Any]] = []
-            for group in optimizer.param_groups:
-                for groups, is_own, lr in ((others, False, group["lr"]), (own, True, self.args.ttt_lr)):
-                    if parameters := [p for p in group["params"] if (id(p) in added) is is_own]:
-                        groups.append({**group, "params": parameters, "lr": lr})
-            optimizer.param_groups[:] = others + own
+            groups = split_groups(optimizer, lambda p: id(p) in added)
+            own = [group | {"lr": self.args.ttt_lr} for is_own, group in groups if is_own]
+            optimizer.param_groups[:] = [group for is_own, group in groups if not is_own] + own
         return optimizer
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -230,6 +226,17 @@ class PackedTrainer(Trainer):
         """Return the mean loss of a validation batch."""
         loss: Tensor = model(**batch, use_cache=False).loss
         return loss
+
+
+def split_groups(optimizer: Any, kind: Callable[[nn.Parameter], Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """Split an optimizer's groups by the kinds of their parameters; return each with its kind."""
+    found: list[tuple[Any, dict[str, Any]]] = []
+    for group in optimizer.param_groups:
+        kinds: dict[Any, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            kinds.setdefault(kind(parameter), []).append(parameter)
+        found += [(value, group | {"params": parameters}) for value, parameters in kinds.items()]
+    return found
 
 
 @contextmanager
