@@ -9,7 +9,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ LOADING = 300.0
 """Seconds that a request waits for the model to be loaded; then it is told to come again."""
 SAFE = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"cache-control", b"no-store")]
 """Headers that browsers should keep to."""
-Message = dict[str, Any]
+Message = MutableMapping[str, Any]
 
 
 def read_keys(path: Path) -> dict[str, str]:

@@ -33,7 +33,7 @@ def evaluate(
         return {}
     inner = [edge for edge in spec.edges if 0 < edge < length]
     return evaluate_documents(
-        load_baseline(directory, str(device)).float(),
+        load_baseline(directory, str(device)).float(),  # type: ignore[no-untyped-call]
         {domain: texts(store) for domain, store in stores.items()},
         length,
         spec.windows,
