@@ -83,8 +83,8 @@ def test_going_on_tokenises_nothing_again(
     encoded: list[str] = []
     original = stream.encode_documents
 
-    def counted(tokenizer: Any, texts: Any, **options: Any) -> Any:
-        return original(tokenizer, (encoded.append(text) or text for text in texts), **options)  # type: ignore[func-returns-value]
+    def counted(tokenizer: Any, documents: Any, **options: Any) -> Any:
+        return original(tokenizer, (encoded.append(d.id) or d for d in documents), **options)  # type: ignore[func-returns-value]
 
     monkeypatch.setattr(stream, "encode_documents", counted)
     later, domains = rows_of(tokenizer, tmp_path)

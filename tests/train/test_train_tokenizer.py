@@ -28,13 +28,13 @@ def tokenizer(documents: list[Document]) -> PreTrainedTokenizerFast:
 @given(st.text(max_size=200))
 @settings(max_examples=200, deadline=None)
 def test_round_trip_of_any_text(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
-    (ids,) = encode_documents(tokenizer, [text])
+    ((_, ids),) = encode_documents(tokenizer, [Document("", text)])
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids[:-1].tolist()) == text
 
 
 def test_special_token_spelt_out_is_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    (ids,) = encode_documents(tokenizer, [f"a {END_OF_TEXT} b"])
+    ((_, ids),) = encode_documents(tokenizer, [Document("", f"a {END_OF_TEXT} b")])
     assert (ids == tokenizer.eos_token_id).sum() == 1
     assert tokenizer.decode(ids[:-1].tolist()) == f"a {END_OF_TEXT} b"
     assert tokenizer(END_OF_TEXT)["input_ids"] == [tokenizer.eos_token_id], "the caller's tokenizer is unchanged"
@@ -56,7 +56,8 @@ def test_training_is_repeatable_and_saved_whole(
 
 
 def test_ids_are_compact(tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> None:
-    (ids,) = encode_documents(tokenizer, [documents[0].text])
+    ((name, ids),) = encode_documents(tokenizer, documents[:1])
+    assert name == documents[0].id
     assert ids.dtype == np.uint16
     assert len(ids) < len(documents[0].text.encode()) / 2
 

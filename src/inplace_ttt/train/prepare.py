@@ -5,7 +5,6 @@ import json
 import shutil
 import sys
 import tempfile
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -85,18 +84,15 @@ def _write(data: DataSpec, spec: TokenizerSpec, path: str, directory: Path, say:
 
 def _encode(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], stem: Path) -> dict[str, int]:
     """Write a domain's store; return how many documents, bytes of text and tokens it has."""
-    names: deque[str] = deque()  # of texts in the tokenizer's queue
     size = 0
 
-    def texts() -> Iterator[str]:
+    def counted() -> Iterator[Document]:
         nonlocal size
         for document in documents:
-            names.append(document.id)
             size += len(document.text.encode())
-            yield document.text
+            yield document
 
-    encoded = encode_documents(tokenizer, texts())
-    store = TokenStore.write(stem, ((names.popleft(), ids) for ids in encoded))
+    store = TokenStore.write(stem, encode_documents(tokenizer, counted()))
     return {"documents": len(store.names), "bytes": size, "tokens": int(store.offsets[-1])}
 
 

@@ -49,7 +49,7 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
         self._domains, self._tokenizer = domains, tokenizer
         self._given: dict[str, tuple[int, int]] = {}
         """Documents and tokens of each domain so far, earlier passes included."""
-        self._ids: dict[str, Iterator[np.ndarray]] = {}
+        self._encoded: dict[str, Iterator[tuple[str, np.ndarray]]] = {}
         key = hashlib.sha256(json.dumps([asdict(layout), WINDOW_ROWS, list(domains)]).encode()).hexdigest()[:16]
         self._notes = notes / key
         self._process: int | None = None  # file handles of another process must not be used
@@ -89,9 +89,8 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
         self._window, self._first, self.plan = note.get("window", 0) - 1, note.get("first", 0), []
         self._given = {name: note.get("domains", {}).get(name, (0, 0)) for name in self._domains}
         for name, (documents, _) in self._given.items():
-            endless = chain.from_iterable(repeat(self._domains[name]))
-            texts = (document.text for document in islice(endless, documents, None))
-            self._ids[name] = encode_documents(self._tokenizer, texts, characters=_BATCH_CHARACTERS)
+            rest = islice(chain.from_iterable(repeat(self._domains[name])), documents, None)
+            self._encoded[name] = encode_documents(self._tokenizer, rest, characters=_BATCH_CHARACTERS)
 
     def _next(self) -> None:
         self._first += len(self.plan)
@@ -100,10 +99,10 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
         missing = max(WINDOW_ROWS, 4 * self.layout.group) * self.layout.length
         while missing > 0:
             name = min(self._given, key=lambda name: self._given[name][1])  # the first of equal ones
-            ids, (number, tokens) = next(self._ids[name]), self._given[name]
-            self._given[name] = number + 1, tokens + len(ids)
-            documents.append((name, ids))
-            missing -= len(ids)
+            documents.append(next(self._encoded[name]))
+            (number, tokens), size = self._given[name], len(documents[-1][1])
+            self._given[name] = number + 1, tokens + size
+            missing -= size
         self._store = TokenStore.build(documents)
         self.plan, _ = plan_rows(self._store.offsets, self.layout, self._window)
         if not self.plan:

@@ -64,9 +64,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def encode_documents(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], characters: int | None = None
-) -> Iterator[np.ndarray]:
-    """Yield the token ids of each text, then the end-of-text token: uint16 [n], uint32 for large vocabularies.
+    tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], characters: int | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield each document's id and its tokens, the last one end-of-text: uint16 [n], uint32 for large vocabularies.
 
     Special tokens that a text spells out are encoded as ordinary text. About ``characters`` of text are read ahead (16
     million), and encoded on all cores.
@@ -78,9 +78,10 @@ def encode_documents(
     backend.no_padding()
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
     end = [tokenizer.eos_token_id]
-    for batch in _batches(texts, _BATCH_CHARACTERS if characters is None else characters):
-        for encoded in backend.encode_batch_fast(batch, add_special_tokens=False):
-            yield np.fromiter(chain(encoded.ids, end), dtype, len(encoded) + 1)
+    for batch in _batches(documents, _BATCH_CHARACTERS if characters is None else characters):
+        encoded = backend.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
+        for document, found in zip(batch, encoded, strict=True):
+            yield document.id, np.fromiter(chain(found.ids, end), dtype, len(found) + 1)
 
 
 def _sample(domains: Sequence[Iterable[Document]], max_bytes: int) -> Iterator[str]:
@@ -110,12 +111,12 @@ def _sample(domains: Sequence[Iterable[Document]], max_bytes: int) -> Iterator[s
     yield from wanted.values()
 
 
-def _batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _batches(documents: Iterable[Document], characters: int) -> Iterator[list[Document]]:
+    batch: list[Document] = []
     size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
         if size >= characters:
             yield batch
             batch, size = [], 0
