@@ -1,7 +1,7 @@
 """Shared by the routes: the engine, how prompts are rendered, the numbers; and how it is made of a model's name."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import Request
 
 from ..errors import UserError
+from ..hf.attach import UNTRAINED, is_trained
 from ..hf.load import load
 from ..session import Session
 from ..session.template import Template
@@ -85,25 +86,37 @@ class Prompts:
         return lambda session, live: Prompt(ids=prompt)
 
 
-def load_model(name: str | None, device: str | None = None, objective: str | None = None, **settings: Any) -> Any:
-    """Load model and tokenizer; a plain model gets fast weights with ``objective``. UserError where it does not fit."""
-    given = {key: value for key, value in settings.items() if value is not None}
-    if objective is None and given:
-        raise UserError(f"{', '.join(given)}: for a plain model only, which needs an objective too")
-    return load(name or DEFAULT_MODEL, device, objective=objective, **given)
-
-
 def make_service(
-    model: Any,
-    tokenizer: Any,
+    model: Any, tokenizer: Any, name: str, place: str | Path, limits: Limits, adapters: Any = None, **options: Any
+) -> Service:
+    """Make a service on a loaded model that keeps its sessions below ``place``. ``options``: as for ``Engine``."""
+    metrics = Metrics()
+    engine = Engine(model, tokenizer, Store(open_files(place)), limits, metrics, **options)
+    return Service(engine, metrics, tokenizer, name, adapters)
+
+
+def load_service(
+    model: str | None,
     name: str,
-    state: str | Path,
+    place: str | Path,
     limits: Limits,
-    adapters: Path | None = None,
-    state_form: str | int = "dense",
+    log: Callable[[str], None] = lambda text: None,
+    *,
+    device: str | None = None,
+    objective: str | None = None,
+    settings: dict[str, Any] | None = None,
     **options: Any,
 ) -> Service:
-    """Make a service on a loaded model that keeps its sessions below ``state``. ``options``: as for ``Engine``."""
-    metrics = Metrics()
-    engine = Engine(model, tokenizer, Store(open_files(state)), limits, metrics, state=state_form, **options)
-    return Service(engine, metrics, tokenizer, name, adapters)
+    """Load a model (None: the shipped one) and make its service, with those ``options`` that are not None.
+
+    ``objective``, ``settings``: fast weights of a plain model. UserError where they do not fit. ``log`` gets a warning
+    about fast weights that were never trained.
+    """
+    given = {key: value for key, value in (settings or {}).items() if value is not None}
+    if objective is None and given:
+        raise UserError(f"{', '.join(given)}: for a plain model only, which needs an objective too")
+    loaded, tokenizer = load(model or DEFAULT_MODEL, device, objective=objective, **given)
+    if not is_trained(loaded):
+        log(f"warning: {UNTRAINED}")
+    options = {key: value for key, value in options.items() if value is not None}
+    return make_service(loaded, tokenizer, name, place, limits, **options)
