@@ -15,10 +15,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from packages import SplitRule, collect
+from packages import Document, SplitRule, collect
 
 from inplace_ttt.records import write_json
-from inplace_ttt.train.sources import Document
 
 SPLITS_OF_THE_RECIPES = SplitRule(
     validation=("flax", "torchmetrics", "aiohttp", "h5py", "tabulate", "pluggy"),

@@ -40,8 +40,8 @@ from inplace_ttt.eval.suites.nll import PIECE, NllSuite, piece_size
 from inplace_ttt.eval.suites.texts import Document, load_texts
 from inplace_ttt.hf.attach import runtime_of
 from inplace_ttt.hf.cache import cache_name
+from inplace_ttt.hf.load import load_baseline
 from inplace_ttt.session.diagnostics import measure
-from inplace_ttt.train.model import load_saved
 from inplace_ttt.train.schema import build, load_yaml
 
 TOKENS_AT_ONCE = 1 << 18
@@ -79,7 +79,7 @@ def measure_trained(directory: Path, settings: Mapping[str, Any], say: Callable[
     given = build(Evaluation, settings, "evaluation")
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = load_saved(directory).to(device)  # type: ignore[arg-type]
+    model: Any = load_baseline(directory).float()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     found: dict[str, Any] = {"settings": dict(settings), "failed": {}}
 

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from licences import permitted_licence
 
 from inplace_ttt.errors import SourceError
-from inplace_ttt.train.sources import SPLITS, Document
+from inplace_ttt.train.sources import SPLITS
 
 MAX_BYTES = 1 << 20  # of a file, and of a directory that stays one document
 MIN_DOCUMENT_BYTES = 64 << 10
@@ -95,6 +95,16 @@ class ManifestEntry:
     split: str
     documents: int
     bytes: int
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, the distribution it comes from, and under which terms ("" if unknown)."""
+
+    id: str
+    text: str
+    source: str
+    licence: str = ""
 
 
 @dataclass

@@ -30,7 +30,6 @@ from inplace_ttt.config import InPlaceTTTConfig
 from inplace_ttt.errors import UserError
 from inplace_ttt.hf.attach import inspect, is_attached
 from inplace_ttt.train.attention import document_bounds
-from inplace_ttt.train.model import count_parameters
 
 # -- recurrences -------------------------------------------------------------------------------------------------------
 
@@ -571,4 +570,4 @@ def cost(model: Any, length: int) -> tuple[int, float]:
             seen = length / 2 if not window or window >= length else window
             other += 4 * seen * module.config.num_attention_heads * module.head_dim
     scan = 8 * sum(math.prod(layer.shape) for layer in inspect(model)) if is_attached(model) else 0
-    return count_parameters(model), 3 * (products + other) + scan
+    return model.num_parameters(), 3 * (products + other) + scan

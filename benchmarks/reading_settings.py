@@ -12,13 +12,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 import inplace_ttt as ittt
 from inplace_ttt.eval.nll import evaluate_documents
+from inplace_ttt.hf.load import load_baseline
 from inplace_ttt.records import write_json
-from inplace_ttt.train.model import load_saved
 from inplace_ttt.train.prepare import prepare
 from inplace_ttt.train.recipe import load_recipe
 from inplace_ttt.train.report import run_record, texts
@@ -43,8 +42,7 @@ def main() -> None:
     recipe = load_recipe(arguments.recipe, [])
     prepared = prepare(recipe, console.print)
     documents = {domain: texts(store) for domain, store in prepared.stores(arguments.split).items()}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_saved(arguments.model).to(device)  # type: ignore[arg-type]
+    model = load_baseline(arguments.model).float()
     saved = ittt.fast_settings(model)
     rows = []
     for settings in [{}, *map(parse, arguments.settings)]:

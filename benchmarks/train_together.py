@@ -14,13 +14,12 @@ import sys
 import threading
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from inplace_ttt import configure
 from inplace_ttt.eval.nll import evaluate_documents
+from inplace_ttt.hf.load import load_baseline
 from inplace_ttt.records import about, write_json
-from inplace_ttt.train.model import load_saved
 from inplace_ttt.train.prepare import prepare
 from inplace_ttt.train.recipe import load_recipe
 from inplace_ttt.train.report import texts
@@ -45,10 +44,9 @@ def follow(name: str, command: list[str], failed: list[str]) -> None:
 def evaluate_ends(recipe: Recipe, out: Path) -> None:
     prepared, spec = prepare(recipe), recipe.evaluation
     documents = {domain: texts(store) for domain, store in prepared.stores("test").items()}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = {}
     for name, directory in ENDS.items():
-        model = load_saved(directory).to(device)  # type: ignore[arg-type]
+        model = load_baseline(directory).float()
         if name == "joint":
             configure(model, chunk_size=256, decay=0.0)  # as trained; it is shipped to read in smaller chunks
         results = evaluate_documents(

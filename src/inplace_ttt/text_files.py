@@ -43,22 +43,23 @@ def read_text(path: Path, tokens: int | None = None) -> Source:
     except (OSError, ValueError) as error:
         raise SourceError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     whole = len(data) >= status.st_size
-    if b"\0" in data:
-        raise SourceError(f"{path} is a binary file (it has NUL bytes): give a text file")
-    text = _decode(path, data, whole).replace("\r\n", "\n")
+    text = decode_text(path, data, whole).replace("\r\n", "\n")
     if not text.strip():
         raise SourceError(f"{path} is empty")
     return Source(path, text, status.st_size, whole)
 
 
-def _decode(path: Path, data: bytes, whole: bool) -> str:
+def decode_text(place: str | Path, data: bytes, whole: bool = True) -> str:
+    """Decode UTF-8 text of ``place``, all of it or its beginning. Raises SourceError for anything else."""
+    if b"\0" in data:
+        raise SourceError(f"{place} is a binary file (it has NUL bytes): give a text file")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         if not whole and error.start >= len(data) - 3:  # cut inside a character
             return data[: error.start].decode("utf-8-sig")
         raise SourceError(
-            f"{path} is not UTF-8 text (byte {error.start:,} is {data[error.start]:#04x}): convert it first"
+            f"{place} is not UTF-8 text (byte {error.start:,} is {data[error.start]:#04x}): convert it first"
         ) from None
 
 

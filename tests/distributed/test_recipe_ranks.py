@@ -209,7 +209,7 @@ def test_what_the_first_process_cannot_read_is_told_by_all(results: dict[str, An
         ({"parallel": {"shards": 2}}, "did you mean shard"),
         (
             {"parallel": {"activation_checkpointing": True}},
-            "parallel.activation_checkpointing: write activation_checkpointing in the recipe itself",
+            "parallel.activation_checkpointing: no such setting",
         ),
         ({"parallel": {"context": 3}}, "multiple of 96"),
         ({"parallel": {"context": 2, "slices": "contiguous"}, "sequence_length": 144}, "multiple of 32"),

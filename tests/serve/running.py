@@ -41,13 +41,13 @@ class Running:
     """A running server. ``keys``: owner by key."""
 
     def __init__(
-        self, state: Path | str, keys: dict[str, str] | None = None, shipped_model: bool = False,
+        self, place: Path | str, keys: dict[str, str] | None = None, shipped_model: bool = False,
         limits: dict[str, Any] | None = None, load: Any = None, objective: str = "learned",
         **changes: Any,
     ) -> None:  # fmt: skip
         served, options = (shipped(torch.float32), {}) if shipped_model else (model(objective), OPTIONS)
         self.service = make_service(
-            served, tokenizer(), "tiny", state, Limits(**(LIMITS | (limits or {}))),
+            served, tokenizer(), "tiny", place, Limits(**(LIMITS | (limits or {}))),
             **(options | changes),
         )  # fmt: skip
         self.engine = self.service.engine

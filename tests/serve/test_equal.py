@@ -184,7 +184,7 @@ def test_frozen_sessions_answer_and_learn_nothing(server):
 
 
 def test_state_in_pairs(start, expected):
-    server = start(state_form="auto")
+    server = start(state="auto")
     for i in (2, 9):
         name = read(server, i)
         assert [write(server, name, i, n) for n in range(2)] == expected[i]

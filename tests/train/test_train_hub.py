@@ -10,7 +10,7 @@ from inplace_ttt.errors import SourceError
 from inplace_ttt.train.prepare import prepare
 from inplace_ttt.train.recipe import make_recipe
 from inplace_ttt.train.schema import RecipeError
-from inplace_ttt.train.sources import check_source, read_source
+from inplace_ttt.train.sources import read_source, source_files
 
 datasets = pytest.importorskip("datasets")
 TEXTS = [f"document {i}\n" * (i + 1) for i in range(5)]
@@ -38,7 +38,7 @@ def test_a_folder_of_files(folder: Path, streaming: str) -> None:
     assert [d.text for d in found] == TEXTS
     assert [d.id for d in found] == ["k0", "k1", "k2", "k3", "k4"]
     (one,) = read_source(f"hf:{folder}?text=body&split=validation&streaming={streaming}")
-    assert (one.id, one.text, one.source) == ("files:1", TEXTS[0], str(folder))
+    assert (one.id, one.text) == ("files:1", TEXTS[0])
 
 
 def test_saved_datasets(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_mistakes_are_told_before_anything_is_read(values: dict[str, Any], sourc
 def test_the_library_is_asked_for_plainly(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("inplace_ttt.hub.find_spec", lambda name: None)
     with pytest.raises(SourceError, match="needs the datasets library: pip install datasets"):
-        check_source(f"hf:{folder}")
+        source_files(f"hf:{folder}")
 
 
 def test_mistakes_in_the_data_are_one_line(folder: Path) -> None:

@@ -12,7 +12,7 @@ from inplace_ttt.cli import app
 from inplace_ttt.errors import SourceError
 from inplace_ttt.train.recipe import find_recipe, load_recipe, make_recipe
 from inplace_ttt.train.schema import RecipeError
-from inplace_ttt.train.sources import SPLITS, check_source, library, read_source, split_of
+from inplace_ttt.train.sources import SPLITS, library, read_source, source_files, split_of
 
 SHIPPED = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 
@@ -38,7 +38,7 @@ def test_a_python_without_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(SourceError, match="library:train: this Python's standard library has no source files"):
         list(library("train"))
     with pytest.raises(SourceError, match="there is no split 'all', only train, validation, test"):
-        check_source("library:all")
+        source_files("library:all")
 
 
 def test_a_split_belongs_to_itself(values: dict[str, Any]) -> None:

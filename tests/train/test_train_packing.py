@@ -15,7 +15,6 @@ from inplace_ttt.train.packing import (
     Layout,
     PackedRows,
     TokenStore,
-    TokenWriter,
     first_rows,
     plan_rows,
     row_tensors,
@@ -168,9 +167,7 @@ def test_stores_are_joined_where_they_are(tmp_path: Path) -> None:
     assert [store[i].tolist() for i in range(3)] == [[1, 2, 3], [4, 5, 6, 7, 8], [1, 2, 3, 4]]
     assert all(np.shares_memory(store[i], parts[0 if i < 2 else 2].tokens) for i in range(3))
     assert store.lengths.tolist() == [3, 5, 4]
-    with TokenWriter(tmp_path / "train.text") as writer:
-        for i, name in enumerate(store.names):
-            writer.add(name, store[i])
+    TokenStore.write(tmp_path / "train.text", ((name, store[i]) for i, name in enumerate(store.names)))
     loaded = TokenStore.load(tmp_path / "train.text")
     assert loaded.names == ("0", "1", "0")
     assert [loaded[i].tolist() for i in range(3)] == [store[i].tolist() for i in range(3)]

@@ -31,7 +31,7 @@ class Counted:
     def __init__(self, name: str, lengths: list[int]) -> None:
         draw = random.Random(name)
         words = [" ".join(draw.choices(["lo", "tu", "re", "ne"], k=n)) for n in lengths]
-        self.all = [Document(f"{name}{i}", f"{name} {i} {text}", "") for i, text in enumerate(words)]
+        self.all = [Document(f"{name}{i}", f"{name} {i} {text}") for i, text in enumerate(words)]
         self.read = 0
 
     def __iter__(self) -> Any:
@@ -83,8 +83,8 @@ def test_going_on_tokenises_nothing_again(
     encoded: list[str] = []
     original = stream.encode_documents
 
-    def counted(tokenizer: Any, texts: Any, **options: Any) -> Any:
-        return original(tokenizer, (encoded.append(text) or text for text in texts), **options)  # type: ignore[func-returns-value]
+    def counted(tokenizer: Any, documents: Any, **options: Any) -> Any:
+        return original(tokenizer, (encoded.append(d.id) or d for d in documents), **options)  # type: ignore[func-returns-value]
 
     monkeypatch.setattr(stream, "encode_documents", counted)
     later, domains = rows_of(tokenizer, tmp_path)

@@ -56,9 +56,9 @@ def test_text_is_not_held(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_bytes: int | None
 ) -> None:
     made = prepare(make_recipe(values)).directory / "tokenizer"
-    line = json.dumps({"text": "kane lo\n" * 20_000}) + "\n"
+    line = json.dumps({"text": "kane lo\n" * 10_000}) + "\n"
     with open(tmp_path / "large.jsonl", "w", encoding="utf-8") as file:
-        file.writelines([line] * 25)
+        file.writelines([line] * 50)
     source = {"sources": [f"jsonl:{tmp_path}/large.jsonl"], "max_bytes": max_bytes}
     changes = {"tokenizer": {"path": str(made)}, "data": {"train": {"text": source}, "cache": str(tmp_path / "tokens")}}
     monkeypatch.setattr(tokenizer_module, "_BATCH_CHARACTERS", 1 << 18)

@@ -1,4 +1,4 @@
-"""The trained tokenizer: lossless, the same every time, loaded by AutoTokenizer, cut texts encoded like whole ones."""
+"""The trained tokenizer: lossless, the same every time, loaded by AutoTokenizer."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from inplace_ttt.errors import UserError
 from inplace_ttt.train.sources import Document, read_source
-from inplace_ttt.train.tokenizer import END_OF_TEXT, cut_text, encode_documents, load_tokenizer, train_tokenizer
+from inplace_ttt.train.tokenizer import END_OF_TEXT, encode_documents, load_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -20,45 +20,24 @@ def documents(corpus: Path) -> list[Document]:
 
 @pytest.fixture(scope="module")
 def tokenizer(documents: list[Document]) -> PreTrainedTokenizerFast:
-    """Knows runs of white space as tokens of their own: there a careless cut would show."""
-    code = Document("code", "def f():\n        a\n\n\n    b\n\t\tc  \n\n" * 4000, "")
+    """Knows runs of white space as tokens of their own."""
+    code = Document("code", "def f():\n        a\n\n\n    b\n\t\tc  \n\n" * 4000)
     return train_tokenizer([documents, [code]], 320)
 
 
 @given(st.text(max_size=200))
 @settings(max_examples=200, deadline=None)
 def test_round_trip_of_any_text(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
-    (ids,) = encode_documents(tokenizer, [text])
+    ((_, ids),) = encode_documents(tokenizer, [Document("", text)])
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids[:-1].tolist()) == text
 
 
 def test_special_token_spelt_out_is_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    (ids,) = encode_documents(tokenizer, [f"a {END_OF_TEXT} b"])
+    ((_, ids),) = encode_documents(tokenizer, [Document("", f"a {END_OF_TEXT} b")])
     assert (ids == tokenizer.eos_token_id).sum() == 1
     assert tokenizer.decode(ids[:-1].tolist()) == f"a {END_OF_TEXT} b"
     assert tokenizer(END_OF_TEXT)["input_ids"] == [tokenizer.eos_token_id], "the caller's tokenizer is unchanged"
-
-
-@given(st.text(alphabet="ab1 \t\n\r.é", max_size=300))
-@settings(max_examples=300, deadline=None)
-def test_cut_texts_give_the_same_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
-    pieces = list(cut_text(text, 5))
-    assert "".join(pieces) == text
-    backend = tokenizer.backend_tokenizer
-    assert [i for piece in pieces for i in backend.encode(piece).ids] == backend.encode(text).ids
-
-
-def test_cutting_is_given_up_where_it_would_change_tokens(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """A tokenizer that puts a space before every text must read texts whole."""
-    from tokenizers import Tokenizer, pre_tokenizers
-
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    prefixing = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT)
-    text = "lone so\nmine fi\n" * 6000
-    (ids,) = encode_documents(prefixing, [text])
-    assert ids[:-1].tolist() == backend.encode(text).ids
 
 
 def test_training_is_repeatable_and_saved_whole(
@@ -77,15 +56,16 @@ def test_training_is_repeatable_and_saved_whole(
 
 
 def test_ids_are_compact(tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> None:
-    (ids,) = encode_documents(tokenizer, [documents[0].text])
+    ((name, ids),) = encode_documents(tokenizer, documents[:1])
+    assert name == documents[0].id
     assert ids.dtype == np.uint16
     assert len(ids) < len(documents[0].text.encode()) / 2
 
 
 def test_every_domain_is_looked_at() -> None:
     """A long first domain does not use up the budget."""
-    first = [Document(str(i), f"common words here {i}\n" * 5000, "") for i in range(10)]
-    second = [Document("z", "zyzzyva\n" * 2000, "")]
+    first = [Document(str(i), f"common words here {i}\n" * 5000) for i in range(10)]
+    second = [Document("z", "zyzzyva\n" * 2000)]
     tokenizer = train_tokenizer([first, second], 275, max_bytes=120_000)
     assert any("zy" in token for token in tokenizer.get_vocab())
 
@@ -94,6 +74,6 @@ def test_mistakes(documents: list[Document], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="too small"):
         train_tokenizer([documents], 100)
     with pytest.raises(UserError, match="only 259 tokens"):
-        train_tokenizer([[Document("a", "aaaa", "")]], 1000)
+        train_tokenizer([[Document("a", "aaaa")]], 1000)
     with pytest.raises(UserError, match="no tokenizer at"):
         load_tokenizer(tmp_path)

@@ -61,11 +61,9 @@ def serve(
         batch=batch, queue=queue, memory=None if memory is None else int(memory * 2**30), sessions=max_sessions,
         body=int(max_body * 2**20), prompt=max_prompt, new_tokens=max_new_tokens, rate=rate, grace=grace,
     )  # fmt: skip
-    options = {"window": window, "decay": decay, "learn": learn}
     run(
-        model, host=host, port=port, api_keys=api_keys, state=state_dir, limits=limits,
+        model, host=host, port=port, api_keys=api_keys, place=state_dir, limits=limits,
         log=typer.echo, quiet=quiet_libraries, device=device, objective=objective,
         settings={"layers": layers, "chunk_size": chunk_size, "lr": lr}, served_name=name, adapters=adapter_dir,
-        state_form=form, probe_every=probe_every,
-        **{key: value for key, value in options.items() if value is not None},
+        state=form, probe_every=probe_every, window=window, decay=decay, learn=learn,
     )  # fmt: skip

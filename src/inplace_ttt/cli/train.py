@@ -60,11 +60,11 @@ def tokenizer(
     max_bytes: Annotated[int, typer.Option(help="How much of the text to look at.")] = 32_000_000,
 ) -> None:
     """Train a byte-level BPE tokenizer that AutoTokenizer loads."""
-    from inplace_ttt.train.sources import DomainDocuments, check_source
+    from inplace_ttt.train.sources import DomainDocuments, source_files
     from inplace_ttt.train.tokenizer import train_tokenizer
 
     for source in sources:
-        check_source(source)
+        source_files(source)
     console = Console()
     domains = [DomainDocuments([source]) for source in sources]
     with console.status("training the tokenizer"):

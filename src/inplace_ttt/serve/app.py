@@ -1,19 +1,19 @@
 """The web application: routes, the page, errors in OpenAI's form."""
 
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, Response
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from ..errors import UserError
 from . import openai_routes, session_routes
-from .guard import error_body, internal
 from .service import Service
-from .session_routes import mistakes
 from .settings import ServeError
-from .sse import as_serve_error
+from .sse import Json, as_serve_error
 
 PAGE = Path(__file__).with_name("page.html")
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
@@ -21,7 +21,11 @@ POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inli
 
 def make_app(service: Service) -> FastAPI:
     """Make the routes of a service, to be put behind a ``Guard``."""
-    app = FastAPI(title="inplace-ttt", docs_url=None, redoc_url=None, openapi_url=None)
+    errors: Any = (ServeError, UserError, RequestValidationError, ValidationError, HTTPException, Exception)
+    app = FastAPI(
+        title="inplace-ttt", docs_url=None, redoc_url=None, openapi_url=None,
+        exception_handlers=dict.fromkeys(errors, _refuse),
+    )  # fmt: skip
     app.state.service = service
     app.include_router(openai_routes.router)
     app.include_router(session_routes.router)
@@ -35,31 +39,9 @@ def make_app(service: Service) -> FastAPI:
         text = service.metrics.text(service.engine)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    _errors(app)
     return app
 
 
-def _errors(app: FastAPI) -> None:
-    def answer(error: ServeError) -> JSONResponse:
-        return JSONResponse(error_body(error), error.status, error.headers)
-
-    @app.exception_handler(ServeError)
-    async def served(request: Request, error: ServeError) -> JSONResponse:
-        return answer(error)
-
-    @app.exception_handler(UserError)
-    async def users(request: Request, error: UserError) -> JSONResponse:
-        return answer(as_serve_error(error))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return answer(ServeError(mistakes(error.errors())))
-
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> JSONResponse:
-        code = "not_found" if error.status_code == 404 else None
-        return answer(ServeError(str(error.detail), status=error.status_code, code=code))
-
-    @app.exception_handler(Exception)
-    async def bug(request: Request, error: Exception) -> JSONResponse:
-        return answer(internal())
+async def _refuse(request: Request, error: Exception) -> Json:
+    known = as_serve_error(error)
+    return Json(known.body(), known.status, known.headers)

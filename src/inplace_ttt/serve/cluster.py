@@ -62,19 +62,10 @@ def application(arguments: Arguments) -> Any:
 def _load(arguments: Arguments, limits: Limits) -> Guard:
     from ..shipped import DEFAULT_MODEL
     from .app import make_app
-    from .service import load_model, make_service
+    from .service import load_service
 
     keys = None if arguments.api_keys is None else read_keys(Path(arguments.api_keys))
-    model, tokenizer = load_model(arguments.model, arguments.device, arguments.objective)
-    given: dict[str, Any] = {"window": arguments.window, "learn": arguments.learn}
-    service = make_service(
-        model,
-        tokenizer,
-        arguments.name or Path(arguments.model or DEFAULT_MODEL).name,
-        arguments.state_dir,
-        limits,
-        state_form=arguments.state,
-        probe_every=arguments.probe_every,
-        **{key: value for key, value in given.items() if value is not None},
-    )
+    name = arguments.name or Path(arguments.model or DEFAULT_MODEL).name
+    options = arguments.model_dump(include={"device", "objective", "window", "learn", "state", "probe_every"})
+    service = load_service(arguments.model, name, arguments.state_dir, limits, **options)
     return Guard(lambda: make_app(service), limits, keys)

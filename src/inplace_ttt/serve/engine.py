@@ -22,9 +22,9 @@ from ..hf.attach import inspect, runtime_of
 from ..session import Session, SessionPool
 from .jobs import Job
 from .journal import REMEMBERED, pieces_of
-from .scheduler import Scheduler, StoppedError
+from .scheduler import Scheduler
 from .settings import LEARN, BusyError, Limits, NotFoundError, StoppingError, VersionError
-from .store import ConflictError, Record, Store
+from .store import ConflictError, Store
 
 TRIM_EVERY = 5.0
 """Seconds between two times that freed memory goes back to the system, at least."""
@@ -97,6 +97,7 @@ class Engine:
         self.learn = (config.learn if self._chooses else "all") if learn in (None, "frozen") else str(learn)
         self.learning(self.learn)
         self.scheduler = Scheduler(self.pool, watch)
+        self.piece = self.scheduler.call
         self.jobs: set[Job] = set()
         self.stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -154,7 +155,7 @@ class Engine:
                 async with live.lock:
                     await self.store_now(live)
         await self.scheduler.stop()
-        if self.jobs:  # what still runs gets the scheduler's StoppedError
+        if self.jobs:  # what still runs gets the scheduler's StoppingError
             await asyncio.wait([job.task for job in self.jobs], timeout=5)
 
     def begin(self, work: Callable[[Job], Awaitable[Any]]) -> Job:
@@ -211,8 +212,6 @@ class Engine:
                         await self.keep_up(live)
                         if live.storing is not None:
                             await live.storing
-        except StoppedError:
-            raise StoppingError from None
         finally:
             live.users -= 1
             live.used = time.monotonic()
@@ -228,8 +227,6 @@ class Engine:
         await self._admit(need, live)
         try:
             yield
-        except StoppedError:
-            raise StoppingError from None
         finally:
             self._active -= need
             if live is not None:
@@ -271,10 +268,6 @@ class Engine:
 
         return await asyncio.to_thread(run)
 
-    async def piece(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Run a piece of work on a session in the scheduler's thread."""
-        return await self.scheduler.call(function, *arguments)
-
     async def store_now(self, live: Live, again: bool = False) -> None:
         """Store the present state, unless its version is stored."""
         if live.stored == live.version and not again and live.version:
@@ -284,6 +277,15 @@ class Engine:
         twin = await self.piece(live.loaded.fork)
         await self._add_state(live, twin, live.version, live.values())
         live.unsaved = 0
+
+    def from_file(self, path: Path, what: str) -> Session:
+        """Load a session file, called ``what`` in errors; a piece of work. UserError for one that does not fit."""
+        try:
+            session = self.pool.load("loading", path)
+        except UserError as error:
+            raise UserError(str(error).replace(str(path), what)) from None
+        self.pool.close("loading")
+        return session
 
     def forget(self, live: Live) -> None:
         """Forget what is in memory; what is on disk counts."""
@@ -308,21 +310,18 @@ class Engine:
             record = await asyncio.to_thread(self.store.record, live.key)
             if record is None:
                 raise NotFoundError(GONE.format(live.id))
-            await self._load(live, record)
+            live.version = live.stored = live.unsaved = 0
+            live.history, live.frozen, live.learn = [], False, self.learn
+            await self._restore(live, record.state)
+            live.tokens = (await self.piece(live.loaded.stats)).tokens
+            for entry in record.entries:
+                live.version += 1
+                with suppress(UserError):  # as it was when this was done first
+                    await self._apply(live, entry)
+            await self._measure(live)
         except BaseException:
             self.forget(live)
             raise
-
-    async def _load(self, live: Live, record: Record) -> None:
-        live.version = live.stored = live.unsaved = 0
-        live.history, live.frozen, live.learn = [], False, self.learn
-        await self._restore(live, record.state)
-        live.tokens = (await self.piece(live.loaded.stats)).tokens
-        for entry in record.entries:
-            live.version += 1
-            with suppress(UserError):  # as it was when this was done first
-                await self._apply(live, entry)
-        await self._measure(live)
 
     async def _restore(self, live: Live, state: Any) -> None:
         """Put a stored state in place of the session."""
@@ -331,18 +330,12 @@ class Engine:
             return
         with self.store.opened(state) as path:
             try:
-                live.session = await self.piece(self._from_file, path)
+                live.session = await self.piece(self.from_file, path, "its state")
             except UserError as error:
-                reason = str(error).replace(str(path), "its state")
-                raise VersionError(f"session {live.id} does not fit this server: {reason}") from None
+                raise VersionError(f"session {live.id} does not fit this server: {error}") from None
         live.version = live.stored = state.version
         live.history, live.frozen = list(state.values["history"]), bool(state.values["frozen"])
         live.learn = state.values.get("learn", self.learn)
-
-    def _from_file(self, path: Any) -> Session:
-        session = self.pool.load("loading", path)
-        self.pool.close("loading")
-        return session
 
     async def _apply(self, live: Live, entry: dict[str, Any]) -> None:
         """Do what an entry says. When that fails midway the state of that moment is stored: it counts."""
@@ -357,7 +350,7 @@ class Engine:
         try:
             for work in pieces_of(entry, live.loaded, self.limits.piece):
                 await self.piece(work)
-        except StoppedError:
+        except StoppingError:
             raise
         except Exception:
             await self.store_now(live, again=True)

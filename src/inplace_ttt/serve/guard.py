@@ -5,23 +5,29 @@ Nothing here needs torch or FastAPI: a server listens before they are imported a
 
 import asyncio
 import hashlib
-import json
 import logging
+import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+
 from ..errors import UserError
-from .settings import Limits, ServeError, StoppingError
+from .settings import InternalError, Limits, ServeError, StoppingError
 
 log = logging.getLogger("inplace_ttt.serve")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 LOADING = 300.0
 """Seconds that a request waits for the model to be loaded; then it is told to come again."""
-Message = dict[str, Any]
+SAFE = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"cache-control", b"no-store")]
+"""Headers that browsers should keep to."""
+Message = MutableMapping[str, Any]
 
 
 def read_keys(path: Path) -> dict[str, str]:
@@ -38,12 +44,12 @@ def read_keys(path: Path) -> dict[str, str]:
         line = line.strip()
         if not line or line.startswith("#"):
             continue
-        owner, colon, key = (part.strip() for part in line.partition(":"))
-        if not owner or not colon or len(key) < 8 or not key.isascii() or " " in key:
+        match = re.fullmatch(r"([^:]*[^:\s])\s*:\s*([!-~]{8,})", line)
+        if match is None:
             raise UserError(f"{path}, line {number}: write owner:key, the key at least 8 ASCII characters, no spaces")
-        if key_digest(key) in found:
+        if (digest := key_digest(match[2])) in found:
             raise UserError(f"{path}, line {number}: this key is there already; every key belongs to one owner")
-        found[key_digest(key)] = owner
+        found[digest] = match[1]
     if not found:
         raise UserError(f"{path} holds no keys: write owner:key, one a line")
     return found
@@ -52,11 +58,6 @@ def read_keys(path: Path) -> dict[str, str]:
 def key_digest(key: str) -> str:
     """Hash a key: keys are looked up by digest, so the time that takes says nothing about them."""
     return hashlib.sha256(key.encode()).hexdigest()
-
-
-def error_body(error: ServeError) -> dict[str, Any]:
-    """Return OpenAI's form of an error."""
-    return {"error": {"message": str(error), "type": error.kind, "param": None, "code": error.code}}
 
 
 class Guard:
@@ -111,13 +112,14 @@ class Guard:
         return app
 
     async def _serve(self, scope: Message, receive: Any, send: Any) -> None:
-        status, ended, body = 0, False, _Body(receive, dict(scope["headers"]), self.limits)
+        headers = Headers(scope=scope)
+        status, ended, body = 0, False, _Body(receive, headers.get("content-length", "0"), self.limits)
 
         async def sending(message: Message) -> None:
             nonlocal status, ended
             if message["type"] == "http.response.start":
                 status = message["status"]
-                secure(message)
+                message["headers"] = [*message.get("headers", []), *SAFE]
             ended = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
@@ -127,9 +129,9 @@ class Guard:
             await sending(message)
 
         try:
-            scope["owner"] = self._admit(scope)
+            scope["owner"] = self._admit(scope["path"], headers)
             if scope["path"] in ("/health", "/ready"):
-                await _answer(sending, *self._state(scope["path"]))
+                await self._state(scope["path"])(scope, receive, sending)
             else:
                 await (await self._routes())(scope, body.receive, routed)
         except Exception as error:
@@ -137,19 +139,20 @@ class Guard:
             if known is None:
                 log.exception("%s %s failed", scope["method"], scope["path"])
             if status == 0:
-                await _refuse(sending, known or internal())
+                known = known or InternalError()
+                closes = {"connection": "close"} if known.status in (408, 413) else {}
+                await JSONResponse(known.body(), known.status, known.headers | closes)(scope, receive, sending)
             elif not ended:
                 raise ConnectionError("failed while answering") from None
         finally:
             if self.service is not None:
                 self.service.metrics.request(scope, status)
 
-    def _state(self, path: str) -> tuple[int, dict[str, str]]:
+    def _state(self, path: str) -> JSONResponse:
         if path == "/health":
-            return 200, {"status": "ok"}
-        if self.stopping or self.service is None:
-            return 503, {"status": "stopping" if self.stopping else "loading"}
-        return 200, {"status": "ready"}
+            return JSONResponse({"status": "ok"})
+        state = "stopping" if self.stopping else "loading" if self.service is None else "ready"
+        return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
     async def _routes(self) -> Any:
         """Wait for the routes."""
@@ -166,20 +169,18 @@ class Guard:
         except Exception:
             raise StoppingError from None  # whoever runs the server is told why
 
-    def _admit(self, scope: Message) -> str:
+    def _admit(self, path: str, headers: Headers) -> str:
         """Return the owner of a request. ServeError when there is none, or too many requests of his come."""
-        headers = {name.lower(): value for name, value in scope["headers"]}
-        host = headers.get(b"host", b"").decode("latin-1")
-        origin = headers.get(b"origin", b"").decode("latin-1")
-        if self.keys is None and host and _name(host) not in LOOPBACK:
+        host, origin = headers.get("host", ""), headers.get("origin", "")
+        if self.keys is None and host and urlsplit(f"//{host}").hostname not in LOOPBACK:
             raise ServeError("this server has no keys and answers on the loopback only", status=403, code="forbidden")
         if origin and urlsplit(origin).netloc != host:
             raise ServeError("requests from other web pages are refused", status=403, code="forbidden")
-        if not scope["path"].startswith("/v1/"):
+        if not path.startswith("/v1/"):
             return ""
         owner = "local"
         if self.keys is not None:
-            kind, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+            kind, _, key = headers.get("authorization", "").partition(" ")
             known = self.keys.get(key_digest(key.strip())) if kind.lower() == "bearer" else None
             if known is None:
                 raise ServeError(
@@ -207,12 +208,11 @@ class Guard:
 class _Body:
     """A request's body, which must not be too large, nor come too slowly; ``error`` says that it did not come."""
 
-    def __init__(self, receive: Any, headers: dict[bytes, bytes], limits: Limits) -> None:
+    def __init__(self, receive: Any, declared: str, limits: Limits) -> None:
         self._receive, self._limits = receive, limits
         self._size, self._complete = 0, False
         self.error: ServeError | None = None
-        declared = headers.get(b"content-length", b"0")
-        if not declared.isdigit() or int(declared) > limits.body:
+        if not (declared.isascii() and declared.isdigit()) or int(declared) > limits.body:
             self._fail(413, "too_large", f"the body is larger than {limits.body:,} bytes")
 
     def _fail(self, status: int, code: str, message: str) -> ServeError:
@@ -236,56 +236,16 @@ class _Body:
         return message
 
 
-def internal() -> ServeError:
-    """Return what a client is told about a bug."""
-    return ServeError("something failed inside the server; its log says more", status=500, kind="server_error")
-
-
-def secure(message: Message) -> None:
-    """Add headers that browsers should keep to."""
-    message["headers"] = [
-        *message.get("headers", []),
-        (b"x-content-type-options", b"nosniff"),
-        (b"referrer-policy", b"no-referrer"),
-        (b"cache-control", b"no-store"),
-    ]
-
-
-def _name(host: str) -> str:
-    return urlsplit(f"//{host}").hostname or ""
-
-
-async def _refuse(send: Any, error: ServeError) -> None:
-    headers = dict(error.headers)
-    if error.status in (408, 413):
-        headers["connection"] = "close"
-    await _answer(send, error.status, error_body(error), headers)
-
-
-async def _answer(send: Any, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
-    body = json.dumps(value).encode()
-    known = {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
-    pairs = [(name.encode(), text.encode()) for name, text in known.items()]
-    await send({"type": "http.response.start", "status": status, "headers": pairs})
-    await send({"type": "http.response.body", "body": body})
-
-
-def _in_thread(function: Callable[[], Any]) -> "asyncio.Future[Any]":
+async def _in_thread(function: Callable[[], Any]) -> Any:
     """Run a function in a thread that nobody waits for when the server stops before it is done."""
-    loop = asyncio.get_running_loop()
-    done = loop.create_future()
-
-    def tell(set_it: Callable[[Any], None], value: Any) -> None:
-        if not done.done():
-            set_it(value)
+    done: Future[Any] = Future()
+    done.set_running_or_notify_cancel()
 
     def run() -> None:
         try:
-            found: Any = tell, done.set_result, function()
+            done.set_result(function())
         except BaseException as error:  # it goes to whoever waits
-            found = tell, done.set_exception, error
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(*found)
+            done.set_exception(error)
 
     threading.Thread(target=run, name="load", daemon=True).start()
-    return done
+    return await asyncio.wrap_future(done)

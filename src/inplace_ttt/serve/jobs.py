@@ -17,7 +17,8 @@ class Job:
         self._scheduler = scheduler
         self._events: asyncio.Queue[Any] = asyncio.Queue()
         self._writings: list[Writing] = []
-        self._begun = asyncio.Event()
+        self.begun = asyncio.Event()
+        """Set at the first event, or the end."""
         self.stopped = False
         self.task = asyncio.create_task(self._run(work))
 
@@ -25,17 +26,12 @@ class Job:
         try:
             return await work(self)
         finally:
-            self._events.put_nowait(None)
-            self._begun.set()
+            self.emit(None)
 
     def emit(self, event: Any) -> None:
-        """Tell the client something."""
+        """Tell the client something; None: that it has ended."""
         self._events.put_nowait(event)
-        self._begun.set()
-
-    async def begun(self) -> None:
-        """Wait for the first event, or the end."""
-        await self._begun.wait()
+        self.begun.set()
 
     @property
     def failed(self) -> bool:

@@ -1,12 +1,12 @@
 """The routes that OpenAI's clients call."""
 
 import time
+from itertools import accumulate
 from typing import Annotated, Any
 from uuid import uuid4
 
 import torch
 from fastapi import APIRouter, Header, Request
-from fastapi.responses import JSONResponse
 
 from ..session.pool import Writer
 from . import work
@@ -15,7 +15,7 @@ from .scheduler import Finish
 from .schemas import Chat, Completion, OpenAI, SessionHeaders
 from .service import Service
 from .settings import NotFoundError, ServeError
-from .sse import outcome, streamed
+from .sse import Json, outcome, streamed
 
 router = APIRouter()
 
@@ -82,7 +82,7 @@ async def _answer(
     if body.stream:
         return await streamed(job, request, reply.chunks, reply.last)
     answers = await outcome(job, request)
-    return JSONResponse(reply.whole(answers))
+    return Json(reply.whole(answers))
 
 
 def _look(top: int) -> Any:
@@ -108,7 +108,6 @@ class _Reply:
         self.created, self.began = int(time.time()), time.perf_counter()
         self.started: set[int] = set()
         self.offsets: dict[int, int] = {}
-        self.first = True
 
     def _frame(self, choices: list[Any], ending: str = "") -> dict[str, Any]:
         name = "chat.completion" + ending if self.kind == "chat" else "text_completion"
@@ -125,19 +124,16 @@ class _Reply:
             else:
                 choice["text"] = found.text
             choices.append(choice)
-        self._count(answers)
-        return {**self._frame(choices), "usage": self._usage(answers), **self._session(answers)}
+        return self._frame(choices) | self._ending(answers)
 
     def chunks(self, event: Any) -> list[dict[str, Any]]:
         """Return what one event is to a client."""
-        if self.first:
-            self.first = False
+        if not self.started:
             self.service.metrics.first.observe(time.perf_counter() - self.began)
-        index = event[0]
-        found = []
+        index, found = event[0], []
         if self.kind == "chat" and index not in self.started:
-            self.started.add(index)
             found.append(self._chunk(index, {"role": "assistant", "content": ""}, None, None))
+        self.started.add(index)
         if isinstance(event[1], Finish):
             found.append(self._chunk(index, {}, _reason(event[1].reason), None))
         else:
@@ -154,23 +150,18 @@ class _Reply:
 
     def last(self, answers: list[work.Answered]) -> list[dict[str, Any]]:
         """Return what comes after all chunks."""
-        self._count(answers)
-        if not (self.body.stream_options and self.body.stream_options.include_usage):
-            return []
-        return [{**self._frame([], ".chunk"), "usage": self._usage(answers), **self._session(answers)}]
+        ending, options = self._ending(answers), self.body.stream_options
+        return [self._frame([], ".chunk") | ending] if options and options.include_usage else []
 
-    def _session(self, answers: list[work.Answered]) -> dict[str, Any]:
-        return {} if self.session is None else {"session": {"id": self.session, "version": answers[0].version}}
-
-    def _usage(self, answers: list[work.Answered]) -> dict[str, int]:
+    def _ending(self, answers: list[work.Answered]) -> dict[str, Any]:
+        """Count the tokens; return usage, and where the session is now."""
         prompts = answers[:: self.body.n or 1]
         read, wrote = sum(a.prompt_tokens for a in prompts), sum(len(a.ids) for a in answers)
-        return {"prompt_tokens": read, "completion_tokens": wrote, "total_tokens": read + wrote}
-
-    def _count(self, answers: list[work.Answered]) -> None:
-        usage = self._usage(answers)
-        self.service.metrics.read.inc(usage["prompt_tokens"])
-        self.service.metrics.written.inc(usage["completion_tokens"])
+        self.service.metrics.read.inc(read)
+        self.service.metrics.written.inc(wrote)
+        usage = {"prompt_tokens": read, "completion_tokens": wrote, "total_tokens": read + wrote}
+        session = {} if self.session is None else {"session": {"id": self.session, "version": answers[0].version}}
+        return {"usage": usage} | session
 
     def _logprobs(self, ids: list[int], looked: list[Any], index: int) -> Any:
         if self.top is None or not ids:
@@ -184,10 +175,9 @@ class _Reply:
                 ],
                 "refusal": None,
             }
-        tokens, offsets = [text(i) for i in ids], []
-        for token in tokens:
-            offsets.append(self.offsets.get(index, 0))
-            self.offsets[index] = offsets[-1] + len(token)
+        tokens = [text(i) for i in ids]
+        offsets = list(accumulate(map(len, tokens), initial=self.offsets.get(index, 0)))
+        self.offsets[index] = offsets.pop()
         return {
             "tokens": tokens,
             "token_logprobs": [p for p, _ in looked],

@@ -52,20 +52,16 @@ def serve(
     host: str,
     port: int,
     api_keys: Path | None,
-    state: str | Path | None,
+    place: str | Path | None,
     limits: Limits,
     log: Callable[[str], None],
     quiet: Callable[[], None] = lambda: None,
-    device: str | None = None,
-    objective: str | None = None,
-    settings: dict[str, Any] | None = None,
     served_name: str | None = None,
-    adapters: Path | None = None,
-    state_form: str | int = "dense",
     **options: Any,
 ) -> None:
     """Serve until told to stop (SIGTERM, Ctrl-C). ``port`` 0 takes a free one; ``quiet`` is called before loading.
 
+    ``place``: where sessions are kept (None: until the end). ``options``: as for ``load_service``.
     Raises UserError on a model, keys or a directory that do not fit, and where others than this machine could reach a
     server without keys.
     """
@@ -75,21 +71,17 @@ def serve(
         raise UserError(f"on {host} anybody could use this server: give --api-keys FILE, or stay on 127.0.0.1")
     served, began = served_name or Path(name or DEFAULT_MODEL).name, time.perf_counter()
     with ExitStack() as stack:
-        if state is None:
-            state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="inplace-ttt-")))
+        if place is None:
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="inplace-ttt-")))
             log("Sessions are kept until the server stops; --state-dir DIR keeps them for longer.")
 
         def load() -> Any:
-            from ..hf.attach import UNTRAINED, is_trained  # here: they import torch and FastAPI
-            from .app import make_app
-            from .service import load_model, make_service
+            from .app import make_app  # here: they import torch and FastAPI
+            from .service import load_service
 
             quiet()
-            model, tokenizer = load_model(name, device, objective, **(settings or {}))
-            service = make_service(model, tokenizer, served, state, limits, adapters, state_form=state_form, **options)
+            service = load_service(name, served, place, limits, log, **options)
             log(f"Loaded after {time.perf_counter() - began:.1f} s.")
-            if not is_trained(model):
-                log(f"warning: {UNTRAINED}")
             return make_app(service)
 
         server = Server(

@@ -14,13 +14,10 @@ from typing import Any
 
 from ..session import Session, SessionPool
 from ..session.pool import Writer
+from .settings import StoppingError
 
 SMALL = 0.02
 """Seconds for work between two decode steps: pieces are begun within it, so at most the last one takes longer."""
-
-
-class StoppedError(Exception):
-    """The server is stopping."""
 
 
 class Writing:
@@ -64,16 +61,6 @@ class Scheduler:
         """Return whether it takes no more work."""
         return self._stopping
 
-    @property
-    def writing(self) -> int:
-        """Count the sessions that write now."""
-        return len(self._active)
-
-    @property
-    def waiting(self) -> int:
-        """Count the pieces of reading and the writers that wait for their turn."""
-        return len(self._calls) + len(self._joining)
-
     # -- from the event loop --------------------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -82,7 +69,7 @@ class Scheduler:
         self._thread.start()
 
     async def stop(self) -> None:
-        """End the thread after its present step; what waits gets StoppedError."""
+        """End the thread after its present step; what waits gets StoppingError."""
         with self._work:
             self._stopping = True
             self._work.notify()
@@ -93,7 +80,7 @@ class Scheduler:
         done: Future[Any] = Future()
         with self._work:
             if self._stopping:
-                raise StoppedError
+                raise StoppingError
             self._calls.append((lambda: function(*arguments), done))
             self._work.notify()
         return await asyncio.shield(asyncio.wrap_future(done))
@@ -103,7 +90,7 @@ class Scheduler:
         writing = Writing(session, look, options)
         with self._work:
             if self._stopping:
-                raise StoppedError
+                raise StoppingError
             self._joining.append(writing)
             self._work.notify()
         return writing
@@ -219,7 +206,7 @@ class Scheduler:
             self._loop.call_soon_threadsafe(deliver)
 
     def _end(self) -> None:
-        stopped = StoppedError()
+        stopped = StoppingError()
         self._fail(stopped)
         for writing in self._joining:
             self._send([(writing, Finish("error", stopped))])

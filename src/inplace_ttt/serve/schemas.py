@@ -41,16 +41,14 @@ class Sampled(Body):
 
     def options(self, most: int, default: int) -> dict[str, Any]:
         """Return options as ``Session.generate`` takes them."""
+        given = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"}
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        temperature = 1.0 if self.temperature is None else self.temperature
-        found: dict[str, Any] = {"temperature": temperature, "stop": [s for s in stop if s]}
-        found["max_new_tokens"] = min(default if self.max_tokens is None else self.max_tokens, most)
-        for name in ("top_k", "min_p", "repetition_penalty", "seed"):
-            if getattr(self, name) is not None:
-                found[name] = getattr(self, name)
-        if self.top_p is not None and self.top_p < 1:
-            found["top_p"] = self.top_p
-        return found
+        return {
+            "temperature": 1.0,
+            **self.model_dump(include=given, exclude_none=True),
+            "stop": [s for s in stop if s],
+            "max_new_tokens": min(default if self.max_tokens is None else self.max_tokens, most),
+        }
 
 
 class StreamOptions(BaseModel):

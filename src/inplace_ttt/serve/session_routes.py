@@ -5,23 +5,22 @@ import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from fastapi import Path as InPath
-from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ValidationError
+from fastapi.responses import Response
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 
+from ..text_files import decode_text
 from . import work
 from .schemas import ID, Ask, AtVersion, Export, Fork, Freeze, NewSession, Read, Rollback, Score
 from .service import Service
 from .settings import ServeError
-from .sse import outcome, streamed
+from .sse import Json, outcome, streamed
 
 router = APIRouter(prefix="/v1/sessions")
-B = TypeVar("B", bound=BaseModel)
 Id = Annotated[str, InPath(pattern=ID)]
 
 
@@ -30,7 +29,7 @@ async def create(request: Request) -> dict[str, Any]:
     """Make a session; with a ``file`` (a form), from a session file."""
     engine = Service.of(request).engine
     async with _form(request) as (values, file):
-        body = _body(NewSession, values)
+        body = NewSession.model_validate(values)
         id = body.id or new_id()
         path = None
         with tempfile.TemporaryDirectory() as place:
@@ -51,7 +50,7 @@ async def index(request: Request) -> dict[str, Any]:
 @router.get("/{id}")
 async def describe(id: Id, request: Request, diagnostics: bool = True) -> Any:
     """Describe where a session stands: statistics, diagnostics, versions to go back to."""
-    return JSONResponse(_finite(await _done(request, work.describe, id, diagnostics)))
+    return Json(await _done(request, work.describe, id, diagnostics))
 
 
 @router.delete("/{id}")
@@ -68,8 +67,8 @@ async def read(id: Id, request: Request) -> Any:
     engine = service.engine
     async with _form(request) as (values, file):
         if file is not None:
-            values["text"] = _decoded(await file.read())
-    body = _body(Read, values)
+            values["text"] = decode_text("this file", await file.read())
+    body = Read.model_validate(values)
 
     async def reading(job: Any) -> Any:
         found = await work.read(engine, job, owner, id, body.text, body.if_version, body.learn)
@@ -78,8 +77,8 @@ async def read(id: Id, request: Request) -> Any:
 
     job = engine.begin(reading)
     if body.stream:
-        return await streamed(job, request, lambda event: [_finite(event)], lambda found: [{"done": found}])
-    return JSONResponse(await outcome(job, request))
+        return await streamed(job, request, lambda event: [event], lambda found: [{"done": found}])
+    return Json(await outcome(job, request))
 
 
 @router.post("/{id}/score")
@@ -87,7 +86,7 @@ async def score(id: Id, body: Score, request: Request) -> Any:
     """Score a text as the continuation, in nats per token; leaves no trace."""
     engine, owner = Service.of(request).engine, request.scope["owner"]
     job = engine.begin(lambda job: work.score(engine, job, owner, id, body.text, body.losses))
-    return JSONResponse(_finite(await outcome(job, request)))
+    return Json(await outcome(job, request))
 
 
 @router.post("/{id}/ask")
@@ -108,7 +107,7 @@ async def ask(id: Id, body: Ask, request: Request) -> Any:
     if body.stream:
         pieces = lambda event: [{"piece": event[1]}] if isinstance(event[1], str) and event[1] else []  # noqa: E731
         return await streamed(job, request, pieces, lambda answers: [{"done": whole(answers)}])
-    return JSONResponse(whole(await outcome(job, request)))
+    return Json(whole(await outcome(job, request)))
 
 
 @router.post("/{id}/fork", status_code=201)
@@ -151,7 +150,7 @@ async def export(id: Id, request: Request, body: Export | None = None) -> Any:
     """Export what was learned as a LoRA adapter: a zip file, or its path where the server has a folder for adapters."""
     found = await _done(request, work.export, id, (body or Export()).rank, Service.of(request).adapters)
     if "path" in found:
-        return JSONResponse(found)
+        return Json(found)
     name = {"content-disposition": f'attachment; filename="{found["name"]}.zip"', "x-adapter-name": found["name"]}
     return Response(found["zip"], media_type="application/zip", headers=name)
 
@@ -202,37 +201,3 @@ async def _form(request: Request) -> AsyncIterator[tuple[dict[str, Any], UploadF
     if not isinstance(values, dict):
         raise ServeError("the body must be a JSON object")
     yield values, None
-
-
-def _body(kind: type[B], values: dict[str, Any]) -> B:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise ServeError(mistakes(error.errors())) from None
-
-
-def mistakes(errors: Any) -> str:
-    """Say what validation found, in one line; without what was sent, which may be long."""
-    found = []
-    for error in list(errors)[:5]:
-        place = ".".join(str(part) for part in error["loc"] if part not in ("body", "header", "path", "query"))
-        found.append(f"{place}: {error['msg']}" if place else str(error["msg"]))
-    return "; ".join(found)
-
-
-def _decoded(data: bytes) -> str:
-    if b"\0" in data:
-        raise ServeError("this is a binary file (it has NUL bytes): send a text file")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ServeError(f"this file is not UTF-8 text (byte {error.start:,}): convert it first") from None
-
-
-def _finite(value: Any) -> Any:
-    """Replace nan, which JSON does not know, by None."""
-    if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else None
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    return [_finite(part) for part in value] if isinstance(value, list | tuple) else value

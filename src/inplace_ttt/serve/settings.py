@@ -54,6 +54,10 @@ class ServeError(Exception):
         for name, value in values.items():
             setattr(self, name, value)
 
+    def body(self) -> dict[str, Any]:
+        """Return OpenAI's form of the error."""
+        return {"error": {"message": str(self), "type": self.kind, "param": None, "code": self.code}}
+
 
 class NotFoundError(ServeError):
     """No such session (of this owner), model or route."""
@@ -74,6 +78,15 @@ class BusyError(ServeError):
 
     def __init__(self, message: str, after: float = 1.0) -> None:
         super().__init__(message, headers={"retry-after": str(max(1, round(after)))})
+
+
+class InternalError(ServeError):
+    """A bug, of which a client is told nothing else."""
+
+    status, kind = 500, "server_error"
+
+    def __init__(self) -> None:
+        super().__init__("something failed inside the server; its log says more")
 
 
 class StoppingError(ServeError):

@@ -1,20 +1,29 @@
 """Answers that come piece by piece, as server-sent events; and waiting for a client that may leave."""
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import StreamingResponse
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import ValidationError
+from pydantic_core import to_json
+from starlette.exceptions import HTTPException
 
 from ..errors import UserError
-from .guard import error_body, internal
 from .jobs import Job
-from .settings import ServeError
+from .settings import InternalError, ServeError
 
 log = logging.getLogger("inplace_ttt.serve")
+
+
+class Json(JSONResponse):
+    """A response in JSON, with null for nan and infinity, which JSON does not have."""
+
+    def render(self, content: Any) -> bytes:
+        return to_json(content, inf_nan_mode="null")
 
 
 async def streamed(
@@ -25,7 +34,7 @@ async def streamed(
     The answer begins with the first event: a job that fails before is an error with a status of its own. A client that
     leaves stops the job.
     """
-    await _unless_gone(request, job, job.begun())
+    await _unless_gone(request, job, job.begun.wait())
     if job.failed:
         await job.result()
     return _Stream(job, _events(job, lines, end))
@@ -53,20 +62,31 @@ async def _events(job: Job, lines: Any, end: Any) -> AsyncIterator[bytes]:
         for value in end(await job.result()):
             yield _line(value)
         yield b"data: [DONE]\n\n"
-    except (ServeError, UserError) as error:
-        yield _line(error_body(as_serve_error(error)))
-    except Exception:
-        log.exception("a stream failed")
-        yield _line(error_body(internal()))
+    except Exception as error:
+        known = as_serve_error(error)
+        if isinstance(known, InternalError):
+            log.exception("a stream failed")
+        yield _line(known.body())
 
 
 def _line(value: Any) -> bytes:
-    return b"data: " + json.dumps(value).encode() + b"\n\n"
+    return b"data: " + to_json(value, inf_nan_mode="null") + b"\n\n"
 
 
-def as_serve_error(error: ServeError | UserError) -> ServeError:
-    """Return an error for the client; a user's mistake is a bad request."""
-    return error if isinstance(error, ServeError) else ServeError(str(error))
+def as_serve_error(error: Exception) -> ServeError:
+    """Return an error for the client; a user's mistake is a bad request, and anything unknown a bug."""
+    if isinstance(error, ServeError):
+        return error
+    if isinstance(error, ValidationError | RequestValidationError):  # without what was sent, which may be long
+        found = []
+        for mistake in list(error.errors())[:5]:
+            place = ".".join(str(p) for p in mistake["loc"] if p not in ("body", "header", "path", "query"))
+            found.append(f"{place}: {mistake['msg']}" if place else str(mistake["msg"]))
+        return ServeError("; ".join(found))
+    if isinstance(error, HTTPException):
+        code = "not_found" if error.status_code == 404 else None
+        return ServeError(str(error.detail), status=error.status_code, code=code)
+    return ServeError(str(error)) if isinstance(error, UserError) else InternalError()
 
 
 async def outcome(job: Job, request: Request) -> Any:

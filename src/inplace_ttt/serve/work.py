@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
 from ..session import Session
 from ..session.sampling import Sampling, StopText
 from .engine import Engine, Live
@@ -48,7 +47,7 @@ async def create(
     session = None
     if file is not None:
         async with engine.room(1):
-            session = await engine.piece(_checked, engine, file)
+            session = await engine.piece(engine.from_file, file, "the session file")
     return await _new(engine, owner, id, session, {"history": [], "frozen": frozen, "learn": learn})
 
 
@@ -397,12 +396,3 @@ async def _new(engine: Engine, owner: str, id: str, session: Session | None, val
     state = session or await engine.piece(engine.blank.fork)
     await asyncio.to_thread(engine.store.add_state, key, 0, state.save, values)
     return 0
-
-
-def _checked(engine: Engine, file: Path) -> Session:
-    try:
-        session = engine.pool.load("uploaded", file)
-    except UserError as error:
-        raise UserError(str(error).replace(str(file), "the session file")) from None
-    engine.pool.close("uploaded")
-    return session

@@ -145,14 +145,3 @@ def save_model(
     has_own = before.get("kind") == "adapter" and not before["fingerprint"]
     projections = is_adapter and (has_own or trainable == "adapter_and_projections")
     save_pretrained(model, directory, tokenizer, adapter_only=is_adapter, projections=projections)
-
-
-def load_saved(directory: Path) -> PreTrainedModel:
-    """Load what `save_model` wrote, with float32 weights, on the CPU."""
-    loader: Any = from_pretrained if has_fast_weights(directory) else AutoModelForCausalLM.from_pretrained
-    return loader(directory).float().eval()  # type: ignore[no-any-return]
-
-
-def count_parameters(model: nn.Module, trainable: bool = False) -> int:
-    """Count all numbers, or the trainable ones; tied ones once."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)

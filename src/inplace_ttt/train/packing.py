@@ -102,37 +102,26 @@ class TokenStore:
         return np.diff(self.offsets)
 
     @classmethod
+    def write(cls, stem: Path, documents: Iterable[tuple[str, np.ndarray]]) -> "TokenStore":
+        """Write (name, ids [n]) pairs, one at a time and all of one dtype, for `load`, which returns them."""
+        names, offsets, dtype = list[str](), [0], np.dtype(np.uint16)
+        with open(f"{stem}.tokens", "wb") as file:
+            for name, ids in documents:
+                file.write(ids.tobytes())
+                names.append(name)
+                offsets.append(offsets[-1] + len(ids))
+                dtype = ids.dtype
+        index = {"dtype": str(dtype), "offsets": offsets, "names": names}
+        Path(f"{stem}.json").write_text(json.dumps(index), encoding="utf-8")
+        return cls.load(stem)
+
+    @classmethod
     def load(cls, stem: Path) -> "TokenStore":
-        """Read what a `TokenWriter` wrote; the tokens stay on disk until they are used."""
+        """Read what `write` wrote; the tokens stay on disk until they are used."""
         index = json.loads(Path(f"{stem}.json").read_text(encoding="utf-8"))
         offsets, dtype = np.array(index["offsets"], np.int64), np.dtype(index["dtype"])
         tokens = np.memmap(f"{stem}.tokens", dtype, "r") if offsets[-1] else np.zeros(0, dtype)
         return cls(tokens, offsets, tuple(index["names"]))
-
-
-class TokenWriter:
-    """A writer of ``stem.tokens`` and ``stem.json`` by document, inside ``with``; `TokenStore.load` reads them."""
-
-    def __init__(self, stem: Path) -> None:
-        self.stem, self.names, self.offsets = stem, list[str](), [0]
-        self._dtype = np.dtype(np.uint16)
-
-    def __enter__(self) -> "TokenWriter":
-        self._file = open(f"{self.stem}.tokens", "wb")
-        return self
-
-    def add(self, name: str, ids: np.ndarray) -> None:
-        """Write the next document's ids [n]; all documents have one dtype."""
-        self._dtype = ids.dtype
-        self._file.write(ids.tobytes())
-        self.names.append(name)
-        self.offsets.append(self.offsets[-1] + len(ids))
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._file.close()
-        if kind is None:
-            index = {"dtype": str(self._dtype), "offsets": self.offsets, "names": self.names}
-            Path(f"{self.stem}.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------

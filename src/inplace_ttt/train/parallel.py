@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Subset
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
 from inplace_ttt.errors import UserError
 from inplace_ttt.hf.attach import is_attached
@@ -35,7 +35,7 @@ from inplace_ttt.hf.sharding import (
 )
 from inplace_ttt.train.packing import IGNORED
 from inplace_ttt.train.specs import ParallelSpec
-from inplace_ttt.train.trainer import PackedTrainer
+from inplace_ttt.train.trainer import PackedTrainer, split_groups
 
 T = TypeVar("T")
 SHARDED, SCHEDULER = "sharded", "scheduler.pt"
@@ -54,10 +54,8 @@ class Rank:
             self.meshes = make_meshes(device, data=spec.data, shard=spec.shard, context=spec.context)
         self.context: ContextParallel | None = None
 
-    @property
-    def reading_groups(self) -> int:
+        self.reading_groups = 1 if self.meshes is None else self.meshes.readers
         """Groups of processes that read different rows."""
-        return 1 if self.meshes is None else self.meshes.readers
 
     def on_main_first(self, work: Callable[[], T]) -> T:
         """Call ``work`` on the main process, then on the others; they raise the UserError that it raised there."""
@@ -80,15 +78,14 @@ class Rank:
             return work()
         return from_first(self.on_main_first(lambda: work() if self.is_main else None))
 
-    def shard(self, model: PreTrainedModel, precision: torch.dtype | None) -> PreTrainedModel:
-        """Shard a built model, which still reads whole rows."""
+    def shard(self, model: PreTrainedModel, precision: torch.dtype | None) -> None:
+        """Shard a built model, which still reads whole rows; or put it on the device of a process alone."""
         if self.meshes is not None:
             shard_from_first(model, self.meshes.parameters, precision=precision)
         elif self.is_alone:
             model.to(self.device)  # type: ignore[arg-type]
         model.__dict__["_is_accelerate_prepared"] = not self.is_alone
         model.__dict__["_is_distributed_loading_by_transformers"] = False  # checkpoints are written here
-        return model
 
     def cut_rows(self, model: PreTrainedModel) -> None:
         """Make the model read slices from now on, where the settings say so."""
@@ -105,8 +102,9 @@ class Rank:
             dist.destroy_process_group()
 
 
-def start(spec: ParallelSpec) -> Rank:
-    """Join the run's other processes. Raises UserError when torchrun started another number of them."""
+def start(spec: ParallelSpec | None) -> Rank:
+    """Join the run's other processes (None: there are none). UserError when torchrun started another number of them."""
+    spec = spec or ParallelSpec()
     started, has_cuda = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available()
     if started != spec.processes:
         raise UserError(
@@ -124,19 +122,11 @@ def start(spec: ParallelSpec) -> Rank:
     return Rank(spec, "cuda" if has_cuda else "cpu")
 
 
-class PlacedArguments(TrainingArguments):
-    """Arguments of a Trainer whose model is where it belongs already."""
-
-    @property
-    def place_model_on_device(self) -> bool | None:
-        return False
-
-
 class ParallelTrainer(PackedTrainer):
     """``PackedTrainer`` on several processes: each reads its rows or slices, checkpoints are written by all of them."""
 
-    def __init__(self, *, rank: Rank, rows_per_batch: int, **arguments: Any) -> None:
-        self.rank, self.rows_per_batch = rank, rows_per_batch
+    def __init__(self, *, rank: Rank, **arguments: Any) -> None:
+        self.rank = rank
         super().__init__(**arguments)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -156,9 +146,10 @@ class ParallelTrainer(PackedTrainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Give this process its rows of every batch, in the order of one process."""
         rows: Any = self.train_dataset
-        own = self.rows_per_batch // self.rank.reading_groups
+        own = self.args.per_device_train_batch_size
         first = 0 if self.rank.meshes is None else self.rank.meshes.reader * own
-        batches = range(0, len(rows) // self.rows_per_batch * self.rows_per_batch, self.rows_per_batch)
+        together = own * self.rank.reading_groups
+        batches = range(0, len(rows) // together * together, together)
         workers = self.args.dataloader_num_workers
         return DataLoader(
             Subset(rows, [batch + first + i for batch in batches for i in range(own)]),
@@ -181,19 +172,9 @@ class ParallelTrainer(PackedTrainer):
         with nullcontext() if self.rank.context is None else self.rank.context.step():
             return super().training_step(*args, **kwargs)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Sum this process's losses over ``num_items_in_batch``: its mean over the processes is the step's."""
-        given = self._cut(inputs)
-        if num_items_in_batch is not None:
-            given["num_items_in_batch"] = num_items_in_batch
-        outputs = model(**given, use_cache=False)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        return super().compute_loss(model, self._cut(inputs), *args, **kwargs)
 
     def _cut(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return dict(inputs) if self.rank.context is None else self.rank.context.cut(inputs)
@@ -216,13 +197,8 @@ class ParallelTrainer(PackedTrainer):
             if isinstance(module, FSDPModule):
                 module.reshard()  # after a forward the root module holds unsharded parameters
         optimizer = super().create_optimizer(*args, **kwargs)
-        split = []
-        for group in optimizer.param_groups:
-            kinds: dict[Any, list[nn.Parameter]] = {}
-            for parameter in group["params"]:
-                kinds.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
-            split += [{**group, "params": parameters} for parameters in kinds.values()]
-        optimizer.param_groups[:] = split
+        groups = split_groups(optimizer, lambda p: getattr(p, "device_mesh", None))
+        optimizer.param_groups[:] = [group for _, group in groups]
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -234,8 +210,8 @@ class ParallelTrainer(PackedTrainer):
             dist.barrier()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        model, scheduler = self._model_and_scheduler()
-        save_sharded(Path(output_dir) / SHARDED, model, self._bare_optimizer())
+        model, scheduler, optimizer = self._parts()
+        save_sharded(Path(output_dir) / SHARDED, model, optimizer)
         if self.rank.is_main:
             torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER)
 
@@ -245,19 +221,16 @@ class ParallelTrainer(PackedTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        model, scheduler = self._model_and_scheduler()
-        load_sharded(Path(checkpoint) / SHARDED, model, self._bare_optimizer())
+        model, scheduler, optimizer = self._parts()
+        load_sharded(Path(checkpoint) / SHARDED, model, optimizer)
         state = torch.load(Path(checkpoint) / SCHEDULER, weights_only=True)
-        groups = len(self._bare_optimizer().param_groups)  # another layout may have had fewer
-        state |= {k: v[:1] * groups for k, v in state.items() if isinstance(v, list)}
-        given = [group["lr"] for group in self._bare_optimizer().param_groups]
+        given = [group["lr"] for group in optimizer.param_groups]  # another layout may have had fewer groups
+        state |= {k: v[:1] * len(given) for k, v in state.items() if isinstance(v, list)}
         scheduler.load_state_dict(state | {"base_lrs": scheduler.base_lrs, "_last_lr": given})
 
-    def _model_and_scheduler(self) -> tuple[Any, Any]:
-        return self.model, self.lr_scheduler
-
-    def _bare_optimizer(self) -> Any:
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+    def _parts(self) -> tuple[Any, Any, Any]:
+        """Return model, scheduler and the optimizer inside accelerate's."""
+        return self.model, self.lr_scheduler, getattr(self.optimizer, "optimizer", self.optimizer)
 
 
 def save_whole(model: PreTrainedModel, directory: Path) -> None:

@@ -16,7 +16,7 @@ from inplace_ttt.errors import UserError, in_one_line
 from inplace_ttt.hf.attach import inspect, is_attached
 from inplace_ttt.hf.auto import base_config
 from inplace_ttt.train.loss import tokens_at_once, why_whole
-from inplace_ttt.train.model import count_parameters, prepare_trainable
+from inplace_ttt.train.model import prepare_trainable
 from inplace_ttt.train.specs import ModelSpec, ParallelSpec, Recipe, TokenizerSpec
 from inplace_ttt.train.tokenizer import load_tokenizer
 
@@ -115,7 +115,7 @@ def plan(recipe: Recipe, *, logit_tokens: int | None = None) -> Plan:
         model = make(_shape(recipe.model, recipe.tokenizer), dtype=torch.float32)
     config, ttt, spec = model.config.get_text_config(), recipe.ttt_config(), recipe.parallel or ParallelSpec()
     prepare_trainable(model, ttt, recipe.trainable)
-    N, n = count_parameters(model), count_parameters(model, trainable=True)
+    N, n = model.num_parameters(), model.num_parameters(only_trainable=True)
     L, D, H, V = config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.vocab_size
     F = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * D
     G, d = getattr(config, "num_key_value_heads", None) or H, getattr(config, "head_dim", None) or D // H
@@ -210,7 +210,7 @@ def flops_per_token(
     """
     config = model.config.get_text_config()
     embeddings: Any = model.get_input_embeddings()
-    products = count_parameters(model) - (0 if config.tie_word_embeddings else embeddings.weight.numel())
+    products = model.num_parameters() - (0 if config.tie_word_embeddings else embeddings.weight.numel())
     scan = 2 * sum(math.prod(layer.shape) for layer in inspect(model)) if is_attached(model) else 0
     # The scan: one more product forward, three more backward.
     flops = (4 if is_frozen else 6) * products + 4 * scan + (2 * products + scan if recomputed else 0)
@@ -233,9 +233,6 @@ def peak_flops(given: float | None, precision: str) -> float | None:
 
 def known_peak(name: str, precision: str) -> float | None:
     """Return FLOP/s of a GPU by its name, such as "NVIDIA H100 80GB HBM3"; None for an unknown one."""
-    parts = name.replace("-", " ").split()
-    for known, (bf16, tf32) in PEAK_TFLOPS.items():
-        words = known.split()
-        if any(parts[i : i + len(words)] == words for i in range(len(parts))):
-            return (bf16 if precision == "bf16" else tf32) * 1e12
-    return None
+    words = f" {name.replace('-', ' ')} "
+    found = next((peaks for known, peaks in PEAK_TFLOPS.items() if f" {known} " in words), None)
+    return found and found[precision != "bf16"] * 1e12

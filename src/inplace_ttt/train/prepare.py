@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-import os
 import shutil
 import sys
-from collections import deque
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -14,7 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from inplace_ttt.records import write_json
-from inplace_ttt.train.packing import TokenStore, TokenWriter
+from inplace_ttt.train.packing import TokenStore
 from inplace_ttt.train.sources import SPLITS, Document, DomainDocuments, source_files, split_source
 from inplace_ttt.train.specs import DataSpec, DomainSpec, Recipe, TokenizerSpec
 from inplace_ttt.train.tokenizer import encode_documents, load_tokenizer, train_tokenizer
@@ -48,15 +47,13 @@ def prepare(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> P
     data, path = recipe.data, recipe.tokenizer.path or recipe.model.base or ""
     directory = Path(data.cache) / _key(data, recipe.tokenizer, path)
     if not (directory / "summary.json").exists():
-        unfinished = directory.with_name(f"{directory.name}.{os.getpid()}")  # renamed at the end: never half a cache
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory.parent) as place:
+            unfinished = Path(place, "tokens")  # renamed at the end: never half a cache
+            unfinished.mkdir()
             _write(data, recipe.tokenizer, path, unfinished, say)
             shutil.rmtree(directory, ignore_errors=True)
             unfinished.rename(directory)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
     say(f"tokens: {directory}")
     return Prepared(directory)
 
@@ -87,20 +84,16 @@ def _write(data: DataSpec, spec: TokenizerSpec, path: str, directory: Path, say:
 
 def _encode(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], stem: Path) -> dict[str, int]:
     """Write a domain's store; return how many documents, bytes of text and tokens it has."""
-    names: deque[str] = deque()  # of texts in the tokenizer's queue
     size = 0
 
-    def texts() -> Iterator[str]:
+    def counted() -> Iterator[Document]:
         nonlocal size
         for document in documents:
-            names.append(document.id)
             size += len(document.text.encode())
-            yield document.text
+            yield document
 
-    with TokenWriter(stem) as writer:
-        for ids in encode_documents(tokenizer, texts()):
-            writer.add(names.popleft(), ids)
-    return {"documents": len(writer.names), "bytes": size, "tokens": writer.offsets[-1]}
+    store = TokenStore.write(stem, encode_documents(tokenizer, counted()))
+    return {"documents": len(store.names), "bytes": size, "tokens": int(store.offsets[-1])}
 
 
 def _key(data: DataSpec, tokenizer: TokenizerSpec, path: str) -> str:

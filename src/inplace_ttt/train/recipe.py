@@ -16,7 +16,7 @@ from inplace_ttt.config import OBJECTIVES, InPlaceTTTConfig
 from inplace_ttt.errors import UserError, in_one_line
 from inplace_ttt.shipped import PACKAGE
 from inplace_ttt.train.schema import RecipeError, build, expand_variables, load_yaml
-from inplace_ttt.train.sources import SPLITS, check_source, split_source
+from inplace_ttt.train.sources import SPLITS, source_files, split_source
 from inplace_ttt.train.specs import DataSpec, ModelSpec, ParallelSpec, Recipe, TokenizerSpec
 
 
@@ -112,8 +112,6 @@ def _check_numbers(recipe: Recipe) -> None:
         limits = f"must lie between 1 and sequence_length ({recipe.sequence_length})"
         raise RecipeError(f"cut_multiple: {recipe.cut_multiple} {limits}")
     for name in recipe.report_to:
-        if name not in ("tensorboard", "wandb"):
-            raise RecipeError(f"report_to: {name!r} is none of tensorboard, wandb")
         if importlib.util.find_spec(name) is None:
             raise RecipeError(f"report_to: {name} is not installed: pip install {name}")
     for name, place in (("output", recipe.output), ("data.cache", recipe.data.cache)):
@@ -216,7 +214,7 @@ def _check_data(data: DataSpec, is_there: bool) -> None:
                 try:
                     kind, wanted = split_source(source)
                     if is_there:
-                        check_source(source)
+                        source_files(source)
                 except UserError as error:
                     raise RecipeError(f"{where}: {error}") from None
                 if kind == "library" and wanted != split:

@@ -10,8 +10,9 @@ import torch
 from rich.console import Console
 
 from inplace_ttt.eval.nll import DomainResult, Text, evaluate_documents
+from inplace_ttt.hf.load import load_baseline
+from inplace_ttt.plots import save, styled
 from inplace_ttt.records import about, peak_memory
-from inplace_ttt.train.model import load_saved
 from inplace_ttt.train.packing import TokenStore
 from inplace_ttt.train.specs import EvaluationSpec
 
@@ -32,7 +33,7 @@ def evaluate(
         return {}
     inner = [edge for edge in spec.edges if 0 < edge < length]
     return evaluate_documents(
-        load_saved(directory).to(device),  # type: ignore[arg-type]
+        load_baseline(directory, str(device)).float(),  # type: ignore[no-untyped-call]
         {domain: texts(store) for domain, store in stores.items()},
         length,
         spec.windows,
@@ -74,12 +75,9 @@ def median(curve: Sequence[Mapping[str, float]], name: str) -> float | None:
 
 def plot_losses(curve: Sequence[Mapping[str, float]], path: Path, title: str) -> None:
     """Draw training and validation loss over the steps as a PNG; dashed: updates off."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(title=title, xlabel="step", ylabel="loss (nats per token)")
+    figure, grid = styled(8, 5)
+    axes = grid[0, 0]
+    axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
     names = sorted({name for entry in curve for name in entry if name == "loss" or name.startswith("eval_")})
     domains = sorted({name.removesuffix("_off") for name in names} - {"loss"})
     for name in sorted(names, key=lambda name: name != "loss"):
@@ -90,10 +88,9 @@ def plot_losses(curve: Sequence[Mapping[str, float]], path: Path, title: str) ->
             label = f"validation, {domain.removeprefix('eval_')}" + (", updates off" if is_off else "")
             style = {"color": f"C{domains.index(domain)}", "marker": "o", "markersize": 3, "label": label}
         axes.plot(*zip(*points, strict=True), "--" if is_off else "-", **style)
-    axes.grid(alpha=0.3)
     if names:
         axes.legend()
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def run_record(

@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,11 +19,13 @@ from transformers.utils import logging as transformers_logging
 from inplace_ttt.errors import UserError
 from inplace_ttt.hf.attach import configure, fast_settings, is_attached
 from inplace_ttt.hf.checkpoint import add_results
+from inplace_ttt.hf.load import load_baseline
 from inplace_ttt.hf.names import base_of, keep_base
 from inplace_ttt.records import write_json
 from inplace_ttt.train.attention import choose_attention
-from inplace_ttt.train.model import build_model, count_parameters, load_saved, recompute_activations, save_model
+from inplace_ttt.train.model import build_model, recompute_activations, save_model
 from inplace_ttt.train.packing import Layout, PackedRows, TokenStore, first_rows, updates_seen
+from inplace_ttt.train.parallel import ParallelTrainer, Rank, save_whole, start
 from inplace_ttt.train.plan import flops_per_token, peak_flops
 from inplace_ttt.train.prepare import Prepared, documents_of, prepare
 from inplace_ttt.train.report import evaluate, headline, loss_curve, plot_losses, run_record
@@ -38,9 +40,6 @@ from inplace_ttt.train.trainer import (
     ProgressLines,
     training_arguments,
 )
-
-if TYPE_CHECKING:
-    from inplace_ttt.train.parallel import Rank
 
 _FREE_ON_RESUME = {
     "activation_checkpointing", "name", "output", "peak_tflops", "log_every", "eval_every", "save_every", "evaluation",
@@ -67,25 +66,20 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
     output = Path(recipe.output)
     checkpoints, saved = output / "checkpoints", output / "model"
     last = _start_from(recipe, checkpoints, resume)
-    rank: Rank | None = None
-    if recipe.parallel is not None:
-        from inplace_ttt.train import parallel
-
-        rank = parallel.start(recipe.parallel)
-    is_main = rank is None or rank.is_main
-    console.quiet = console.quiet or not is_main
-    prepared = prepare(recipe, say) if rank is None else rank.on_main_first(lambda: prepare(recipe, say))
+    rank = start(recipe.parallel)
+    console.quiet = console.quiet or not rank.is_main
+    prepared = rank.on_main_first(lambda: prepare(recipe, say))
     _check_windows(prepared, recipe.evaluation_length)
 
     started = datetime.now(UTC)
-    if is_main:
+    if rank.is_main:
         write_json(output / "recipe.json", recipe.raw)
     try:
         trainer, rows = build_trainer(recipe, prepared, checkpoints, rank, say, last)
         ProgressLines(trainer, console)
         model: Any = trainer.model
-        attached, device, parameters = is_attached(model), trainer.args.device, count_parameters(model)
-        trained_parameters = count_parameters(model, trainable=True)
+        attached, device, parameters = is_attached(model), trainer.args.device, model.num_parameters()
+        trained_parameters = model.num_parameters(only_trainable=True)
         what = f"{parameters / 1e6:.2f}M parameters on {device}, {model.config._attn_implementation}"
         say(f"{recipe.name}: {what}; {rows.describe()}")
         trainer.train(resume_from_checkpoint=last)
@@ -93,18 +87,18 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
         raise UserError(out_of_memory(recipe)) from None
     curve = loss_curve(trainer.state.log_history)
     warnings = [] if trainer.monitor is None else trainer.monitor.warnings
-    if is_main:
+    if rank.is_main:
         plot_losses(curve, output / "loss.png", recipe.name)
 
     # The Trainer leaves autocast around forward; so evaluate the saved copy, which users load.
     model.config.use_cache = True
-    if rank is not None:  # together they write all weights, the main process reads them
+    if recipe.parallel is not None:  # together they write all weights, the main process reads them
         base, whole = base_of(model), output / "whole"
-        parallel.save_whole(model, whole)
+        save_whole(model, whole)
         rank.end()
-        if not is_main:
+        if not rank.is_main:
             return output
-        model = load_saved(whole)
+        model = load_baseline(whole, "cpu")
         if attached:
             keep_base(model, base)
         shutil.rmtree(whole)
@@ -209,25 +203,17 @@ def build_trainer(
     recipe: Recipe,
     prepared: Prepared,
     checkpoints: Path,
-    rank: "Rank | None" = None,
+    rank: Rank | None = None,
     say: Callable[[str], None] = lambda line: None,
     last: str | None = None,
 ) -> tuple[PackedTrainer, PackedRows | StreamedRows]:
     """Build rows, model and Trainer. ``rank``: this process among several; ``last``: the checkpoint to resume."""
-    kind: Any = PackedTrainer
-    shared: dict[str, Any] = {}
-    if rank is not None:
-        from inplace_ttt.train.parallel import ParallelTrainer, PlacedArguments
-
-        kind = partial(ParallelTrainer, rank=rank, rows_per_batch=recipe.batch_size)
-        if not rank.is_alone:  # sharding has a mixed precision of its own
-            own = recipe.batch_size // rank.reading_groups
-            shared = {"kind": PlacedArguments, "per_device_train_batch_size": own, "bf16": False}
-    arguments = training_arguments(recipe, checkpoints, **shared)
+    rank = rank or start(recipe.parallel)
+    kind: Any = PackedTrainer if recipe.parallel is None else partial(ParallelTrainer, rank=rank)
+    arguments = training_arguments(recipe, checkpoints, rank.reading_groups, autocast=rank.is_alone)
     torch.set_float32_matmul_precision("high")
     attention = choose_attention(recipe.attn_implementation, arguments.device)
-    build = partial(build_model, recipe, prepared.tokenizer, attention)
-    model: Any = build() if rank is None else rank.build(build)
+    model: Any = rank.build(partial(build_model, recipe, prepared.tokenizer, attention))
     rows = _rows(recipe, prepared)
     if (config := recipe.ttt_config()) is not None:
         say(updates_seen(rows.plan, config.chunk_size, is_all=isinstance(rows, PackedRows)))
@@ -239,34 +225,25 @@ def build_trainer(
     peak = peak_flops(recipe.peak_tflops, recipe.precision)
     if recipe.activation_checkpointing:
         recompute_activations(model)
-    if rank is None:
-        model.to(arguments.device)
-    else:
-        model = rank.shard(model, torch.bfloat16 if recipe.precision == "bf16" else None)
+    rank.shard(model, torch.bfloat16 if recipe.precision == "bf16" else None)
     if recipe.ttt_relative_update is not None:  # where the model is trained: a CPU would take hours for a large one
         if last is not None and Path(last, "config.json").is_file():
             lr = _kept_lr(Path(last), recipe.ttt_lr_warmup_steps)
         else:
             lr = fitting_lr(model, {n: value[None] for n, value in rows[0].items()}, recipe.ttt_relative_update)
         configure(model, lr=lr)
-    if rank is not None:
-        rank.cut_rows(model)
+    rank.cut_rows(model)
     attached = is_attached(model)
     trainer: PackedTrainer = kind(
         model=model,
         args=arguments,
         train_dataset=rows,
         validation=validation if recipe.eval_every else None,
-        tokens_per_step=recipe.tokens_per_step,
-        decay_embeddings=recipe.optimizer.decay_embeddings,
         flops_per_token=flops,
-        peak_flops=peak and peak * (1 if recipe.parallel is None else recipe.parallel.processes),
+        peak_flops=peak and peak * rank.spec.processes,
         # Compiled layers call no hooks.
         monitor=FastWeightMonitor(model, recipe.log_every, say) if attached and not recipe.compile else None,
         say=say,
-        ttt_lr=recipe.optimizer.ttt_lr,
-        teach=recipe.teach,
-        teach_alone=recipe.teach_alone,
     )
     trainer.add_callback(MarkComplete())
     if attached and recipe.ttt_lr_warmup_steps:

@@ -7,6 +7,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import yaml
@@ -24,8 +25,7 @@ class RecipeError(UserError):
 def build(cls: type[T], values: object, where: str = "") -> T:
     """Build the dataclass ``cls`` from a mapping. ``where`` names the place in messages ("data.train").
 
-    A class attribute ``shorthand`` names the field that a bare value is for; ``elsewhere`` maps settings that belong
-    elsewhere to what to write instead.
+    A class attribute ``shorthand`` names the field that a bare value is for.
     """
     if (shorthand := getattr(cls, "shorthand", None)) and isinstance(values, str | list):
         values = {shorthand: values}
@@ -33,8 +33,6 @@ def build(cls: type[T], values: object, where: str = "") -> T:
         raise RecipeError(f"{where or 'the recipe'}: expected settings (key: value), got {_shown(values)}")
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls)) if field.init}
     for key in values:
-        if advice := getattr(cls, "elsewhere", {}).get(key):
-            raise RecipeError(f"{_join(where, key)}: {advice}")
         if key not in fields:
             close = difflib.get_close_matches(str(key), fields, 1)
             hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(fields)}"
@@ -57,15 +55,13 @@ def convert(kind: Any, value: object, where: str) -> Any:
             raise RecipeError(f"{where}: {number} is too small, it must be at least {inside[1]}")
         return number
     if origin in (types.UnionType, typing.Union):
-        arms = [arm for arm in inside if arm is not types.NoneType]
-        if value is None and len(arms) < len(inside):
+        if value is None and types.NoneType in inside:
             return None
-        for arm in arms[:-1]:
-            try:
+        *arms, last = (arm for arm in inside if arm is not types.NoneType)
+        for arm in arms:
+            with suppress(RecipeError):
                 return convert(arm, value, where)
-            except RecipeError:
-                continue
-        return convert(arms[-1], value, where)
+        return convert(last, value, where)
     if origin is typing.Literal:
         if value not in inside:
             raise RecipeError(f"{where}: {_shown(value)} is none of {', '.join(map(str, inside))}")

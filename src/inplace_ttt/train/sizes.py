@@ -177,13 +177,12 @@ class FastWeightMonitor(TrainerCallback):
         self._sizes: dict[int, Sizes] = {}
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        step = state.global_step + 1
-        self._sizes = {}
+        step, self._sizes = state.global_step + 1, {}
         is_logged = step % self.log_every == 0
         for site in runtime_of(self.model).sites:
             if site.teacher is not None:
                 site.teacher.measures, site.teacher.total = is_logged and site.target.source != "loss", None
-        if step % self.log_every == 0 or step <= FIRST_STEPS:
+        if is_logged or step <= FIRST_STEPS:
             self._sizes = self._watching.enter_context(measuring(self.model, probe=step == 1))
 
     def on_substep_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
@@ -213,14 +212,11 @@ class FastWeightMonitor(TrainerCallback):
             found[f"update_norm/layer_{layer}"] = lr * float(sizes.updates.median())
             if sizes.state is not None:
                 found[f"state_norm/layer_{layer}"] = lr * float(sizes.state)
-        if totals := [x for x in self._cosines() if x[1] > 0]:
-            found["ttt_cosine"] = sum(x for x, _ in totals) / sum(n for _, n in totals)
-        return found
-
-    def _cosines(self) -> list[list[float]]:
-        """Return each layer's sum and number of cosines in the step that just ended."""
         teachers = [site.teacher for site in runtime_of(self.model).sites]
-        return [t.total.tolist() for t in teachers if t is not None and t.total is not None]
+        totals = [t.total.tolist() for t in teachers if t is not None and t.total is not None]
+        if count := sum(number for _, number in totals):  # of all layers' cosines
+            found["ttt_cosine"] = sum(cosines for cosines, _ in totals) / count
+        return found
 
     def _size_warning(self, is_first: bool) -> str | None:
         lr = self.lr

@@ -2,8 +2,8 @@
 
 A source is written ``kind:where``:
 
-* ``jsonl:PATH`` one document a line, ``{"text": ..., "id": ..., "source": ..., "license": ...}`` (only ``text`` is
-  needed); PATH may be a glob and may end in ``.xz`` or ``.gz``;
+* ``jsonl:PATH`` one document a line, ``{"text": ..., "id": ...}`` (only ``text`` is needed); PATH may be a glob and may
+  end in ``.xz`` or ``.gz``;
 * ``text:PATH`` one UTF-8 file a document; PATH may be a glob (``**`` reaches into folders);
 * ``hf:PLACE?split=train&text=COLUMN`` a dataset of the hub or of a folder, see `inplace_ttt.hub`;
 * ``library:SPLIT`` the running Python's standard library, one document a file: text that every machine has. Files of
@@ -12,7 +12,6 @@ A source is written ``kind:where``:
 
 import glob
 import hashlib
-import platform
 import re
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 
 from inplace_ttt.errors import SourceError, UserError
-from inplace_ttt.hub import HubDataset, hub_dataset
+from inplace_ttt.hub import hub_dataset
 from inplace_ttt.text_files import read_json_lines, read_text
 
 SPLITS = ("train", "validation", "test")
@@ -33,12 +32,10 @@ _GENERATED = re.compile(r"auto-?\s?generated|automatically generated|@generated|
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text. ``source`` says where it came from, ``licence`` under which terms ("" if unknown)."""
+    """One text; domains are ordered by its ``id``, not by where it comes from."""
 
     id: str
     text: str
-    source: str
-    licence: str = ""
 
 
 class DomainDocuments:
@@ -86,11 +83,6 @@ def hash_of(document: Document) -> bytes:
 def split_source(spec: str) -> tuple[str, str]:
     """Split ``kind:where`` into (kind, where). Raises SourceError for anything else."""
     kind, _, where = spec.partition(":")
-    if kind == "packages":
-        raise SourceError(
-            f"{spec}: installed packages are no longer read here: write their files with benchmarks/code_documents.py "
-            "and name them as jsonl:PATH"
-        )
     if kind not in ("jsonl", "text", "hf", "library") or not where:
         raise SourceError(
             f"{spec!r} is not a document source: write jsonl:PATH, text:PATH, hf:DATASET or library:SPLIT"
@@ -101,24 +93,19 @@ def split_source(spec: str) -> tuple[str, str]:
 
 
 def source_files(spec: str) -> list[Path]:
-    """Return the local files that a source names, sorted. Raises SourceError when a jsonl: or text: source has none."""
+    """Return the local files that a source names, sorted, and read none.
+
+    Raises SourceError when the source is misspelt, or jsonl: or text: names no file.
+    """
     kind, where = split_source(spec)
     if kind == "library":
         return []
     if kind == "hf":
-        return _dataset(spec).files()
+        return hub_dataset(spec, split="train").files()
     paths = [Path(where)] if Path(where).is_file() else sorted(map(Path, glob.glob(where, recursive=True)))
     if not (files := [path for path in paths if path.is_file()]):
         raise SourceError(f"{spec}: no such file (relative paths start at {Path.cwd()})")
     return files
-
-
-def check_source(spec: str) -> None:
-    """Raise SourceError when the source is misspelt or names no file. Reads nothing."""
-    if split_source(spec)[0] == "hf":
-        _dataset(spec)
-    else:
-        source_files(spec)
 
 
 def read_source(spec: str) -> Iterator[Document]:
@@ -127,24 +114,18 @@ def read_source(spec: str) -> Iterator[Document]:
     if kind == "library":
         yield from library(where)
     elif kind == "hf":
-        dataset = _dataset(spec)
+        dataset = hub_dataset(spec, split="train")
         for number, row in enumerate(dataset.rows(), 1):
             label = row.get(dataset.id)
             name = f"{Path(dataset.place).name}:{number}" if label is None else str(label)
-            yield Document(name, row[dataset.text], dataset.place)
+            yield Document(name, row[dataset.text])
     elif kind == "text":
         for path in source_files(spec):
-            yield Document(str(path), read_text(path).text, path.name)
+            yield Document(str(path), read_text(path).text)
     else:
         for path in source_files(spec):
             for number, record in read_json_lines(path):
-                name, source = record.get("id", f"{path.name}:{number}"), record.get("source", path.name)
-                licence = record.get("licence", record.get("license", ""))
-                yield Document(str(name), record["text"], str(source), str(licence))
-
-
-def _dataset(spec: str) -> HubDataset:
-    return hub_dataset(spec, split="train")
+                yield Document(str(record.get("id", f"{path.name}:{number}")), record["text"])
 
 
 def library(split: str) -> Iterator[Document]:
@@ -164,7 +145,7 @@ def library(split: str) -> Iterator[Document]:
         is_long = re.search(r"[^\n]{1001}", text) is not None
         if 2 << 10 <= len(text.encode()) <= 1 << 20 and not is_long and not _GENERATED.search(text[:1500]):
             found = True
-            yield Document(name, text, f"Python {platform.python_version()}", "PSF-2.0")
+            yield Document(name, text)
     if not found:
         raise SourceError(f"library:{split}: this Python's standard library has no source files in {folder}")
 

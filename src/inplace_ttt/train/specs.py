@@ -58,10 +58,6 @@ class DataSpec:
     ``tokenise``: the training split's tokens are made before training and kept, or while training and not kept.
     """
 
-    elsewhere: ClassVar = {
-        "packages": "installed packages are no longer read here: benchmarks/code_documents.py writes their files"
-    }
-
     train: dict[str, DomainSpec]
     validation: dict[str, DomainSpec] = field(default_factory=dict)
     test: dict[str, DomainSpec] = field(default_factory=dict)
@@ -117,8 +113,6 @@ class ParallelSpec:
     ``slices``, ``attention``: see `inplace_ttt.hf.parallel.enable_context_parallel`.
     """
 
-    elsewhere: ClassVar = {"activation_checkpointing": "write activation_checkpointing in the recipe itself"}
-
     data: Count = 1
     shard: Count = 1
     context: Count = 1
@@ -160,7 +154,7 @@ class Recipe:
     teach_alone: bool = False
     trainable: Literal["all", "adapter", "adapter_and_projections"] = "all"
     activation_checkpointing: bool = False
-    report_to: tuple[str, ...] = ()
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     peak_tflops: float | None = None
     batch_size: Count = 1
     gradient_accumulation: Count = 1

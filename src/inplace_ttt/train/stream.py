@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -46,21 +46,20 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
         notes: Path,
     ) -> None:
         self.rows, self.layout = rows, layout
-        self._domains = {name: _Domain(documents, tokenizer) for name, documents in domains.items()}
+        self._domains, self._tokenizer = domains, tokenizer
+        self._given: dict[str, tuple[int, int]] = {}
+        """Documents and tokens of each domain so far, earlier passes included."""
+        self._encoded: dict[str, Iterator[tuple[str, np.ndarray]]] = {}
         key = hashlib.sha256(json.dumps([asdict(layout), WINDOW_ROWS, list(domains)]).encode()).hexdigest()[:16]
         self._notes = notes / key
         self._process: int | None = None  # file handles of another process must not be used
         self._window, self._first = 0, 0
         self._store = TokenStore.build([])
-        self._plan: list[Row] = []
+        self.plan: list[Row] = []
+        """The rows of the window that was read last."""
 
     def __len__(self) -> int:
         return self.rows
-
-    @property
-    def plan(self) -> list[Row]:
-        """The rows of the window that was read last."""
-        return self._plan
 
     def describe(self) -> str:
         """Return a line for people."""
@@ -73,12 +72,12 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < self.rows:
             raise IndexError(index)
-        is_near = self._first <= index < self._first + len(self._plan) + WINDOW_ROWS
+        is_near = self._first <= index < self._first + len(self.plan) + WINDOW_ROWS
         if not is_near or self._process != os.getpid():
             self._seek(index)
-        while index >= self._first + len(self._plan):
+        while index >= self._first + len(self.plan):
             self._next()
-        return row_tensors(self._store, self._plan[index - self._first], self.layout)
+        return row_tensors(self._store, self.plan[index - self._first], self.layout)
 
     def _seek(self, index: int) -> None:
         """Go to the last known beginning of a window at or before row ``index``."""
@@ -87,51 +86,28 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
             os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
         known = [first for path in self._notes.glob("*.json") if (first := int(path.stem)) <= index]
         note = json.loads((self._notes / f"{max(known)}.json").read_text(encoding="utf-8")) if known else {}
-        self._window, self._first, self._plan = note.get("window", 0) - 1, note.get("first", 0), []
-        for name, domain in self._domains.items():
-            domain.go_to(*note.get("domains", {}).get(name, (0, 0)))
+        self._window, self._first, self.plan = note.get("window", 0) - 1, note.get("first", 0), []
+        self._given = {name: note.get("domains", {}).get(name, (0, 0)) for name in self._domains}
+        for name, (documents, _) in self._given.items():
+            rest = islice(chain.from_iterable(repeat(self._domains[name])), documents, None)
+            self._encoded[name] = encode_documents(self._tokenizer, rest, characters=_BATCH_CHARACTERS)
 
     def _next(self) -> None:
-        self._first += len(self._plan)
+        self._first += len(self.plan)
         self._window += 1
         documents: list[tuple[str, np.ndarray]] = []
         missing = max(WINDOW_ROWS, 4 * self.layout.group) * self.layout.length
         while missing > 0:
-            name = min(self._domains, key=lambda name: self._domains[name].tokens)  # the first of equal ones
-            documents.append((name, next(self._domains[name])))
-            missing -= len(documents[-1][1])
+            name = min(self._given, key=lambda name: self._given[name][1])  # the first of equal ones
+            documents.append(next(self._encoded[name]))
+            (number, tokens), size = self._given[name], len(documents[-1][1])
+            self._given[name] = number + 1, tokens + size
+            missing -= size
         self._store = TokenStore.build(documents)
-        self._plan, _ = plan_rows(self._store.offsets, self.layout, self._window)
-        if not self._plan:
+        self.plan, _ = plan_rows(self._store.offsets, self.layout, self._window)
+        if not self.plan:
             raise UserError("there is no text to train on: every document is empty")
         # The start of the next window; the first process writes it, all would write the same.
-        first = self._first + len(self._plan)
+        first = self._first + len(self.plan)
         if not (path := self._notes / f"{first}.json").exists():
-            domains = {name: (domain.documents, domain.tokens) for name, domain in self._domains.items()}
-            write_json(path, {"window": self._window + 1, "first": first, "domains": domains})
-
-
-class _Domain:
-    """An endless stream of token ids of a domain's documents."""
-
-    def __init__(self, documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> None:
-        self._all, self._tokenizer = documents, tokenizer
-        self.documents, self.tokens = 0, 0
-        """Given so far, including earlier passes."""
-        self._ids: Iterator[np.ndarray] = iter(())
-
-    def go_to(self, documents: int, tokens: int) -> None:
-        """Continue after so many documents, which held so many tokens."""
-        self.documents, self.tokens = documents, tokens
-        texts = (document.text for document in islice(self._endless(), documents, None))
-        self._ids = encode_documents(self._tokenizer, texts, cut=False, characters=_BATCH_CHARACTERS)
-
-    def _endless(self) -> Iterator[Document]:
-        while True:
-            yield from self._all
-
-    def __next__(self) -> np.ndarray:
-        ids = next(self._ids)
-        self.documents += 1
-        self.tokens += len(ids)
-        return ids
+            write_json(path, {"window": self._window + 1, "first": first, "domains": self._given})

@@ -1,8 +1,8 @@
 """A byte-level BPE tokenizer: trained on the training split, lossless, loaded with ``AutoTokenizer``."""
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,6 @@ from inplace_ttt.train.sources import Document, hash_of
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # every byte and the special token
 
-# Cutting a text after a lone newline between two visible characters never changes how byte-level BPE splits it: the
-# newline is a word of its own there.
-_CUT = re.compile(r"(?<=\S\n)(?=\S)")
-_PIECE_CHARACTERS = 16_384
 _BATCH_CHARACTERS = 1 << 24  # bounds the memory that the encodings take (about 100 bytes a token)
 _SAMPLE_CHARACTERS = 1 << 18  # of one document, while the tokenizer trains
 
@@ -68,17 +64,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def encode_documents(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
-    *,
-    cut: bool | None = None,
-    characters: int | None = None,
-) -> Iterator[np.ndarray]:
-    """Yield the token ids of each text, then the end-of-text token: uint16 [n], uint32 for large vocabularies.
+    tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], characters: int | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield each document's id and its tokens, the last one end-of-text: uint16 [n], uint32 for large vocabularies.
 
-    Special tokens that a text spells out are encoded as ordinary text. Long texts are cut at newlines and encoded on
-    all cores, unless cutting changes the tokens: then texts are encoded whole.
-    ``cut=False`` encodes them whole in any case. About ``characters`` of text are read ahead (16 million).
+    Special tokens that a text spells out are encoded as ordinary text. About ``characters`` of text are read ahead (16
+    million), and encoded on all cores.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy: the user's keeps its settings
@@ -86,24 +77,11 @@ def encode_documents(
     backend.no_truncation()
     backend.no_padding()
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
-    end = np.array([tokenizer.eos_token_id], dtype)
-    for batch in _batches(texts, _BATCH_CHARACTERS if characters is None else characters):
-        cut = _cutting_is_exact(backend, batch) if cut is None else cut
-        pieces = [list(cut_text(text)) if cut else [text] for text in batch]
-        flat = [piece for parts in pieces for piece in parts]
-        encoded = iter(backend.encode_batch_fast(flat, add_special_tokens=False))
-        for parts in pieces:
-            ids = [np.array(next(encoded).ids, dtype) for _ in parts]
-            yield np.concatenate([*ids, end])
-
-
-def cut_text(text: str, characters: int = _PIECE_CHARACTERS) -> Iterator[str]:
-    """Yield pieces of at least ``characters`` characters (the last may be shorter), whose tokens are the text's."""
-    start = 0
-    while len(text) - start > characters and (match := _CUT.search(text, start + characters)):
-        yield text[start : match.start()]
-        start = match.start()
-    yield text[start:]
+    end = [tokenizer.eos_token_id]
+    for batch in _batches(documents, _BATCH_CHARACTERS if characters is None else characters):
+        encoded = backend.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
+        for document, found in zip(batch, encoded, strict=True):
+            yield document.id, np.fromiter(chain(found.ids, end), dtype, len(found) + 1)
 
 
 def _sample(domains: Sequence[Iterable[Document]], max_bytes: int) -> Iterator[str]:
@@ -130,26 +108,17 @@ def _sample(domains: Sequence[Iterable[Document]], max_bytes: int) -> Iterator[s
                 wanted[domain, i] = document.text[:_SAMPLE_CHARACTERS]
             if i >= last:
                 break
-    for text in wanted.values():
-        yield from cut_text(text)
+    yield from wanted.values()
 
 
-def _batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _batches(documents: Iterable[Document], characters: int) -> Iterator[list[Document]]:
+    batch: list[Document] = []
     size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
         if size >= characters:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _cutting_is_exact(backend: Tokenizer, texts: Sequence[str]) -> bool:
-    """Tell whether the first long text (or the first one) gives the same tokens in pieces as whole."""
-    text = next((text for text in texts if len(text) > 2 * _PIECE_CHARACTERS), texts[0])[: 4 * _PIECE_CHARACTERS]
-    parts = cut_text(text, _PIECE_CHARACTERS // 8)
-    pieces = [id for part in parts for id in backend.encode(part, add_special_tokens=False).ids]
-    return pieces == backend.encode(text, add_special_tokens=False).ids

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +23,59 @@ from inplace_ttt.records import peak_memory
 from inplace_ttt.train.loss import loss_in_pieces
 from inplace_ttt.train.packing import IGNORED, PackedRows
 from inplace_ttt.train.sizes import FastWeightMonitor
-from inplace_ttt.train.specs import OptimizerSpec, Recipe
+from inplace_ttt.train.specs import Recipe
 from inplace_ttt.train.stream import StreamedRows
 
 COMPLETE = "complete"
 """Name of the empty file in a checkpoint that is whole."""
-Rows = Mapping[str, Sequence[dict[str, Tensor]]]
 
 
-def training_arguments(
-    recipe: Recipe, checkpoints: Path, kind: type[TrainingArguments] = TrainingArguments, **more: Any
-) -> TrainingArguments:
-    """Build the Trainer's arguments from a recipe; it writes to ``checkpoints``. ``more`` replaces some of them."""
+@dataclass
+class PackedArguments(TrainingArguments):
+    """Arguments of a `PackedTrainer`, whose model is where it belongs already.
+
+    ``tokens_per_step``: what one optimizer step reads. ``ttt_lr``: learning rate of the target's parameters; None:
+    that of the others. ``decay_embeddings``, ``teach``, ``teach_alone``: the recipe's.
+    """
+
+    tokens_per_step: int = 0
+    decay_embeddings: bool = True
+    ttt_lr: float | None = None
+    teach: float = 0.0
+    teach_alone: bool = False
+
+    @property
+    def place_model_on_device(self) -> bool | None:
+        return False
+
+
+def training_arguments(recipe: Recipe, checkpoints: Path, readers: int, autocast: bool) -> PackedArguments:
+    """Build the Trainer's arguments from a recipe; it writes to ``checkpoints``.
+
+    ``readers``: groups of processes that share a batch's rows. ``autocast``: False where sharding has a mixed
+    precision of its own.
+    """
     optimizer, has_cuda = recipe.optimizer, torch.cuda.is_available()
-    values: dict[str, Any] = dict(
+    schedules = {
+        "constant": "constant_with_warmup",
+        "cosine": "cosine_with_min_lr" if optimizer.min_lr_ratio else "cosine",
+    }
+    return PackedArguments(
         output_dir=str(checkpoints),
         max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
+        per_device_train_batch_size=recipe.batch_size // readers,
         per_device_eval_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation,
         learning_rate=optimizer.lr,
+        lr_scheduler_type=schedules.get(optimizer.schedule, optimizer.schedule),
+        lr_scheduler_kwargs={"min_lr_rate": optimizer.min_lr_ratio} if optimizer.min_lr_ratio else None,
         warmup_steps=optimizer.warmup_steps,
         weight_decay=optimizer.weight_decay,
         adam_beta1=optimizer.beta1,
         adam_beta2=optimizer.beta2,
         max_grad_norm=optimizer.max_grad_norm,
         optim="adamw_torch_fused" if has_cuda else "adamw_torch",
-        bf16=recipe.precision == "bf16",
+        bf16=recipe.precision == "bf16" and autocast,
         average_tokens_across_devices=False,
         torch_compile=recipe.compile,
         use_liger_kernel=recipe.liger,
@@ -69,49 +96,35 @@ def training_arguments(
         label_names=["labels"],
         disable_tqdm=True,
         report_to=list(recipe.report_to) or "none",
-        **_schedule(optimizer),
+        tokens_per_step=recipe.tokens_per_step,
+        decay_embeddings=optimizer.decay_embeddings,
+        ttt_lr=optimizer.ttt_lr,
+        teach=recipe.teach,
+        teach_alone=recipe.teach_alone,
     )
-    return kind(**values | more)
-
-
-def _schedule(optimizer: OptimizerSpec) -> dict[str, Any]:
-    if optimizer.schedule == "constant":
-        return {"lr_scheduler_type": "constant_with_warmup"}
-    if optimizer.min_lr_ratio:
-        lowest = {"min_lr_rate": optimizer.min_lr_ratio}
-        return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": lowest}
-    return {"lr_scheduler_type": optimizer.schedule}
 
 
 class PackedTrainer(Trainer):
-    """``validation`` maps domains to rows; ``tokens_per_step`` is what one optimizer step reads.
+    """``validation`` maps domains to rows.
 
     ``flops_per_token``, ``peak_flops`` (FLOP/s of all devices together; None: unknown): for the log's MFU. ``monitor``:
     measures the fast weights for the log. ``say`` gets a line where the loss needs whole logits (`loss_in_pieces`).
-    ``ttt_lr``: learning rate of the target's parameters; None: that of the others. ``teach``, ``teach_alone``: the
-    recipe's.
     """
+
+    args: PackedArguments
 
     def __init__(
         self,
         *,
-        validation: Rows | None = None,
-        tokens_per_step: int = 0,
-        decay_embeddings: bool = True,
+        validation: Mapping[str, Sequence[dict[str, Tensor]]] | None = None,
         flops_per_token: float = 0.0,
         peak_flops: float | None = None,
         monitor: FastWeightMonitor | None = None,
         say: Callable[[str], None] = lambda line: None,
-        ttt_lr: float | None = None,
-        teach: float = 0.0,
-        teach_alone: bool = False,
         **arguments: Any,
     ) -> None:
         self.validation = dict(validation or {})
-        self.tokens_per_step = tokens_per_step
-        self.decay_embeddings = decay_embeddings
-        self.flops_per_token, self.peak_flops, self.monitor = flops_per_token, peak_flops, monitor
-        self.say, self.ttt_lr, self.teach, self.teach_alone = say, ttt_lr, teach, teach_alone
+        self.flops_per_token, self.peak_flops, self.monitor, self.say = flops_per_token, peak_flops, monitor, say
         self._clock: tuple[int, float] | None = None  # step and time of the last line of the log
         self._paused = 0.0  # seconds spent on validation since then
         super().__init__(eval_dataset=[] if validation else None, **arguments)
@@ -129,22 +142,18 @@ class PackedTrainer(Trainer):
         return [
             name
             for name, parameter in model.named_parameters()
-            if parameter.ndim >= 2 and (self.decay_embeddings or id(parameter) not in embeddings)
+            if parameter.ndim >= 2 and (self.args.decay_embeddings or id(parameter) not in embeddings)
         ]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Put the target's parameters into groups of their own, last, where they have a learning rate of their own."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.ttt_lr is not None:
+        if self.args.ttt_lr is not None:
             assert isinstance(self.model, nn.Module)
             added = {id(p) for name, p in self.model.named_parameters() if is_added(name)}
-            others: list[dict[str, Any]] = []
-            own: list[dict[str, Any]] = []
-            for group in optimizer.param_groups:
-                for groups, is_own, lr in ((others, False, group["lr"]), (own, True, self.ttt_lr)):
-                    if parameters := [p for p in group["params"] if (id(p) in added) is is_own]:
-                        groups.append({**group, "params": parameters, "lr": lr})
-            optimizer.param_groups[:] = others + own
+            groups = split_groups(optimizer, lambda p: id(p) in added)
+            own = [group | {"lr": self.args.ttt_lr} for is_own, group in groups if is_own]
+            optimizer.param_groups[:] = [group for is_own, group in groups if not is_own] + own
         return optimizer
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -159,17 +168,17 @@ class PackedTrainer(Trainer):
         """Add to training's lines tokens seen, tokens per second (validation not counted), MFU, memory, sizes."""
         if "loss" in logs:
             now, step = time.perf_counter(), self.state.global_step
-            logs["tokens"] = step * self.tokens_per_step
+            logs["tokens"] = step * self.args.tokens_per_step
             if self._clock is not None and step > self._clock[0]:
                 elapsed = now - self._clock[1] - self._paused
-                logs["tokens_per_second"] = (step - self._clock[0]) * self.tokens_per_step / max(elapsed, 1e-9)
+                logs["tokens_per_second"] = (step - self._clock[0]) * self.args.tokens_per_step / max(elapsed, 1e-9)
                 if self.peak_flops:
                     logs["mfu"] = logs["tokens_per_second"] * self.flops_per_token / self.peak_flops
             if memory := peak_memory():
                 logs["peak_memory_gib"] = memory / 2**30
             logs |= {} if self.monitor is None else self.monitor.entries()
-            if self.ttt_lr is not None and "learning_rate" in logs:  # one schedule for both
-                logs["ttt_learning_rate"] = logs["learning_rate"] * self.ttt_lr / self.args.learning_rate
+            if self.args.ttt_lr is not None and "learning_rate" in logs:  # one schedule for both
+                logs["ttt_learning_rate"] = logs["learning_rate"] * self.args.ttt_lr / self.args.learning_rate
             self._clock, self._paused = (step, now), 0.0
             if not math.isfinite(logs["loss"]):
                 advice = "lower optimizer.lr or ttt.lr, or set ttt_lr_warmup_steps"
@@ -181,8 +190,8 @@ class PackedTrainer(Trainer):
         self._clock = None
         assert isinstance(self.model, PreTrainedModel)
         # A step's gradient is the sum over its batches, each of which teaches by the mean over its own tokens.
-        weight = self.teach / self.args.gradient_accumulation_steps
-        with loss_in_pieces(self.model, self.say), taught(self.model, weight, self.teach_alone):
+        weight = self.args.teach / self.args.gradient_accumulation_steps
+        with loss_in_pieces(self.model, self.say), taught(self.model, weight, self.args.teach_alone):
             return super().train(*args, **kwargs)
 
     def evaluate(
@@ -220,6 +229,17 @@ class PackedTrainer(Trainer):
         """Return the mean loss of a validation batch."""
         loss: Tensor = model(**batch, use_cache=False).loss
         return loss
+
+
+def split_groups(optimizer: Any, kind: Callable[[nn.Parameter], Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """Split an optimizer's groups by the kinds of their parameters; return each with its kind."""
+    found: list[tuple[Any, dict[str, Any]]] = []
+    for group in optimizer.param_groups:
+        kinds: dict[Any, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            kinds.setdefault(kind(parameter), []).append(parameter)
+        found += [(value, group | {"params": parameters}) for value, parameters in kinds.items()]
+    return found
 
 
 @contextmanager
