@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import Any
 
 from ..session import Session, SessionPool
-from ..session.pool import Writer
+from ..session.writing import Writer
 
 SMALL = 0.02
 """Seconds for work between two decode steps: pieces are begun within it, so at most the last one takes longer."""

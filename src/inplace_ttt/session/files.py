@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..hf.attach import READING, unwrap
 from .packing import pack, unpack
-from .parts import SessionParts as Session
+from .state import SessionState
 from .writers import remember, saving
 
 FORMAT, VERSION = "inplace_ttt_session", 2
 READABLE = (1, 2)
 SAMPLES = 16
-Kind = TypeVar("Kind", bound=Session)
+Kind = TypeVar("Kind", bound=SessionState)
 
 
 def identity(model: nn.Module) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def _switched_on(layer: nn.Module) -> list[str]:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def save(session: Session, path: str | Path) -> None:
+def save(session: SessionState, path: str | Path) -> None:
     """Write ``session`` to ``path``, atomically. OSError when it cannot be written (the old file stays).
 
     Raises UserError when another process has written the file since the session was loaded from it or saved to it.

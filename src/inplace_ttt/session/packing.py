@@ -14,7 +14,7 @@ from ..hf.cache import FastCacheLayer
 from ..hf.loss import Record
 from ..hf.rows import from_tensors, to_tensors
 from .diagnostics import Timeline
-from .parts import SessionParts as Session
+from .state import SessionState
 from .stream import RECENT, Reader, Stream
 from .text import StreamEncoder
 
@@ -22,7 +22,7 @@ NUMBERS = {"position": int, "cached": int, "tokens": int, "written": int, "start
 """Fields of a stream that are not tensors, with their types."""
 
 
-def pack(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def pack(session: SessionState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a session's tensors (CPU, each with its own storage) and the rest as JSON values."""
     stream, reader, encoder = session._stream, session._reader, session._encoder
     keys, layers = to_tensors(stream.cache)
@@ -48,7 +48,7 @@ def pack(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "record": None if record is None else {"base": record.base, "starts": [list(x) for x in record.starts[0]]},
         "stream": {name: getattr(stream, name) for name in NUMBERS},
         "text": None if encoder is None else encoder.state(),
-        "probe_every": session._probe.every,
+        "probe_every": session._probe_every,
         "timeline": {"every": session.timeline.every, "samples": session.timeline.to_list()},
     }
     return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, header
@@ -63,7 +63,7 @@ def pack_fast(fast: FastWeights) -> tuple[dict[str, Tensor], dict[str, Any]]:
 # -- and back ----------------------------------------------------------------------------------------------------------
 
 
-def unpack(session: Session, tensors: dict[str, Tensor], header: dict[str, Any], version: int = 2) -> None:
+def unpack(session: SessionState, tensors: dict[str, Tensor], header: dict[str, Any], version: int = 2) -> None:
     """Put a stored state into a new session. Raises ValueError (KeyError, TypeError) when it is invalid."""
     reader = session._reader
     left = {name: value.to(reader.device) for name, value in tensors.items()}

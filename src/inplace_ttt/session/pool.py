@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..hf.attach import inspect
 from ..hf.rows import merge, split
-from .sampling import Sampler, Sampling, StopText
 from .session import Session
 from .stream import Reader, Stream, whole
-from .text import StreamDecoder
-from .writing import check_continuable, check_most, end_tokens, read_prompt
+from .writing import Writer, check_continuable, read_prompt
 
 
 class SessionPool:
@@ -116,8 +114,8 @@ class SessionPool:
         if isinstance(prompts, str):
             raise UserError(f"prompts by name, or a list of names, not a text: [{prompts!r}]")
         wanted = dict(prompts) if isinstance(prompts, Mapping) else dict.fromkeys(prompts)
-        check_most(max_new_tokens)
-        pieces = self._run(wanted, max_new_tokens, StopText(stop).stops, Sampling(**sampling))
+        Writer(self._blank, max_new_tokens, stop, sampling)  # raises where a setting is wrong
+        pieces = self._run(wanted, max_new_tokens, stop, sampling)
         if stream:
             return pieces
         by_ids = {name: self._sessions.get(name, self._blank).tokenizer is None for name in wanted}
@@ -132,7 +130,7 @@ class SessionPool:
         return Writers(self._blank._reader)
 
     def _run(
-        self, prompts: Mapping[str, Any], most: int, stops: Sequence[str], settings: Sampling
+        self, prompts: Mapping[str, Any], most: int, stop: str | Sequence[str], sampling: Mapping[str, Any]
     ) -> Generator[tuple[str, Any], None, None]:
         with ExitStack() as stack:
             sessions = {name: self.open(name) for name in prompts}
@@ -147,7 +145,9 @@ class SessionPool:
                     while waiting and len(names) < self.batch:
                         name = waiting.pop()
                         read_prompt(sessions[name], prompts[name])
-                        names[batch._add(Writer(sessions[name], most, stops, settings))] = name
+                        writer = Writer(sessions[name], most, stop, sampling)
+                        batch.active.append(writer)
+                        names[writer] = name
                     for writer in batch.step():
                         if writer.error:
                             raise writer.error
@@ -155,59 +155,6 @@ class SessionPool:
                             yield names[writer], writer.piece
                         if writer.finished:
                             del names[writer]
-
-
-class Writer:
-    """One session that is generating: the tokens it samples, and their text.
-
-    After each step of ``Writers`` that names it: ``piece`` is the text (without a tokenizer: the ids) that is new,
-    "" for none; ``finished`` is None, "stop" (end of text, or a stop string), "length", or "error" with ``error``;
-    ``ids`` are all tokens written and read so far; ``logits`` [V] are those from which ``token``, which is read in
-    the next step, was chosen.
-    """
-
-    def __init__(
-        self, session: Session, most: int, stops: Sequence[str], settings: Sampling, learn: bool | None = None
-    ) -> None:
-        self.session, self.left = session, most
-        self.learn = session._reader.config.learn == "all" if learn is None else learn
-        self.sampler, self.stops = Sampler(settings), StopText(stops)
-        self.ends = end_tokens(session._reader.root, session.tokenizer)
-        self.decoder: StreamDecoder | None = None
-        self.token: int | None = None
-        self.logits: Tensor | None = None
-        self.ids: list[int] = []
-        self.piece: Any = ""
-        self.finished: str | None = None
-        self.error: Exception | None = None
-        self._held: Any = None
-
-    def _choose(self, logits: Tensor) -> None:
-        """Emit the text of the last token; sample the next one from logits [V], or finish."""
-        self.piece = self._show()
-        if self.stops.found or self.left == 0:
-            return self._finish("stop" if self.stops.found else "length")
-        self.logits, self.token = logits, self.sampler(self.session._stream.recent, logits)
-        return self._finish("stop") if self.token in self.ends else None
-
-    def _show(self) -> Any:
-        if self.token is None:
-            return ""
-        if self.session.tokenizer is None:
-            return [self.token]
-        self.decoder = self.decoder or StreamDecoder(self.session.tokenizer, self.session._stream.recent[-9:-1])
-        return self.stops.push(self.decoder.push(self.token))
-
-    def _was_read(self) -> None:
-        assert self.token is not None
-        self.left -= 1
-        self.ids.append(self.token)
-        self.session._stream.written += 1
-
-    def _finish(self, reason: str) -> None:
-        self.finished, self.token = reason, None
-        if self.decoder is not None and not self.stops.found:
-            self.piece += self.stops.push(self.decoder.flush()) + self.stops.flush()
 
 
 class Writers:
@@ -235,26 +182,22 @@ class Writers:
         the configuration says). Raises UserError on settings out of range, and where the session is busy or has
         nothing to continue.
         """
-        check_most(max_new_tokens)
         if session._reader is not self._reader:
             raise UserError("this session is not in this pool: add it first")
-        writer = Writer(session, max_new_tokens, StopText(stop).stops, Sampling(**sampling), learn)
-        held = session._exclusive()
-        held.__enter__()
-        try:
+        writer = Writer(session, max_new_tokens, stop, sampling, learn=learn)
+        with ExitStack() as held:
+            held.enter_context(session._exclusive())
             read_prompt(session, None)
-        except BaseException:
-            held.__exit__(None, None, None)
-            raise
-        writer._held = held
-        return self._add(writer)
+            writer.held = held.pop_all()
+        self.active.append(writer)
+        return writer
 
     def leave(self, writer: Writer) -> None:
         """Remove a writer between two steps; its tokens stay in the session. Harmless when it has finished."""
         if writer in self.active:
             self._batch.close()  # gives the session its cache back
             self.active.remove(writer)
-            self._release(writer)
+            writer.held.close()
 
     def step(self) -> list[Writer]:
         """Feed every session its sampled token, all in one batch, and sample the next one.
@@ -268,27 +211,23 @@ class Writers:
                 try:
                     self._reader.make_room(stream)
                 except UserError as error:
-                    writer.error = error
-        ready = [writer for writer in self.active if writer.token is not None and not writer.error]
+                    writer.piece = ""
+                    writer.fail(error)
+        ready = [writer for writer in self.active if writer.token is not None]
         if ready:
             self._batch.step(ready)
         for writer in ready:
-            writer._was_read()
+            writer.was_read()
         stepped = list(self.active)
         for writer, logits in zip(stepped, self._logits(stepped), strict=True):
-            try:
-                if writer.error is None:
-                    writer._choose(logits)
-            except UserError as error:
-                writer.error = error
-            if writer.error:
-                writer.finished, writer.token = "error", None
+            if not writer.finished:
+                writer.choose(logits)
         self.active = [writer for writer in stepped if not writer.finished]
         if len(self.active) < len(stepped):
             self._batch.close()  # a session that has finished needs its cache
         for writer in stepped:
             if writer.finished:
-                self._release(writer)
+                writer.held.close()
         return stepped
 
     def _logits(self, writers: list[Writer]) -> list[Tensor]:
@@ -302,18 +241,8 @@ class Writers:
         """Let all writers leave."""
         self._batch.close()
         for writer in self.active:
-            self._release(writer)
+            writer.held.close()
         self.active = []
-
-    def _add(self, writer: Writer) -> Writer:
-        self.active.append(writer)
-        return writer
-
-    @staticmethod
-    def _release(writer: Writer) -> None:
-        if writer._held is not None:
-            writer._held.__exit__(None, None, None)
-            writer._held = None
 
 
 class _BatchesByState:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..config import InPlaceTTTConfig
@@ -266,6 +267,24 @@ class Reader:
             self.advance(stream, piece, logits[-1])
             at += n
             yield n, logits
+
+    def losses_on_and_off(self, stream: Stream, ids: Sequence[int]) -> tuple[float, float]:
+        """Return the losses of the next ids in nats per token, with the fast weights and without; learn nothing.
+
+        Without: the slow weights alone read as many tokens as attention sees now, at most ``RECENT``, from scratch; a
+        model whose window is much longer than that would do a little better.
+        """
+        plain = copy.copy(self)
+        plain.adapts = False
+        fresh = plain.new()
+        for _ in plain.feed(fresh, stream.recent[-(2 * self.own_window if self.own_window else stream.cached) :]):
+            pass
+        wanted = torch.tensor(ids[1:], device=self.device)
+        on, off = (
+            float(cross_entropy(torch.cat([x for _, x in reader.feed(own, ids, scored=True)])[:-1].float(), wanted))
+            for reader, own in ((self, stream.copy()), (plain, fresh))
+        )
+        return on, off
 
     def call(
         self,

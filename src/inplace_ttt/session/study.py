@@ -24,9 +24,8 @@ from ..core import FastWeights
 from ..errors import UserError
 from ..hf.attach import runtime_of, updates_off
 from ..hf.loss import learn_from
-from .parts import SessionParts as Session
-from .results import Studied
 from .sources import texts, token_ids
+from .state import SessionState
 from .stream import evaluating
 from .template import Template
 from .writing import end_tokens
@@ -74,6 +73,20 @@ KEEP = 1.0
 """Tokens of ordinary text per learned token."""
 COMMON = 3
 """Maximum number of sentences with one name; a more frequent name does not identify any of them."""
+
+
+@dataclass(frozen=True)
+class Studied:
+    """Result of a study. ``questions``: the model's own that were learned; ``losses``: of each update, nats a token."""
+
+    sentences: int
+    questions: int
+    losses: tuple[float, ...]
+
+    @property
+    def updates(self) -> int:
+        """Updates of the fast weights."""
+        return len(self.losses)
 
 
 @dataclass(frozen=True)
@@ -220,7 +233,7 @@ def in_sentences(model: Any, examples: Examples, pairs: Sequence[Pair], batch: i
     return [Pair(x.text, x.question, reply.strip()) for x, reply in zip(pairs, replies, strict=True)]
 
 
-def study(session: Session, source: Any, minutes: float, progress: Any = None) -> Studied:
+def study(session: SessionState, source: Any, minutes: float, progress: Any = None) -> Studied:
     """Learn the model's own questions about a text's sentences. See ``Session.study``."""
     reader, tokenizer, began = session._reader, session.tokenizer, time.monotonic()
     if not reader.by_loss:

@@ -8,9 +8,8 @@ from secrets import token_hex
 from typing import Any
 
 from ..errors import UserError
-from .parts import SessionParts as Session
-from .sampling import Sampler, StopText
-from .writing import end_tokens, read_exactly, write
+from .state import SessionState
+from .writing import Writer, end_tokens, read_exactly, write
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -56,7 +55,7 @@ class Template:
             session._stream.started = True  # the template contains the text's prefix
         return self._after_prefix(session, ids)
 
-    def conversation(self, session: Session, messages: Messages, begun: bool) -> list[int]:
+    def conversation(self, session: SessionState, messages: Messages, begun: bool) -> list[int]:
         """Return ids, to be read exactly as they are, that let ``session`` answer new messages of any role.
 
         ``begun``: an answer came before them, whose end was not read. UserError where the template refuses them.
@@ -64,7 +63,7 @@ class Template:
         return self.turn(messages, SOME) if begun else self._after_prefix(session, self.turn(messages, ()))
 
     @staticmethod
-    def _after_prefix(session: Session, ids: list[int]) -> list[int]:
+    def _after_prefix(session: SessionState, ids: list[int]) -> list[int]:
         """Return the ids without the tokenizer's prefix, unless a text begins here."""
         stats, encoder = session.stats(), session._encoder
         prefix = [] if encoder is None else encoder.prefix
@@ -144,10 +143,10 @@ class Template:
 
 
 def converse(
-    session: Session, messages: Messages, learn: Sequence[str] | None, most: int, stops: StopText, sampler: Sampler
+    template: Template | None, writer: Writer, messages: Messages, learn: Sequence[str] | None
 ) -> Generator[str, None, None]:
     """Yield the answer to a chat's messages, in pieces. See ``Session.chat``."""
-    template = Template.of(session)
+    session = writer.session
     if template is None:
         raise UserError("this session's tokenizer has no chat template: use generate or ask without chat")
     said = session._stream.messages
@@ -165,7 +164,7 @@ def converse(
         for part, is_learned in zip(parts, wanted, strict=True):
             read_exactly(session, part[skip:], is_learned)
             skip = max(skip - len(part), 0)
-        with closing(write(session, None, most, stops, sampler)) as pieces:
+        with closing(write(writer, None)) as pieces:
             for piece in pieces:
                 reply.append(piece)
                 yield piece

@@ -1,48 +1,109 @@
 """Generation: sample a token, feed it, yield it."""
 
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import UserError
-from .parts import SessionParts as Session
-from .sampling import Sampler, StopText
+from .sampling import Sampler, Sampling, StopText
+from .state import SessionState
 from .text import StreamDecoder
 
 NOTHING = "nothing to continue: read something first, or give a prompt"
 
 
-def write(session: Session, prompt: Any, most: int, stops: StopText, sampler: Sampler) -> Generator[str, None, None]:
-    """Generate text; yield it in pieces."""
-    decoder: StreamDecoder | None = None
-    with closing(tokens(session, prompt, most, sampler)) as found:
-        for token in found:
-            decoder = decoder or StreamDecoder(session.tokenizer, session._stream.recent[-9:-1])
-            if text := stops.push(decoder.push(token)):
-                yield text
-            if stops.found:
-                return
-    if text := stops.push("" if decoder is None else decoder.flush()) + stops.flush():
-        yield text
+class Writer:
+    """One session that is generating: the tokens it samples, and their text.
+
+    After each ``choose``: ``piece`` is the text (without a tokenizer: the ids) that is new, "" for none; ``finished``
+    is None, "stop" (end of text, or a stop string), "length", or "error" with ``error``; ``ids`` are all tokens written
+    and read so far; ``logits`` [V] are those from which ``token``, which is read next, was chosen.
+
+    Raises UserError on settings out of range.
+    """
+
+    def __init__(
+        self,
+        session: SessionState,
+        most: int,
+        stop: str | Sequence[str] = (),
+        sampling: Mapping[str, Any] | None = None,
+        *,
+        learn: bool | None = None,
+        as_ids: bool = False,
+    ) -> None:
+        if most < 0:
+            raise UserError(f"max_new_tokens {most}: 0 or more")
+        self.session, self.left = session, most
+        self.learn = session._reader.config.learn == "all" if learn is None else learn
+        self.sampler, self.stops = Sampler(Sampling(**sampling or {})), StopText(stop)
+        self.as_ids = as_ids or session.tokenizer is None
+        self.decoder: StreamDecoder | None = None
+        self.ends = end_tokens(session._reader.root, session.tokenizer)
+        self.token: int | None = None
+        self.logits: Tensor | None = None
+        self.ids: list[int] = []
+        self.piece: Any = ""
+        self.finished: str | None = None
+        self.error: UserError | None = None
+        self.held = ExitStack()
+        """Keeps others from using the session meanwhile."""
+
+    def choose(self, logits: Tensor) -> None:
+        """Show the last token, which was read; sample the next one from logits [V], or finish."""
+        self.piece = self._show()
+        if self.stops.found or self.left == 0:
+            return self._finish("stop" if self.stops.found else "length")
+        try:
+            self.logits, self.token = logits, self.sampler(self.session._stream.recent, logits)
+        except UserError as error:
+            return self.fail(error)
+        return self._finish("stop") if self.token in self.ends else None
+
+    def was_read(self) -> None:
+        """Count the token that ``choose`` has sampled as part of the session."""
+        assert self.token is not None
+        self.left -= 1
+        self.ids.append(self.token)
+        self.session._stream.written += 1
+
+    def fail(self, error: UserError) -> None:
+        """Finish because of an error."""
+        self.error, self.finished, self.token = error, "error", None
+
+    def _show(self) -> Any:
+        if self.token is None or self.as_ids:
+            return "" if self.token is None else [self.token]
+        self.decoder = self.decoder or StreamDecoder(self.session.tokenizer, self.session._stream.recent[-9:-1])
+        return self.stops.push(self.decoder.push(self.token))
+
+    def _finish(self, reason: str) -> None:
+        self.finished, self.token = reason, None
+        if self.decoder is not None and not self.stops.found:
+            self.piece += self.stops.push(self.decoder.flush()) + self.stops.flush()
 
 
-def tokens(session: Session, prompt: Any, most: int, sampler: Sampler) -> Generator[int, None, None]:
-    """Sample tokens, feed each and yield it."""
+def write(writer: Writer, prompt: Any) -> Generator[Any, None, None]:
+    """Let a session read the prompt and write; yield what is new, in pieces."""
+    session = writer.session
     with session._exclusive():
         read_prompt(session, prompt)
         reader, stream = session._reader, session._stream
-        ends = end_tokens(reader.root, session.tokenizer)
-        for _ in range(most):
+        while not writer.finished:
             assert stream.logits is not None
-            token = sampler(stream.recent, stream.logits)
-            if token in ends:
-                return
-            for _piece in reader.feed(stream, [token], learn=reader.config.learn == "all"):
-                stream.written += 1
-            yield token
+            writer.choose(stream.logits)
+            if writer.piece:
+                yield writer.piece
+            if writer.error:
+                raise writer.error
+            if writer.token is not None:
+                for _ in reader.feed(stream, [writer.token], learn=writer.learn):
+                    writer.was_read()
 
 
-def replay(session: Session, ids: list[int], learn: bool | None = None) -> None:
+def replay(session: SessionState, ids: list[int], learn: bool | None = None) -> None:
     """Read tokens that this session wrote once, as if it wrote them now. Same state as after writing them.
 
     ``learn``: learn them (objective "loss"); None: as in the configuration.
@@ -54,7 +115,7 @@ def replay(session: Session, ids: list[int], learn: bool | None = None) -> None:
             session._stream.written += n
 
 
-def read_exactly(session: Session, ids: list[int], learn: bool = True, prefix: bool = False) -> None:
+def read_exactly(session: SessionState, ids: list[int], learn: bool = True, prefix: bool = False) -> None:
     """Read ids as they are, after held characters; with ``prefix``, BOS comes first where a stream begins.
 
     ``learn``: False for tokens that are read but not learned (objective "loss").
@@ -66,7 +127,7 @@ def read_exactly(session: Session, ids: list[int], learn: bool = True, prefix: b
             pass
 
 
-def read_prompt(session: Session, prompt: Any) -> None:
+def read_prompt(session: SessionState, prompt: Any) -> None:
     """Read what is held and the prompt, or BOS if there is nothing else; UserError where nothing can be continued."""
     check_continuable(session, prompt)
     for ids in () if prompt is None else session._ids(prompt):
@@ -80,18 +141,12 @@ def read_prompt(session: Session, prompt: Any) -> None:
         raise UserError(NOTHING)
 
 
-def check_continuable(session: Session, prompt: Any) -> None:
+def check_continuable(session: SessionState, prompt: Any) -> None:
     """Raise UserError when there is nothing to continue, as far as can be told without reading."""
     held = session._encoder is not None and session._encoder.held
     empty = prompt is None or (isinstance(prompt, str | list | tuple) and not prompt)
     if session._stream.logits is None and empty and not held and not session._begin():
         raise UserError(NOTHING)
-
-
-def check_most(most: int) -> None:
-    """Raise UserError for a negative number of new tokens."""
-    if most < 0:
-        raise UserError(f"max_new_tokens {most}: 0 or more")
 
 
 def end_tokens(root: Any, tokenizer: Any) -> set[int]:
