@@ -206,12 +206,11 @@ class Writers:
         full finishes with an error, the others continue. After another exception all sessions are as before the step.
         """
         for writer in self.active:
-            stream = writer.session._stream
+            writer.piece, stream = "", writer.session._stream
             if writer.token is not None and not self._reader.fits(stream, 1):
                 try:
                     self._reader.make_room(stream)
                 except UserError as error:
-                    writer.piece = ""
                     writer.fail(error)
         ready = [writer for writer in self.active if writer.token is not None]
         if ready:

@@ -17,9 +17,9 @@ NOTHING = "nothing to continue: read something first, or give a prompt"
 class Writer:
     """One session that is generating: the tokens it samples, and their text.
 
-    After each ``choose``: ``piece`` is the text (without a tokenizer: the ids) that is new, "" for none; ``finished``
-    is None, "stop" (end of text, or a stop string), "length", or "error" with ``error``; ``ids`` are all tokens written
-    and read so far; ``logits`` [V] are those from which ``token``, which is read next, was chosen.
+    ``choose`` samples ``token``, which is read next, from ``logits`` [V]; ``was_read`` adds it to ``ids``, and what it
+    shows to ``piece``: the text (without a tokenizer: the ids) that has not been given out yet, "" for none.
+    ``finished`` is None, "stop" (end of text, or a stop string), "length", or "error" with ``error``.
 
     Raises UserError on settings out of range.
     """
@@ -52,10 +52,9 @@ class Writer:
         """Keeps others from using the session meanwhile."""
 
     def choose(self, logits: Tensor) -> None:
-        """Show the last token, which was read; sample the next one from logits [V], or finish."""
-        self.piece = self._show()
-        if self.stops.found or self.left == 0:
-            return self._finish("stop" if self.stops.found else "length")
+        """Sample the next token from logits [V], or finish."""
+        if self.left == 0:
+            return self._finish("length")
         try:
             self.logits, self.token = logits, self.sampler(self.session._stream.recent, logits)
         except UserError as error:
@@ -63,21 +62,23 @@ class Writer:
         return self._finish("stop") if self.token in self.ends else None
 
     def was_read(self) -> None:
-        """Count the token that ``choose`` has sampled as part of the session."""
+        """Count the token as part of the session, and show it."""
         assert self.token is not None
+        stream = self.session._stream
         self.left -= 1
         self.ids.append(self.token)
-        self.session._stream.written += 1
+        stream.written += 1
+        if self.as_ids:
+            self.piece = [self.token]
+            return
+        self.decoder = self.decoder or StreamDecoder(self.session.tokenizer, stream.recent[-9:-1])
+        self.piece = self.stops.push(self.decoder.push(self.token))
+        if self.stops.found:
+            self._finish("stop")
 
     def fail(self, error: UserError) -> None:
         """Finish because of an error."""
         self.error, self.finished, self.token = error, "error", None
-
-    def _show(self) -> Any:
-        if self.token is None or self.as_ids:
-            return "" if self.token is None else [self.token]
-        self.decoder = self.decoder or StreamDecoder(self.session.tokenizer, self.session._stream.recent[-9:-1])
-        return self.stops.push(self.decoder.push(self.token))
 
     def _finish(self, reason: str) -> None:
         self.finished, self.token = reason, None
@@ -94,13 +95,14 @@ def write(writer: Writer, prompt: Any) -> Generator[Any, None, None]:
         while not writer.finished:
             assert stream.logits is not None
             writer.choose(stream.logits)
-            if writer.piece:
-                yield writer.piece
-            if writer.error:
-                raise writer.error
             if writer.token is not None:
                 for _ in reader.feed(stream, [writer.token], learn=writer.learn):
                     writer.was_read()
+            if writer.piece:
+                yield writer.piece
+                writer.piece = ""
+        if writer.error:
+            raise writer.error
 
 
 def replay(session: SessionState, ids: list[int], learn: bool | None = None) -> None:
