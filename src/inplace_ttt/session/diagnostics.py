@@ -51,7 +51,7 @@ def measure(
 def _measure_layer(
     index: int, module: Any, fast: FastWeights, row: int, config: InPlaceTTTConfig, shape: tuple[int, int]
 ) -> LayerDiagnostics:
-    weight, lr = _dense_weight(module, shape), config.lr
+    weight, lr = slow_weight(module, shape), config.lr
     S_BDF = fast.dense() if fast.rule.linear else None
     S = torch.zeros(shape) if S_BDF is None else S_BDF[row]
     change = overlap = added = clipped = None
@@ -82,7 +82,7 @@ def _measure_layer(
     )
 
 
-def _dense_weight(module: Any, shape: tuple[int, int]) -> Tensor | None:
+def slow_weight(module: Any, shape: tuple[int, int]) -> Tensor | None:
     """Return W0 [D, F]; None where it is quantised."""
     weight = dense_weight(module).detach() if is_dense(module.weight) else None
     return None if weight is None or tuple(weight.shape) != shape else weight
