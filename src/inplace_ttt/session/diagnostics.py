@@ -1,5 +1,6 @@
 """Diagnostics of the fast weights: measured now or over time, with a warning when updates hurt."""
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -110,7 +111,7 @@ class Sample:
     """A measurement after ``tokens`` tokens. Losses in nats per token, of the same tokens; off None: not probed."""
 
     tokens: int
-    layers: tuple[LayerDiagnostics, ...]
+    layers: list[LayerDiagnostics]
     loss_on: float
     loss_off: float | None
 
@@ -136,7 +137,7 @@ class Timeline:
 
     def copy(self) -> "Timeline":
         """Return an independent timeline with the same samples."""
-        twin = Timeline(self.every, self.limit)
+        twin = copy.copy(self)
         twin.samples = list(self.samples)
         return twin
 
@@ -146,7 +147,7 @@ class Timeline:
         """Add a sample taken after ``tokens`` tokens in all. Raises ValueError unless they are more than before."""
         if self.samples and tokens <= self.samples[-1].tokens:
             raise ValueError(f"samples come in order: {tokens} tokens after {self.samples[-1].tokens}")
-        self.samples.append(Sample(tokens, tuple(layers), loss_on, loss_off))
+        self.samples.append(Sample(tokens, list(layers), loss_on, loss_off))
         if len(self.samples) > self.limit:
             *old, newest = self.samples
             pairs = [old[i : i + 2] for i in range(0, len(old), 2)]
@@ -195,24 +196,16 @@ class Timeline:
 
     def to_list(self) -> list[dict[str, Any]]:
         """Return a JSON-ready list, one entry per sample; non-finite numbers become None."""
-        return [
-            {
-                "tokens": s.tokens,
-                "loss_on": _finite(s.loss_on),
-                "loss_off": _finite(s.loss_off),
-                "layers": [asdict(d) for d in s.layers],
-            }
-            for s in self.samples
-        ]
+        losses = ("loss_on", "loss_off")
+        return [asdict(s) | {name: _finite(getattr(s, name)) for name in losses} for s in self.samples]
 
     @classmethod
     def from_list(cls, entries: Sequence[Mapping[str, Any]], every: int = 2048, limit: int = SAMPLES) -> "Timeline":
         """Build a timeline from the result of ``to_list``; the current interval, ``every``, is not stored."""
         timeline = cls(every, limit)
         for entry in entries:
-            layers = [LayerDiagnostics(**values) for values in entry["layers"]]
-            on, off = entry["loss_on"], entry["loss_off"]
-            timeline.append(entry["tokens"], layers, math.nan if on is None else on, off)
+            layers, on = (LayerDiagnostics(**values) for values in entry["layers"]), entry["loss_on"]
+            timeline.append(entry["tokens"], layers, math.nan if on is None else on, entry["loss_off"])
         return timeline
 
 
