@@ -25,19 +25,6 @@ from .baselines import USES_ENERGY, Advantages, energy_proxy, realised_energy, t
 from .config import OTBConfig
 from .noise import half_gradients, noise_and_signal, shrinkage
 
-_MULTIMODAL = (
-    "pixel_values",
-    "image_grid_thw",
-    "num_images",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "num_tiles",
-    "image_sizes",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "image_position_ids",
-)
-
 
 class OTBTrainer(GRPOTrainer):
     """GRPOTrainer whose advantages [B, T] come from the baseline that its `OTBConfig` names.
@@ -201,6 +188,8 @@ class OTBTrainer(GRPOTrainer):
         training = self.model.training
         size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
         tokens = output["completion_ids"].shape[1]
+        takes = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+        inputs = {name: value for name, value in output.items() if name in takes}  # of images, for example
         squares: list[Tensor] = []
 
         def keep(module: nn.Module, args: Any, result: Any) -> None:
@@ -209,7 +198,7 @@ class OTBTrainer(GRPOTrainer):
         handle = self.model.register_forward_hook(keep)
         try:
             with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-                log_probs = self._score(output, batch_size=size, **{n: output.get(n) for n in _MULTIMODAL})
+                log_probs = self._score(output, batch_size=size, **inputs)
         finally:
             handle.remove()
         return energy_proxy(log_probs.float(), torch.cat(squares).float())

@@ -80,10 +80,9 @@ class Session(SessionState):
                         progress(n)
                 fed += ids if scored or passes > 1 else []
             for _ in range(passes - 1):
-                if self._encoder is not None and self._encoder.held:
-                    ids = self._begin() + self._encoder.flush()
-                    losses += [x for _, found in self._feed(ids, scored) for x in found]
-                    fed += ids
+                ended = self._flush(True)
+                losses += ended.losses if scored else ()
+                fed += ended.tokens
                 self._reader.drop_context(self._stream)
                 for n, _ in self._feed(fed, False):
                     if progress is not None:

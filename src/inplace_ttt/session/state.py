@@ -165,7 +165,7 @@ class SessionState:
 
         None where nothing is in context.
         """
-        if self._encoder is None or not self._encoder.held:
+        if not self._held:
             return None if self._stream.logits is None else self._stream.logits.clone()
         with self.fork() as copy:
             copy._flush()
@@ -195,13 +195,12 @@ class SessionState:
     def stats(self) -> Stats:
         """Return the session's statistics."""
         stream = self._stream
-        held = "" if self._encoder is None else self._encoder.held
         waiting = self._waiting()
         fast = next(iter(stream.fast.values()), None)
         return Stats(
             tokens=stream.tokens + waiting,
             written=stream.written,
-            held_characters=len(held),
+            held_characters=len(self._held),
             updates=0 if fast is None else fast.updates[0],
             pending=(0 if fast is None else fast.seen[0] % fast.chunk_size) + waiting,
             in_context=stream.cached if self._reader.own_window is None else min(stream.cached, self._reader.window),
@@ -258,19 +257,24 @@ class SessionState:
             return []
         return list(self._encoder.prefix)
 
+    @property
+    def _held(self) -> str:
+        """Characters that were given and are not tokens yet."""
+        return "" if self._encoder is None else self._encoder.held
+
     def _waiting(self) -> int:
         """Return the tokens that the held characters would be."""
-        if self._encoder is None or not self._encoder.held:
-            return 0
-        return len(self._begin() + self._encoder.fork().flush())
+        return len(self._begin() + self._encoder.fork().flush()) if self._encoder and self._held else 0
 
     def _flush(self, scored: bool = False) -> Score:
         """Turn held characters into tokens: the text ends here."""
-        if self._encoder is None or not self._encoder.held:
-            return Score((), ())
-        ids = self._begin() + self._encoder.flush()
-        losses = [x for _, found in self._feed(ids, scored) for x in found]
+        ids = self._begin() + self._encoder.flush() if self._encoder and self._held else []
+        losses = self._feed_all(ids, scored)
         return Score(tuple(ids) if scored else (), tuple(losses))
+
+    def _feed_all(self, ids: list[int], scored: bool = False, learn: bool = True) -> list[float]:
+        """Feed ids; return their losses if ``scored``."""
+        return [loss for _, losses in self._feed(ids, scored, learn) for loss in losses]
 
     def _feed(self, ids: list[int], scored: bool, learn: bool = True) -> Iterator[tuple[int, list[float]]]:
         """Feed ids with a probe where one is due; yield each piece's size and (if scored) losses."""

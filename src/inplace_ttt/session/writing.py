@@ -125,29 +125,25 @@ def read_exactly(session: SessionState, ids: list[int], learn: bool = True, pref
     with session._exclusive():
         session._flush()
         begin = session._begin() if prefix else []
-        for _ in session._feed(ids if ids[: len(begin)] == begin else begin + ids, False, learn):
-            pass
+        session._feed_all(ids if ids[: len(begin)] == begin else begin + ids, learn=learn)
 
 
 def read_prompt(session: SessionState, prompt: Any) -> None:
     """Read what is held and the prompt, or BOS if there is nothing else; UserError where nothing can be continued."""
     check_continuable(session, prompt)
     for ids in () if prompt is None else session._ids(prompt):
-        for _ in session._feed(ids, False):
-            pass
+        session._feed_all(ids)
     session._flush()
     if session._stream.logits is None:
-        for _ in session._feed(session._begin(), False):
-            pass
+        session._feed_all(session._begin())
     if session._stream.logits is None:
         raise UserError(NOTHING)
 
 
 def check_continuable(session: SessionState, prompt: Any) -> None:
     """Raise UserError when there is nothing to continue, as far as can be told without reading."""
-    held = session._encoder is not None and session._encoder.held
     empty = prompt is None or (isinstance(prompt, str | list | tuple) and not prompt)
-    if session._stream.logits is None and empty and not held and not session._begin():
+    if session._stream.logits is None and empty and not session._held and not session._begin():
         raise UserError(NOTHING)
 
 
