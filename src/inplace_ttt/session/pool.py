@@ -164,8 +164,12 @@ class Writers:
     """
 
     def __init__(self, reader: Reader) -> None:
-        self._reader, self._batch = reader, _BatchesByState(reader)
         self.active: list[Writer] = []
+        self._reader = reader
+        self._batches = (_Batch(reader), _Batch(reader))
+        """Sessions whose state is pairs and sessions whose state is S, so that one does not slow the other."""
+        sizes = [D * F / (D + F) for D, F in (info.shape for info in inspect(reader.model))]
+        self._most_pairs = min(sizes) if reader.form == "auto" else math.inf
 
     def join(
         self,
@@ -195,7 +199,7 @@ class Writers:
     def leave(self, writer: Writer) -> None:
         """Remove a writer between two steps; its tokens stay in the session. Harmless when it has finished."""
         if writer in self.active:
-            self._batch.close()  # gives the session its cache back
+            self._unmerge()  # gives the session its cache back
             self.active.remove(writer)
             writer.held.close()
 
@@ -206,114 +210,99 @@ class Writers:
         full finishes with an error, the others continue. After another exception all sessions are as before the step.
         """
         for writer in self.active:
-            writer.piece, stream = "", writer.session._stream
-            if writer.token is not None and not self._reader.fits(stream, 1):
+            writer.piece = ""
+            if writer.token is not None and not self._reader.fits(writer.stream, 1):
                 try:
-                    self._reader.make_room(stream)
+                    self._reader.make_room(writer.stream)
                 except UserError as error:
                     writer.fail(error)
-        ready = [writer for writer in self.active if writer.token is not None]
-        if ready:
-            self._batch.step(ready)
-        for writer in ready:
-            writer.was_read()
+        self._feed([writer for writer in self.active if writer.token is not None])
         stepped = list(self.active)
         for writer, logits in zip(stepped, self._logits(stepped), strict=True):
             if not writer.finished:
                 writer.choose(logits)
         self.active = [writer for writer in stepped if not writer.finished]
         if len(self.active) < len(stepped):
-            self._batch.close()  # a session that has finished needs its cache
+            self._unmerge()  # a session that has finished needs its cache
         for writer in stepped:
             if writer.finished:
                 writer.held.close()
         return stepped
 
+    def _feed(self, writers: list[Writer]) -> None:
+        """Feed each writer's token."""
+        if self._reader.by_loss:  # each full chunk is run again from its own context, so no batching
+            for writer in writers:
+                for _ in self._reader.feed(writer.stream, [writer.token or 0], learn=writer.learn):
+                    pass
+        else:
+            groups = [[w for w in writers if self._is_dense_next(w.stream) == dense] for dense in (False, True)]
+            for batch, group in zip(self._batches, groups, strict=True):
+                batch.keep(group)  # both before any step: a session may move to the other batch
+            for batch, group in zip(self._batches, groups, strict=True):
+                if group:
+                    batch.step(group)
+        for writer in writers:
+            writer.was_read()
+
+    def _is_dense_next(self, stream: Stream) -> bool:
+        """Return whether the state becomes dense (too many pairs) when the current chunk is complete."""
+        C = self._reader.config.chunk_size
+        return (stream.tokens // C + 1) * C >= self._most_pairs
+
+    def _unmerge(self) -> None:
+        for batch in self._batches:
+            batch.close()
+
     def _logits(self, writers: list[Writer]) -> list[Tensor]:
         """Return each session's next-token logits, [V] on the CPU: one transfer for all of them."""
-        found = [w.session._stream.logits for w in writers]
+        found = [writer.stream.logits for writer in writers]
         if not found or self._reader.device.type == "cpu":
             return found  # type: ignore[return-value]
         return list(torch.stack(found).cpu())  # type: ignore[arg-type]
 
     def close(self) -> None:
         """Let all writers leave."""
-        self._batch.close()
+        self._unmerge()
         for writer in self.active:
             writer.held.close()
         self.active = []
 
 
-class _BatchesByState:
-    """Two batches: streams whose state is S and streams whose state is pairs, so that one does not slow the other."""
-
-    def __init__(self, reader: Reader) -> None:
-        self.batches = (_Batch(reader), _Batch(reader))
-        config = reader.config
-        sizes = [D * F / (D + F) for D, F in (info.shape for info in inspect(reader.model))]
-        self.chunk_size, self.most = config.chunk_size, min(sizes) if reader.form == "auto" else math.inf
-
-    def step(self, writers: list["Writer"]) -> None:
-        """Feed to each stream the token that its writer sampled."""
-        streams, tokens = [w.session._stream for w in writers], [w.token or 0 for w in writers]
-        reader = self.batches[0].reader
-        if reader.by_loss:  # each full chunk is run again from its own context, so no batching
-            for writer, stream, token in zip(writers, streams, tokens, strict=True):
-                for _ in reader.feed(stream, [token], learn=writer.learn):
-                    pass
-            return
-        groups: tuple[list[int], list[int]] = ([], [])
-        for i, stream in enumerate(streams):
-            groups[self._dense_next(stream)].append(i)
-        for batch, group in zip(self.batches, groups, strict=True):
-            batch.keep([streams[i] for i in group])  # both before any step: a stream may move to the other batch
-        for batch, group in zip(self.batches, groups, strict=True):
-            if group:
-                batch.step([streams[i] for i in group], [tokens[i] for i in group])
-
-    def _dense_next(self, stream: Stream) -> bool:
-        """Return whether the state becomes dense (too many pairs) when the current chunk is complete."""
-        return (stream.tokens // self.chunk_size + 1) * self.chunk_size >= self.most
-
-    def close(self) -> None:
-        """Give every stream its cache back."""
-        for batch in self.batches:
-            batch.close()
-
-
 class _Batch:
-    """Streams whose caches are stacked into one batched cache, for as long as the same ones take part."""
+    """Writers whose sessions' caches are merged into one, for as long as the same ones take part."""
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
-        self.streams: list[Stream] = []
+        self.writers: list[Writer] = []
         self.cache: Any = None
         self.mask: Tensor = torch.zeros(0, 0, dtype=torch.int64)
 
-    def keep(self, streams: list[Stream]) -> None:
-        """Release the batched streams unless they are these same ones, with room for one more token."""
-        same = len(streams) == len(self.streams) and all(a is b for a, b in zip(streams, self.streams, strict=True))
-        if not same or any(self.reader.room(stream) <= 0 for stream in streams):
+    def keep(self, writers: list[Writer]) -> None:
+        """Let the writers of this batch go unless they are these same ones, with room for one more token."""
+        if writers != self.writers or any(self.reader.room(writer.stream) <= 0 for writer in writers):
             self.close()
 
-    def step(self, streams: list[Stream], tokens: list[int]) -> None:
-        """Feed one token to each stream. ``keep`` comes first."""
+    def step(self, writers: list[Writer]) -> None:
+        """Feed each writer's token. ``keep`` comes first."""
+        streams = [writer.stream for writer in writers]
         if self.cache is None:
             for stream in streams:
                 self.reader.make_room(stream)
             self.cache, self.mask = merge([stream.cache for stream in streams], self.reader.root.config)
-            self.streams = list(streams)
+            self.writers = writers
         mask = torch.cat([self.mask, torch.ones(len(streams), 1, dtype=torch.int64)], 1)
+        tokens = torch.tensor([[writer.token] for writer in writers])
         positions = torch.tensor([[stream.position] for stream in streams])
         with whole(self.cache):
-            logits = self.reader.call(self.cache, torch.tensor(tokens)[:, None], positions, mask)
+            logits = self.reader.call(self.cache, tokens, positions, mask)
         self.mask = mask
-        for stream, token, row in zip(streams, tokens, logits, strict=True):
-            self.reader.advance(stream, [token], row[-1])
+        for writer, row in zip(writers, logits, strict=True):
+            assert writer.token is not None
+            self.reader.advance(writer.stream, [writer.token], row[-1])
 
     def close(self) -> None:
-        """Give every stream its cache back."""
-        if self.cache is not None:
-            for b, stream in enumerate(self.streams):
-                stream.cache = split(self.cache, self.mask, b)
-        self.cache, self.streams = None, []
+        """Give every session its cache back."""
+        for b, writer in enumerate(self.writers):
+            writer.stream.cache = split(self.cache, self.mask, b)
+        self.cache, self.writers = None, []

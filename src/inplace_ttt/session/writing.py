@@ -9,6 +9,7 @@ from torch import Tensor
 from ..errors import UserError
 from .sampling import Sampler, Sampling, StopText
 from .state import SessionState
+from .stream import Stream
 from .text import StreamDecoder
 
 NOTHING = "nothing to continue: read something first, or give a prompt"
@@ -51,12 +52,17 @@ class Writer:
         self.held = ExitStack()
         """Keeps others from using the session meanwhile."""
 
+    @property
+    def stream(self) -> Stream:
+        """The session's stream."""
+        return self.session._stream
+
     def choose(self, logits: Tensor) -> None:
         """Sample the next token from logits [V], or finish."""
         if self.left == 0:
             return self._finish("length")
         try:
-            self.logits, self.token = logits, self.sampler(self.session._stream.recent, logits)
+            self.logits, self.token = logits, self.sampler(self.stream.recent, logits)
         except UserError as error:
             return self.fail(error)
         return self._finish("stop") if self.token in self.ends else None
@@ -64,14 +70,13 @@ class Writer:
     def was_read(self) -> None:
         """Count the token as part of the session, and show it."""
         assert self.token is not None
-        stream = self.session._stream
         self.left -= 1
         self.ids.append(self.token)
-        stream.written += 1
+        self.stream.written += 1
         if self.as_ids:
             self.piece = [self.token]
             return
-        self.decoder = self.decoder or StreamDecoder(self.session.tokenizer, stream.recent[-9:-1])
+        self.decoder = self.decoder or StreamDecoder(self.session.tokenizer, self.stream.recent[-9:-1])
         self.piece = self.stops.push(self.decoder.push(self.token))
         if self.stops.found:
             self._finish("stop")
@@ -91,12 +96,12 @@ def write(writer: Writer, prompt: Any) -> Generator[Any, None, None]:
     session = writer.session
     with session._exclusive():
         read_prompt(session, prompt)
-        reader, stream = session._reader, session._stream
+        stream = session._stream
         while not writer.finished:
             assert stream.logits is not None
             writer.choose(stream.logits)
             if writer.token is not None:
-                for _ in reader.feed(stream, [writer.token], learn=writer.learn):
+                for _ in session._reader.feed(stream, [writer.token], learn=writer.learn):
                     writer.was_read()
             if writer.piece:
                 yield writer.piece
