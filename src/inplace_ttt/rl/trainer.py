@@ -177,11 +177,8 @@ class OTBTrainer(GRPOTrainer):
         if self.scale_rewards == "none":
             return torch.ones_like(rewards)[:, None]
         groups = rewards.view(-1, group_size) if self.scale_rewards == "group" else rewards[None]
-        if groups.shape[1] == 1:
-            std = torch.zeros_like(rewards)
-        else:
-            std = nanstd(groups, dim=1)[:, None].expand_as(groups).flatten()
-        return 1 / (torch.nan_to_num(std) + 1e-4)[:, None]
+        std = torch.nan_to_num(nanstd(groups, dim=1))  # NaN: of a single row
+        return 1 / (std[:, None].expand_as(groups).reshape(-1, 1) + 1e-4)
 
     def _proxy(self, output: dict[str, Any]) -> Tensor:
         """Return w [B, T] of this process's completions, by a forward without gradients in micro-batches."""
@@ -297,11 +294,8 @@ def _has_fast_weights(model: Any) -> bool:
 
 
 def _check_generation(args: OTBConfig) -> None:
-    for name, is_set in (
-        ("use_vllm", args.use_vllm),
-        ("use_transformers_continuous_batching", args.use_transformers_continuous_batching),
-    ):
-        if is_set:
+    for name in ("use_vllm", "use_transformers_continuous_batching"):
+        if getattr(args, name):
             raise UserError(
                 f"{name}=True would generate without fast weights, so completions would not come from the model that "
                 f"is trained: set {name}=False (model.generate)"

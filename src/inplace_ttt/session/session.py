@@ -3,19 +3,27 @@
 import warnings
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..config import InPlaceTTTConfig
 from ..errors import UserError
+from ..hf.attach import READING, runtime_of
 from .files import load, save
 from .lora import export
 from .sources import Readable
 from .state import Score, SessionState
+from .stream import Reader
 from .study import Studied, study
 from .template import Messages, Template, converse
 from .writing import Writer, write
+
+STREAM_DECAY = 0.01
+"""Decay of a session whose model has none: the plain sum of updates grows without bound (docs/results.md)."""
 
 
 class Session(SessionState):
@@ -53,7 +61,19 @@ class Session(SessionState):
         probe_every: int | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(model, tokenizer, window, sinks, state, probe_every, settings)
+        config = _stream_config(runtime_of(model).config, settings)
+        if any(site.projection().split for site in runtime_of(model).sites):
+            raise UserError("a session keeps whole fast weights: load its model without tensor parallelism")
+        if state not in ("dense", "auto") and not (type(state) is int and state >= 1):
+            raise UserError(f'state {state!r}: "dense", "auto" or a rank of at least 1')
+        if probe_every is not None and (not isinstance(probe_every, Integral) or probe_every < 0):
+            raise UserError(f"probe_every {probe_every}: a number of tokens, 0 for never")
+        self.tokenizer = tokenizer
+        self.origin = None
+        self._reader = Reader(model, config, window, sinks, state)
+        self._probe_every = max(16384, 64 * config.chunk_size) if probe_every is None else int(probe_every)
+        self._busy = False
+        self._clear()
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -214,3 +234,12 @@ class Session(SessionState):
         """Write what was learned as a PEFT LoRA adapter of the base model. See ``lora.export``."""
         self._check_idle()
         return export(self, directory, rank)
+
+
+def _stream_config(own: InPlaceTTTConfig, settings: dict[str, Any]) -> InPlaceTTTConfig:
+    if wrong := sorted(set(settings) - set(READING)):
+        raise UserError(f"a session has no setting {', '.join(wrong)}: only window, sinks, state, {', '.join(READING)}")
+    given = {name: value for name, value in settings.items() if value is not None or name == "clip"}
+    if "decay" not in given and not own.decay:
+        given["decay"] = STREAM_DECAY
+    return replace(own, **given)

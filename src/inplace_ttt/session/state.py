@@ -3,22 +3,18 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from numbers import Integral
 from typing import Any, Self
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..config import InPlaceTTTConfig
 from ..errors import UserError
-from ..hf.attach import READING, UNTRAINED, is_trained, runtime_of, unwrap
+from ..hf.attach import READING, UNTRAINED, is_trained, unwrap
 from ..hf.window import cache_bytes
 from .diagnostics import Timeline, harm, measure
 from .sources import Readable, texts, token_ids
 from .stream import Reader, Stream, losses_of
 from .text import StreamEncoder
 
-STREAM_DECAY = 0.01
-"""Decay of a session whose model has none: the plain sum of updates grows without bound (docs/results.md)."""
 PROBE = 256
 """Tokens that a probe scores with and without updates."""
 
@@ -79,30 +75,15 @@ class Stats:
 class SessionState:
     """State of a session, and the feeding of tokens: what its other modules use of ``Session``, which documents it."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        window: int | None,
-        sinks: int,
-        state: str | int,
-        probe_every: int | None,
-        settings: dict[str, Any],
-    ) -> None:
-        config = _stream_config(runtime_of(model).config, settings)
-        if any(site.projection().split for site in runtime_of(model).sites):
-            raise UserError("a session keeps whole fast weights: load its model without tensor parallelism")
-        if state not in ("dense", "auto") and not (type(state) is int and state >= 1):
-            raise UserError(f'state {state!r}: "dense", "auto" or a rank of at least 1')
-        if probe_every is not None and (not isinstance(probe_every, Integral) or probe_every < 0):
-            raise UserError(f"probe_every {probe_every}: a number of tokens, 0 for never")
-        self.tokenizer = tokenizer
-        self.origin: str | None = None
-        """Name by which the command line loads the model."""
-        self._reader = Reader(model, config, window, sinks, state)
-        self._probe_every = max(16384, 64 * config.chunk_size) if probe_every is None else int(probe_every)
-        self._busy = False
-        self._clear()
+    tokenizer: Any
+    origin: str | None
+    """Name by which the command line loads the model."""
+    _reader: Reader
+    _stream: Stream
+    _encoder: StreamEncoder | None
+    _timeline: Timeline
+    _probe_every: int
+    _busy: bool
 
     # -- the stream as a thing ------------------------------------------------------------------------------------
 
@@ -319,12 +300,3 @@ class SessionState:
             raise UserError(
                 "this session is reading or writing: exhaust or close the iterator that generate(stream=True) gave"
             )
-
-
-def _stream_config(own: InPlaceTTTConfig, settings: dict[str, Any]) -> InPlaceTTTConfig:
-    if wrong := sorted(set(settings) - set(READING)):
-        raise UserError(f"a session has no setting {', '.join(wrong)}: only window, sinks, state, {', '.join(READING)}")
-    given = {name: value for name, value in settings.items() if value is not None or name == "clip"}
-    if "decay" not in given and not own.decay:
-        given["decay"] = STREAM_DECAY
-    return replace(own, **given)
