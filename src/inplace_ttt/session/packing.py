@@ -10,7 +10,7 @@ from ..core.algebra import state_dtype
 from ..core.state import ROLLBACK_TOKENS
 from ..fast.factors import fast_weights
 from ..hf.attach import READING, inspect
-from ..hf.cache import FastCacheLayer
+from ..hf.cache import FastCacheLayer, install
 from ..hf.loss import Record
 from ..hf.rows import from_tensors, to_tensors
 from .diagnostics import Timeline
@@ -29,11 +29,10 @@ def pack(session: SessionState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {f"context.{name}": value for name, value in keys.items()}
     fast = {}
     for index, weights in stream.fast.items():
-        found, values = pack_fast(weights)
+        found = weights.all_tensors() | ({} if weights.real is None else {"real": weights.real})
         tensors |= {f"fast.{index}.{name}": value for name, value in found.items()}
-        fast[str(index)] = values
-    record = stream.record
-    if record is not None:
+        fast[str(index)] = {name: getattr(weights, name) for name in ("form", "fed", *weights.numbers)}
+    if (record := stream.record) is not None:
         tensors |= {f"record.{name}": value for name, value in record_tensors(record).items()}
     if stream.logits is not None:
         tensors["logits"] = stream.logits
@@ -52,12 +51,6 @@ def pack(session: SessionState) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "timeline": {"every": session.timeline.every, "samples": session.timeline.to_list()},
     }
     return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, header
-
-
-def pack_fast(fast: FastWeights) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return one layer's fast weights as tensors and JSON values (version 2)."""
-    values = {name: getattr(fast, name) for name in ("form", "fed", *fast.numbers)}
-    return fast.all_tensors() | ({} if fast.real is None else {"real": fast.real}), values
 
 
 # -- and back ----------------------------------------------------------------------------------------------------------
@@ -89,7 +82,7 @@ def unpack(session: SessionState, tensors: dict[str, Tensor], header: dict[str, 
     _check({int(i) for i in header["fast"]} == wanted, "the fast weights are not those of this model's layers")
     for index, values in header["fast"].items():
         fast = unpack_fast(_take(left, f"fast.{index}."), values, reader, shapes[int(index)])
-        reader.install(stream, int(index), fast)
+        install(stream.cache, int(index), fast)
     if reader.by_loss:
         restore_record(stream, _take(left, "record."), header.get("record"), reader)
     else:
@@ -135,7 +128,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
 def unpack_fast(
     tensors: dict[str, Tensor], values: dict[str, Any], reader: Reader, shape: tuple[int, int]
 ) -> FastWeights:
-    """Return the inverse of ``pack_fast``, checked against what this reader's model would have made."""
+    """Return one layer's fast weights, checked against what this reader's model would have made."""
     D, F = shape
     source = 2 * D if reader.runtime.sites[0].target.source == "both" else D
     settings = reader.settings

@@ -22,7 +22,7 @@ from ..core import FastWeights
 from ..core.algebra import cross_entropies
 from ..errors import UserError
 from ..hf.attach import RUNTIME, runtime_of, unwrap, updates_off
-from ..hf.cache import FastCacheLayer, cache_name, fast_layers, install
+from ..hf.cache import FastCacheLayer, cache_name, fast_layers
 from ..hf.loss import commit
 from ..hf.relocate import Relocation
 from ..hf.settings import Settings
@@ -111,9 +111,11 @@ class Reader:
         self.device: torch.device = self.root.get_input_embeddings().weight.device  # type: ignore[assignment]
         self.relocation = _relocation(self.runtime, model)
         self.own_window = native_window(model)
-        self.longest = self._longest()
-        self.window, self.sinks = self._check_window(window, sinks), 0 if self.own_window else sinks
         text = self.root.config.get_text_config()
+        longest = getattr(text, "max_position_embeddings", None)
+        self.longest = longest if isinstance(longest, int) and longest > 0 else None
+        """Positions that the model knows, if it says so."""
+        self.window, self.sinks = self._check_window(window, sinks), 0 if self.own_window else sinks
         # Attention over a piece costs piece + window a token: a small window is better read in small pieces.
         self.piece = PIECE if self.own_window is None else min(PIECE, max(512, 2 * self.own_window))
         self.scored_piece = max(1, min(self.piece, SCORED_LOGITS // int(text.vocab_size)))
@@ -122,10 +124,6 @@ class Reader:
                 f"chunks of {config.chunk_size:,} tokens do not fit twice into a window of {self.window:,}: make "
                 "chunk_size smaller"
             )
-
-    def _longest(self) -> int | None:
-        value = getattr(self.root.config.get_text_config(), "max_position_embeddings", None)
-        return value if isinstance(value, int) and value > 0 else None
 
     def _check_window(self, window: int | None, sinks: int) -> int:
         if not _is_count(sinks, 0) or not (window is None or _is_count(window, 1)):
@@ -150,10 +148,6 @@ class Reader:
     def new(self) -> Stream:
         """Return an empty stream."""
         return Stream(empty_cache(self.root.config))
-
-    def install(self, stream: Stream, layer: int, fast: FastWeights) -> None:
-        """Set the fast weights of a stream's layer to ones that were stored elsewhere."""
-        install(stream.cache, layer, fast)
 
     def reads_like(self, other: "Reader") -> bool:
         """Return whether streams of ``other`` can be continued here."""
@@ -261,9 +255,8 @@ class Reader:
             n = min(self._fitting(stream, len(ids) - at), self.scored_piece if scored else self.piece)
             piece = list(ids[at : at + n])
             with whole(stream.cache):
-                logits = self.call(
-                    stream.cache, torch.tensor([piece]), self._positions([stream], n), scored=scored, learn=learn
-                )[0]
+                positions = torch.arange(stream.position, stream.position + n)[None]
+                logits = self.call(stream.cache, torch.tensor([piece]), positions, scored=scored, learn=learn)[0]
             self.advance(stream, piece, logits[-1])
             at += n
             yield n, logits
@@ -303,26 +296,14 @@ class Reader:
             raise UserError(
                 "updates are switched off (updates_off), which a session needs: lr=0 takes their effect away"
             )
-        moved = {} if mask is None else {"attention_mask": mask.to(self.device)}
-        how = (
-            self.runtime.override(config=self.config, form=self.form, learn=learn)
-            if self.adapts
-            else updates_off(self.model)
-        )
-        with evaluating(self.model), torch.no_grad(), how:
+        inputs = {"input_ids": ids, "position_ids": positions} | ({} if mask is None else {"attention_mask": mask})
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        how = self.runtime.override(config=self.config, form=self.form, learn=learn)
+        with evaluating(self.model), torch.no_grad(), how if self.adapts else updates_off(self.model):
             out = self.model(
-                input_ids=ids.to(self.device),
-                position_ids=positions.to(self.device),
-                use_cache=True,
-                logits_to_keep=0 if scored else 1,
-                **{cache_name(self.model): cache},
-                **moved,
+                **inputs, use_cache=True, logits_to_keep=0 if scored else 1, **{cache_name(self.model): cache}
             )
-        logits: Tensor = out.logits
-        return logits
-
-    def _positions(self, streams: Sequence[Stream], n: int) -> Tensor:
-        return torch.tensor([s.position for s in streams])[:, None] + torch.arange(n)
+        return out.logits  # type: ignore[no-any-return]
 
     def advance(self, stream: Stream, ids: Sequence[int], logits: Tensor) -> None:
         """Record that ``ids`` were fed, and the logits of the next token."""
