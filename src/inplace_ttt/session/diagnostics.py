@@ -65,10 +65,11 @@ def _measure_layer(
             overlap = key_overlap(before, z)
             change = None if weight is None else output_change(before, weight, z, lr)
         if fast.rule.outer and "v" in fast.history:
-            norm, clip = update_norm(fast.last_chunk(row)["v"][0].to(z.dtype), z), _clip(config, weight)
-            clipped = None if clip is None else norm >= 0.99 * clip
-            if weight is not None:
-                added = abs(lr) * norm / _norm(weight) if _norm(weight) else None
+            norm = update_norm(fast.last_chunk(row)["v"][0].to(z.dtype), z)
+            size = None if weight is None else float(torch.linalg.vector_norm(weight, dtype=state_dtype(weight.dtype)))
+            unit = size if config.clip_relative else 1.0
+            clipped = None if config.clip is None or unit is None else norm >= 0.99 * config.clip * unit
+            added = abs(lr) * norm / size if size else None
     return LayerDiagnostics(
         layer=index,
         updates=fast.updates[row],
@@ -87,16 +88,6 @@ def slow_weight(module: Any, shape: tuple[int, int]) -> Tensor | None:
     """Return W0 [D, F]; None where it is quantised."""
     weight = dense_weight(module).detach() if is_dense(module.weight) else None
     return None if weight is None or tuple(weight.shape) != shape else weight
-
-
-def _clip(config: InPlaceTTTConfig, weight: Tensor | None) -> float | None:
-    if config.clip is None or not config.clip_relative:
-        return config.clip
-    return None if weight is None else config.clip * _norm(weight)
-
-
-def _norm(weight: Tensor) -> float:
-    return float(torch.linalg.vector_norm(weight, dtype=state_dtype(weight.dtype)))
 
 
 def _finite(value: float | None) -> float | None:

@@ -60,16 +60,8 @@ def save_diagnostics(path: Path, timeline: Timeline, title: str) -> None:
         axes.set_xlim(0, 1.02 * max(x, default=1))
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     handles, labels = _some(*panels[0, 0].get_legend_handles_labels())
-    figure.legend(
-        handles,
-        labels,
-        title="layer",
-        loc="outside lower center",
-        ncols=NAMED,
-        frameon=False,
-        fontsize=8,
-        title_fontsize=8,
-    )
+    style = {"loc": "outside lower center", "ncols": NAMED, "frameon": False, "fontsize": 8, "title_fontsize": 8}
+    figure.legend(handles, labels, title="layer", **style)
     save(figure, path)
 
 
@@ -104,28 +96,18 @@ def diagnostics_table(layers: Sequence[LayerDiagnostics], timeline: Timeline | N
     shares = {} if timeline is None else {d.layer: timeline.clipped_share(d.layer) for d in layers}
     clips = any(share is not None for share in shares.values())
     table = Table(title="What the fast weights are like", title_justify="left", title_style="bold")
-    for name in (
-        "layer",
-        "updates",
-        "change / weight",
-        "change / output",
-        "effective rank",
-        "key overlap",
-        "last update",
-        *(["chunks clipped"] if clips else []),
-    ):
+    names = ("layer", "updates", "change / weight", "change / output", "effective rank", "key overlap", "last update")
+    for name in (*names, *(["chunks clipped"] if clips else [])):
         table.add_column(name, justify="right", no_wrap=" " not in name)
     for d in layers:
-        clipped = " (clipped)" if d.clipped else ""
-        rank = "?" if d.effective_rank is None else f"{d.effective_rank:,.0f}/{d.largest_rank:,}"
         table.add_row(
             f"{d.layer}",
             f"{d.updates:,}",
             _number(d.relative_norm),
             _number(d.output_change),
-            rank,
-            "?" if d.key_overlap is None else f"{d.key_overlap:.0%}",
-            _number(d.update_norm) + clipped,
+            "?" if d.effective_rank is None else f"{d.effective_rank:,.0f}/{d.largest_rank:,}",
+            _share(d.key_overlap),
+            _number(d.update_norm) + (" (clipped)" if d.clipped else ""),
             *([_share(shares.get(d.layer))] if clips else []),
         )
     return table
