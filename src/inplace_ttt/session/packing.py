@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ..core import FastWeights
 from ..core.algebra import state_dtype
-from ..core.state import ROLLBACK_TOKENS
 from ..fast.factors import fast_weights
 from ..hf.attach import READING, inspect
 from ..hf.cache import FastCacheLayer, install
@@ -144,43 +143,34 @@ def unpack_fast(
         setattr(fast, name, tuple(value))
     _check(_is_number(values["fed"], int), "fed")
     fast.fed = values["fed"]
-    left, kept = dict(tensors), -(-ROLLBACK_TOKENS // C)
+    left, kept = dict(tensors), fast.reach
     seen, held, count = fast.seen[0], fast.kept[0], getattr(fast, "count", (0,))[0]
     fast.real = real.cpu() if (real := left.pop("real", None)) is not None else None
     _check(fast.real is None or (fast.real.dtype == torch.bool and fast.real.shape == (1, fast.fed)), "real")
     _check(0 <= held <= min(kept, seen // C) and getattr(fast, "raw", (0,))[0] <= count, "kept")
 
-    like = torch.zeros(0, dtype=reader.root.dtype, device="meta")
-    state = settings.rule.init(1, D, F, like)
+    state = settings.rule.init(1, D, F, torch.zeros(0, dtype=reader.root.dtype, device="meta"))
     wanted: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
         "z": ((1, C, F), None),
         "u": ((1, C, source), None),
         "left": ((1, count, D), state_dtype(reader.root.dtype)),
         "right": ((1, count, F), None),
+        "history.z": ((1, kept * C, F), None),
+        "history.u": ((1, kept * C, source), None),
+        "history.v": ((1, kept * C, D), None),
         **{f"tensors.{name}": (tuple(x.shape), x.dtype) for name, x in state.items()},
+        **{f"history.state.{name}": ((1, kept, *x.shape[1:]), x.dtype) for name, x in state.items()},
     }
-    rows = {"z": F, "u": source, "v": D}
-    for name in [name for name in left if name.startswith("history.")]:
-        inner = name.removeprefix("history.")
-        if inner.startswith("state."):
-            x = state.get(inner.removeprefix("state."))
-            _check(x is not None, name)
-            assert x is not None
-            wanted[name] = ((1, kept, *x.shape[1:]), x.dtype)
-        else:
-            _check(inner in rows, name)
-            wanted[name] = ((1, kept * C, rows[inner]), None)
     for name, x in left.items():
         _check(name in wanted, f"unknown tensor {name}")
         _like(x, *wanted[name], name)
+    found, fast.history = _take(left, "tensors."), _take(left, "history.")
     parts = {name: left.get(name) for name in fast.parts}
     _check(reader.by_loss or (parts["z"] is not None and parts["u"] is not None), "pending tokens are missing")
     for name, part in parts.items():
         setattr(fast, name, part)
-    found = {name: left[f"tensors.{name}"] for name in state if f"tensors.{name}" in left}
     _check(not found or found.keys() == state.keys(), "the state is not complete")
     fast.tensors = found or None
-    fast.history = {n.removeprefix("history."): x for n, x in left.items() if n.startswith("history.")}
     _check(bool(fast.history) or not held, "history is missing")
     factored = parts.get("left") is not None
     _check(not (factored and found) and factored == (parts.get("right") is not None), "S is there twice, or by half")
