@@ -67,7 +67,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
     Raises SourceError where the file cannot be read or is not UTF-8, or a line is not an object with a "text".
     """
-    number, opened = 0, {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
+    number = 0
+    opened: Any = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
     try:
         with opened(path, "rt", encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
