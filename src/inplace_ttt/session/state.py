@@ -233,7 +233,7 @@ class SessionState:
                 yield self._begin() + ids
 
     def _begin(self) -> list[int]:
-        """Feed the tokenizer's prefix (BOS), once per stream."""
+        """Return the tokenizer's prefix (BOS), which is fed once per stream."""
         if self._stream.started or self._encoder is None:
             return []
         return list(self._encoder.prefix)
