@@ -154,18 +154,16 @@ class Session(SessionState):
         if self.tokenizer is None:
             raise UserError("this session has no tokenizer, so it cannot write text: use generate_ids")
         pieces = write(Writer(self, max_new_tokens, stop, sampling), prompt)
-        if stream:
-            return pieces
-        with closing(pieces):
-            return "".join(pieces)
+        return pieces if stream else "".join(pieces)
 
     def generate_ids(
         self, prompt: Sequence[int] | Tensor | str | None = None, *, max_new_tokens: int = 256, **sampling: Any
     ) -> list[int]:
         """Generate as ``generate``, in ids; needs no tokenizer if the prompt is ids; no ``stop``, no ``stream``."""
         writer = Writer(self, max_new_tokens, sampling=sampling, as_ids=True)
-        for _ in write(writer, prompt):
-            pass
+        with closing(write(writer, prompt)) as pieces:
+            for _ in pieces:
+                pass
         return writer.ids
 
     def chat(
@@ -191,10 +189,7 @@ class Session(SessionState):
         """
         template = Template.of(self)  # first: it says where an answer ends
         pieces = converse(template, Writer(self, max_new_tokens, stop, sampling), messages, learn)
-        if stream:
-            return pieces
-        with closing(pieces):
-            return "".join(pieces)
+        return pieces if stream else "".join(pieces)
 
     def ask(self, question: str, *, chat: bool = False, **options: Any) -> Any:
         """Answer from the fast weights alone: the context is dropped first. Options as for ``generate``.
@@ -212,11 +207,9 @@ class Session(SessionState):
                 "read more, or use smaller chunks",
                 stacklevel=2,
             )
-        return (
-            copy.chat([{"role": "user", "content": question}], **options)
-            if chat
-            else copy.generate(question, **options)
-        )
+        if chat:
+            return copy.chat([{"role": "user", "content": question}], **options)
+        return copy.generate(question, **options)
 
     # -- files -------------------------------------------------------------------------------------------------------
 

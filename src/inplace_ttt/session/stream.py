@@ -76,20 +76,12 @@ class Stream:
 def copy_cache(cache: DynamicCache) -> DynamicCache:
     """Copy a cache: keys, values and S are shared, as calls replace them; the pending buffers are copied."""
     new = copy.copy(cache)
-    new.layers = []
-    for layer in cache.layers:
-        twin: Any = object.__new__(type(layer))
-        twin.__dict__.update(layer.__dict__)
+    new.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in new.layers:
         if isinstance(layer, FastCacheLayer):
-            twin.fast, twin.steps = _share(layer.fast), None
-        new.layers.append(twin)
+            layer.fast, layer.steps = copy.copy(layer.fast), None
+            layer.fast.z, layer.fast.u = (None if x is None else x.clone() for x in (layer.fast.z, layer.fast.u))
     return new
-
-
-def _share(fast: FastWeights) -> FastWeights:
-    twin = copy.copy(fast)
-    twin.z, twin.u = (None if x is None else x.clone() for x in (fast.z, fast.u))
-    return twin
 
 
 class Reader:
