@@ -43,11 +43,11 @@ from inplace_ttt.session.study import (
     Examples,
     Pair,
     batches,
-    in_sentences,
     learn,
     pairs_of,
     picked,
     sentences,
+    write_many,
 )
 from inplace_ttt.session.template import Template
 from inplace_ttt.session.writing import end_tokens
@@ -254,7 +254,7 @@ class Bench:
             found = list(dict.fromkeys(pair for own in tries for pair in own))
             owner = {text: d for d, texts in enumerate(all_texts) for text in texts}
             self.written = {}
-            for name, pairs in (("short", found), ("reply", in_sentences(self.model, self.examples, found, 512))):
+            for name, pairs in (("short", found), ("reply", self.in_sentences(found))):
                 self.written[name] = [[p for p in pairs if owner[p.text] == d] for d in range(self.B)]
             facts = {f.sentence: f for own in self.data.facts for f in own}
             right = {p.text for p in found if p.text in facts and said(facts[p.text].answer, p.answer)}
@@ -268,6 +268,16 @@ class Bench:
                 {k: v for k, v in self.kept.items() if k != "examples"}, *self.kept["examples"], sep="\n  ", flush=True
             )
         return self.written["reply" if replies else "short"]
+
+    def with_text(self, pair: Pair) -> tuple[int, ...]:
+        """Return the ids of a question with the text before it, up to where the answer begins."""
+        return self.examples.chat(f"{pair.text}\n\n{pair.question}")
+
+    def in_sentences(self, pairs: list[Pair]) -> list[Pair]:
+        """Return the pairs with the answers that the model gives in a chat with the text before it."""
+        prompts = [self.with_text(pair) for pair in pairs]
+        replies = write_many(self.model, self.tokenizer, prompts, 40, 512)
+        return [replace(pair, answer=reply.strip()) for pair, reply in zip(pairs, replies, strict=True)]
 
     def material(self, way: Way, pass_: int) -> list[list[Example]]:
         """Return all examples of a pass, by document."""
@@ -293,7 +303,9 @@ class Bench:
             if way.how in ("sentences", "both", "all"):
                 found[d] += [x for part in sentences(text) for x in make.statement(part)]
             if way.how in ("questions", "both", "all"):
-                found[d] += [make.answered(pair, way.soft) for pair in self.pairs(way.replies)[d]]
+                for pair in self.pairs(way.replies)[d]:
+                    source = self.with_text(pair) if way.soft else None
+                    found[d].append(replace(make.answered(pair), source=source))
         return found
 
     def new_states(self, way: Way) -> dict[int, FastWeights]:

@@ -4,9 +4,11 @@ R rows, P and T the longest prompt and answer; prompts are padded on the left, c
 """
 
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +16,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import inplace_ttt as ittt
-from inplace_ttt.rl import running_sums
 from inplace_ttt.rl.baselines import energy_proxy, log_sum_of_squares
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+import running_sums
 
 KINDS = ("plain", "attached")
 

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import running_sums as task
 import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -22,7 +23,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import inplace_ttt as ittt
 from inplace_ttt.plots import running_mean
 from inplace_ttt.rl import OTBConfig, OTBTrainer
-from inplace_ttt.rl import running_sums as task
 
 MOST = 3  # terms of a problem
 ANSWER = 3 * MOST + 3  # tokens of an answer at most

@@ -59,39 +59,27 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DEFAULT_MODEL": "shipped",
-    "InPlaceTTTConfig": "config",
-    "UserError": "errors",
-    **dict.fromkeys(
-        (
-            "attach",
-            "configure",
-            "detach",
-            "fast_settings",
-            "inspect",
-            "is_attached",
-            "is_trained",
-            "layers_off",
-            "set_lr",
-            "updates_off",
-        ),
-        "hf.attach",
-    ),
-    **dict.fromkeys(("Rule", "Target", "register_rule", "register_target"), "core"),
-    **dict.fromkeys(("from_pretrained", "save_pretrained"), "hf.checkpoint"),
-    "DecodingGraph": "hf.graph",
-    "detach_cache": "hf.cache",
-    "fast_weights": "hf.context",
-    "save_release": "hf.release",
-    **dict.fromkeys(("Session", "SessionPool"), "session"),
+    "config": {"InPlaceTTTConfig"},
+    "core": {"Rule", "Target", "register_rule", "register_target"},
+    "errors": {"UserError"},
+    "hf.attach": {"attach", "configure", "detach", "fast_settings", "inspect", "is_attached", "is_trained"}
+    | {"layers_off", "set_lr", "updates_off"},
+    "hf.cache": {"detach_cache"},
+    "hf.checkpoint": {"from_pretrained", "save_pretrained"},
+    "hf.context": {"fast_weights"},
+    "hf.graph": {"DecodingGraph"},
+    "hf.release": {"save_release"},
+    "session": {"Session", "SessionPool"},
+    "shipped": {"DEFAULT_MODEL"},
 }
 
 
 def __getattr__(name: str) -> Any:
     """Load public names on first use, so that ``import inplace_ttt`` and the command line do not wait for torch."""
-    if name not in _HOMES:
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    value = getattr(import_module(f".{home}", __name__), name)
     globals()[name] = value
     return value
 

@@ -192,13 +192,9 @@ class InPlaceTTTConfig:
         """Return a JSON-ready mapping, with the format's version."""
         values = asdict(self)
         values["layers"] = self.layers if isinstance(self.layers, str) else list(self.layers)
-        default = {
-            f.name
-            for f in fields(self)
-            if f.name in _LATER and getattr(self, f.name) in (None, {}, "sum", "read", False)
-        }
-        values = {name: value for name, value in values.items() if name not in default}
-        return {"format_version": FORMAT_VERSION, **values}
+        default = (None, {}, "sum", "read", False)
+        kept = {name: value for name, value in values.items() if name not in _LATER or value not in default}
+        return {"format_version": FORMAT_VERSION, **kept}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "InPlaceTTTConfig":

@@ -42,9 +42,7 @@ def save_picture(
     losses.legend(frameon=False, ncols=2, loc="upper right", borderaxespad=0.2, fontsize=8)
     low, high = min(on.min(), off.min()), max(on.max(), off.max())
     losses.set_ylim(low - 0.06 * (high - low), high + 0.2 * (high - low))
-    gains.fill_between(x, gap, where=gap >= 0, color=ON, alpha=0.35, lw=0, interpolate=True)
-    gains.fill_between(x, gap, where=gap <= 0, color=OFF, alpha=0.45, lw=0, interpolate=True)
-    gains.axhline(0, color="black", lw=0.7)
+    fill_gain(gains, x, gap)
     gains.set_ylabel("gain (nats per token)", fontsize=9)
     losses.set_xlabel("position in the file (tokens)", fontsize=9)
     gains.yaxis.set_major_locator(MaxNLocator(4))
@@ -56,6 +54,13 @@ def save_picture(
     gains.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=18)
     gains.text(0, 1.03, subtitle, transform=gains.transAxes, fontsize=8, color="0.35")
     save(figure, path)
+
+
+def fill_gain(axes: Any, x: np.ndarray, gain: np.ndarray) -> None:
+    """Fill the area between a gain and zero: one colour where updates help, another where they hurt."""
+    axes.fill_between(x, gain, where=gain >= 0, color=ON, alpha=0.35, lw=0, interpolate=True)
+    axes.fill_between(x, gain, where=gain <= 0, color=OFF, alpha=0.45, lw=0, interpolate=True)
+    axes.axhline(0, color="black", lw=0.7)
 
 
 def styled(width: float, height: float, rows: int = 1, columns: int = 1, **how: Any) -> tuple[Any, Any]:

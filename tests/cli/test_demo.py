@@ -13,8 +13,7 @@ import inplace_ttt as ittt
 from inplace_ttt import text_files
 from inplace_ttt.cli.report import show
 from inplace_ttt.demo import text
-from inplace_ttt.demo.compare import Comparison, LayerUpdates
-from inplace_ttt.demo.result import DemoResult
+from inplace_ttt.demo.result import Comparison, DemoResult, LayerUpdates
 from inplace_ttt.shipped import DEFAULT_MODEL
 
 
@@ -36,7 +35,7 @@ def references(folder, tokenizer):
 
 @pytest.mark.parametrize("most", [CHUNK + 1, 4 * CHUNK, 4 * CHUNK - 1, 1030])
 def test_figures(demo, references, monkeypatch, most):
-    monkeypatch.setattr("inplace_ttt.demo.compare.compare.__defaults__", (None, 5 * CHUNK + 3))  # pieces off the grid
+    monkeypatch.setattr("inplace_ttt.demo.result.compare.__defaults__", (None, 5 * CHUNK + 3))  # pieces off the grid
     ids, on, off = references
     assert len(ids) > most + 1
     on, off = on[:most], off[:most]  # what follows changes nothing earlier

@@ -233,7 +233,8 @@ def test_killed_while_reading(folder, path, tmp_path):
     finally:
         process.kill()
     assert process.wait() == -signal.SIGKILL
-    (tmp_path / f".{path.name}.{process.pid}.left.part").write_bytes(b"half a session")
+    (tmp_path / f".{path.name}.part").mkdir(exist_ok=True)
+    (tmp_path / f".{path.name}.part" / path.name).write_bytes(b"half a session")
     session = opened(path, folder.model)
     assert session.stats().tokens > 100
     session.save(path)

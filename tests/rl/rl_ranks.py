@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rl.tiny import config, count_digits, tiny_model
+from rl.tiny import config, count_digits, make_tokenizer, tiny_model
 from torch import Tensor
 
 PROMPTS = ["3+8=", "1+2+3+4=", "9+9+9=", "5+5+5+5+5="]
@@ -26,7 +26,6 @@ def train(folder: str, processes: int, attached: bool) -> tuple[dict[str, Tensor
     from datasets import Dataset
 
     from inplace_ttt.rl import OTBTrainer
-    from inplace_ttt.rl.running_sums import make_tokenizer
 
     arguments = config(
         Path(folder),

@@ -5,14 +5,13 @@ import re
 
 import pytest
 import torch
-from rl.tiny import TOKENS, Dataset, config, count_digits, rollout, tiny_model, trainer
+from rl.tiny import END_ID, TOKENS, Dataset, config, count_digits, rollout, tiny_model, trainer
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 import inplace_ttt as ittt
 from inplace_ttt.errors import UserError
 from inplace_ttt.rl.baselines import BASELINES, energy_proxy, log_sum_of_squares, token_advantages
 from inplace_ttt.rl.config import OTBConfig
-from inplace_ttt.rl.running_sums import END_ID
 
 LORA = pytest.importorskip("peft").LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
 

@@ -10,14 +10,15 @@ import pytest
 import torch
 from locations import ROOT
 
-from inplace_ttt.rl import running_sums as task
 from inplace_ttt.rl.baselines import token_advantages
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "examples"))
 import plot_rl
 import rl_parts
 import rl_policy
 import rl_running_sums
+import running_sums as task
 
 TINY = replace(
     rl_policy.SIZES["tiny"],

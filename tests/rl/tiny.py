@@ -1,6 +1,7 @@
 """A trainer on a tiny random model: what a test does not say is the same everywhere."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # trl would otherwise announce its
 import pytest
 import torch
 from contract.families import adapted, plain
+from locations import ROOT
 
-from inplace_ttt.rl.running_sums import ALPHABET, END_ID, PAD_ID, make_tokenizer
+sys.path.append(str(ROOT / "examples"))
+from running_sums import ALPHABET, END_ID, PAD_ID, make_tokenizer
 
 pytest.importorskip("trl")
 Dataset = pytest.importorskip("datasets").Dataset

@@ -88,7 +88,7 @@ class TestSources:
                 return found
 
         monkeypatch.setattr(s._reader, "piece", 4)
-        s._probe.every = 16
+        s._probe_every = 16
         for _ in s._feed(Counting(IDS), True):
             pass
         assert Counting.copied < 4 * len(IDS)

@@ -183,3 +183,18 @@ def test_refused(tmp_path):
         SessionPool(m, batch=0)
     with pytest.raises(UserError, match="nothing to continue"):
         pool.generate(["x"])
+
+
+def test_what_a_session_wrote_is_given_once_where_its_context_is_full():
+    m, settings = model("gpt2")  # its window cannot move on
+    pool = SessionPool(m, tokenizer(), **settings)
+    pool.open("a").read(TEXT)
+    writers = pool.writers()
+    writer = writers.join(pool["a"], max_new_tokens=10_000)
+    text = ""
+    while not writer.finished:
+        writers.step()
+        text += writer.piece
+    assert writer.finished == "error"
+    assert "context is full" in str(writer.error)
+    assert text == tokenizer().decode(writer.ids)

@@ -40,7 +40,7 @@ def measure(
                 }
             )
             log(f"{stats.tokens:,} tokens: {parts[-1]['tokens_per_second']:,.0f} tokens/s")
-        norms = [x.norm().item() for fast in session._stream.fast.values() if (x := fast.dense()) is not None]
+        norms = [x.norm().item() for fast in session.fast_weights.values() if (x := fast.dense()) is not None]
         found["results"].append({"tokens": T, "parts": parts, "norms": norms})
     return found
 

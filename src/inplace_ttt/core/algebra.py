@@ -57,11 +57,15 @@ def norm_of(left_BND: Tensor, right_BNF: Tensor) -> Tensor:
 
 
 def size_of(v_BCD: Tensor, z_BCF: Tensor) -> Tensor:
-    """Return ``norm_of``, infinite where the sum cancels down to rounding errors, which then scale to nothing."""
+    """Return ``norm_of``, infinite where the sum cancels down to rounding errors, which then scale to nothing.
+
+    Those of the squared norm itself, and of values and keys that were rounded to their dtype.
+    """
     norm = norm_of(v_BCD, z_BCF)
     v, z = v_BCD.to(norm.dtype), z_BCF.to(norm.dtype)
     terms = (v.square().sum(-1) * z.square().sum(-1)).sum(1)
-    return torch.where(norm.square() > torch.finfo(z_BCF.dtype).eps * terms, norm, torch.inf)
+    errors = max(torch.finfo(norm.dtype).eps, 16 * torch.finfo(z_BCF.dtype).eps ** 2)
+    return torch.where(norm.square() > errors * terms, norm, torch.inf)
 
 
 def shrink(norm: Tensor, longest: Tensor | float) -> Tensor:

@@ -25,19 +25,6 @@ from .baselines import USES_ENERGY, Advantages, energy_proxy, realised_energy, t
 from .config import OTBConfig
 from .noise import half_gradients, noise_and_signal, shrinkage
 
-_MULTIMODAL = (
-    "pixel_values",
-    "image_grid_thw",
-    "num_images",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "num_tiles",
-    "image_sizes",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "image_position_ids",
-)
-
 
 class OTBTrainer(GRPOTrainer):
     """GRPOTrainer whose advantages [B, T] come from the baseline that its `OTBConfig` names.
@@ -190,17 +177,16 @@ class OTBTrainer(GRPOTrainer):
         if self.scale_rewards == "none":
             return torch.ones_like(rewards)[:, None]
         groups = rewards.view(-1, group_size) if self.scale_rewards == "group" else rewards[None]
-        if groups.shape[1] == 1:
-            std = torch.zeros_like(rewards)
-        else:
-            std = nanstd(groups, dim=1)[:, None].expand_as(groups).flatten()
-        return 1 / (torch.nan_to_num(std) + 1e-4)[:, None]
+        std = torch.nan_to_num(nanstd(groups, dim=1))  # NaN: of a single row
+        return 1 / (std[:, None].expand_as(groups).reshape(-1, 1) + 1e-4)
 
     def _proxy(self, output: dict[str, Any]) -> Tensor:
         """Return w [B, T] of this process's completions, by a forward without gradients in micro-batches."""
         training = self.model.training
         size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
         tokens = output["completion_ids"].shape[1]
+        takes = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+        inputs = {name: value for name, value in output.items() if name in takes}  # of images, for example
         squares: list[Tensor] = []
 
         def keep(module: nn.Module, args: Any, result: Any) -> None:
@@ -209,7 +195,7 @@ class OTBTrainer(GRPOTrainer):
         handle = self.model.register_forward_hook(keep)
         try:
             with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-                log_probs = self._score(output, batch_size=size, **{n: output.get(n) for n in _MULTIMODAL})
+                log_probs = self._score(output, batch_size=size, **inputs)
         finally:
             handle.remove()
         return energy_proxy(log_probs.float(), torch.cat(squares).float())
@@ -308,11 +294,8 @@ def _has_fast_weights(model: Any) -> bool:
 
 
 def _check_generation(args: OTBConfig) -> None:
-    for name, is_set in (
-        ("use_vllm", args.use_vllm),
-        ("use_transformers_continuous_batching", args.use_transformers_continuous_batching),
-    ):
-        if is_set:
+    for name in ("use_vllm", "use_transformers_continuous_batching"):
+        if getattr(args, name):
             raise UserError(
                 f"{name}=True would generate without fast weights, so completions would not come from the model that "
                 f"is trained: set {name}=False (model.generate)"

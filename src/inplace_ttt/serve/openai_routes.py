@@ -8,7 +8,7 @@ from uuid import uuid4
 import torch
 from fastapi import APIRouter, Header, Request
 
-from ..session.pool import Writer
+from ..session.writing import Writer
 from . import work
 from .journal import message_digest
 from .scheduler import Finish

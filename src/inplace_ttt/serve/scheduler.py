@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import Any
 
 from ..session import Session, SessionPool
-from ..session.pool import Writer
+from ..session.writing import Writer
 from .settings import StoppingError
 
 SMALL = 0.02

@@ -1,5 +1,6 @@
 """Diagnostics of the fast weights: measured now or over time, with a warning when updates hurt."""
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -51,7 +52,7 @@ def measure(
 def _measure_layer(
     index: int, module: Any, fast: FastWeights, row: int, config: InPlaceTTTConfig, shape: tuple[int, int]
 ) -> LayerDiagnostics:
-    weight, lr = _dense_weight(module, shape), config.lr
+    weight, lr = slow_weight(module, shape), config.lr
     S_BDF = fast.dense() if fast.rule.linear else None
     S = torch.zeros(shape) if S_BDF is None else S_BDF[row]
     change = overlap = added = clipped = None
@@ -64,10 +65,11 @@ def _measure_layer(
             overlap = key_overlap(before, z)
             change = None if weight is None else output_change(before, weight, z, lr)
         if fast.rule.outer and "v" in fast.history:
-            norm, clip = update_norm(fast.last_chunk(row)["v"][0].to(z.dtype), z), _clip(config, weight)
-            clipped = None if clip is None else norm >= 0.99 * clip
-            if weight is not None:
-                added = abs(lr) * norm / _norm(weight) if _norm(weight) else None
+            norm = update_norm(fast.last_chunk(row)["v"][0].to(z.dtype), z)
+            size = None if weight is None else float(torch.linalg.vector_norm(weight, dtype=state_dtype(weight.dtype)))
+            unit = size if config.clip_relative else 1.0
+            clipped = None if config.clip is None or unit is None else norm >= 0.99 * config.clip * unit
+            added = abs(lr) * norm / size if size else None
     return LayerDiagnostics(
         layer=index,
         updates=fast.updates[row],
@@ -82,20 +84,10 @@ def _measure_layer(
     )
 
 
-def _dense_weight(module: Any, shape: tuple[int, int]) -> Tensor | None:
+def slow_weight(module: Any, shape: tuple[int, int]) -> Tensor | None:
     """Return W0 [D, F]; None where it is quantised."""
     weight = dense_weight(module).detach() if is_dense(module.weight) else None
     return None if weight is None or tuple(weight.shape) != shape else weight
-
-
-def _clip(config: InPlaceTTTConfig, weight: Tensor | None) -> float | None:
-    if config.clip is None or not config.clip_relative:
-        return config.clip
-    return None if weight is None else config.clip * _norm(weight)
-
-
-def _norm(weight: Tensor) -> float:
-    return float(torch.linalg.vector_norm(weight, dtype=state_dtype(weight.dtype)))
 
 
 def _finite(value: float | None) -> float | None:
@@ -110,7 +102,7 @@ class Sample:
     """A measurement after ``tokens`` tokens. Losses in nats per token, of the same tokens; off None: not probed."""
 
     tokens: int
-    layers: tuple[LayerDiagnostics, ...]
+    layers: list[LayerDiagnostics]
     loss_on: float
     loss_off: float | None
 
@@ -136,7 +128,7 @@ class Timeline:
 
     def copy(self) -> "Timeline":
         """Return an independent timeline with the same samples."""
-        twin = Timeline(self.every, self.limit)
+        twin = copy.copy(self)
         twin.samples = list(self.samples)
         return twin
 
@@ -146,7 +138,7 @@ class Timeline:
         """Add a sample taken after ``tokens`` tokens in all. Raises ValueError unless they are more than before."""
         if self.samples and tokens <= self.samples[-1].tokens:
             raise ValueError(f"samples come in order: {tokens} tokens after {self.samples[-1].tokens}")
-        self.samples.append(Sample(tokens, tuple(layers), loss_on, loss_off))
+        self.samples.append(Sample(tokens, list(layers), loss_on, loss_off))
         if len(self.samples) > self.limit:
             *old, newest = self.samples
             pairs = [old[i : i + 2] for i in range(0, len(old), 2)]
@@ -195,24 +187,16 @@ class Timeline:
 
     def to_list(self) -> list[dict[str, Any]]:
         """Return a JSON-ready list, one entry per sample; non-finite numbers become None."""
-        return [
-            {
-                "tokens": s.tokens,
-                "loss_on": _finite(s.loss_on),
-                "loss_off": _finite(s.loss_off),
-                "layers": [asdict(d) for d in s.layers],
-            }
-            for s in self.samples
-        ]
+        losses = ("loss_on", "loss_off")
+        return [asdict(s) | {name: _finite(getattr(s, name)) for name in losses} for s in self.samples]
 
     @classmethod
     def from_list(cls, entries: Sequence[Mapping[str, Any]], every: int = 2048, limit: int = SAMPLES) -> "Timeline":
         """Build a timeline from the result of ``to_list``; the current interval, ``every``, is not stored."""
         timeline = cls(every, limit)
         for entry in entries:
-            layers = [LayerDiagnostics(**values) for values in entry["layers"]]
-            on, off = entry["loss_on"], entry["loss_off"]
-            timeline.append(entry["tokens"], layers, math.nan if on is None else on, off)
+            layers, on = (LayerDiagnostics(**values) for values in entry["layers"]), entry["loss_on"]
+            timeline.append(entry["tokens"], layers, math.nan if on is None else on, entry["loss_off"])
         return timeline
 
 

@@ -5,14 +5,12 @@ The file's metadata holds ``format``, ``version``, ``header`` (JSON: model, sett
 leaves the old file or the new one.
 """
 
-import glob
 import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,13 +22,13 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..hf.attach import READING, unwrap
 from .packing import pack, unpack
-from .parts import SessionParts as Session
+from .state import SessionState
 from .writers import remember, saving
 
 FORMAT, VERSION = "inplace_ttt_session", 2
 READABLE = (1, 2)
 SAMPLES = 16
-Kind = TypeVar("Kind", bound=Session)
+Kind = TypeVar("Kind", bound=SessionState)
 
 
 def identity(model: nn.Module) -> dict[str, Any]:
@@ -62,7 +60,7 @@ def _switched_on(layer: nn.Module) -> list[str]:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def save(session: Session, path: str | Path) -> None:
+def save(session: SessionState, path: str | Path) -> None:
     """Write ``session`` to ``path``, atomically. OSError when it cannot be written (the old file stays).
 
     Raises UserError when another process has written the file since the session was loaded from it or saved to it.
@@ -72,28 +70,32 @@ def save(session: Session, path: str | Path) -> None:
         raise UserError(f"{target} is a directory: name a file")
     tensors, header = pack(session)
     tokenizer = None if session.tokenizer is None else tokenizer_digest(session.tokenizer)
-    with saving(session, target):
-        write(target, tensors, {"model": identity(session._reader.model), "tokenizer": tokenizer, **header})
-
-
-def write(target: Path, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> None:
-    """Write one file from tensors and header, all or nothing."""
-    text = json.dumps(header, sort_keys=True)
+    text = json.dumps({"model": identity(session._reader.model), "tokenizer": tokenizer, **header}, sort_keys=True)
     metadata = {"format": FORMAT, "version": str(VERSION), "header": text, "digest": _digest(text, tensors)}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_remains(target)
-    # In a temporary directory: safetensors writes another file first, which a killed process would leave behind.
-    folder = tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}.", suffix=".part", dir=target.parent)
-    name = os.path.join(folder, target.name)
+    with saving(session, target):
+        _write(target, tensors, metadata)
+
+
+def _write(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write one file, all or nothing."""
+    folder = target.with_name(f".{target.name}.part")  # safetensors writes another file beside its own first
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    folder.mkdir(parents=True)
+    name = folder / target.name
     try:
-        save_file(dict(tensors), name, metadata=metadata)
+        save_file(tensors, name, metadata=metadata)
         with open(name, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, target)
+        name.chmod(folder.stat().st_mode & 0o666)  # as the umask says: safetensors lets only the owner read
+        name.replace(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    _sync_directory(target.parent)
+    with suppress(OSError, AttributeError):  # not supported on every system
+        handle = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -110,56 +112,43 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _remove_remains(target: Path) -> None:
-    """Delete temporary files left by processes that were killed while they wrote this file."""
-    for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
-        owner = part.name.removeprefix(f".{target.name}.").split(".")[0]
-        if owner.isdecimal() and not _alive(int(owner)):
-            shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_directory(path: Path) -> None:
-    with suppress(OSError, AttributeError):  # not supported on every system
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 # -- reading -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """Give a session file and its metadata. UserError, with the reason, when it is none or cannot be read."""
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a directory: name a session file")
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such file")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            version = metadata.get("version", "")
+            if metadata.get("format") != FORMAT:
+                raise UserError(f"{path} is not a session file: it is a safetensors file of something else")
+            if not version.isdecimal():
+                raise UserError(f"{path} is damaged: its format version is {version!r}")
+            if int(version) not in READABLE:
+                newer = int(version) > VERSION
+                advice = "update inplace-ttt" if newer else "no version of inplace-ttt wrote such files"
+                raise UserError(f"{path} has format version {version}, this inplace-ttt reads {VERSION}: {advice}")
+            yield file, metadata
+    except (SafetensorError, json.JSONDecodeError, OSError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not a complete session file (cut off, damaged, or of another kind: {error})"
+        ) from None
 
 
 def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], int]:
     """Return tensors, header and format version of a session file; UserError with the reason where it is damaged."""
-    try:
-        with _open(path) as file:
-            metadata = _metadata(path, file)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    with _opened(path) as (file, metadata):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         header = metadata.get("header", "")
         if metadata.get("digest") != _digest(header, tensors):
             raise UserError(f"{path} is damaged: its content does not match its checksum. Use a copy or read again")
         values = json.loads(header)
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise UserError(
-            f"{path} is not a complete session file (cut off, damaged, or of another kind: {error})"
-        ) from None
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged: its header is a {type(values).__name__}")
     return tensors, values, int(metadata["version"])
@@ -177,40 +166,11 @@ def objective_of(path: str | Path) -> str | None:
 
 def _named(path: str | Path, *keys: str) -> str | None:
     """Return a text from the header, which alone is read; None where there is none."""
-    try:
-        with _open(path) as file:
-            found: Any = json.loads(_metadata(path, file).get("header", ""))
+    with _opened(path) as (_, metadata):
+        found: Any = json.loads(metadata.get("header", ""))
         for key in keys:
             found = (found or {}).get(key)
-    except (SafetensorError, json.JSONDecodeError, OSError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not a complete session file (cut off, damaged, or of another kind: {error})"
-        ) from None
     return found if isinstance(found, str) else None
-
-
-def _open(path: str | Path) -> Any:
-    if Path(path).is_dir():
-        raise UserError(f"{path} is a directory: name a session file")
-    if not Path(path).exists():
-        raise UserError(f"{path}: no such file")
-    return safe_open(str(path), framework="pt")
-
-
-def _metadata(path: str | Path, file: Any) -> dict[str, str]:
-    metadata = file.metadata() or {}
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} is not a session file: it is a safetensors file of something else")
-    _check_version(path, metadata.get("version", ""))
-    return dict(metadata)
-
-
-def _check_version(path: str | Path, version: str) -> None:
-    if not version.isdecimal():
-        raise UserError(f"{path} is damaged: its format version is {version!r}")
-    if int(version) not in READABLE:
-        advice = "update inplace-ttt" if int(version) > VERSION else "no version of inplace-ttt wrote such files"
-        raise UserError(f"{path} has format version {version}, this inplace-ttt reads {VERSION}: {advice}")
 
 
 def load(kind: Callable[..., Kind], path: str | Path, model: nn.Module, tokenizer: Any = None) -> Kind:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import UserError
 from ..hf.attach import UNTRAINED, is_trained
 from ..hf.names import base_of
-from .parts import SessionParts as Session
+from .state import SessionState
 
 RANK = 64
 """LoRA servers limit the rank to a few hundred, some to 64; S has full rank min(D, F)."""
@@ -36,7 +36,7 @@ class ExportedLayer:
         return f"layer {self.layer}: rank {self.rank} of {self.full_rank}, relative error {self.error:.1%}"
 
 
-def export(session: Session, directory: str | Path, rank: int | None = RANK) -> list[ExportedLayer]:
+def export(session: SessionState, directory: str | Path, rank: int | None = RANK) -> list[ExportedLayer]:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``: lr * S of every layer as B A, by truncated SVD.
 
     ``rank``: maximum rank per layer; None: the rank of S, which is lossless. A warning gives the truncation error, and

@@ -7,14 +7,13 @@ from torch import Tensor
 
 from ..core import FastWeights
 from ..core.algebra import state_dtype
-from ..core.state import ROLLBACK_TOKENS
 from ..fast.factors import fast_weights
 from ..hf.attach import READING, inspect
-from ..hf.cache import FastCacheLayer
+from ..hf.cache import FastCacheLayer, install
 from ..hf.pending import Record
 from ..hf.rows import from_tensors, to_tensors
 from .diagnostics import Timeline
-from .parts import SessionParts as Session
+from .state import SessionState
 from .stream import RECENT, Reader, Stream
 from .text import StreamEncoder
 
@@ -22,18 +21,17 @@ NUMBERS = {"position": int, "cached": int, "tokens": int, "written": int, "start
 """Fields of a stream that are not tensors, with their types."""
 
 
-def pack(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def pack(session: SessionState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a session's tensors (CPU, each with its own storage) and the rest as JSON values."""
     stream, reader, encoder = session._stream, session._reader, session._encoder
     keys, layers = to_tensors(stream.cache)
     tensors = {f"context.{name}": value for name, value in keys.items()}
     fast = {}
     for index, weights in stream.fast.items():
-        found, values = pack_fast(weights)
+        found = weights.all_tensors() | ({} if weights.real is None else {"real": weights.real})
         tensors |= {f"fast.{index}.{name}": value for name, value in found.items()}
-        fast[str(index)] = values
-    record = stream.record
-    if record is not None:
+        fast[str(index)] = {name: getattr(weights, name) for name in ("form", "fed", *weights.numbers)}
+    if (record := stream.record) is not None:
         tensors |= {f"record.{name}": value for name, value in record_tensors(record).items()}
     if stream.logits is not None:
         tensors["logits"] = stream.logits
@@ -48,22 +46,16 @@ def pack(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "record": None if record is None else {"base": record.base, "starts": [list(x) for x in record.starts[0]]},
         "stream": {name: getattr(stream, name) for name in NUMBERS},
         "text": None if encoder is None else encoder.state(),
-        "probe_every": session._probe.every,
+        "probe_every": session._probe_every,
         "timeline": {"every": session.timeline.every, "samples": session.timeline.to_list()},
     }
     return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, header
 
 
-def pack_fast(fast: FastWeights) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return one layer's fast weights as tensors and JSON values (version 2)."""
-    values = {name: getattr(fast, name) for name in ("form", "fed", *fast.numbers)}
-    return fast.all_tensors() | ({} if fast.real is None else {"real": fast.real}), values
-
-
 # -- and back ----------------------------------------------------------------------------------------------------------
 
 
-def unpack(session: Session, tensors: dict[str, Tensor], header: dict[str, Any], version: int = 2) -> None:
+def unpack(session: SessionState, tensors: dict[str, Tensor], header: dict[str, Any], version: int = 2) -> None:
     """Put a stored state into a new session. Raises ValueError (KeyError, TypeError) when it is invalid."""
     reader = session._reader
     left = {name: value.to(reader.device) for name, value in tensors.items()}
@@ -89,7 +81,7 @@ def unpack(session: Session, tensors: dict[str, Tensor], header: dict[str, Any],
     _check({int(i) for i in header["fast"]} == wanted, "the fast weights are not those of this model's layers")
     for index, values in header["fast"].items():
         fast = unpack_fast(_take(left, f"fast.{index}."), values, reader, shapes[int(index)])
-        reader.install(stream, int(index), fast)
+        install(stream.cache, int(index), fast)
     if reader.by_loss:
         restore_record(stream, _take(left, "record."), header.get("record"), reader)
     else:
@@ -135,7 +127,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
 def unpack_fast(
     tensors: dict[str, Tensor], values: dict[str, Any], reader: Reader, shape: tuple[int, int]
 ) -> FastWeights:
-    """Return the inverse of ``pack_fast``, checked against what this reader's model would have made."""
+    """Return one layer's fast weights, checked against what this reader's model would have made."""
     D, F = shape
     source = 2 * D if reader.runtime.sites[0].target.source == "both" else D
     settings = reader.settings
@@ -151,43 +143,34 @@ def unpack_fast(
         setattr(fast, name, tuple(value))
     _check(_is_number(values["fed"], int), "fed")
     fast.fed = values["fed"]
-    left, kept = dict(tensors), -(-ROLLBACK_TOKENS // C)
+    left, kept = dict(tensors), fast.reach
     seen, held, count = fast.seen[0], fast.kept[0], getattr(fast, "count", (0,))[0]
     fast.real = real.cpu() if (real := left.pop("real", None)) is not None else None
     _check(fast.real is None or (fast.real.dtype == torch.bool and fast.real.shape == (1, fast.fed)), "real")
     _check(0 <= held <= min(kept, seen // C) and getattr(fast, "raw", (0,))[0] <= count, "kept")
 
-    like = torch.zeros(0, dtype=reader.root.dtype, device="meta")
-    state = settings.rule.init(1, D, F, like)
+    state = settings.rule.init(1, D, F, torch.zeros(0, dtype=reader.root.dtype, device="meta"))
     wanted: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
         "z": ((1, C, F), None),
         "u": ((1, C, source), None),
         "left": ((1, count, D), state_dtype(reader.root.dtype)),
         "right": ((1, count, F), None),
+        "history.z": ((1, kept * C, F), None),
+        "history.u": ((1, kept * C, source), None),
+        "history.v": ((1, kept * C, D), None),
         **{f"tensors.{name}": (tuple(x.shape), x.dtype) for name, x in state.items()},
+        **{f"history.state.{name}": ((1, kept, *x.shape[1:]), x.dtype) for name, x in state.items()},
     }
-    rows = {"z": F, "u": source, "v": D}
-    for name in [name for name in left if name.startswith("history.")]:
-        inner = name.removeprefix("history.")
-        if inner.startswith("state."):
-            x = state.get(inner.removeprefix("state."))
-            _check(x is not None, name)
-            assert x is not None
-            wanted[name] = ((1, kept, *x.shape[1:]), x.dtype)
-        else:
-            _check(inner in rows, name)
-            wanted[name] = ((1, kept * C, rows[inner]), None)
     for name, x in left.items():
         _check(name in wanted, f"unknown tensor {name}")
         _like(x, *wanted[name], name)
+    found, fast.history = _take(left, "tensors."), _take(left, "history.")
     parts = {name: left.get(name) for name in fast.parts}
     _check(reader.by_loss or (parts["z"] is not None and parts["u"] is not None), "pending tokens are missing")
     for name, part in parts.items():
         setattr(fast, name, part)
-    found = {name: left[f"tensors.{name}"] for name in state if f"tensors.{name}" in left}
     _check(not found or found.keys() == state.keys(), "the state is not complete")
     fast.tensors = found or None
-    fast.history = {n.removeprefix("history."): x for n, x in left.items() if n.startswith("history.")}
     _check(bool(fast.history) or not held, "history is missing")
     factored = parts.get("left") is not None
     _check(not (factored and found) and factored == (parts.get("right") is not None), "S is there twice, or by half")

@@ -8,7 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from ..core.diagnostics import LayerDiagnostics
-from ..plots import OFF, ON, save, styled
+from ..plots import OFF, ON, fill_gain, save, styled
 from .diagnostics import Timeline
 
 PANELS = (
@@ -49,7 +49,9 @@ def save_diagnostics(path: Path, timeline: Timeline, title: str) -> None:
     low, high = loss.dataLim.y0, loss.dataLim.y1
     if high > low:
         loss.set_ylim(low - 0.08 * (high - low), high + 0.3 * (high - low))  # room for the legend
-    _gain(gain, x, timeline.gain)
+    probed = ~np.isnan(timeline.gain)
+    fill_gain(gain, x[probed], timeline.gain[probed])
+    _probed(gain, x, timeline.gain, color="0.35", lw=1)
     _headings(gain, "gain", "off - on, nats per token")
     for axes in panels.flat:
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
@@ -60,16 +62,8 @@ def save_diagnostics(path: Path, timeline: Timeline, title: str) -> None:
         axes.set_xlim(0, 1.02 * max(x, default=1))
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     handles, labels = _some(*panels[0, 0].get_legend_handles_labels())
-    figure.legend(
-        handles,
-        labels,
-        title="layer",
-        loc="outside lower center",
-        ncols=NAMED,
-        frameon=False,
-        fontsize=8,
-        title_fontsize=8,
-    )
+    style = {"loc": "outside lower center", "ncols": NAMED, "frameon": False, "fontsize": 8, "title_fontsize": 8}
+    figure.legend(handles, labels, title="layer", **style)
     save(figure, path)
 
 
@@ -81,16 +75,7 @@ def _headings(axes: Any, heading: str, unit: str) -> None:
 def _probed(axes: Any, x: np.ndarray, values: np.ndarray, **style: Any) -> None:
     """Draw a curve through the samples that have a value."""
     known = ~np.isnan(values)
-    axes.plot(x[known], values[known], lw=1.4, marker="o", ms=2.5 if known.sum() < 40 else 0, **style)
-
-
-def _gain(axes: Any, x: np.ndarray, values: np.ndarray) -> None:
-    known = ~np.isnan(values)
-    x, values = x[known], values[known]
-    axes.fill_between(x, values, where=values >= 0, color=ON, alpha=0.35, lw=0, interpolate=True)
-    axes.fill_between(x, values, where=values <= 0, color=OFF, alpha=0.45, lw=0, interpolate=True)
-    axes.plot(x, values, color="0.35", lw=1, marker="o", ms=2.5 if len(x) < 40 else 0)
-    axes.axhline(0, color="black", lw=0.7)
+    axes.plot(x[known], values[known], marker="o", ms=2.5 if known.sum() < 40 else 0, **{"lw": 1.4, **style})
 
 
 def _some(handles: Sequence[Any], labels: Sequence[str]) -> tuple[list[Any], list[str]]:
@@ -104,28 +89,18 @@ def diagnostics_table(layers: Sequence[LayerDiagnostics], timeline: Timeline | N
     shares = {} if timeline is None else {d.layer: timeline.clipped_share(d.layer) for d in layers}
     clips = any(share is not None for share in shares.values())
     table = Table(title="What the fast weights are like", title_justify="left", title_style="bold")
-    for name in (
-        "layer",
-        "updates",
-        "change / weight",
-        "change / output",
-        "effective rank",
-        "key overlap",
-        "last update",
-        *(["chunks clipped"] if clips else []),
-    ):
+    names = ("layer", "updates", "change / weight", "change / output", "effective rank", "key overlap", "last update")
+    for name in (*names, *(["chunks clipped"] if clips else [])):
         table.add_column(name, justify="right", no_wrap=" " not in name)
     for d in layers:
-        clipped = " (clipped)" if d.clipped else ""
-        rank = "?" if d.effective_rank is None else f"{d.effective_rank:,.0f}/{d.largest_rank:,}"
         table.add_row(
             f"{d.layer}",
             f"{d.updates:,}",
             _number(d.relative_norm),
             _number(d.output_change),
-            rank,
-            "?" if d.key_overlap is None else f"{d.key_overlap:.0%}",
-            _number(d.update_norm) + clipped,
+            "?" if d.effective_rank is None else f"{d.effective_rank:,.0f}/{d.largest_rank:,}",
+            _share(d.key_overlap),
+            _number(d.update_norm) + (" (clipped)" if d.clipped else ""),
             *([_share(shares.get(d.layer))] if clips else []),
         )
     return table

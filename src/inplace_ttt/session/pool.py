@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..hf.attach import inspect
 from ..hf.rows import merge, split
-from .sampling import Sampler, Sampling, StopText
 from .session import Session
 from .stream import Reader, Stream, whole
-from .text import StreamDecoder
-from .writing import check_continuable, check_most, end_tokens, read_prompt
+from .writing import Writer, check_continuable, read_prompt
 
 
 class SessionPool:
@@ -116,8 +114,8 @@ class SessionPool:
         if isinstance(prompts, str):
             raise UserError(f"prompts by name, or a list of names, not a text: [{prompts!r}]")
         wanted = dict(prompts) if isinstance(prompts, Mapping) else dict.fromkeys(prompts)
-        check_most(max_new_tokens)
-        pieces = self._run(wanted, max_new_tokens, StopText(stop).stops, Sampling(**sampling))
+        Writer(self._blank, max_new_tokens, stop, sampling)  # raises where a setting is wrong
+        pieces = self._run(wanted, max_new_tokens, stop, sampling)
         if stream:
             return pieces
         by_ids = {name: self._sessions.get(name, self._blank).tokenizer is None for name in wanted}
@@ -132,7 +130,7 @@ class SessionPool:
         return Writers(self._blank._reader)
 
     def _run(
-        self, prompts: Mapping[str, Any], most: int, stops: Sequence[str], settings: Sampling
+        self, prompts: Mapping[str, Any], most: int, stop: str | Sequence[str], sampling: Mapping[str, Any]
     ) -> Generator[tuple[str, Any], None, None]:
         with ExitStack() as stack:
             sessions = {name: self.open(name) for name in prompts}
@@ -147,7 +145,9 @@ class SessionPool:
                     while waiting and len(names) < self.batch:
                         name = waiting.pop()
                         read_prompt(sessions[name], prompts[name])
-                        names[batch._add(Writer(sessions[name], most, stops, settings))] = name
+                        writer = Writer(sessions[name], most, stop, sampling)
+                        batch.active.append(writer)
+                        names[writer] = name
                     for writer in batch.step():
                         if writer.error:
                             raise writer.error
@@ -157,61 +157,6 @@ class SessionPool:
                             del names[writer]
 
 
-class Writer:
-    """One session that is generating: the tokens it samples, and their text.
-
-    After each step of ``Writers`` that names it: ``piece`` is the text (without a tokenizer: the ids) that is new,
-    "" for none; ``finished`` is None, "stop" (end of text, or a stop string), "length", or "error" with ``error``;
-    ``ids`` are all tokens written and read so far; ``logits`` [V], on the model's device, are those from which
-    ``token``, which is read in the next step, was chosen.
-    """
-
-    def __init__(
-        self, session: Session, most: int, stops: Sequence[str], settings: Sampling, learn: bool | None = None
-    ) -> None:
-        self.session, self.left = session, most
-        self.learn = session._reader.config.learn == "all" if learn is None else learn
-        self.sampler, self.stops = Sampler(settings), StopText(stops)
-        self.ends = end_tokens(session._reader.root, session.tokenizer)
-        self.decoder: StreamDecoder | None = None
-        self.token: int | None = None
-        self.logits: Tensor | None = None
-        self.ids: list[int] = []
-        self.piece: Any = ""
-        self.finished: str | None = None
-        self.error: Exception | None = None
-        self._held: Any = None
-
-    def _choose(self, token: int | None) -> None:
-        """Emit the text of the last token; take the next one (None: sample it), or finish."""
-        self.piece = self._show()
-        if self.stops.found or self.left == 0:
-            return self._finish("stop" if self.stops.found else "length")
-        stream = self.session._stream
-        assert stream.logits is not None
-        self.logits, self.token = stream.logits, self.sampler(stream.recent, stream.logits) if token is None else token
-        return self._finish("stop") if self.token in self.ends else None
-
-    def _show(self) -> Any:
-        if self.token is None:
-            return ""
-        if self.session.tokenizer is None:
-            return [self.token]
-        self.decoder = self.decoder or StreamDecoder(self.session.tokenizer, self.session._stream.recent[-9:-1])
-        return self.stops.push(self.decoder.push(self.token))
-
-    def _was_read(self) -> None:
-        assert self.token is not None
-        self.left -= 1
-        self.ids.append(self.token)
-        self.session._stream.written += 1
-
-    def _finish(self, reason: str) -> None:
-        self.finished, self.token = reason, None
-        if self.decoder is not None and not self.stops.found:
-            self.piece += self.stops.push(self.decoder.flush()) + self.stops.flush()
-
-
 class Writers:
     """Sessions that generate together, one token each per step. Between steps others may join and any may leave.
 
@@ -219,8 +164,12 @@ class Writers:
     """
 
     def __init__(self, reader: Reader) -> None:
-        self._reader, self._batch = reader, _BatchesByState(reader)
         self.active: list[Writer] = []
+        self._reader = reader
+        self._batches = (_Batch(reader), _Batch(reader))
+        """Sessions whose state is pairs and sessions whose state is S, so that one does not slow the other."""
+        sizes = [D * F / (D + F) for D, F in (info.shape for info in inspect(reader.model))]
+        self._most_pairs = min(sizes) if reader.form == "auto" else math.inf
 
     def join(
         self,
@@ -237,26 +186,22 @@ class Writers:
         the configuration says). Raises UserError on settings out of range, and where the session is busy or has
         nothing to continue.
         """
-        check_most(max_new_tokens)
         if session._reader is not self._reader:
             raise UserError("this session is not in this pool: add it first")
-        writer = Writer(session, max_new_tokens, StopText(stop).stops, Sampling(**sampling), learn)
-        held = session._exclusive()
-        held.__enter__()
-        try:
+        writer = Writer(session, max_new_tokens, stop, sampling, learn=learn)
+        with ExitStack() as held:
+            held.enter_context(session._exclusive())
             read_prompt(session, None)
-        except BaseException:
-            held.__exit__(None, None, None)
-            raise
-        writer._held = held
-        return self._add(writer)
+            writer.held = held.pop_all()
+        self.active.append(writer)
+        return writer
 
     def leave(self, writer: Writer) -> None:
         """Remove a writer between two steps; its tokens stay in the session. Harmless when it has finished."""
         if writer in self.active:
-            self._batch.close()  # gives the session its cache back
+            self._unmerge()  # gives the session its cache back
             self.active.remove(writer)
-            self._release(writer)
+            writer.held.close()
 
     def step(self) -> list[Writer]:
         """Feed every session its sampled token, all in one batch, and sample the next one.
@@ -265,33 +210,49 @@ class Writers:
         full finishes with an error, the others continue. After another exception all sessions are as before the step.
         """
         for writer in self.active:
-            stream = writer.session._stream
-            if writer.token is not None and not self._reader.fits(stream, 1):
+            writer.piece = ""
+            if writer.token is not None and not self._reader.fits(writer.stream, 1):
                 try:
-                    self._reader.make_room(stream)
+                    self._reader.make_room(writer.stream)
                 except UserError as error:
-                    writer.error = error
-        ready = [writer for writer in self.active if writer.token is not None and not writer.error]
-        if ready:
-            self._batch.step(ready)
-        for writer in ready:
-            writer._was_read()
+                    writer.fail(error)
+        self._feed([writer for writer in self.active if writer.token is not None])
         stepped = list(self.active)
         for writer, token in zip(stepped, self._most_likely(stepped), strict=True):
-            try:
-                if writer.error is None:
-                    writer._choose(token)
-            except UserError as error:
-                writer.error = error
-            if writer.error:
-                writer.finished, writer.token = "error", None
+            if not writer.finished:
+                writer.choose(token)
         self.active = [writer for writer in stepped if not writer.finished]
         if len(self.active) < len(stepped):
-            self._batch.close()  # a session that has finished needs its cache
+            self._unmerge()  # a session that has finished needs its cache
         for writer in stepped:
             if writer.finished:
-                self._release(writer)
+                writer.held.close()
         return stepped
+
+    def _feed(self, writers: list[Writer]) -> None:
+        """Feed each writer's token."""
+        if self._reader.by_loss:  # each full chunk is run again from its own context, so no batching
+            for writer in writers:
+                for _ in self._reader.feed(writer.stream, [writer.token or 0], learn=writer.learn):
+                    pass
+        else:
+            groups = [[w for w in writers if self._is_dense_next(w.stream) == dense] for dense in (False, True)]
+            for batch, group in zip(self._batches, groups, strict=True):
+                batch.keep(group)  # both before any step: a session may move to the other batch
+            for batch, group in zip(self._batches, groups, strict=True):
+                if group:
+                    batch.step(group)
+        for writer in writers:
+            writer.was_read()
+
+    def _is_dense_next(self, stream: Stream) -> bool:
+        """Return whether the state becomes dense (too many pairs) when the current chunk is complete."""
+        C = self._reader.config.chunk_size
+        return (stream.tokens // C + 1) * C >= self._most_pairs
+
+    def _unmerge(self) -> None:
+        for batch in self._batches:
+            batch.close()
 
     def _most_likely(self, writers: list[Writer]) -> list[int | None]:
         """Return the most likely tokens where that is all a sampler asks for: one short transfer for all sessions.
@@ -301,7 +262,7 @@ class Writers:
         wanted = [w.sampler.is_greedy for w in writers]
         if not any(wanted):
             return [None] * len(writers)
-        logits: Any = torch.stack([w.session._stream.logits for w in writers])  # type: ignore[misc]
+        logits: Any = torch.stack([w.stream.logits for w in writers])  # type: ignore[misc]
         highest = logits.argmax(-1)
         is_number = ~logits.gather(-1, highest[:, None])[:, 0].isnan()  # the largest of numbers with a nan is nan
         found = zip(highest.where(is_number, -1).tolist(), wanted, strict=True)
@@ -309,92 +270,46 @@ class Writers:
 
     def close(self) -> None:
         """Let all writers leave."""
-        self._batch.close()
+        self._unmerge()
         for writer in self.active:
-            self._release(writer)
+            writer.held.close()
         self.active = []
-
-    def _add(self, writer: Writer) -> Writer:
-        self.active.append(writer)
-        return writer
-
-    @staticmethod
-    def _release(writer: Writer) -> None:
-        if writer._held is not None:
-            writer._held.__exit__(None, None, None)
-            writer._held = None
-
-
-class _BatchesByState:
-    """Two batches: streams whose state is S and streams whose state is pairs, so that one does not slow the other."""
-
-    def __init__(self, reader: Reader) -> None:
-        self.batches = (_Batch(reader), _Batch(reader))
-        config = reader.config
-        sizes = [D * F / (D + F) for D, F in (info.shape for info in inspect(reader.model))]
-        self.chunk_size, self.most = config.chunk_size, min(sizes) if reader.form == "auto" else math.inf
-
-    def step(self, writers: list["Writer"]) -> None:
-        """Feed to each stream the token that its writer sampled."""
-        streams, tokens = [w.session._stream for w in writers], [w.token or 0 for w in writers]
-        reader = self.batches[0].reader
-        if reader.by_loss:  # each full chunk is run again from its own context, so no batching
-            for writer, stream, token in zip(writers, streams, tokens, strict=True):
-                for _ in reader.feed(stream, [token], learn=writer.learn):
-                    pass
-            return
-        groups: tuple[list[int], list[int]] = ([], [])
-        for i, stream in enumerate(streams):
-            groups[self._dense_next(stream)].append(i)
-        for batch, group in zip(self.batches, groups, strict=True):
-            batch.keep([streams[i] for i in group])  # both before any step: a stream may move to the other batch
-        for batch, group in zip(self.batches, groups, strict=True):
-            if group:
-                batch.step([streams[i] for i in group], [tokens[i] for i in group])
-
-    def _dense_next(self, stream: Stream) -> bool:
-        """Return whether the state becomes dense (too many pairs) when the current chunk is complete."""
-        return (stream.tokens // self.chunk_size + 1) * self.chunk_size >= self.most
-
-    def close(self) -> None:
-        """Give every stream its cache back."""
-        for batch in self.batches:
-            batch.close()
 
 
 class _Batch:
-    """Streams whose caches are stacked into one batched cache, for as long as the same ones take part."""
+    """Writers whose sessions' caches are merged into one, for as long as the same ones take part."""
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
-        self.streams: list[Stream] = []
+        self.writers: list[Writer] = []
         self.cache: Any = None
         self.mask: Tensor = torch.zeros(0, 0, dtype=torch.int64)
 
-    def keep(self, streams: list[Stream]) -> None:
-        """Release the batched streams unless they are these same ones, with room for one more token."""
-        same = len(streams) == len(self.streams) and all(a is b for a, b in zip(streams, self.streams, strict=True))
-        if not same or any(self.reader.room(stream) <= 0 for stream in streams):
+    def keep(self, writers: list[Writer]) -> None:
+        """Let the writers of this batch go unless they are these same ones, with room for one more token."""
+        if writers != self.writers or any(self.reader.room(writer.stream) <= 0 for writer in writers):
             self.close()
 
-    def step(self, streams: list[Stream], tokens: list[int]) -> None:
-        """Feed one token to each stream. ``keep`` comes first."""
+    def step(self, writers: list[Writer]) -> None:
+        """Feed each writer's token. ``keep`` comes first."""
+        streams = [writer.stream for writer in writers]
         if self.cache is None:
             for stream in streams:
                 self.reader.make_room(stream)
             self.cache, self.mask = merge([stream.cache for stream in streams], self.reader.root.config)
-            self.streams = list(streams)
+            self.writers = writers
         mask = torch.cat([self.mask, torch.ones(len(streams), 1, dtype=torch.int64)], 1)
+        tokens = torch.tensor([[writer.token] for writer in writers])
         positions = torch.tensor([[stream.position] for stream in streams])
         with whole(self.cache):
-            logits = self.reader.call(self.cache, torch.tensor(tokens)[:, None], positions, mask)
+            logits = self.reader.call(self.cache, tokens, positions, mask)
         self.mask = mask
-        for stream, token, row in zip(streams, tokens, logits, strict=True):
-            self.reader.advance(stream, [token], row[-1])
+        for writer, row in zip(writers, logits, strict=True):
+            assert writer.token is not None
+            self.reader.advance(writer.stream, [writer.token], row[-1])
 
     def close(self) -> None:
-        """Give every stream its cache back."""
-        if self.cache is not None:
-            for b, stream in enumerate(self.streams):
-                stream.cache = split(self.cache, self.mask, b)
-        self.cache, self.streams = None, []
+        """Give every session its cache back."""
+        for b, writer in enumerate(self.writers):
+            writer.stream.cache = split(self.cache, self.mask, b)
+        self.cache, self.writers = None, []

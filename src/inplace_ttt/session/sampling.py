@@ -43,20 +43,15 @@ class Sampling:
 
     def processors(self) -> LogitsProcessorList:
         """Return the logits processors in transformers' own order."""
-        found = LogitsProcessorList()
-        if self.repetition_penalty != 1.0:
-            found.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
-        if self.temperature == 0:
-            return found
-        if self.temperature != 1.0:
-            found.append(TemperatureLogitsWarper(float(self.temperature)))
-        if self.top_k is not None:
-            found.append(TopKLogitsWarper(self.top_k))
-        if self.top_p is not None and self.top_p < 1:
-            found.append(TopPLogitsWarper(self.top_p))
-        if self.min_p:
-            found.append(MinPLogitsWarper(self.min_p))
-        return found
+        draws = self.temperature > 0
+        table: tuple[tuple[Any, Any, Any], ...] = (
+            (self.repetition_penalty != 1, RepetitionPenaltyLogitsProcessor, self.repetition_penalty),
+            (draws and self.temperature != 1, TemperatureLogitsWarper, float(self.temperature)),
+            (draws and self.top_k is not None, TopKLogitsWarper, self.top_k),
+            (draws and self.top_p is not None and self.top_p < 1, TopPLogitsWarper, self.top_p),
+            (draws and self.min_p, MinPLogitsWarper, self.min_p),
+        )
+        return LogitsProcessorList([kind(value) for is_on, kind, value in table if is_on])
 
 
 class Sampler:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..config import InPlaceTTTConfig
@@ -21,7 +22,7 @@ from ..core import FastWeights
 from ..core.algebra import cross_entropies
 from ..errors import UserError
 from ..hf.attach import RUNTIME, runtime_of, unwrap, updates_off
-from ..hf.cache import FastCacheLayer, cache_name, fast_layers, install
+from ..hf.cache import FastCacheLayer, cache_name, fast_layers
 from ..hf.loss import commit
 from ..hf.relocate import Relocation
 from ..hf.settings import Settings
@@ -75,20 +76,12 @@ class Stream:
 def copy_cache(cache: DynamicCache) -> DynamicCache:
     """Copy a cache: keys, values and S are shared, as calls replace them; the pending buffers are copied."""
     new = copy.copy(cache)
-    new.layers = []
-    for layer in cache.layers:
-        twin: Any = object.__new__(type(layer))
-        twin.__dict__.update(layer.__dict__)
+    new.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in new.layers:
         if isinstance(layer, FastCacheLayer):
-            twin.fast, twin.steps = _share(layer.fast), None
-        new.layers.append(twin)
+            layer.fast, layer.steps = copy.copy(layer.fast), None
+            layer.fast.z, layer.fast.u = (None if x is None else x.clone() for x in (layer.fast.z, layer.fast.u))
     return new
-
-
-def _share(fast: FastWeights) -> FastWeights:
-    twin = copy.copy(fast)
-    twin.z, twin.u = (None if x is None else x.clone() for x in (fast.z, fast.u))
-    return twin
 
 
 class Reader:
@@ -110,9 +103,11 @@ class Reader:
         self.device: torch.device = self.root.get_input_embeddings().weight.device  # type: ignore[assignment]
         self.relocation = _relocation(self.runtime, model)
         self.own_window = native_window(model)
-        self.longest = self._longest()
-        self.window, self.sinks = self._check_window(window, sinks), 0 if self.own_window else sinks
         text = self.root.config.get_text_config()
+        longest = getattr(text, "max_position_embeddings", None)
+        self.longest = longest if isinstance(longest, int) and longest > 0 else None
+        """Positions that the model knows, if it says so."""
+        self.window, self.sinks = self._check_window(window, sinks), 0 if self.own_window else sinks
         # Attention over a piece costs piece + window a token: a small window is better read in small pieces.
         self.piece = PIECE if self.own_window is None else min(PIECE, max(512, 2 * self.own_window))
         self.scored_piece = max(1, min(self.piece, SCORED_LOGITS // int(text.vocab_size)))
@@ -121,10 +116,6 @@ class Reader:
                 f"chunks of {config.chunk_size:,} tokens do not fit twice into a window of {self.window:,}: make "
                 "chunk_size smaller"
             )
-
-    def _longest(self) -> int | None:
-        value = getattr(self.root.config.get_text_config(), "max_position_embeddings", None)
-        return value if isinstance(value, int) and value > 0 else None
 
     def _check_window(self, window: int | None, sinks: int) -> int:
         if not _is_count(sinks, 0) or not (window is None or _is_count(window, 1)):
@@ -149,10 +140,6 @@ class Reader:
     def new(self) -> Stream:
         """Return an empty stream."""
         return Stream(empty_cache(self.root.config))
-
-    def install(self, stream: Stream, layer: int, fast: FastWeights) -> None:
-        """Set the fast weights of a stream's layer to ones that were stored elsewhere."""
-        install(stream.cache, layer, fast)
 
     def reads_like(self, other: "Reader") -> bool:
         """Return whether streams of ``other`` can be continued here."""
@@ -260,12 +247,29 @@ class Reader:
             n = min(self._fitting(stream, len(ids) - at), self.scored_piece if scored else self.piece)
             piece = list(ids[at : at + n])
             with whole(stream.cache):
-                logits = self.call(
-                    stream.cache, torch.tensor([piece]), self._positions([stream], n), scored=scored, learn=learn
-                )[0]
+                positions = torch.arange(stream.position, stream.position + n)[None]
+                logits = self.call(stream.cache, torch.tensor([piece]), positions, scored=scored, learn=learn)[0]
             self.advance(stream, piece, logits[-1])
             at += n
             yield n, logits
+
+    def losses_on_and_off(self, stream: Stream, ids: Sequence[int]) -> tuple[float, float]:
+        """Return the losses of the next ids in nats per token, with the fast weights and without; learn nothing.
+
+        Without: the slow weights alone read as many tokens as attention sees now, at most ``RECENT``, from scratch; a
+        model whose window is much longer than that would do a little better.
+        """
+        plain = copy.copy(self)
+        plain.adapts = False
+        fresh = plain.new()
+        for _ in plain.feed(fresh, stream.recent[-(2 * self.own_window if self.own_window else stream.cached) :]):
+            pass
+        wanted = torch.tensor(ids[1:], device=self.device)
+        on, off = (
+            float(cross_entropy(torch.cat([x for _, x in reader.feed(own, ids, scored=True)])[:-1].float(), wanted))
+            for reader, own in ((self, stream.copy()), (plain, fresh))
+        )
+        return on, off
 
     def call(
         self,
@@ -284,26 +288,14 @@ class Reader:
             raise UserError(
                 "updates are switched off (updates_off), which a session needs: lr=0 takes their effect away"
             )
-        moved = {} if mask is None else {"attention_mask": mask.to(self.device)}
-        how = (
-            self.runtime.override(config=self.config, form=self.form, learn=learn)
-            if self.adapts
-            else updates_off(self.model)
-        )
-        with evaluating(self.model), torch.no_grad(), how:
+        inputs = {"input_ids": ids, "position_ids": positions} | ({} if mask is None else {"attention_mask": mask})
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        how = self.runtime.override(config=self.config, form=self.form, learn=learn)
+        with evaluating(self.model), torch.no_grad(), how if self.adapts else updates_off(self.model):
             out = self.model(
-                input_ids=ids.to(self.device),
-                position_ids=positions.to(self.device),
-                use_cache=True,
-                logits_to_keep=0 if scored else 1,
-                **{cache_name(self.model): cache},
-                **moved,
+                **inputs, use_cache=True, logits_to_keep=0 if scored else 1, **{cache_name(self.model): cache}
             )
-        logits: Tensor = out.logits
-        return logits
-
-    def _positions(self, streams: Sequence[Stream], n: int) -> Tensor:
-        return torch.tensor([s.position for s in streams])[:, None] + torch.arange(n)
+        return out.logits  # type: ignore[no-any-return]
 
     def advance(self, stream: Stream, ids: Sequence[int], logits: Tensor) -> None:
         """Record that ``ids`` were fed, and the logits of the next token."""

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.utils.rnn import pad_sequence
 
 from ..config import InPlaceTTTConfig
 from ..core import FastWeights
 from ..errors import UserError
 from ..hf.attach import runtime_of, updates_off
 from ..hf.loss import learn_from
-from .parts import SessionParts as Session
-from .results import Studied
 from .sources import texts, token_ids
+from .state import SessionState
 from .stream import evaluating
 from .template import Template
 from .writing import end_tokens
@@ -58,7 +58,6 @@ Question:"""
 STARTS = ("", " What", " Where", " When", " Who", " How")
 """Beginnings of questions to try for each sentence."""
 ABOUT = "What do you know about {name}?"
-ANSWER = "{text}\n\n{question}"
 _END = re.compile(r"(?<=[.!?])[\"'\u2019\u201d)\]]*\s+|\n\s*\n\s*")
 
 
@@ -74,6 +73,20 @@ KEEP = 1.0
 """Tokens of ordinary text per learned token."""
 COMMON = 3
 """Maximum number of sentences with one name; a more frequent name does not identify any of them."""
+
+
+@dataclass(frozen=True)
+class Studied:
+    """Result of a study. ``questions``: the model's own that were learned; ``losses``: of each update, nats a token."""
+
+    sentences: int
+    questions: int
+    losses: tuple[float, ...]
+
+    @property
+    def updates(self) -> int:
+        """Updates of the fast weights."""
+        return len(self.losses)
 
 
 @dataclass(frozen=True)
@@ -164,12 +177,11 @@ class Examples:
         own = [(text, name) for text in told for name in names(text) if count[name] <= COMMON]
         return [self.answered(Pair(text, ABOUT.format(name=name), text)) for text, name in own]
 
-    def answered(self, pair: Pair, soft: bool = False) -> Example:
-        """Return a question with its answer; ``soft``: with what the model predicts while the text is before it."""
-        source = self.chat(ANSWER.format(text=pair.text, question=pair.question)) if soft else None
+    def answered(self, pair: Pair) -> Example:
+        """Return a question with its answer."""
         answer = self.ids(f" {pair.answer}\n") if self.template is None else self.ids(pair.answer)
         ends = () if self.template is None else self.template.ends
-        return Example(self.chat(pair.question), (*answer, *ends), source)
+        return Example(self.chat(pair.question), (*answer, *ends))
 
 
 @torch.no_grad()
@@ -186,14 +198,12 @@ def write_many(
     order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [""] * len(prompts)
     for at in range(0, len(order), batch):
         some = order[at : at + batch]
-        longest = len(prompts[some[-1]])
-        ids, mask = (torch.zeros(len(some), longest, dtype=torch.int64) for _ in range(2))
-        for row, i in enumerate(some):
-            place = slice(longest - len(prompts[i]), None)
-            ids[row, place], mask[row, place] = torch.tensor(prompts[i]), 1
+        rows = [torch.tensor(prompts[i]) for i in some]
+        ids = pad_sequence(rows, True, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side="left")
         with updates_off(model):
             out = model.generate(ids.to(device), attention_mask=mask.to(device), **how)
-        for i, text in zip(some, tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True), strict=True):
+        for i, text in zip(some, tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True), strict=True):
             found[i] = text
     return found
 
@@ -213,14 +223,7 @@ def pairs_of(model: Any, examples: Examples, told: Sequence[str], start: str = "
     return found
 
 
-def in_sentences(model: Any, examples: Examples, pairs: Sequence[Pair], batch: int = 256) -> list[Pair]:
-    """Return the pairs with the answers that the model gives in a chat with the text before it."""
-    prompts = [examples.chat(ANSWER.format(text=x.text, question=x.question)) for x in pairs]
-    replies = write_many(model, examples.tokenizer, prompts, 40, batch)
-    return [Pair(x.text, x.question, reply.strip()) for x, reply in zip(pairs, replies, strict=True)]
-
-
-def study(session: Session, source: Any, minutes: float, progress: Any = None) -> Studied:
+def study(session: SessionState, source: Any, minutes: float, progress: Any = None) -> Studied:
     """Learn the model's own questions about a text's sentences. See ``Session.study``."""
     reader, tokenizer, began = session._reader, session.tokenizer, time.monotonic()
     if not reader.by_loss:
@@ -317,16 +320,12 @@ def learn(
 ) -> float:
     """Learn a batch of examples for each of the states' rows as one update; return the loss, nats per token."""
     device, most = model.get_input_embeddings().weight.device, max(map(len, rows))
-    flat = [x for row in rows for x in (*row, *[None] * (most - len(row)))]
-    ids, targets = _padded([None if x is None else (x.prompt, x.answer) for x in flat], device)
-    soft = [x is not None and x.source is not None for x in flat]
-    is_soft = torch.tensor(soft, device=device)[:, None] & (targets[:, 1:] >= 0)
-    is_hard = ~is_soft & (targets[:, 1:] >= 0)
-    own = (
-        _own_predictions(model, [x for x in flat if x is not None and x.source is not None], device)
-        if any(soft)
-        else None
-    )
+    flat = [x for row in rows for x in (*row, *[Example((), ())] * (most - len(row)))]
+    ids, targets = _padded([(x.prompt, x.answer) for x in flat], device)
+    soft, is_target = [x for x in flat if x.source is not None], targets[:, 1:] >= 0
+    is_soft = is_target & torch.tensor([x.source is not None for x in flat], device=device)[:, None]
+    is_hard = is_target & ~is_soft
+    own = _own_predictions(model, soft, device) if soft else None
 
     def loss(logits: Tensor) -> Tensor:
         hard = logits[:, :-1][is_hard].float()
@@ -336,7 +335,7 @@ def learn(
             found = found + kl_div(predicted, own, reduction="sum", log_target=True)
         return found
 
-    return float(learn_from(runtime_of(model), states, ids, loss, config)) / max(int((targets >= 0).sum()), 1)
+    return float(learn_from(runtime_of(model), states, ids, loss, config)) / max(int(is_target.sum()), 1)
 
 
 @torch.no_grad()
@@ -348,17 +347,10 @@ def _own_predictions(model: Any, examples: Sequence[Example], device: Any) -> Te
     return logits[:, :-1][targets[:, 1:] >= 0].float().log_softmax(-1)  # type: ignore[no-any-return]
 
 
-def _padded(given: Sequence[tuple[Sequence[int], Sequence[int]] | None], device: Any) -> tuple[Tensor, Tensor]:
-    """Return ids [N, n] and, where a token is to be predicted, targets [N, n]; -1 elsewhere."""
-    longest = max(len(p) + len(a) for p, a in (x for x in given if x is not None))
-    ids = torch.zeros(len(given), longest, dtype=torch.int64)
-    targets = torch.full_like(ids, -1)
-    for row, pair in enumerate(given):
-        if pair is None:
-            continue
-        prompt, answer = pair
-        end = len(prompt) + len(answer)
-        ids[row, :end] = torch.tensor([*prompt, *answer])
-        targets[row, len(prompt) : end] = ids[row, len(prompt) : end]
+def _padded(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], device: Any) -> tuple[Tensor, Tensor]:
+    """Return ids [N, n] of prompts with answers and, where a token is to be predicted, targets [N, n]; -1 elsewhere."""
+    rows = [torch.tensor([*prompt, *answer], dtype=torch.int64) for prompt, answer in pairs]
+    wanted = [torch.tensor([*[-1] * len(prompt), *answer], dtype=torch.int64) for prompt, answer in pairs]
+    ids, targets = pad_sequence(rows, True), pad_sequence(wanted, True, -1)
     targets[:, 0] = -1  # the first token has no context
     return ids.to(device), targets.to(device)

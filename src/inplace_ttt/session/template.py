@@ -3,20 +3,20 @@
 import json
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from itertools import takewhile
+from itertools import accumulate, pairwise, takewhile
 from secrets import token_hex
 from typing import Any
 
 from ..errors import UserError
-from .parts import SessionParts as Session
-from .sampling import Sampler, StopText
-from .writing import end_tokens, read_exactly, write
+from .state import SessionState
+from .writing import Writer, end_tokens, read_exactly, write
 
 Messages = Sequence[Mapping[str, str]]
 
-WORDS, REPLY = f"words{token_hex(8)}", f"reply{token_hex(8)}"
-"""Placeholders for the user's words and the model's."""
 SOME: Messages = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+NEXT: Messages = ({"role": "user", "content": f"words{token_hex(8)}"},)
+REPLY = f"reply{token_hex(8)}"
+"""Placeholder for the model's last answer."""
 
 
 class Template:
@@ -29,7 +29,7 @@ class Template:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
-        fixed = self._ids(self._render([*SOME, {"role": "user", "content": WORDS}], True))
+        fixed = self._ids(self._render([*SOME, *NEXT], True))
         self.control = {i for i, token in added.items() if token.special or i in fixed} - {tokenizer.unk_token_id}
         """Special tokens, and whatever else was added to the vocabulary and is used by the template."""
         self.ends = [i for i in self.closing(SOME) if i in self.control][:1]
@@ -55,72 +55,66 @@ class Template:
             session._stream.started = True  # the template contains the text's prefix
         return self._after_prefix(session, ids)
 
-    def conversation(self, session: Session, messages: Messages, begun: bool) -> list[int]:
+    def conversation(self, session: SessionState, messages: Messages, begun: bool) -> list[int]:
         """Return ids, to be read exactly as they are, that let ``session`` answer new messages of any role.
 
         ``begun``: an answer came before them, whose end was not read. UserError where the template refuses them.
         """
-        contents = [message["content"] for message in messages]
-        markers = [f"words{token_hex(8)}" for _ in messages]
-        ids, marked = self._ids(self._turns(messages, contents, begun)), self._turns(messages, markers, begun)
-        if self._controls(ids) != self._controls(self._ids(marked)):
-            ids, rest = [], marked
-            for marker, content in zip(markers, contents, strict=True):
-                head, _, rest = rest.partition(marker)
-                ids += [*self._ids(head), *self._spell(content)]
-            ids += self._ids(rest)
-        return ids if begun else self._after_prefix(session, ids)
-
-    def _turns(self, messages: Messages, contents: Sequence[str], begun: bool, prompt: bool = True) -> str:
-        """Render new messages as text, with these contents; ``prompt``: up to where the answer begins."""
-        new = [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
-        if not begun:
-            return self._render(new, prompt)
-        return self._after_reply(self._render([SOME[0], {"role": "assistant", "content": REPLY}, *new], prompt))
-
-    def by_message(self, messages: Messages, begun: bool, ids: list[int]) -> list[list[int]]:
-        """Cut the ids of a ``conversation`` into those of each message, its frame included, and what follows them."""
-        contents = [message["content"] for message in messages]
-        parts, at = [], 0
-        for n in range(1, len(messages) + 1):
-            end = _common(ids, self._ids(self._turns(messages[:n], contents[:n], begun, False)))
-            parts.append(ids[at:end])
-            at = max(at, end)
-        return [*parts, ids[at:]]
+        return self.turn(messages, SOME) if begun else self._after_prefix(session, self.turn(messages, ()))
 
     @staticmethod
-    def _after_prefix(session: Session, ids: list[int]) -> list[int]:
+    def _after_prefix(session: SessionState, ids: list[int]) -> list[int]:
         """Return the ids without the tokenizer's prefix, unless a text begins here."""
         stats, encoder = session.stats(), session._encoder
         prefix = [] if encoder is None else encoder.prefix
         inside = stats.in_context or stats.held_characters
         return ids[len(prefix) :] if inside and ids[: len(prefix)] == prefix else ids
 
+    def turn(self, messages: Messages, said: Messages) -> list[int]:
+        """Return ids of new messages and of the beginning of an answer to them.
+
+        They begin with the end of the last message in ``said``, an answer, if there is one.
+        """
+        markers = [f"words{token_hex(8)}" for _ in messages]
+        marked = self._text([{**m, "content": mark} for m, mark in zip(messages, markers, strict=True)], said)
+        ids = self._ids(self._text(messages, said))
+        if self._controls(ids) != self._controls(self._ids(marked)):
+            ids, rest = [], marked
+            for message, marker in zip(messages, markers, strict=True):
+                head, _, rest = rest.partition(marker)
+                ids += [*self._ids(head), *self._spell(message["content"])]
+            ids += self._ids(rest)
+        return ids
+
+    def by_message(self, messages: Messages, said: Messages, ids: list[int]) -> list[list[int]]:
+        """Cut the ids of a ``turn`` into those of each message, its frame included, and what follows them."""
+        ends = [_common(ids, self._ids(self._text(messages[: n + 1], said, False))) for n in range(len(messages))]
+        return [ids[i:j] for i, j in pairwise([0, *accumulate(ends, max), len(ids)])]
+
     def opening(self, messages: Messages, words: str) -> list[int]:
         """Return ids of a user's turn after ``messages`` (their ``closing`` was fed), up to where the answer begins."""
-        ids, plain = (self._ids(self._turn(messages, text)) for text in (words, WORDS))
-        if self._controls(ids) != self._controls(plain):
-            head, _, tail = self._turn(messages, WORDS).partition(WORDS)
-            ids = [*self._ids(head), *self._spell(words), *self._ids(tail)]
+        ids = self.turn([{"role": "user", "content": words}], messages)
         return ids[_common(ids, self.closing(messages)) :] if messages else ids
 
     def closing(self, messages: Messages) -> list[int]:
         """Return the ids that follow the last answer in ``messages`` whatever comes next: the end of the turn."""
-        answered = [*messages[:-1], {"role": "assistant", "content": REPLY}]
-        end = self._ids(self._after_reply(self._render(answered, False)))
-        return end[: _common(end, self._ids(self._turn(messages, WORDS)))]
+        end = self._ids(self._text((), messages, False))
+        return end[: _common(end, self._ids(self._text(NEXT, messages)))]
 
     def goes_on(self, recent: Sequence[int]) -> bool:
         """Return whether a turn ends within ``recent``: the beginning of a conversation (a system prompt) was fed."""
         closing, n = self.closing(SOME), len(self.closing(SOME))
         return bool(self.ends) and any(list(recent[i : i + n]) == closing for i in range(len(recent) - n + 1))
 
-    def _turn(self, messages: Messages, words: str) -> str:
-        """Render a user's turn: all of the template at first, later what comes after the last answer."""
-        user = {"role": "user", "content": words}
-        if not messages:
-            return self._render([user], True)
-        return self._after_reply(self._render([*messages[:-1], {"role": "assistant", "content": REPLY}, user], True))
+    def _text(self, messages: Messages, said: Messages, prompt: bool = True) -> str:
+        """Render what follows the last answer in ``said``; ``prompt``: up to where the next answer begins."""
+        if not said:
+            return self._render(messages, prompt)
+        rendered = self._render([*said[:-1], {"role": "assistant", "content": REPLY}, *messages], prompt)
+        _, found, rest = rendered.partition(REPLY)
+        if not found:
+            raise UserError("this model's chat template changes what was said: --plain does without it")
+        return rest
 
     def _render(self, messages: Messages, prompt: bool) -> str:
         from jinja2 import TemplateError
@@ -129,12 +123,6 @@ class Template:
             return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
         except (TemplateError, ValueError, TypeError) as error:
             raise UserError(f"this model's chat template fails ({error}): --plain does without it") from None
-
-    def _after_reply(self, text: str) -> str:
-        _, found, rest = text.partition(REPLY)
-        if not found:
-            raise UserError("this model's chat template changes what was said: --plain does without it")
-        return rest
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -155,10 +143,10 @@ class Template:
 
 
 def converse(
-    session: Session, messages: Messages, learn: Sequence[str] | None, most: int, stops: StopText, sampler: Sampler
+    template: Template | None, writer: Writer, messages: Messages, learn: Sequence[str] | None
 ) -> Generator[str, None, None]:
     """Yield the answer to a chat's messages, in pieces. See ``Session.chat``."""
-    template = Template.of(session)
+    session = writer.session
     if template is None:
         raise UserError("this session's tokenizer has no chat template: use generate or ask without chat")
     said = session._stream.messages
@@ -166,18 +154,17 @@ def converse(
     new = given[len(said) :] if given[: len(said)] == said else given
     if not new:
         raise UserError("there is no new message to answer")
-    begun = bool(said) or template.goes_on(session._stream.recent)
+    earlier = said or (SOME if template.goes_on(session._stream.recent) else ())
     before, reply = session.snapshot(), []
     try:
-        ids = template.conversation(session, new, begun)
-        rest = [ids] if learn is None else template.by_message(new, begun, ids)
+        ids = template.turn(new, earlier) if earlier else template.conversation(session, new, False)
+        parts = [ids] if learn is None else template.by_message(new, earlier, ids)
         wanted = [True] if learn is None else [*(message["role"] in learn for message in new), False]
-        done = template.closing(SOME) if begun else []  # read at the end of the previous turn
-        skip = _common(ids, done)
-        for part, is_learned in zip(rest, wanted, strict=True):
+        skip = _common(ids, template.closing(earlier)) if earlier else 0  # read at the end of the previous turn
+        for part, is_learned in zip(parts, wanted, strict=True):
             read_exactly(session, part[skip:], is_learned)
             skip = max(skip - len(part), 0)
-        with closing(write(session, None, most, stops, sampler)) as pieces:
+        with closing(write(writer, None)) as pieces:
             for piece in pieces:
                 reply.append(piece)
                 yield piece

@@ -1,5 +1,6 @@
 """Incremental tokenizing and decoding: the same ids and the same text, however the input is cut."""
 
+import copy
 import json
 import re
 import warnings
@@ -137,19 +138,15 @@ class StreamEncoder:
     def restore(cls, tokenizer: Any, state: dict[str, Any]) -> "StreamEncoder":
         """Build the encoder that gave ``state``, with the same tokenizer."""
         encoder = cls(tokenizer)
-        encoder._load(state)
+        encoder._anchor, encoder._parts, encoder._wait = state["anchor"], [state["held"]], state["wait"]
+        encoder._size = len(state["held"])
         return encoder
 
     def fork(self) -> "StreamEncoder":
         """Return an independent copy at the same position in the text."""
-        encoder = object.__new__(StreamEncoder)
-        encoder._splitter, encoder.prefix, encoder._tail = self._splitter, list(self.prefix), self._tail
-        encoder._load(self.state())
+        encoder = copy.copy(self)
+        encoder._parts = list(self._parts)
         return encoder
-
-    def _load(self, state: dict[str, Any]) -> None:
-        self._anchor, self._parts, self._wait = state["anchor"], [state["held"]], state["wait"]
-        self._size = len(state["held"])
 
 
 class _Splitter:

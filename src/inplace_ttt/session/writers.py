@@ -7,7 +7,7 @@ where it was loaded from or saved to checks that the file has not changed since.
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,8 +25,8 @@ PATIENCE = 30.0
 """Seconds that a save waits for another save of the same file."""
 _known: "WeakKeyDictionary[Any, dict[Path, str | None]]" = WeakKeyDictionary()
 """By session: digests of the files that it was loaded from or saved to, None where there was no file."""
-_held: dict[Path, int] = {}
-"""Locks that this process holds for longer than one save."""
+_held: set[Path] = set()
+"""Files that this process holds for longer than one save."""
 
 
 def remember(session: Any, path: str | Path) -> None:
@@ -40,8 +40,8 @@ def saving(session: Any, path: Path) -> Iterator[None]:
     """Guard writing ``session`` to ``path``. Raises UserError when the file is not the one that the session knows."""
     place = path.resolve()
     place.parent.mkdir(parents=True, exist_ok=True)
-    lock = None if place in _held else _wait(place)
-    try:
+    busy = f"{place} is in use by another process: wait until that is over, or name another file"
+    with nullcontext() if place in _held else _locked(place, PATIENCE, busy):
         known, now = _known.get(session, {}), _digest(place)
         if place in known and now is not None and now != known[place]:
             raise UserError(
@@ -50,9 +50,6 @@ def saving(session: Any, path: Path) -> Iterator[None]:
             )
         yield
         remember(session, place)
-    finally:
-        if lock is not None:
-            _unlock(place, lock)
 
 
 @contextmanager
@@ -62,27 +59,29 @@ def holding(path: Path | None) -> Iterator[None]:
     if place is None or place in _held or not place.parent.is_dir():
         yield
         return
-    with suppress(OSError):  # not writable: the command says so itself, in other words
-        lock = _lock(place)
-        if lock is None:
-            raise UserError(
-                f"{path} is in use by another inplace-ttt read or chat: wait until that is over, or name another file"
-            )
-        _held[place] = lock
+    busy = f"{path} is in use by another inplace-ttt read or chat: wait until that is over, or name another file"
+    with ExitStack() as stack:
+        with suppress(OSError):  # not writable: the command says so itself, in other words
+            stack.enter_context(_locked(place, 0.0, busy))
+            _held.add(place)
+            stack.callback(_held.discard, place)
+        yield
+
+
+@contextmanager
+def _locked(place: Path, patience: float, busy: str) -> Iterator[None]:
+    """Hold the lock of ``place``. Raises UserError, with the message ``busy``, after ``patience`` seconds."""
+    end = time.monotonic() + patience
+    while (handle := _lock(place)) is None:
+        if time.monotonic() > end:
+            raise UserError(busy)
+        time.sleep(0.02)
     try:
         yield
     finally:
-        if place in _held:
-            _unlock(place, _held.pop(place))
-
-
-def _wait(place: Path) -> int:
-    end = time.monotonic() + PATIENCE
-    while (lock := _lock(place)) is None:
-        if time.monotonic() > end:
-            raise UserError(f"{place} is in use by another process: wait until that is over, or name another file")
-        time.sleep(0.02)
-    return lock
+        with suppress(OSError):
+            os.unlink(_lock_file(place))
+        os.close(handle)
 
 
 def _lock(place: Path) -> int | None:
@@ -102,12 +101,6 @@ def _lock(place: Path) -> int | None:
             if os.path.samestat(os.stat(name), os.fstat(handle)):
                 return handle
         os.close(handle)  # its owner has just removed it
-
-
-def _unlock(place: Path, handle: int) -> None:
-    with suppress(OSError):
-        os.unlink(_lock_file(place))
-    os.close(handle)
 
 
 def _lock_file(place: Path) -> Path:

@@ -1,48 +1,117 @@
 """Generation: sample a token, feed it, yield it."""
 
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import UserError
-from .parts import SessionParts as Session
-from .sampling import Sampler, StopText
+from .sampling import Sampler, Sampling, StopText
+from .state import SessionState
+from .stream import Stream
 from .text import StreamDecoder
 
 NOTHING = "nothing to continue: read something first, or give a prompt"
 
 
-def write(session: Session, prompt: Any, most: int, stops: StopText, sampler: Sampler) -> Generator[str, None, None]:
-    """Generate text; yield it in pieces."""
-    decoder: StreamDecoder | None = None
-    with closing(tokens(session, prompt, most, sampler)) as found:
-        for token in found:
-            decoder = decoder or StreamDecoder(session.tokenizer, session._stream.recent[-9:-1])
-            if text := stops.push(decoder.push(token)):
-                yield text
-            if stops.found:
-                return
-    if text := stops.push("" if decoder is None else decoder.flush()) + stops.flush():
-        yield text
+class Writer:
+    """One session that is generating: the tokens it samples, and their text.
+
+    ``choose`` takes ``token``, which is read next, from ``logits`` [V], on the model's device; ``was_read`` adds it to
+    ``ids``, and what it shows to ``piece``: the text (without a tokenizer: the ids) that has not been given out yet,
+    "" for none. ``finished`` is None, "stop" (end of text, or a stop string), "length", or "error" with ``error``.
+
+    Raises UserError on settings out of range.
+    """
+
+    def __init__(
+        self,
+        session: SessionState,
+        most: int,
+        stop: str | Sequence[str] = (),
+        sampling: Mapping[str, Any] | None = None,
+        *,
+        learn: bool | None = None,
+        as_ids: bool = False,
+    ) -> None:
+        if most < 0:
+            raise UserError(f"max_new_tokens {most}: 0 or more")
+        self.session, self.left = session, most
+        self.learn = session._reader.config.learn == "all" if learn is None else learn
+        self.sampler, self.stops = Sampler(Sampling(**sampling or {})), StopText(stop)
+        self.as_ids = as_ids or session.tokenizer is None
+        self.decoder: StreamDecoder | None = None
+        self.ends = end_tokens(session._reader.root, session.tokenizer)
+        self.token: int | None = None
+        self.logits: Tensor | None = None
+        self.ids: list[int] = []
+        self.piece: Any = ""
+        self.finished: str | None = None
+        self.error: UserError | None = None
+        self.held = ExitStack()
+        """Keeps others from using the session meanwhile."""
+
+    @property
+    def stream(self) -> Stream:
+        """The session's stream."""
+        return self.session._stream
+
+    def choose(self, token: int | None = None) -> None:
+        """Take the next token (None: sample it from the stream's logits), or finish."""
+        if self.left == 0:
+            return self._finish("length")
+        self.logits = self.stream.logits
+        assert self.logits is not None
+        try:
+            self.token = self.sampler(self.stream.recent, self.logits) if token is None else token
+        except UserError as error:
+            return self.fail(error)
+        return self._finish("stop") if self.token in self.ends else None
+
+    def was_read(self) -> None:
+        """Count the token as part of the session, and show it."""
+        assert self.token is not None
+        self.left -= 1
+        self.ids.append(self.token)
+        self.stream.written += 1
+        if self.as_ids:
+            self.piece = [self.token]
+            return
+        self.decoder = self.decoder or StreamDecoder(self.session.tokenizer, self.stream.recent[-9:-1])
+        self.piece = self.stops.push(self.decoder.push(self.token))
+        if self.stops.found:
+            self._finish("stop")
+
+    def fail(self, error: UserError) -> None:
+        """Finish because of an error."""
+        self.error, self.finished, self.token = error, "error", None
+
+    def _finish(self, reason: str) -> None:
+        self.finished, self.token = reason, None
+        if self.decoder is not None and not self.stops.found:
+            self.piece += self.stops.push(self.decoder.flush()) + self.stops.flush()
 
 
-def tokens(session: Session, prompt: Any, most: int, sampler: Sampler) -> Generator[int, None, None]:
-    """Sample tokens, feed each and yield it."""
+def write(writer: Writer, prompt: Any) -> Generator[Any, None, None]:
+    """Let a session read the prompt and write; yield what is new, in pieces."""
+    session = writer.session
     with session._exclusive():
         read_prompt(session, prompt)
-        reader, stream = session._reader, session._stream
-        ends = end_tokens(reader.root, session.tokenizer)
-        for _ in range(most):
-            assert stream.logits is not None
-            token = sampler(stream.recent, stream.logits)
-            if token in ends:
-                return
-            for _piece in reader.feed(stream, [token], learn=reader.config.learn == "all"):
-                stream.written += 1
-            yield token
+        stream = session._stream
+        while not writer.finished:
+            writer.choose()
+            if writer.token is not None:
+                for _ in session._reader.feed(stream, [writer.token], learn=writer.learn):
+                    writer.was_read()
+            if writer.piece:
+                yield writer.piece
+                writer.piece = ""
+        if writer.error:
+            raise writer.error
 
 
-def replay(session: Session, ids: list[int], learn: bool | None = None) -> None:
+def replay(session: SessionState, ids: list[int], learn: bool | None = None) -> None:
     """Read tokens that this session wrote once, as if it wrote them now. Same state as after writing them.
 
     ``learn``: learn them (objective "loss"); None: as in the configuration.
@@ -54,7 +123,7 @@ def replay(session: Session, ids: list[int], learn: bool | None = None) -> None:
             session._stream.written += n
 
 
-def read_exactly(session: Session, ids: list[int], learn: bool = True, prefix: bool = False) -> None:
+def read_exactly(session: SessionState, ids: list[int], learn: bool = True, prefix: bool = False) -> None:
     """Read ids as they are, after held characters; with ``prefix``, BOS comes first where a stream begins.
 
     ``learn``: False for tokens that are read but not learned (objective "loss").
@@ -62,36 +131,26 @@ def read_exactly(session: Session, ids: list[int], learn: bool = True, prefix: b
     with session._exclusive():
         session._flush()
         begin = session._begin() if prefix else []
-        for _ in session._feed(ids if ids[: len(begin)] == begin else begin + ids, False, learn):
-            pass
+        session._feed_all(ids if ids[: len(begin)] == begin else begin + ids, learn=learn)
 
 
-def read_prompt(session: Session, prompt: Any) -> None:
+def read_prompt(session: SessionState, prompt: Any) -> None:
     """Read what is held and the prompt, or BOS if there is nothing else; UserError where nothing can be continued."""
     check_continuable(session, prompt)
     for ids in () if prompt is None else session._ids(prompt):
-        for _ in session._feed(ids, False):
-            pass
+        session._feed_all(ids)
     session._flush()
     if session._stream.logits is None:
-        for _ in session._feed(session._begin(), False):
-            pass
+        session._feed_all(session._begin())
     if session._stream.logits is None:
         raise UserError(NOTHING)
 
 
-def check_continuable(session: Session, prompt: Any) -> None:
+def check_continuable(session: SessionState, prompt: Any) -> None:
     """Raise UserError when there is nothing to continue, as far as can be told without reading."""
-    held = session._encoder is not None and session._encoder.held
     empty = prompt is None or (isinstance(prompt, str | list | tuple) and not prompt)
-    if session._stream.logits is None and empty and not held and not session._begin():
+    if session._stream.logits is None and empty and not session._held and not session._begin():
         raise UserError(NOTHING)
-
-
-def check_most(most: int) -> None:
-    """Raise UserError for a negative number of new tokens."""
-    if most < 0:
-        raise UserError(f"max_new_tokens {most}: 0 or more")
 
 
 def end_tokens(root: Any, tokenizer: Any) -> set[int]:
