@@ -192,7 +192,7 @@ class InPlaceTTTConfig:
         """Return a JSON-ready mapping, with the format's version."""
         values = asdict(self)
         values["layers"] = self.layers if isinstance(self.layers, str) else list(self.layers)
-        default = (None, {}, "sum", "read", False)
+        default: tuple[Any, ...] = (None, {}, "sum", "read", False)
         kept = {name: value for name, value in values.items() if name not in _LATER or value not in default}
         return {"format_version": FORMAT_VERSION, **kept}
 
