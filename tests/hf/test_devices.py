@@ -1,5 +1,7 @@
 """Where tensors are made: another default device, models without values (meta), offloaded weights."""
 
+from functools import partial
+
 import pytest
 import torch
 import transformers
@@ -8,6 +10,7 @@ from torch.testing import assert_close
 from transformers.cache_utils import DynamicCache
 
 import inplace_ttt as ittt
+from inplace_ttt.fast.ranks import Slices, SliceTable
 
 IDS = tokens(2, 2 * C + 3)
 ROWS = [tokens(1, n, n) for n in (3 * C, C + 2, 3)]
@@ -79,6 +82,21 @@ def test_another_default_device(act, settings):
         finally:
             torch.set_default_device(None)
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_pieces_of_rows_under_another_default_device(packed):
+    """Tables of the pieces that ranks read are made on the host."""
+    documents = torch.tensor([[0] * 4 + [1] * 28, [0] * 16 + [1] * 16]) if packed else None
+    build = partial(SliceTable.build, Slices(2, 1), 2, 32, 4, documents=documents, keep=0.9)
+    want = build()
+    torch.set_default_device("meta")
+    try:
+        got = build()
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(got.carry, want.carry)
+    assert torch.equal(got.weights, want.weights)
 
 
 def test_attach_under_another_default_device():

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..core.algebra import outer, state_dtype
-from ..core.chunks import ChunkTable
+from ..core.chunks import HOST, ChunkTable
 from ..core.rules import Rule
 from ..core.scan import Call, scan
 from ..core.targets import chunked
@@ -142,8 +142,8 @@ class SliceTable:
         table = ChunkTable(C, R, length, steps=-(-length // C), updates=updates)
         weights = None
         if keep != 1.0 and updates:
-            weights = keep ** torch.arange(updates - 1, -1, -1, dtype=torch.float64).expand(R, updates)
-        carry = torch.full((P, rows), keep**updates, dtype=torch.float64)
+            weights = keep ** torch.arange(updates - 1, -1, -1, dtype=torch.float64, device=HOST).expand(R, updates)
+        carry = torch.full((P, rows), keep**updates, dtype=torch.float64, device=HOST)
         return cls(slices, rows, table, weights, weights is None, carry, updates > 0 and P > 1)
 
     @classmethod
@@ -156,13 +156,13 @@ class SliceTable:
         table = ChunkTable.build(B * P, length, C, documents=pieces, seen=seen, keep_state=True)
         assert table.update is not None
         assert table.reset is not None
-        weights = torch.zeros(B * P, table.updates, dtype=torch.float64)
-        left = torch.ones(B * P, dtype=torch.float64)  # of a state after slot m, at the end of the piece
+        weights = torch.zeros(B * P, table.updates, dtype=torch.float64, device=HOST)
+        left = torch.ones(B * P, dtype=torch.float64, device=HOST)  # of a state after slot m, at the end of the piece
         for m in reversed(range(table.steps)):
             if m < table.updates:
                 weights[:, m] = left * table.update[:, m]
             left = left * (1 - (1 - keep) * table.update[:, m].double()) * ~table.reset[:, m]
-        own = torch.tensor([b * P + p for b in range(B) for p in slices.of(slices.rank)])
+        own = torch.tensor([b * P + p for b in range(B) for p in slices.of(slices.rank)], device=HOST)
         carry = left.view(B, P).mT.contiguous()
         return cls(slices, B, table.select(own), weights[own], keep == 1.0, carry, table.updates > 0 and any(seen))
 
@@ -188,7 +188,7 @@ def _check_cuts(whole: ChunkTable, length: int) -> None:
 
 def _read_before(documents: Tensor, length: int) -> Tensor:
     """Return how many tokens of a piece's first document lie in earlier pieces, [B, P]."""
-    real, place = documents >= 0, torch.arange(documents.shape[1]).expand(documents.shape)
+    real, place = documents >= 0, torch.arange(documents.shape[1], device=HOST).expand(documents.shape)
     known = torch.where(real, place, -1).cummax(1).values
     before = torch.nn.functional.pad(known[:, :-1], (1, 0), value=-1)  # the real token before each
     same = (before >= 0) & (documents.gather(1, before.clamp(min=0)) == documents)
