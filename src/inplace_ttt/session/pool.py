@@ -220,7 +220,8 @@ class Writers:
         stepped = list(self.active)
         for writer, token in zip(stepped, self._most_likely(stepped), strict=True):
             if not writer.finished:
-                writer.choose(token)
+                assert writer.stream.logits is not None
+                writer.choose(writer.stream.logits, token)
         self.active = [writer for writer in stepped if not writer.finished]
         if len(self.active) < len(stepped):
             self._unmerge()  # a session that has finished needs its cache

@@ -67,7 +67,7 @@ class Sampler:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether it always takes the most likely token."""
+        """True where it always takes the most likely token."""
         return self.settings.temperature == 0 and not self.processors
 
     def __call__(self, recent: Sequence[int], logits: Tensor) -> int:

@@ -57,14 +57,12 @@ class Writer:
         """The session's stream."""
         return self.session._stream
 
-    def choose(self, token: int | None = None) -> None:
-        """Take the next token (None: sample it from the stream's logits), or finish."""
+    def choose(self, logits: Tensor, token: int | None = None) -> None:
+        """Take the next token (None: sample it from logits [V]), or finish."""
         if self.left == 0:
             return self._finish("length")
-        self.logits = self.stream.logits
-        assert self.logits is not None
         try:
-            self.token = self.sampler(self.stream.recent, self.logits) if token is None else token
+            self.logits, self.token = logits, self.sampler(self.stream.recent, logits) if token is None else token
         except UserError as error:
             return self.fail(error)
         return self._finish("stop") if self.token in self.ends else None
@@ -100,7 +98,8 @@ def write(writer: Writer, prompt: Any) -> Generator[Any, None, None]:
         read_prompt(session, prompt)
         stream = session._stream
         while not writer.finished:
-            writer.choose()
+            assert stream.logits is not None
+            writer.choose(stream.logits)
             if writer.token is not None:
                 for _ in session._reader.feed(stream, [writer.token], learn=writer.learn):
                     writer.was_read()
