@@ -198,3 +198,21 @@ def test_what_a_session_wrote_is_given_once_where_its_context_is_full():
     assert writer.finished == "error"
     assert "context is full" in str(writer.error)
     assert text == tokenizer().decode(writer.ids)
+
+
+def test_a_prediction_that_is_not_a_number_ends_its_own_session_only():
+    m, settings = model("llama")
+    pool = SessionPool(m, tokenizer(), **settings)
+    for name in "ab":
+        pool.open(name).read(TEXT[:60])
+    want = pool["b"].fork().generate(max_new_tokens=3)
+    writers = pool.writers()
+    lost, other = (writers.join(pool[name], max_new_tokens=3) for name in "ab")
+    pool["a"]._stream.logits = torch.full_like(pool["a"]._stream.logits, float("nan"))
+    text = ""
+    while writers.active:
+        writers.step()
+        text += other.piece
+    assert lost.finished == "error"
+    assert "ran away" in str(lost.error)
+    assert text == want
