@@ -149,6 +149,8 @@ def figures(on: Tensor, off: Tensor) -> dict[str, Any]:
         "off": float(off.mean()),
         "gain": float((off - on).mean()),
         "gain_last_quarter": float((off - on)[:, quarter].mean()),
+        "on_by_document": on.mean(1).tolist(),
+        "off_by_document": off.mean(1).tolist(),
         "gain_by_document": (off - on).mean(1).tolist(),
         "worst_stretch": float(worse.max()),
         "worst_stretch_by_document": worse.tolist(),
@@ -246,6 +248,7 @@ def main() -> None:
     parser.add_argument("--texts", default="books,code", help="domains, separated by commas")
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="a text as another domain")
     parser.add_argument("--join", action="store_true", help="read the texts of a domain one after another")
+    parser.add_argument("--together", action="store_true", help="all domains as the rows of one batch")
     parser.add_argument("--seconds-of-text", type=float, default=1e9, help="at most, for each domain's texts")
     parser.add_argument("--weights", choices=("trained", "random"), default="trained")
     arguments = parser.parse_args()
@@ -266,6 +269,8 @@ def main() -> None:
         if not len(ids):
             raise UserError(f"no text of {domain} has {arguments.tokens:,} tokens: ask for fewer by --tokens")
         data[domain] = ids[: arguments.documents].to(device)
+    if arguments.together:
+        data = {" and ".join(data): torch.cat(list(data.values()))}
     with ittt.updates_off(model) if ittt.is_attached(model) else torch.no_grad():
         off = {domain: read(model, ids)[0] for domain, ids in data.items()}
     print({k: (tuple(v.shape), round(float(off[k].mean()), 4)) for k, v in data.items()}, flush=True)
