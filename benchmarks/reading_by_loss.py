@@ -17,6 +17,8 @@ import random
 import sysconfig
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ import inplace_ttt as ittt
 from inplace_ttt.errors import UserError
 from inplace_ttt.hf.attach import runtime_of
 from inplace_ttt.hf.cache import cache_name, cache_of
+from inplace_ttt.hf.checkpoint import has_fast_weights
 from inplace_ttt.hf.load import load
 from inplace_ttt.hf.window import clear
 from inplace_ttt.records import about, write_json
@@ -175,10 +178,32 @@ def own_gain(model: Any, ids: Tensor, cache: Any) -> dict[str, float]:
     state = {i: fast.fork() for i, fast in ittt.fast_weights(cache).items()}
     for fast in state.values():
         fast.select(torch.arange(len(ids)).roll(1))
-    stopped, _ = read(model, ids, with_state(model, state, ids), learn=False)
+    with stopped(model, state, ids.shape[1]) as kept:
+        still, _ = read(model, ids, with_state(model, kept, ids), learn=False)
     learning, _ = read(model, ids, with_state(model, state, ids))
-    return {"after_another_stopped": float(stopped.mean()), "after_another": float(learning.mean()),
-            "own_gain": float((stopped - learning).mean())}  # fmt: skip
+    gain = (still - learning).mean(1)
+    return {"after_another_stopped": float(still.mean()), "after_another": float(learning.mean()),
+            "own_gain": float(gain.mean()), "own_gain_by_document": gain.tolist()}  # fmt: skip
+
+
+@contextmanager
+def stopped(model: Any, state: dict[int, Any], tokens: int) -> Iterator[dict[int, Any]]:
+    """The states to read with and not to write: of objective "loss" itself, else in chunks as long as the text.
+
+    A target other than the loss has no switch; in chunks of all ``tokens`` that were read no chunk is complete again
+    before the text ends.
+    """
+    runtime = runtime_of(model)
+    if runtime.config.objective == "loss":
+        yield state
+        return
+    if tokens % runtime.config.chunk_size:
+        raise UserError(f"--tokens {tokens}: take a multiple of the chunk size, {runtime.config.chunk_size}")
+    kept = {i: fast.fork() for i, fast in state.items()}
+    for fast in kept.values():
+        fast.chunk_size = tokens
+    with runtime.override(config=replace(runtime.config, chunk_size=tokens)):
+        yield kept
 
 
 def settings_of(job: dict[str, Any]) -> dict[str, Any]:
@@ -201,7 +226,7 @@ def measure(
         if ittt.is_attached(model):
             ittt.detach(model)
         ittt.attach(model, ittt.InPlaceTTTConfig(**{"objective": "loss", **settings}))
-    elif not ittt.is_attached(model) or runtime_of(model).config.objective != "learned":
+    elif not ittt.is_attached(model) or runtime_of(model).config.objective == "loss":
         raise UserError("the model's own fast weights are gone: put the job with objective: learned first")
     found: dict[str, Any] = {}
     for domain, ids in data.items():
@@ -211,7 +236,7 @@ def measure(
         row["seconds"] = time.perf_counter() - start
         if job.get("other"):
             row["other_domains"] = dict(others(model, cache, domain, data))
-        if job.get("own", True) and len(ids) > 1 and job.get("objective") != "learned":
+        if job.get("own", True) and len(ids) > 1:
             row |= own_gain(model, ids, cache)
         found[domain] = row
     return found
@@ -253,7 +278,7 @@ def main() -> None:
     parser.add_argument("--weights", choices=("trained", "random"), default="trained")
     arguments = parser.parse_args()
     begin, device = time.perf_counter(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = plain(arguments, "learned" if arguments.model == SHIPPED else "loss")
+    model, tokenizer = plain(arguments)
     if arguments.weights == "random":
         torch.manual_seed(0)
         ittt.detach(model)
@@ -311,8 +336,9 @@ def arguments_of(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def plain(arguments: argparse.Namespace, objective: str = "loss") -> tuple[Any, Any]:
-    """The model in float32 on the CPU, attached, and its tokenizer."""
+def plain(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The model in float32 on the CPU, attached, and its tokenizer; one that has fast weights as it is."""
+    objective = None if arguments.model == SHIPPED or has_fast_weights(Path(arguments.model)) else "loss"
     options: dict[str, Any] = {"objective": objective, "window": arguments.window, "tokenizer": arguments.tokenizer}
     return load(arguments.model, "cpu", **options)
 

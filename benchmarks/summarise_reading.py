@@ -1,6 +1,6 @@
 """Tables and the picture of what a pretrained model gains by the loss, from benchmarks/results/reading.
 
-python benchmarks/summarise_reading.py [--plot docs/images/reading.png]
+python benchmarks/summarise_reading.py [--plot docs/images/reading.png] [--plot-stream docs/images/reading-stream.png]
 """
 
 import argparse
@@ -120,13 +120,26 @@ def rival(r: dict[str, Any]) -> list[str]:
     return [s["method"], s["optimizer"], f"{float(s['lr']):g}", str(s["chunk_size"])]
 
 
+def streams_of(r: dict[str, Any]) -> dict[str, list[list[float]]]:
+    """The gains of a stream's record by domain, document and stretch; domains read together are rows of one batch."""
+    found: dict[str, list[list[float]]] = {}
+    for names, d in r["domains"].items():
+        rows, shared = d["gain_by_stretch"], names.split(" and ")
+        each = len(rows) // len(shared)
+        found |= {name: rows[i * each : (i + 1) * each] for i, name in enumerate(shared)}
+    return found
+
+
 def stretches(r: dict[str, Any]) -> list[tuple[list[str], list[str]]]:
-    """Cells of each domain of a stream."""
-    return [
-        ([name, str(len(d["gain_by_document"]))],
-         [f"{d['gain']:.3f}", f"{d['gain_last_quarter']:.3f}", f"{d['worst_stretch']:+.3f}"])
-        for name, d in r["domains"].items()
-    ]  # fmt: skip
+    """Cells of each domain of a stream: means over its stretches, and the worst stretch that begins at any token."""
+    worst = [x for d in r["domains"].values() for x in d["worst_stretch_by_document"]]
+    cells = []
+    for name, rows in streams_of(r).items():
+        own, worst = worst[: len(rows)], worst[len(rows) :]
+        mean = lambda part: sum(map(sum, part)) / sum(map(len, part))  # noqa: E731
+        last = mean([row[3 * len(row) // 4 :] for row in rows])
+        cells.append(([name, str(len(rows))], [f"{mean(rows):.3f}", f"{last:.3f}", f"{max(own):+.3f}"]))
+    return cells
 
 
 def cost(r: dict[str, Any]) -> list[str]:
@@ -195,14 +208,36 @@ def draw(path: Path) -> None:
     save(figure, path)
 
 
+def draw_stream(path: Path) -> None:
+    """The gain of the long stream by 5,000 tokens."""
+    from matplotlib.ticker import EngFormatter
+
+    from inplace_ttt.plots import save, styled
+
+    figure, panels = styled(8.0, 2.9, 1, 1)
+    record = json.loads((RESULTS / "smollm2-stream-auto.json").read_text())
+    for colour, (name, rows) in zip(("C0", "C1"), streams_of(record).items(), strict=True):
+        panels[0][0].plot([5000 * (i + 0.5) for i in range(len(rows[0]))], rows[0], color=colour, lw=1.2, label=name)
+    panels[0][0].axhline(0, color="0.4", lw=0.8)
+    panels[0][0].set_title("what updates gain in each 5,000 tokens, n = 1 stream each", loc="left", fontsize=10)
+    panels[0][0].set_xlabel("position in the stream (tokens)", fontsize=8.5)
+    panels[0][0].set_ylabel("nats per token", fontsize=8.5)
+    panels[0][0].xaxis.set_major_formatter(EngFormatter(sep=""))
+    panels[0][0].legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plot", type=Path, default=None)
+    parser.add_argument("--plot-stream", type=Path, default=None)
     arguments = parser.parse_args()
     for name, table in tables(records()).items():
         print(f"{name}:\n\n{table}\n")
     if arguments.plot:
         draw(arguments.plot)
+    if arguments.plot_stream:
+        draw_stream(arguments.plot_stream)
 
 
 if __name__ == "__main__":
