@@ -3,7 +3,7 @@
     python benchmarks/measure_trained.py MODEL '{books: [FILE], tokens: 8192, ruler: out/ruler.jsonl}'
 
 Books and modules of Python's standard library (as `reading_by_loss.py` reads them), updates on and off: losses by
-document, by position and after the first write; sizes of the fast weights at the end of a text; needles, multi-query
+document, by position and after the first write; the text's own gain, after another text of its kind; sizes of the fast weights at the end of a text; needles, multi-query
 associative recall and RULER's tasks whose texts `ruler_texts.py` wrote. A model without fast weights is read once, as
 "on"; with ``reading`` it is also read with the loss as objective, by the library's own settings. All in float32 (on a
 GPU its products in TF32).
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from reading_by_loss import STRETCH, read, rows, stretches, texts
+from reading_by_loss import STRETCH, own_gain, read, rows, stretches, texts
 from rich.console import Console
 from ruler_texts import score
 from transformers import AutoTokenizer
@@ -138,7 +138,7 @@ def losses(model: Any, ids: torch.Tensor) -> dict[str, Any]:
         "worst_stretch": float(stretches(-gap).max()), "stretch": min(STRETCH, gap.shape[1]),
         "sizes": sizes(model, cache),
     }  # fmt: skip
-    return found
+    return found | (own_gain(model, ids, cache) if len(ids) > 1 and not ids.shape[1] % chunk else {})
 
 
 def sizes(model: Any, cache: Any) -> list[dict[str, Any]]:

@@ -201,6 +201,7 @@ def stopped(model: Any, state: dict[int, Any], tokens: int) -> Iterator[dict[int
         raise UserError(f"--tokens {tokens}: take a multiple of the chunk size, {runtime.config.chunk_size}")
     kept = {i: fast.fork() for i, fast in state.items()}
     for fast in kept.values():
+        fast.z, fast.u, fast.history, fast.kept = None, None, {}, (0,) * fast.rows
         fast.chunk_size = tokens
     with runtime.override(config=replace(runtime.config, chunk_size=tokens)):
         yield kept

@@ -3,9 +3,11 @@
     python benchmarks/summarise_runs.py benchmarks/results/smollm2 [--plot docs/images/smollm2.png]
     python benchmarks/summarise_runs.py benchmarks/results/replica --control window
 
-Reads DIRECTORY/NAME/run.json as runs.py writes them. By domain: *on* and *off*, losses with and without updates; *own
-gain*, off - on; *below control*, the loss of the control of the same base, budget and seed less this one's with updates
-(``--control``: its name, without the seed; left out: whatever is named ``control-...``). Intervals: 95%, paired, over
+Reads DIRECTORY/NAME/run.json as runs.py writes them. By domain: *on* and *off*, losses with and without updates;
+*gain*, off - on; *own*, the part of it that is the text's own: after another text was read, learning over learning
+stopped; *below control*, the loss of the control of the same base, budget, seed and trained weights less this one's
+with updates (``--control``: its name, without the seed; left out: whatever is named ``control-...``). An adapter on a
+frozen base is its own control: with updates off it is the base. Intervals: 95%, paired, over
 documents. *sizes*: ||eta S z|| / ||W0 z|| at the end of a text, the largest of all layers; *cosine*: of v and -dL/do,
 when last logged. Where runs have seeds a second table has their means, and the lowest and highest.
 """
@@ -43,11 +45,12 @@ def is_control(record: Record, control: str) -> bool:
 
 
 def control_of(record: Record, records: Sequence[Record], control: str) -> Record | None:
-    """The control on the same rows: of the same base, budget and seed."""
+    """The control on the same rows: of the same base, budget, seed and trained weights."""
 
     def same(r: Record) -> tuple[Any, ...]:
         recipe = r["recipe_as_run"]
-        return recipe["model"].get("base"), r["tokens_seen"], recipe.get("seed"), r["data"]["train"]
+        trained = recipe.get("trainable", "all")
+        return recipe["model"].get("base"), r["tokens_seen"], recipe.get("seed"), trained, r["data"]["train"]
 
     fitting = [r for r in records if is_control(r, control) and not r["failed"] and same(r) == same(record)]
     return fitting[0] if fitting else None
@@ -63,7 +66,7 @@ def cell(mean: Mean | None) -> str:
     return "" if mean is None else f"{mean.value:+.3f} ({mean.low:+.3f} to {mean.high:+.3f})"
 
 
-def own(record: Record, domain: str) -> Mean | None:
+def gain(record: Record, domain: str) -> Mean | None:
     row = record["evaluation"]["losses"][domain]
     return gap(row["off_by_document"], row["on_by_document"]) if "off" in row else None
 
@@ -99,7 +102,7 @@ def scores(record: Record, what: str, label: str) -> float | None:
 
 def table(records: Sequence[Record], control: str = CONTROL) -> str:
     """Markdown: a row for each run, and a line for each that failed."""
-    names = ["variant", *(f"{d} {n}" for d in DOMAINS for n in ("on", "off", "own gain", "below control"))]
+    names = ["variant", *(f"{d} {n}" for d in DOMAINS for n in ("on", "off", "gain", "own", "below control"))]
     names += ["sizes", "cosine", "needle on / off", "recall on / off", "RULER on / off", "tokens/s"]
     lines = [f"| {' | '.join(names)} |", f"| {' | '.join(['---'] * len(names))} |"]
     number = lambda x, form: "" if x is None else format(x, form)  # noqa: E731
@@ -110,10 +113,11 @@ def table(records: Sequence[Record], control: str = CONTROL) -> str:
         for domain in DOMAINS:
             found = record["evaluation"]["losses"].get(domain)
             if found is None:
-                row += [""] * 4
+                row += [""] * 5
                 continue
             off = f"{found['off']:.4f}" if "off" in found else ""
-            row += [f"{found['on']:.4f}", off, cell(own(record, domain)), cell(below(record, beside, domain))]
+            row += [f"{found['on']:.4f}", off, cell(gain(record, domain)), number(found.get("own_gain"), "+.3f")]
+            row.append(cell(below(record, beside, domain)))
         cosine = cosines(record)
         row += [number(size(record), ".3f"), number(cosine[-1][1] if cosine else None, ".3f")]
         for what in ("needle", "recall", "ruler"):
@@ -130,7 +134,7 @@ def over_seeds(records: Sequence[Record], control: str) -> str:
     for record in records:
         if not record["failed"]:
             groups.setdefault(family(record), []).append(record)
-    names = ["variant", "seeds", *(f"{d} {n}" for d in DOMAINS for n in ("on", "own gain", "below control"))]
+    names = ["variant", "seeds", *(f"{d} {n}" for d in DOMAINS for n in ("on", "gain", "below control"))]
     lines = [f"| {' | '.join(names)} |", f"| {' | '.join(['---'] * len(names))} |"]
     for name, members in groups.items():
         row = [name, str(len(members))]
@@ -151,7 +155,7 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 def draw(records: Sequence[Record], path: Path, control: str = CONTROL) -> None:
-    """Gain by variant, own and against the control, and the cosine over training."""
+    """Gain by variant, by reading and against the control, and the cosine over training."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -160,7 +164,7 @@ def draw(records: Sequence[Record], path: Path, control: str = CONTROL) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3)
     for axis, title, of in (
-        (axes[0], "own gain: off - on", lambda r, d: own(r, d)),
+        (axes[0], "gain: off - on", lambda r, d: gain(r, d)),
         (axes[1], "below the control: control - on", lambda r, d: below(r, control_of(r, records, control), d)),
     ):
         for i, domain in enumerate(DOMAINS):

@@ -1,6 +1,7 @@
 """Many runs from one table: what a record holds, what a failure leaves, what is run again, when the queue ends."""
 
 import argparse
+import copy
 import json
 import lzma
 import random
@@ -10,18 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from locations import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import measure_trained
+import reading_by_loss
 import runs
 import summarise_runs
 from session.models import tiny, tokenizer
 
 import inplace_ttt as ittt
 from inplace_ttt.errors import UserError
+from inplace_ttt.hf.attach import runtime_of
 
 WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "tu", "re") for b in ("ne", "so", "fi", "ba")]
 
@@ -373,3 +377,35 @@ def test_mistakes_are_told_in_a_line_before_anything_runs(
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"evaluation\.token: no such setting"):
         measure_trained.measure_trained(tmp_path, {"token": 5}, print)
+
+
+@pytest.mark.parametrize("objective", ["next_token", "loss"])
+def test_own_gain_is_over_the_weights_that_another_text_left(
+    objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped, a row is read as by a plain model whose weights are W0 + lr S of the row before it."""
+    monkeypatch.setattr(reading_by_loss, "PIECE", 20)
+    settings: Any = {"update_size": 0.05} if objective == "loss" else {"target": "hidden_states"}
+    model = tiny("llama", chunk_size=8, objective=objective, **settings).double()
+    for site in runtime_of(model).sites:
+        if objective == "next_token":
+            torch.nn.init.normal_(site.mlp.ttt_proj.weight, std=0.5)
+    ids = torch.randint(1, 200, (3, 64), generator=torch.Generator().manual_seed(0))
+    _, cache = reading_by_loss.read(model, ids)
+    states = {i: fast.S for i, fast in ittt.fast_weights(cache).items()}
+    found = reading_by_loss.own_gain(model, ids, cache)
+    wanted = []
+    for row in range(3):
+        plain = copy.deepcopy(model)
+        lr = runtime_of(plain).config.lr
+        for site in runtime_of(plain).sites:
+            site.projection().weight.data += lr * states[site.index][row - 1]
+        with ittt.updates_off(plain):
+            wanted.append(float(reading_by_loss.read(plain, ids[row : row + 1])[0].mean()))
+    assert found["after_another_stopped"] == pytest.approx(sum(wanted) / 3, abs=1e-6)
+    assert found["own_gain"] == pytest.approx(found["after_another_stopped"] - found["after_another"], abs=1e-6)
+    assert abs(found["own_gain"]) > 1e-4
+    assert runtime_of(model).config.chunk_size == 8
+    if objective != "loss":
+        with pytest.raises(UserError, match="multiple of the chunk size, 8"):
+            reading_by_loss.own_gain(model, ids[:, :60], cache)
