@@ -83,6 +83,17 @@ def test_part_of_a_longer_name_is_in_sight(read):
     assert everything(read(f"other {filler}TarInfo then"), WINDOW).count == 0
 
 
+def test_part_of_a_longer_name_was_not_the_name(read):
+    """A name that only longer words held before has not been seen; its last own place counts, not a longer word's."""
+    filler = "it of a " * 9
+    for longer in ("xTarInfo", "TarInfoList", "_TarInfo", "TarInfo2", "2TarInfo"):
+        assert everything(read(f"{longer} {filler}TarInfo then"), WINDOW).count == 0, longer
+    text = f"TarInfo {filler}xTarInfo TarInfoList {filler}TarInfo then"
+    tokens = read(text)
+    (place,) = everything(tokens, WINDOW).places
+    assert place.position - place.ago == 0
+
+
 def test_capital_of_a_sentence_makes_no_name(read):
     filler = "it of a " * 9
     for before, count in (("to ", 1), ("then, ", 1), ("then\n", 1), ("end. ", 0), ("(", 0), ('"', 0)):

@@ -314,11 +314,8 @@ def test_checkpointing_in_segments_changes_no_gradient(case, monkeypatch, generi
     compare(results[1], results[0], [z, u, W0, *target.parameters()])
 
 
-@pytest.mark.parametrize("case", ["one key", "pairs"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize(("name", "options"), [("sum", {"update_size": 0.01}), ("adaptive", {})])
-def test_a_sized_write_of_rounding_errors_alone_writes_nothing(name, options, dtype, case):
-    """Values of one key that cancel, or pairs of opposite values; another row of the call writes as ever."""
+def cancelling(dtype, case):
+    """v, z of two rows and W0: in the first row values of one key that cancel, or pairs of opposite values."""
     torch.manual_seed(0)
     n, half = 16, 8
     v, z, W0 = (torch.randn(*shape, dtype=dtype) for shape in ((2, n, D), (2, n, F), (D, F)))
@@ -327,6 +324,32 @@ def test_a_sized_write_of_rounding_errors_alone_writes_nothing(name, options, dt
     else:
         v, z = v - v.mean(1, keepdim=True), z[:, :1].repeat(1, n, 1)
     v[1], z[1] = torch.randn(n, D), torch.randn(n, F)
+    return v, z, W0
+
+
+@pytest.mark.parametrize("case", ["one key", "pairs"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_muon_writes_no_rounding_errors(dtype, case):
+    """Another row of the call writes as it does alone; gradients are finite."""
+    v, z, _ = cancelling(dtype, case)
+    v.requires_grad_()
+    z.requires_grad_()
+    rule = make_rule("muon", {}, {"lr": 0.1})
+    written = rule.write(z, v, None)
+    size = torch.linalg.matrix_norm(written, 2)
+    assert size[0] == 0
+    assert 0.5 < size[1] < 1.5
+    torch.testing.assert_close(written[1:], rule.write(z[1:], v[1:], None))
+    assert all(g.isfinite().all() and g[1].any() for g in torch.autograd.grad(written.square().sum(), (v, z)))
+
+
+@pytest.mark.parametrize("case", ["one key", "pairs"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("name", "options"), [("sum", {"update_size": 0.01}), ("adaptive", {})])
+def test_a_sized_write_of_rounding_errors_alone_writes_nothing(name, options, dtype, case):
+    """Another row of the call writes as ever."""
+    v, z, W0 = cancelling(dtype, case)
+    n = v.shape[1]
     rule = make_rule(name, options, {"lr": 0.1})
     state = rule.init(2, D, F, W0)
     state = rule.update(state, z, v, W0)

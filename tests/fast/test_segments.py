@@ -11,6 +11,16 @@ from inplace_ttt.fast.ranks import Slices, SliceTable
 D, F, C = 6, 10, 4
 
 
+@pytest.fixture(autouse=True)
+def nan_in_unset_memory(monkeypatch):
+    """Elements that nobody writes are NaN, so that no result can depend on them unseen."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    assert torch.ones(1).new_empty(2).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def documents(kind, B, T, seed):
     g = torch.Generator().manual_seed(seed)
     if kind == "none":

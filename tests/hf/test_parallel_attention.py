@@ -9,7 +9,7 @@ from torch import Tensor
 
 from inplace_ttt.fast.ranks import Slices
 from inplace_ttt.hf import parallel_attention
-from inplace_ttt.hf.parallel_attention import RowSlices, attend, working_ways
+from inplace_ttt.hf.parallel_attention import RowSlices, attend, best_way, working_ways
 
 T = 48
 
@@ -79,6 +79,19 @@ def test_a_cpu_goes_by_blocks_where_it_can() -> None:
     ways = working_ways("cpu", 4, 2, 16)
     assert {way for (_, simple), way in ways.items() if simple} == {"blocks"}
     assert not any(not simple for _, simple in ways)
+
+
+@pytest.mark.parametrize("simple", [True, False])
+def test_a_method_is_chosen_when_it_agrees_with_the_dense_mask(simple: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = {True: "blocks", False: "varlen"}[simple]
+    monkeypatch.setattr(parallel_attention, "_varlen", _kernel)
+    assert best_way("cpu", torch.bfloat16, 4, 2, 16, simple) == right
+    wrong = lambda *tensors: _kernel(*tensors[:-1], tensors[-1] and tensors[-1] + 1)  # noqa: E731
+    monkeypatch.setattr(parallel_attention, "_varlen", wrong)
+    assert best_way("cpu", torch.bfloat16, 4, 2, 16, simple) == ("blocks" if simple else "mask")
+    monkeypatch.undo()
+    monkeypatch.setattr(parallel_attention, "attend_in_blocks", lambda query, *_: query.transpose(1, 2))
+    assert best_way("cpu", torch.bfloat16, 4, 2, 16, simple) == "mask", "no varlen on the CPU"
 
 
 @pytest.mark.gpu

@@ -389,12 +389,28 @@ def test_stopped_in_order(start):
         lines = response.iter_lines()
         next(lines)
         server.server.handle_exit(signal.SIGTERM, None)
-        assert [line for line in lines if line][-1] == "data: [DONE]"
+        *_, last, done = [line for line in lines if line]
+        assert done == "data: [DONE]"
+        assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
     server.thread.join(60)
     assert not server.server._captured_signals
     record = server.engine.store.record(server.engine.store.key("local", "book"))
     assert record.entries == []
     assert record.version > 1
+
+
+def test_an_answer_that_is_cut_off_is_cancelled_on_its_own_route(start):
+    """What OpenAI's routes call "length", since their clients know no other word for an answer that is not complete."""
+    server = start(limits={"grace": 0.3})
+    server.http().post("/v1/sessions", json={"id": "book"})
+    body = {"question": "x", "max_tokens": 4000, "stream": True, "temperature": 1.5}
+    with server.http().stream("POST", "/v1/sessions/book/ask", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.server.handle_exit(signal.SIGTERM, None)
+        *_, last, done = [line for line in lines if line]
+    assert done == "data: [DONE]"
+    assert json.loads(last.removeprefix("data: "))["done"]["finish_reason"] == "cancelled"
 
 
 @pytest.mark.parametrize(

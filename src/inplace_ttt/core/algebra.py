@@ -56,12 +56,13 @@ def norm_of(left_BND: Tensor, right_BNF: Tensor) -> Tensor:
     return squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()
 
 
-def size_of(v_BCD: Tensor, z_BCF: Tensor) -> Tensor:
+def size_of(v_BCD: Tensor, z_BCF: Tensor, norm_B: Tensor | None = None) -> Tensor:
     """Return ``norm_of``, infinite where the sum cancels down to rounding errors, which then scale to nothing.
 
-    Those of the squared norm itself, and of values and keys that were rounded to their dtype.
+    Those of the squared norm itself, and of values and keys that were rounded to their dtype. ``norm``: the sum's norm,
+    where it is known.
     """
-    norm = norm_of(v_BCD, z_BCF)
+    norm = norm_of(v_BCD, z_BCF) if norm_B is None else norm_B
     v, z = v_BCD.to(norm.dtype), z_BCF.to(norm.dtype)
     terms = (v.square().sum(-1) * z.square().sum(-1)).sum(1)
     errors = max(torch.finfo(norm.dtype).eps, 16 * torch.finfo(z_BCF.dtype).eps ** 2)

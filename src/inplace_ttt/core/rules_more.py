@@ -63,7 +63,7 @@ class Muon(Rule):
 
     def write(self, z: Tensor, v: Tensor, W0: Tensor | None) -> Tensor:
         X: Tensor = outer(v.to(z.dtype), z)
-        X = X / (torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True) + 1e-7)
+        X = X / (size_of(v, z, torch.linalg.vector_norm(X, dim=(1, 2)))[:, None, None] + 1e-7)
         for _ in range(5):
             A = X @ X.mT
             X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X

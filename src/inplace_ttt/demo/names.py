@@ -17,7 +17,7 @@ LIKELY = 0.01
 SHORTEST = 4
 _CONTEXT = 48
 _PYTHON = {*keyword.kwlist, *dir(builtins)}
-_WORD = re.compile(r"[^\W\d]\w*")
+_WORD = re.compile(r"\b[^\W\d]\w*")
 
 
 @dataclass(frozen=True)
@@ -80,18 +80,20 @@ def returning_names(tokens: Tokens, on: np.ndarray, off: np.ndarray, window: int
 def _places(tokens: Tokens, on: np.ndarray, off: np.ndarray, window: int) -> Iterator[Place]:
     text, ends = tokens.text, [end for _, end in tokens.spans]
     words = {match[0] for match in _WORD.finditer(text)}
+    seen: dict[str, int] = {}  # where each word last began
     for match in _WORD.finditer(text, 0, ends[-1]):
         name = match[0]
+        before, seen[name] = seen.get(name), match.start()
         if not is_name(name, words) or (name.istitle() and not _inside_sentence(text, match.start())):
             continue
         first, last = bisect_right(ends, match.start()), bisect_left(ends, match.end())
         if first == 0 or ends[last] != match.end():
             continue  # nothing comes before it, or its last token is part of what follows
-        before = text.rfind(name, 0, match.start())
-        if before < 0:
+        if before is None:
             continue
-        # The query that predicts token ``first`` sees the tokens from ``first - window`` on.
-        if bisect_left(ends, before + len(name)) >= first - window:
+        # The query that predicts token ``first`` sees the tokens from ``first - window`` on. There a longer word that
+        # the name is part of spells it, too.
+        if bisect_left(ends, text.rfind(name, 0, match.start()) + len(name)) >= first - window:
             continue
         log_on, log_off = (-float(losses[first - 1 : last].sum()) for losses in (on, off))
         yield Place(

@@ -10,7 +10,7 @@ Shapes: B rows, H heads, G of keys and values, k pieces of t tokens, T of a whol
 
 import logging
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -120,18 +120,13 @@ def gather_attention(
     call: RowSlices | None = rest.get(CALL)
     if call is None:
         raise NotImplementedError("this attention needs a context-parallel call: call the whole model")
-    for name, given in (("dropout", dropout), *((n, rest.get(n)) for n in ("softcap", "s_aux", "position_bias"))):
-        if isinstance(given, Tensor) or given:
-            raise NotImplementedError(f"attention over slices has no {name}")
+    refuse("attention over slices has no {}", dropout=dropout, **rest)
     call.attended += 1
-    slices, groups = call.slices, query.shape[1] // key.shape[1]
-    device, dtype = query.device, value.dtype
-    if torch.is_autocast_enabled(device.type):  # rotary embeddings come back in float32
-        dtype = torch.get_autocast_dtype(device.type)
+    slices, dtype = call.slices, dtype_of(query.device, value.dtype)
     query, pair = query.to(dtype), torch.stack([key.to(dtype), value.to(dtype)])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if call.native:
-        keys, values = (x.repeat_interleave(groups, 1) for x in pair)
+        keys, values = (repeated(x, query.shape[1]) for x in pair)
         # By the name that torch's ``context_parallel`` replaces while it is on.
         native = nn.functional.scaled_dot_product_attention
         return native(query.contiguous(), keys, values, is_causal=True, scale=scale).transpose(1, 2), None
@@ -145,6 +140,32 @@ AttentionInterface.register(GATHER, gather_attention)
 AttentionMaskInterface.register(GATHER, no_mask)
 
 
+def refuse(message: str, **options: Any) -> None:
+    """Raise NotImplementedError for options that flash attention lacks, by name: attention with one is another one."""
+    for name in ("dropout", "softcap", "s_aux", "position_bias"):
+        if isinstance(options.get(name), Tensor) or options.get(name):
+            raise NotImplementedError(message.format(name))
+
+
+def dtype_of(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that attention to values of ``dtype`` runs in: autocast's (it leaves queries in float32)."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+
+
+def repeated(x_BGTd: Tensor, heads: int) -> Tensor:
+    """Return keys or values for each query head: the flag for grouped heads is not in every supported PyTorch."""
+    groups = heads // x_BGTd.shape[1]
+    return x_BGTd if groups == 1 else x_BGTd.repeat_interleave(groups, 1)
+
+
+def varlen(*tensors: Any, **settings: Any) -> Tensor:
+    """Call `torch.nn.attention.varlen.varlen_attn`, which not every supported PyTorch has."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    out: Any = varlen_attn(*tensors, **settings)
+    return out  # type: ignore[no-any-return]
+
+
 def attend(
     call: RowSlices, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None, way: str
 ) -> Tensor:
@@ -152,9 +173,7 @@ def attend(
     own = call.slices.of(call.slices.rank)
     if way == "blocks":
         return attend_in_blocks(query, keys, values, own, scale)
-    groups = query.shape[1] // keys.shape[1]
-    if groups > 1:
-        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+    keys, values = (repeated(x, query.shape[1]) for x in (keys, values))
     attend_piece = {"varlen": _by_documents, "mask": _by_mask}[way]
     outs = [
         attend_piece(call, piece, q, keys, values, scale, window)
@@ -192,24 +211,11 @@ def _by_mask(
     return out.transpose(1, 2)
 
 
-def _varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_bounds: Tensor,
-    k_bounds: Tensor,
-    most_q: int,
-    most_k: int,
-    scale: float,
-    window: Any,
-) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, *lengths_scale_window: Any) -> Tensor:
     """Run varlen attention: q [t, H, d], k and v [n, H, d], contiguous documents, causal and aligned at their ends."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    left = -1 if window is None else window - 1
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    out: Any = varlen_attn(q, k, v, q_bounds, k_bounds, most_q, most_k, scale=scale, window_size=(left, 0))
-    return out  # type: ignore[no-any-return]
+    *lengths, scale, window = lengths_scale_window  # bounds of queries and of keys, the longest of both
+    tensors, left = (x.contiguous() for x in (q, k, v)), -1 if window is None else window - 1
+    return varlen(*tensors, *lengths, scale=scale, window_size=(left, 0))
 
 
 @lru_cache(maxsize=64)
@@ -227,42 +233,43 @@ def working_ways(device: str, heads: int, key_heads: int, width: int) -> dict[tu
 
 
 def best_way(device: str, dtype: torch.dtype, heads: int, key_heads: int, width: int, simple: bool) -> str:
-    """Return the first method that agrees with the dense mask on a small row of documents, forward and backward."""
+    """Return the first method that agrees with the dense mask for head-tail slices of a small row on two ranks."""
+    T, window = 256, None if simple else 48
+    documents = None if simple else (torch.arange(T) >= 100).long()[None]
+
+    def run(way: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        calls = [RowSlices(Slices(2, rank), None, 1, T, documents) for rank in range(2)]
+        outs = [attend(call, call.slices.cut(q, 2), k, v, width**-0.5, window, way) for call in calls]
+        return calls[0].slices.join(outs)
+
     for way in ("blocks", "varlen") if simple else ("varlen",):
-        try:
-            if agrees(way, torch.device(device), dtype, heads, key_heads, width, simple):
-                return way
-            logger.warning("attention over slices: %s is not right here", way)
-        except (RuntimeError, NotImplementedError, ImportError, TypeError) as error:
-            logger.warning("attention over slices: %s does not work here (%s)", way, error)
+        shapes = [(1, count, T, width) for count in (heads, key_heads, key_heads)]
+        found = fault(partial(run, way), partial(run, "mask"), shapes, torch.device(device), dtype)
+        if found is None:
+            return way
+        logger.warning("attention over slices: %s %s", way, found)
     logger.warning("attention over slices: no fast kernel works here; a dense mask is used (slow, much memory)")
     return "mask"
 
 
-def agrees(
-    way: str, device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int, simple: bool
-) -> bool:
-    """Tell if a method gives the results of the dense mask for head-tail slices on two ranks, gradients included."""
-    T = 256
-    documents = None if simple else (torch.arange(T) >= 100).long()[None]
-    window = None if simple else 48
-    generator = torch.Generator(device).manual_seed(0)
-    q, k, v = (
-        torch.randn(1, h, T, width, generator=generator, device=device, dtype=dtype).requires_grad_()
-        for h in (heads, key_heads, key_heads)
-    )
+def fault(
+    attention: Callable[..., Tensor], reference: Callable[..., Tensor], shapes: Any, device: torch.device, dtype: Any
+) -> str | None:
+    """Say what is wrong with an attention, gradients included; None: it agrees with ``reference``.
 
-    def run(way: str) -> list[Tensor]:
-        outs = []
-        for rank in range(2):
-            slices = Slices(2, rank)
-            call = RowSlices(slices, None, 1, T, documents)
-            outs.append(attend(call, slices.cut(q, 2), k, v, width**-0.5, window, way))
-        out = Slices(2, 0).join(outs)
-        return [out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))]
+    ``shapes``: of random queries, keys and values.
+    """
+    options: Any = {"generator": torch.Generator(device).manual_seed(0), "device": device, "dtype": dtype}
+    inputs = [torch.randn(shape, **options).requires_grad_() for shape in shapes]
 
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        return all(
-            torch.allclose(a.float(), b.float(), atol=0.05, rtol=0.05)
-            for a, b in zip(run(way), run("mask"), strict=True)
-        )
+    def run(attend: Callable[..., Tensor]) -> list[Tensor]:
+        out = attend(*inputs)
+        return [out, *torch.autograd.grad(out.float().square().sum(), inputs)]
+
+    try:
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            pairs = zip(run(attention), run(reference), strict=True)
+            agrees = all(torch.allclose(a.float(), b.float(), atol=0.05, rtol=0.05) for a, b in pairs)
+    except (RuntimeError, NotImplementedError, ImportError, TypeError) as error:
+        return f"does not work here ({error})"
+    return None if agrees else "is not right here"

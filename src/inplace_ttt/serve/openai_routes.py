@@ -191,7 +191,8 @@ def _entry(token: str, logprob: float) -> dict[str, Any]:
 
 
 def _reason(reason: str) -> str:
-    return "stop" if reason == "cancelled" else reason
+    """Return a Finish's reason in OpenAI's words: of "cancelled" clients must learn that the answer is not complete."""
+    return "length" if reason == "cancelled" else reason
 
 
 def _model(service: Service) -> dict[str, Any]:

@@ -17,6 +17,10 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flex_attention_mask, sdpa_mask
 
+from inplace_ttt.fast.ranks import Slices
+from inplace_ttt.hf.parallel_attention import RowSlices, attend, dtype_of, fault, refuse, repeated
+from inplace_ttt.hf.parallel_attention import varlen as _varlen
+
 VARLEN = "inplace_ttt_varlen"
 FLEX = "inplace_ttt_flex"
 
@@ -41,27 +45,18 @@ def choose_attention(wanted: str, device: torch.device) -> str:
 
 def varlen_works(device: torch.device) -> bool:
     """Tell whether ``varlen`` agrees with the dense mask here, on a small packed row, forward and backward."""
-    positions = torch.cat([torch.arange(50), torch.arange(46)]).to(device).expand(2, -1)
-    generator = torch.Generator(device)
+    shape, window = (2, 2, 96, 64), 16
+    documents = (torch.arange(96) >= 50).long().expand(2, -1)
+    positions = (torch.arange(96) - 50 * documents).to(device)
+    row = RowSlices(Slices(1, 0), None, 2, 96, documents)
 
-    def gradients(reference: bool) -> list[Tensor]:
-        generator.manual_seed(0)
-        q, k, v = (
-            torch.randn(2, 2, 96, 64, generator=generator, device=device, dtype=torch.bfloat16).requires_grad_()
-            for _ in range(3)
-        )
-        if reference:
-            mask = _dense_mask(positions, 16)
-            out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-        else:
-            out = varlen_attention(nn.Identity(), q, k, v, None, sliding_window=16, position_ids=positions)[0]
-        return [out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))]
+    def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return varlen_attention(nn.Identity(), q, k, v, None, sliding_window=window, position_ids=positions)[0]
 
-    try:
-        pairs = zip(gradients(False), gradients(True), strict=True)
-        return all(torch.allclose(a.float(), b.float(), atol=0.05, rtol=0.05) for a, b in pairs)
-    except (RuntimeError, NotImplementedError, ImportError, TypeError):
-        return False
+    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(row, q, k, v, shape[-1] ** -0.5, window, "mask")
+
+    return fault(packed, masked, [shape] * 3, device, torch.bfloat16) is None
 
 
 def varlen_mask(
@@ -97,9 +92,7 @@ def varlen_attention(
     dtype = _half(query.device, value.dtype)
     if attention_mask is not None or dtype is None or key.shape[2] != T:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **rest)
-    for name in ("dropout", "softcap", "s_aux", "position_bias"):
-        if isinstance(rest.get(name), Tensor) or rest.get(name):
-            raise NotImplementedError(f"varlen attention has no {name}: choose attn_implementation: flex_attention")
+    refuse("varlen attention has no {}: choose attn_implementation: flex_attention", **rest)
     is_compiling = torch.compiler.is_compiling()
     if position_ids is not None and is_compiling:
         bounds = _bounds_in_graph(position_ids, B, T)
@@ -111,9 +104,7 @@ def varlen_attention(
         # Whole rows: PyTorch's kernel for them is about twice as fast on Hopper.
         query, key, value = (x.to(dtype) for x in (query, key, value))
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **rest)
-    if key.shape[1] != H:  # the flag for grouped heads is not in every supported version
-        key, value = (x.repeat_interleave(H // x.shape[1], 1) for x in (key, value))
-    flat = [x.to(dtype).transpose(1, 2).reshape(B * T, H, d) for x in (query, key, value)]
+    flat = [repeated(x.to(dtype), H).transpose(1, 2).reshape(B * T, H, d) for x in (query, key, value)]
     left = -1 if sliding_window is None else sliding_window - 1
     # T bounds the longest document without a device synchronisation.
     out = _varlen(*flat, bounds, bounds, T, T, scale=scaling, window_size=(left, 0))
@@ -167,24 +158,7 @@ def _(position_ids: Tensor, rows: int, tokens: int) -> Tensor:
 _last_bounds: dict[str, tuple[Any, int, int, Tensor]] = {}
 
 
-def _varlen(*tensors: Any, **settings: Any) -> Tensor:
-    from torch.nn.attention import varlen
-
-    out = varlen.varlen_attn(*tensors, **settings)
-    assert isinstance(out, Tensor)
-    return out
-
-
 def _half(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
     """Return the half-precision type that attention runs in, None for float32."""
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
+    dtype = dtype_of(device, dtype)
     return dtype if dtype in (torch.bfloat16, torch.float16) else None
-
-
-def _dense_mask(positions: Tensor, window: int) -> Tensor:
-    """Make bool [B, 1, T, T]: same document, not later, at most ``window - 1`` back."""
-    document = (positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1).cumsum(-1)
-    t = torch.arange(positions.shape[1], device=positions.device)
-    back = t[:, None] - t[None, :]
-    return ((document[:, :, None] == document[:, None, :]) & (back >= 0) & (back < window))[:, None]
