@@ -3,10 +3,10 @@
     python benchmarks/measure_trained.py MODEL '{books: [FILE], tokens: 8192, ruler: out/ruler.jsonl}'
 
 Books and modules of Python's standard library (as `reading_by_loss.py` reads them), updates on and off: losses by
-document, by position and after the first write; the text's own gain, after another text of its kind; sizes of the fast weights at the end of a text; needles, multi-query
-associative recall and RULER's tasks whose texts `ruler_texts.py` wrote. A model without fast weights is read once, as
-"on"; with ``reading`` it is also read with the loss as objective, by the library's own settings. All in float32 (on a
-GPU its products in TF32).
+document, by position and after the first write; the text's own gain, after another text of its kind; sizes of the fast
+weights at the end of a text; needles, multi-query associative recall and RULER's tasks whose texts `ruler_texts.py`
+wrote. A model without fast weights is read once, as "on"; with ``reading`` it is also read with the loss as objective,
+by the library's own settings. All in float32 (on a GPU its products in TF32).
 """
 
 import json
