@@ -207,12 +207,13 @@ def stopped(model: Any, state: dict[int, Any], tokens: int) -> Iterator[dict[int
         yield kept
 
 
-def settings_of(job: dict[str, Any]) -> dict[str, Any]:
-    """A job with the defaults that it leaves out."""
+def settings_of(job: dict[str, Any], model: Any = None) -> dict[str, Any]:
+    """A job with the defaults that it leaves out; what an attached ``model`` reads with."""
     given = {k: v for k, v in job.items() if k not in ("name", "own", "other", "method")}
-    config = ittt.InPlaceTTTConfig(**{"objective": "loss", **given})
+    config = runtime_of(model).config if model else ittt.InPlaceTTTConfig(**{"objective": "loss", **given})
     kept = ("layers", "chunk_size", "update_size", "decay", "rule", "lr")
-    return {name: getattr(config, name) for name in kept} | job
+    own = {"objective": config.objective} if model else {}
+    return {name: getattr(config, name) for name in kept} | job | own
 
 
 def measure(
@@ -308,7 +309,7 @@ def main() -> None:
             continue
         record = {
             "name": job["name"], "model": arguments.name, "window": arguments.window, "tokens": arguments.tokens,
-            "weights": arguments.weights, "settings": settings_of(job), "domains": found, **about(),
+            "weights": arguments.weights, "settings": settings_of(job, model), "domains": found, **about(),
         }  # fmt: skip
         write_json(arguments.out / f"{arguments.run}-{job['name']}.json", record)
         for domain, row in found.items():
