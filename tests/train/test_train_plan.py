@@ -131,8 +131,9 @@ def test_logits_are_those_of_a_piece_where_the_loss_needs_no_more(values: dict[s
     values["tokenizer"] = {"train": {"vocab_size": 2**20}}
     values["model"]["config"]["model_type"] = family
     lines = [plan(make_recipe(values | {"batch_size": rows})).memory for rows in (1, 8)]
-    counts = [memory["logits and their gradient"] // (2**20 * 12) for memory in lines]
-    assert counts == ([128, tokens_at_once(2**20)] if family == "mistral" else [128, 8 * 128])
+    counts = [memory["logits and their gradient"] // 2**20 for memory in lines]
+    # in float32: logits, probabilities and their gradient; a piece's probabilities become its gradient
+    assert counts == ([12 * 128, 8 * tokens_at_once(2**20)] if family == "mistral" else [12 * 128, 12 * 8 * 128])
     assert [memory.get("the head's gradient, by piece", 0) > 0 for memory in lines] == [False, family == "mistral"]
 
 

@@ -1,9 +1,9 @@
 """Training loss from hidden states, some tokens at a time, so that logits [B, T, V] are never in memory.
 
 For one row of 131,072 tokens and Qwen3's vocabulary they and their gradient would take 200 GB. While a model trains its
-head returns the hidden states unchanged, and its loss function applies the head's weight piece by piece. Both happen
-inside the model's own forward, where FSDP2 has gathered the weight; backward gathers it again before it recomputes a
-piece's logits.
+head returns the hidden states unchanged, and its loss function applies the head's weight piece by piece, inside the
+model's own forward, where FSDP2 has gathered the weight. A piece's gradients are made there as well, while its logits
+are in memory, so that backward has nothing to compute again (as Liger's fused loss does, arXiv 2410.10989).
 
 Shapes: B rows, T tokens, N = B T, D hidden size, V vocabulary.
 """
@@ -11,13 +11,12 @@ Shapes: B rows, T tokens, N = B T, D hidden size, V vocabulary.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear, pad
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear, pad
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -76,56 +75,60 @@ def loss_of_hidden(
         assert labels is not None
         shift_labels = pad(labels, (0, 1), value=ignore_index)[..., 1:]
     hidden_ND, labels_N = logits.flatten(0, -2), shift_labels.flatten().to(logits.device)
-    kind = hidden_ND.device.type
-    # Cast in each piece: autocast would share one cast, and sum the pieces' gradients in half precision.
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_ND.dtype
-    size = tokens_at_once(head.weight.shape[0])
-    pieces = list(zip(torch.split(hidden_ND, size), torch.split(labels_N, size), strict=True))
-    if len(pieces) == 1:
-        total = _piece(*pieces[0], head.weight, head.bias, dtype, ignore_index)
-    else:
-        total = hidden_ND.new_zeros((), dtype=torch.float32)
-        for (hidden, targets), weight in zip(pieces, _aliases(head.weight), strict=False):
-            total = total + checkpoint(
-                _piece, hidden, targets, weight, head.bias, dtype, ignore_index,
-                use_reentrant=False, preserve_rng_state=False,
-            )  # fmt: skip
+    total: Tensor = _Loss.apply(hidden_ND, head.weight, head.bias, labels_N, ignore_index)  # type: ignore[no-untyped-call]
     if num_items_in_batch is None:
         return total / (labels_N != ignore_index).sum()
     return total / (num_items_in_batch.to(total.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
 
 
-def _piece(
-    hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, ignored: int
-) -> Tensor:
-    """Sum the labels' losses: hidden states [n, D], labels [n], weight [V, D], bias [V]."""
-    logits = linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    return cross_entropy(logits.float(), labels, ignore_index=ignored, reduction="sum")
+class _Loss(torch.autograd.Function):
+    """The sum of the labels' losses, of hidden states [N, D], a head's weight [V, D] and bias [V] or None, labels [N].
 
-
-def _aliases(weight: Tensor) -> Iterator[Tensor]:
-    """Yield the weight for one piece after another; gradients of a half-precision one are summed in float32.
-
-    Summed in bf16 over 74 pieces (128k tokens of Qwen3) its error is six times that of one product, see
-    docs/log.md. A float32 copy of the weight would do, at 8 bytes more a number.
+    Gradients of the weight and the bias are summed over pieces in float32: in bf16, over 74 pieces (128k tokens of
+    Qwen3), the error would be six times that of one product, see docs/log.md.
     """
-    if weight.dtype.itemsize > 2 or not weight.requires_grad:
-        yield from repeat(weight)
-    total: list[Tensor] = []
 
-    def collect(gradient: Tensor) -> Tensor:
-        if total:
-            total[0].add_(gradient)
-        else:
-            total.append(gradient.float())
-        return gradient.new_zeros(()).expand_as(gradient)
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight: Tensor, bias: Tensor | None, labels_N: Tensor, ignored: int
+    ) -> Tensor:
+        kind, exact = hidden_ND.device.type, torch.promote_types(weight.dtype, torch.float32)
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_ND.dtype
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        with torch.autocast(kind, enabled=False):
+            head, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
+            total = hidden_ND.new_zeros((), dtype=torch.float32)
+            d_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
+            d_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else None
+            d_bias = torch.zeros_like(weight[:, 0], dtype=exact) if needs_bias else None
+            at, size = 0, tokens_at_once(len(weight))
+            for hidden, labels in zip(torch.split(hidden_ND, size), torch.split(labels_N, size), strict=True):
+                counts, hidden = (labels != ignored)[:, None], hidden.to(dtype)
+                logits = linear(hidden, head, shift)
+                log_p = torch.log_softmax(logits, -1, dtype=torch.promote_types(dtype, torch.float32))
+                del logits
+                label = labels[:, None].where(counts, 0)
+                own = log_p.gather(1, label)
+                total = total - own.where(counts, 0).sum().float()
+                if any(ctx.needs_input_grad[:3]):  # of a token's loss: p, less 1 at its label
+                    gradient = log_p.exp_().scatter_(1, label, own.expm1()).to(dtype)
+                    if d_hidden is not None:
+                        d_hidden[at : at + len(labels)] = (gradient @ head).where(counts, 0)
+                    if d_weight is not None:
+                        d_weight += gradient.mT @ hidden.where(counts, 0)
+                    if d_bias is not None:
+                        d_bias += (counts.to(dtype).mT @ gradient)[0]
+                at += len(labels)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.dtype = weight.dtype
+        return total
 
-    shared = weight.view_as(weight)
-    shared.register_hook(lambda gradient: total.pop().to(gradient.dtype))  # type: ignore[no-untyped-call]
-    while True:
-        alias = shared.view_as(shared)
-        alias.register_hook(collect)  # type: ignore[no-untyped-call]
-        yield alias
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> Any:
+        d_hidden, *of_head = ctx.saved_tensors
+        found = [None if x is None else (x * scale).to(ctx.dtype) for x in of_head]
+        return None if d_hidden is None else d_hidden * scale.to(d_hidden.dtype), *found, None, None
 
 
 def why_whole(model: PreTrainedModel) -> str | None:

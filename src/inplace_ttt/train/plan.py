@@ -140,7 +140,7 @@ def plan(recipe: Recipe, *, logit_tokens: int | None = None) -> Plan:
     of_layer = 2 * 2 * 4 * D + half * ((5 if casts else 2) * D + 2 * heads + 4 * F)
     of_layer += (2 * 4 + half) * heads if head_norms else 0
     layers = tokens * (kept * of_layer + adapting * (D * (16 if recipe.teach else 8) + F * half))
-    logits = scored * V * (half + 4 + 4)
+    logits = scored * V * (half + (4 if by_piece else 4 + 4))
     memory = {
         "weights": 4 * N // sharers,
         "optimizer state": 8 * n // sharers,
@@ -153,8 +153,8 @@ def plan(recipe: Recipe, *, logit_tokens: int | None = None) -> Plan:
         # The rule's tensors, and their gradients in the backward.
         "fast weights": 2 * B * max(layer.state_bytes for layer in inspect(model)) if adapting else 0,
     }
-    if by_piece and trains_all:  # a piece's gradient, and their sum in float32 or its cast
-        memory["the head's gradient, by piece"] = V * D * (8 if half == 2 else 4)
+    if by_piece and trains_all:  # the pieces' sum in float32, and a piece's product or the scaled sum
+        memory["the head's gradient, by piece"] = V * D * 8
     if not alone and spec.tensor == 1:  # the embeddings' and two layers' weights, and their gradients
         embeddings = V * D * (1 if config.tie_word_embeddings else 2)
         memory["gathered by FSDP2"] = 2 * half * (embeddings + 2 * (N - embeddings) // L)
@@ -171,11 +171,10 @@ def plan(recipe: Recipe, *, logit_tokens: int | None = None) -> Plan:
     # autocast's copies for five projections. Then the logits, and by step the norm, AdamW and autocast's copies.
     layer = 2 * 8 * 8 * D + 24 * D + 40 * heads + 9 * half * F
     layer += (8 * 8 * heads if head_norms else 0) + (5 * 6 * D if casts else 0)
-    of_token = (4 if checkpointing else 3) * L * layer + LOGIT_BYTES * V * (4 if by_piece else 3) // 3
+    of_token = (4 if checkpointing else 3) * L * layer + LOGIT_BYTES * V * (2 if by_piece else 3) // 3
     of_step = 34 * n // sharers + (3 * half * N if casts else 0)
     step = tokens * recipe.gradient_accumulation
     products, attention = flops_per_token(model, T, is_frozen=not trains_all, recomputed=checkpointing)
-    products += 2 * V * D if by_piece and not checkpointing else 0  # of the pieces' logits, once more
     is_packed = recipe.attn_implementation in ("auto", "varlen")
     moved = of_token + of_step / step
     return Plan(N, n, memory, products, attention, moved, recipe.steps * step, spec.processes, is_packed)
