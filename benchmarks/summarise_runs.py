@@ -158,6 +158,7 @@ def draw(records: Sequence[Record], path: Path, control: str = CONTROL) -> None:
     """Gain by variant, by reading and against the control, and the cosine over training."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     shown = [record for record in records if not record["failed"] and not is_control(record, control)]
     figure = Figure(figsize=(12, max(3.2, 0.5 + 0.32 * len(shown))), layout="constrained")
@@ -182,6 +183,7 @@ def draw(records: Sequence[Record], path: Path, control: str = CONTROL) -> None:
         if points := cosines(record):
             axes[2].plot(*zip(*points, strict=True), lw=1.2, label=record["name"])
     axes[2].set(title="cosine of v and -dL/do", xlabel="tokens of training")
+    axes[2].xaxis.set_major_formatter(EngFormatter(sep=""))
     if axes[2].lines:
         axes[2].legend(fontsize=7)
     for axis in axes:

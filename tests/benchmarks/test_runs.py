@@ -269,13 +269,18 @@ def test_a_run_is_compared_with_the_control_of_its_seed_and_rows() -> None:
         record("window-seed0", [3.0, 3.2]), record("window-seed1", [3.1, 3.3]), record("window-gla-seed0", [2.9, 3.0]),
         record("ttt-seed0", [2.8, 3.0], [2.9, 3.2]), record("ttt-seed1", [2.8, 3.0], [3.0, 3.2]),
         record("other", [1.0, 1.0], tokens_seen=6), record("broken", [1.0], failed="the loss is nan at step 3"),
+        record("adapter", [2.0, 2.0], [2.5, 2.5]),
     ]  # fmt: skip
+    records[3]["evaluation"]["losses"]["books"]["own_gain"] = 0.04
+    records[-1]["recipe_as_run"]["trainable"] = "adapter"
     lines = summarise_runs.table(records, "window").splitlines()
     cells = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in lines if line.startswith("| ")}
-    assert cells["ttt-seed0"][1:5] == ["2.9000", "3.0500", "+0.150 (+0.100 to +0.200)", "+0.200 (+0.200 to +0.200)"]
-    assert cells["ttt-seed1"][4] == "+0.300 (+0.300 to +0.300)"
-    assert cells["window-gla-seed0"][4] == "+0.150 (+0.100 to +0.200)"
-    assert cells["window-seed0"][3:5] == cells["other"][3:5] == ["", ""], "no updates; no control of that budget"
+    assert cells["ttt-seed0"][1:4] == ["2.9000", "3.0500", "+0.150 (+0.100 to +0.200)"]
+    assert cells["ttt-seed0"][4:6] == ["+0.040", "+0.200 (+0.200 to +0.200)"]
+    assert cells["ttt-seed1"][5] == "+0.300 (+0.300 to +0.300)"
+    assert cells["window-gla-seed0"][5] == "+0.150 (+0.100 to +0.200)"
+    assert cells["window-seed0"][3:6] == cells["other"][3:6] == [""] * 3, "no updates; no control of that budget"
+    assert cells["adapter"][3:6] == ["+0.500 (+0.500 to +0.500)", "", ""], "its base is its control"
     assert lines[-1] == "* broken failed: the loss is nan at step 3"
     seeds = summarise_runs.over_seeds(records, "window").splitlines()
     (line,) = [line for line in seeds if line.startswith("| ttt ")]
