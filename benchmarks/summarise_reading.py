@@ -75,7 +75,7 @@ def tables(found: list[dict[str, Any]]) -> dict[str, str]:
         made["gain"] = markdown([*HOW, *BOTH], [[*reads(r), *gains(r)] for r in rows])
     if rows := sorted(by.get("models", []), key=lambda r: (r["model"], -gain(r))):
         made["other models"] = markdown(
-            ["model", HOW[1], *HOW[3:], *BOTH], [[r["model"], reads(r)[1], *reads(r)[3:], *gains(r)] for r in rows]
+            ["model", *HOW[1:], *BOTH], [[r["model"], *reads(r)[1:], *gains(r)] for r in rows]
         )
     if rows := sorted(by.get("rivals", []), key=lambda r: (r["settings"]["chunk_size"], -gain(r))):
         made["rivals"] = markdown(
