@@ -380,9 +380,7 @@ def test_mistakes_are_told_in_a_line_before_anything_runs(
 
 
 @pytest.mark.parametrize("objective", ["next_token", "loss"])
-def test_own_gain_is_over_the_weights_that_another_text_left(
-    objective: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_own_gain_is_over_the_weights_that_another_text_left(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped, a row is read as by a plain model whose weights are W0 + lr S of the row before it."""
     monkeypatch.setattr(reading_by_loss, "PIECE", 20)
     settings: Any = {"update_size": 0.05} if objective == "loss" else {"target": "hidden_states"}
