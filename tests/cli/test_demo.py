@@ -1,6 +1,8 @@
 """The demo's figures against independent computations."""
 
 import importlib
+import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from inplace_ttt import text_files
 from inplace_ttt.cli.report import show
 from inplace_ttt.demo import text
 from inplace_ttt.demo.result import Comparison, DemoResult, LayerUpdates
+from inplace_ttt.records import write_json
 from inplace_ttt.shipped import DEFAULT_MODEL
 
 
@@ -160,3 +163,12 @@ def test_shipped_model_learns_from_the_default_file(cli, tmp_path):
     result = cli("demo", "--max-tokens", 4096, "--json", tmp_path / "f.json", "--plot", tmp_path / "p.png")
     assert result.exit_code == 0, result.output
     assert "Updates helped" in result.stdout
+
+
+def test_a_record_goes_into_a_pipe_and_replaces_none(tmp_path):
+    os.mkfifo(pipe := tmp_path / "pipe")
+    reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_json(pipe, {"a": 1})
+    assert pipe.is_fifo()
+    assert json.loads(os.read(reading, 1000)) == {"a": 1}
+    os.close(reading)

@@ -257,6 +257,34 @@ def test_generate_with_an_image(model_type):
     assert not torch.equal(got, off)
 
 
+@pytest.mark.parametrize("model_type", ["gemma3", "mistral3"])
+def test_the_loss_as_objective_reads_no_images(model_type):
+    model, inputs = adapted(model_type, objective="loss"), picture(model_type)
+    with pytest.raises(ittt.UserError, match=r'pixel_values.*: objective="loss" reads input_ids'):
+        model(**inputs)
+    ids = tokens(1, 2 * C + 3) % (IMAGE - 2) + 1
+    assert_close(logits(model, ids, token_type_ids=torch.zeros_like(ids)), logits(model, ids))  # as a processor gives
+
+
+@pytest.mark.parametrize("model_type", ["lfm2", "qwen3_5", "qwen3_5_text"])
+def test_the_loss_as_objective_needs_keys_in_every_layer(model_type):
+    refused(plain(model_type), config(objective="loss"), "linear attention or convolutions keep none")
+
+
+def test_a_model_whose_base_model_is_itself():
+    """Llama 4's text model names its base model wrongly, so transformers takes the whole model for it."""
+    model, ids = adapted("llama4_text", objective="loss", update_size=0.05), tokens(2, 4 * C + 3)
+    want = logits(model, ids)
+    assert float((want - logits(plain("llama4_text"), ids)).abs().max()) > 1e-2
+    with torch.no_grad():
+        cache, out = None, []
+        for n in (3, C, 1, 2 * C, C - 1):
+            found = model(ids[:, sum(x.shape[1] for x in out) :][:, :n], use_cache=True, past_key_values=cache)
+            cache = found.past_key_values
+            out.append(found.logits)
+    assert_close(torch.cat(out, 1), want)
+
+
 def test_an_image_that_is_seen_both_ways_with_a_static_cache():
     """Gemma's tokens of an image see each other; the mask that generate prepares for a static cache shows it."""
     model, ids = adapted("gemma3"), tokens(1, 2 * C + 3) % (IMAGE - 2) + 1

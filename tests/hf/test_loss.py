@@ -235,6 +235,53 @@ def test_nothing_is_left_behind():
 def test_logits_to_keep(keep):
     model = reader("llama")
     close(logits(model, IDS, logits_to_keep=keep), logits(model, IDS)[:, -keep:])
+    which = torch.tensor([0, 9, 44])
+    close(logits(model, IDS, logits_to_keep=which), logits(model, IDS)[:, which])
+
+
+def test_a_call_returns_a_cache_where_the_plain_model_does():
+    model, other = reader("llama"), plain("llama")
+    for asked in ({}, {"use_cache": True}, {"use_cache": False}):
+        with torch.no_grad():
+            assert (cache_of(model(IDS, **asked)) is None) == (cache_of(other(IDS, **asked)) is None)
+    with torch.no_grad():
+        first = model(IDS[:, :20])
+        rest = model(IDS[:, 20:], **{cache_name(model): cache_of(first)})
+    close(torch.cat([first.logits, rest.logits], 1), logits(model, IDS))
+    for use_cache in (True, False):  # no cache is no key of the output, which beam search looks at
+        found = model.generate(IDS, max_new_tokens=12, num_beams=3, do_sample=False, use_cache=use_cache)
+        assert found.shape[1] == 57
+    model.config.use_cache = False
+    with torch.no_grad():
+        assert cache_of(model(IDS)) is None
+
+
+def test_hidden_states_are_those_of_the_whole_call():
+    model = reader("llama")
+    with torch.no_grad():
+        asked = model(IDS, use_cache=False, output_hidden_states=True).hidden_states
+        parts = [model(x, use_cache=False, output_hidden_states=True).hidden_states for x in (IDS[:, :20], IDS[:, 20:])]
+        positions = torch.cat([torch.arange(20), torch.arange(25)])[None].expand(2, -1)
+        packed = model(IDS, position_ids=positions, use_cache=False, output_hidden_states=True).hidden_states
+        model.config.output_hidden_states = True
+        by_config = model(IDS, use_cache=False).hidden_states
+    assert all(x.shape[:2] == IDS.shape for x in asked)
+    for a, b in zip(asked, by_config, strict=True):
+        close(a, b)
+    for a, b, c in zip(packed, *parts, strict=True):
+        close(a, torch.cat([b, c], 1))
+
+
+def test_packed_embeddings_are_learned_by_their_labels():
+    model = reader("llama")
+    positions = torch.cat([torch.arange(20), torch.arange(25)])[None].expand(2, -1)
+    embeds = model.get_input_embeddings()(IDS).detach()
+    want = logits(model, IDS, position_ids=positions)
+    with torch.no_grad():
+        got = model(inputs_embeds=embeds, labels=IDS, position_ids=positions, use_cache=False)
+    close(got.logits, want)
+    with torch.no_grad():
+        close(got.loss, model(IDS, labels=IDS, position_ids=positions, use_cache=False).loss)
 
 
 def test_tokens_can_be_left_out_of_learning():
@@ -444,6 +491,24 @@ def test_refusals():
     model.gradient_checkpointing_enable()
     with pytest.raises(ittt.UserError, match="gradient_checkpointing_disable"):
         model(IDS, labels=IDS)
+    with torch.no_grad(), pytest.raises(ittt.UserError, match=r"model.eval\(\)"):
+        model(IDS)
+    model = reader("llama")
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds, not both"):
+        model(IDS, inputs_embeds=model.get_input_embeddings()(IDS))
+    for shape in ((2, 0), (0, 5), (5,)):
+        with pytest.raises(ValueError, match=r"input_ids \[rows, tokens\]"):
+            model(torch.zeros(shape, dtype=torch.int64))
+    for name in ("output_attentions", "output_router_logits"):
+        with pytest.raises(ittt.UserError, match="reads in chunks"):
+            model(IDS, **{name: True})
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    with pytest.raises(ittt.UserError, match="reads in chunks"):
+        model(IDS)
+    model = reader("gpt2")
+    with pytest.raises(ittt.UserError, match="token_type_ids: objective"):
+        model(IDS, token_type_ids=torch.ones_like(IDS))
     with pytest.raises(ittt.UserError, match=r'update_size="auto" .* needs objective="loss"'):
         ittt.InPlaceTTTConfig(update_size="auto")
     with pytest.raises(ittt.UserError, match="clip and update_size both set the size"):

@@ -49,8 +49,8 @@ class TestSources:
     @pytest.mark.parametrize(
         "wrong",
         [
-            *(b"hello", bytearray(b"x"), {"input_ids": [1]}, None, 5, [1, "a"], [b"x"], "ab\ud800"),
-            *(np.zeros(3), np.array([True]), torch.tensor([True]), [5, 10**6], [-1], [2**70]),
+            *(b"hello", bytearray(b"x"), {"input_ids": [1]}, None, 5, [1, "a"], [b"x"], "ab\ud800", [True]),
+            *(np.zeros(3), np.array([True]), torch.tensor([True]), torch.ones(1).bfloat16(), [5, 10**6], [-1], [2**70]),
         ],
         ids=lambda wrong: ascii(wrong),
     )
@@ -216,7 +216,8 @@ class TestIterators:
 
     def test_wrong_options_are_refused_at_once(self):
         s = session()
-        for wrong in ({"stop": [""]}, {"max_new_tokens": -1}, {"top_k": 0}):
+        counts = ({"max_new_tokens": n} for n in (-1, 1.5, None, True))  # 1.5 would never come down to 0
+        for wrong in (*counts, {"stop": [""]}, {"top_k": 0}, {"do_sample": True}):
             with pytest.raises(UserError):
                 s.generate("It", stream=True, **wrong)
 
@@ -281,7 +282,7 @@ class TestTheModelUnderneath:
         torch.testing.assert_close(a.next_logits, b.next_logits)
 
     @pytest.mark.parametrize("again", [False, True])
-    def test_fast_weights_that_were_taken_out(self, again):
+    def test_fast_weights_that_were_taken_out(self, again, tmp_path):
         model = adapted("llama")
         s = Session(model)
         s.read(IDS[:9])
@@ -290,6 +291,8 @@ class TestTheModelUnderneath:
             ittt.attach(model, ittt.InPlaceTTTConfig(layers="0::2", chunk_size=4))
         with pytest.raises(UserError, match="begin a new one"):
             s.read(IDS[:9])
+        with pytest.raises(UserError, match="begin a new one"):
+            s.save(tmp_path / "s")
 
     def test_inference_mode_comes_and_goes(self):
         s, plain = session(), session()

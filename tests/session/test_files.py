@@ -282,6 +282,12 @@ class TestAtomic:
         (saved.parent / "other").touch()
         assert saved.stat().st_mode == (saved.parent / "other").stat().st_mode
 
+    def test_what_is_no_file_is_not_replaced(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(UserError, match="not a regular file"):
+            session().save(tmp_path / "pipe")
+        assert (tmp_path / "pipe").is_fifo()
+
     def test_a_directory_is_refused(self, tmp_path):
         with pytest.raises(UserError, match="directory"):
             session().save(tmp_path)

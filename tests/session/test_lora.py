@@ -143,3 +143,5 @@ def test_refused(tmp_path):
     s.read(IDS)
     with pytest.raises(UserError, match="rank"):
         s.export_lora(tmp_path / "a", rank=0)
+    with pytest.raises(UserError, match="rank"):
+        s.export_lora(tmp_path / "a", rank=1.5)

@@ -99,12 +99,23 @@ def test_draws_follow_the_distribution_and_the_seed():
         {"top_p": 1.1},
         {"min_p": -0.1},
         {"repetition_penalty": 0},
+        {"temperature": None},
+        {"temperature": "hot"},
+        {"top_k": 1.5},
+        {"seed": 0.5},
+        {"seed": 2**70},
     ],
     ids=str,
 )
 def test_refused(wrong):
     with pytest.raises(UserError):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, [1], [""]], ids=str)
+def test_stops_that_are_no_strings(wrong):
+    with pytest.raises(UserError, match="stop"):
+        StopText(wrong)
 
 
 def test_nothing_read_yet_is_no_reason_to_fail():

@@ -27,7 +27,7 @@ from .linear import (
     make_slow,
     output_size,
 )
-from .loss import LossForward, check_backward
+from .loss import LossForward, check_backward, check_keys
 from .names import rename_attached, rename_detached
 from .overrides import Forward, InitWeights, Overrides
 from .sites import LayerSite
@@ -133,7 +133,10 @@ def install(model: Model, config: InPlaceTTTConfig) -> Model:
     layers = decoder_layers(root, family)
     places = [place(layers, i, family) for i in config.layer_indices(len(layers))]
     check_layers(layers, places)
-    runtime = Runtime(root, config)
+    base: Any = root.base_model
+    if base is root:  # Llama 4's text model gives a wrong name
+        base = text_model(root, family)
+    runtime = Runtime(root, config, base)
     settings = config.settings
     if config.init_std is None:
         settings["init_std"] = getattr(root.config.get_text_config(decoder=True), "initializer_range", 0.02)
@@ -148,6 +151,7 @@ def install(model: Model, config: InPlaceTTTConfig) -> Model:
         runtime.sites.append(LayerSite(runtime, where.index, where.mlp, where.name, target, width))
     by_loss = runtime.sites[0].target.source == "loss"
     if by_loss:
+        check_keys(root)
         check_backward(root, root.dtype)
     fasts = [make_fast(getattr(*holder), site) for holder, site in zip(holders, runtime.sites, strict=True)]
 
@@ -165,17 +169,17 @@ def install(model: Model, config: InPlaceTTTConfig) -> Model:
         if (attention := attention_of(layer)) is not None:
             runtime.handles.append(attention.register_forward_pre_hook(runtime.before_attention, with_kwargs=True))
     text = text_model(root, family)
-    nested = text is not root.base_model
+    nested = text is not base
     if nested:
         runtime.handles.append(text.register_forward_pre_hook(runtime.before_text, with_kwargs=True))
     before_model = runtime.before_whole if nested else runtime.before_model
     runtime.handles += [
-        root.base_model.register_forward_pre_hook(before_model, with_kwargs=True),
-        root.base_model.register_forward_hook(runtime.after_model, always_call=True),
+        base.register_forward_pre_hook(before_model, with_kwargs=True),
+        base.register_forward_hook(runtime.after_model, always_call=True),
         root.get_input_embeddings().register_forward_hook(runtime.after_embedding),
     ]
-    runtime.handles.append(Forward(runtime, root.base_model))
-    root.base_model.__dict__["forward"] = runtime.handles[-1]
+    runtime.handles.append(Forward(runtime, base))
+    base.__dict__["forward"] = runtime.handles[-1]
     if by_loss:
         runtime.loss_forward = LossForward(runtime, root.forward)
     root.__dict__[RUNTIME] = runtime

@@ -32,14 +32,14 @@ from .steps import Step, may_step, source_of
 class Runtime:
     """An attached model's runtime: settings, sites, and the running call."""
 
-    def __init__(self, model: PreTrainedModel, config: InPlaceTTTConfig) -> None:
+    def __init__(self, model: PreTrainedModel, config: InPlaceTTTConfig, base: nn.Module) -> None:
         self._settings = PerThread(Settings(config))
         self._current: PerThread[CallContext | None] = PerThread(None)
         self.model_config = model.config.get_text_config(decoder=True)
         self.sites: list[LayerSite] = []
         self.handles: list[Any] = []
-        self.parameters = list(inspect.signature(model.base_model.forward).parameters)
-        self.cache_name = cache_name(model.base_model)
+        self.parameters = list(inspect.signature(base.forward).parameters)
+        self.cache_name = cache_name(base)
         self.model = model
         self.prepared: Step | None = None
         """Step prepared by the caller, who must also call ``end()`` (``DecodingGraph``)."""

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..config import InPlaceTTTConfig
@@ -97,6 +98,15 @@ def check_backward(model: nn.Module, dtype: torch.dtype) -> None:
             )
 
 
+def check_keys(model: PreTrainedModel) -> None:
+    """Raise UserError for a model with layers that keep no keys, from which a chunk could be read again."""
+    if any(not hasattr(layer, "keys") for layer in DynamicCache(config=model.config).layers):
+        raise UserError(
+            'objective="loss" reads a chunk again from the keys of the tokens before it, and this model\'s layers of '
+            "linear attention or convolutions keep none: choose another objective"
+        )
+
+
 class LossForward:
     """A replacement of the model's forward that reads in chunks. ``forward``: the original."""
 
@@ -120,9 +130,10 @@ class LossForward:
                 "supported. Call model.eval() and torch.no_grad(), train with updates_off(model), or attach with "
                 "InPlaceTTTConfig(first_order=True, ...), which takes them as constants"
             )
-        if train and getattr(self.runtime.model, "is_gradient_checkpointing", False):
+        if self.runtime.model.training and getattr(self.runtime.model, "is_gradient_checkpointing", False):
             raise UserError(
-                "first_order=True reads chunk by chunk from a cache: model.gradient_checkpointing_disable()"
+                'objective="loss" reads chunk by chunk from a cache, which activation checkpointing drops: '
+                "model.gradient_checkpointing_disable(), or model.eval() to read without training"
             )
         with torch.inference_mode(False), torch.set_grad_enabled(train):
             plain = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in given.items()}
@@ -253,28 +264,54 @@ class _Reading(_Learner):
         self.ids, embeds = given.pop("input_ids", None), given.pop("inputs_embeds", None)
         self.source_name = "inputs_embeds" if self.ids is None else "input_ids"
         self.source: Any = embeds if self.ids is None else self.ids
-        if self.source is None:
-            raise ValueError("a call needs input_ids or inputs_embeds")
+        if self.source is None or (self.ids is not None and embeds is not None):
+            raise ValueError("a call needs input_ids or inputs_embeds, not both")
+        if self.source.dim() < 2 or not self.source.numel():
+            raise ValueError(f"a call needs input_ids [rows, tokens] with at least one token, got {self.source.shape}")
         self.B, self.T = self.source.shape[:2]
         self.device = self.source.device
         self.mask, self.positions = self.runtime.mask_of(given), given.pop("position_ids", None)
         given.pop("attention_mask", None)
         self.labels, self.use_cache = given.pop("labels", None), given.pop("use_cache", None)
+        self.known = self.labels if self.ids is None else self.ids
+        """Ids of the call's tokens, [B, T]; None: unknown."""
         self.keep = given.pop("logits_to_keep", 0)
         self.return_dict = given.pop("return_dict", None)
         self.real: Tensor | None = None
         """Which of the call's tokens are not padding, bool [B, T]; None: all."""
         self.begun = False
         """True once the cache may have changed."""
-        self.hidden = given.get("output_hidden_states")
-        if given.get("output_attentions"):
-            raise UserError('objective="loss" reads in chunks, so there is no one attention matrix to return')
+        self._check_given()
+
+    def _check_given(self) -> None:
+        """Raise UserError for what a call in chunks cannot return, and for inputs that cannot be read again."""
+        config: Any = self.runtime.model_config
+        for name in ("output_attentions", "output_router_logits"):
+            asked = self.given.get(name)
+            if asked or (asked is None and getattr(config, name, False)):
+                raise UserError(
+                    f'objective="loss" reads in chunks, which have no {name[7:]} of the whole call: leave {name} out '
+                    "(False in the model's configuration)"
+                )
+        others = set(self.forward.names) - {*_PACKING, "shift_labels"}
+        tensors = {name: x for name, x in self.given.items() if name in others and isinstance(x, Tensor)}
+        if config is not self.runtime.model.config:  # of several modalities
+            for name in [n for n, x in tensors.items() if n.endswith("token_type_ids") and not x.any()]:  # no image
+                del self.given[name], tensors[name]
+        if tensors:
+            raise UserError(
+                f'{", ".join(tensors)}: objective="loss" reads input_ids or inputs_embeds and nothing else of '
+                "its tokens. Leave it out, or read it with updates_off(model)"
+            )
 
     # -- the whole call -------------------------------------------------------------------------------------------
 
     def run(self) -> Any:
         """Read everything; return the model's output."""
-        wanted = self.cache is not None or self.use_cache
+        use_cache = self.use_cache
+        if use_cache is None and not torch.is_grad_enabled():
+            use_cache = self.runtime.model_config.use_cache
+        wanted = self.cache is not None or use_cache
         documents, several = self._documents(), False
         if documents is not None:
             padded = documents < 0
@@ -289,7 +326,7 @@ class _Reading(_Learner):
         parts = list(self._pieces())
         last = parts[-1][1]
         logits = torch.cat([logits for logits, _ in parts if logits is not None], 1)
-        if self.hidden:
+        if getattr(last, "hidden_states", None) is not None:
             last.hidden_states = tuple(torch.cat(x, 1) for x in zip(*(o.hidden_states for _, o in parts), strict=True))
         return self._finish(logits, last, self.cache if wanted else None)
 
@@ -310,12 +347,9 @@ class _Reading(_Learner):
             size = self.runtime.model_config.vocab_size
             more = {name: self.given[name] for name in ("num_items_in_batch", "shift_labels") if name in self.given}
             loss = model.loss_function(logits=logits, labels=self.labels, vocab_size=size, **more)
-        output.logits = logits
-        for name in ("cache", "past_key_values"):
-            if name in output:
-                output[name] = cache
-        if loss is not None:
-            output.loss = loss
+        values = {**output, "logits": logits} | ({} if loss is None else {"loss": loss})
+        values |= {name: cache for name in values if name in ("cache", "past_key_values")}
+        output = type(output)(**values)  # anew: a field that is None is no key of a model's output
         return output if self.return_dict is None or self.return_dict else output.to_tuple()
 
     def _documents(self) -> Tensor | None:
@@ -342,11 +376,22 @@ class _Reading(_Learner):
             rows[k, : j - i], mask[k, : j - i] = source[b, i:j], 1
         inner = {k: v for k, v in self.given.items() if k not in _PACKING}
         inner |= {self.source_name: rows, "attention_mask": mask}
-        output = _Reading(self.forward, {**inner, "use_cache": False}).run()
-        logits = output.logits.new_zeros(self.B, self.T, output.logits.shape[-1])
-        for k, (b, i, j) in enumerate(spans):
-            logits[b, i:j] = output.logits[k, : j - i]
-        return logits, output
+        reading = _Reading(self.forward, {**inner, "use_cache": False})
+        if self.ids is None and self.known is not None:
+            reading.known = self.known.new_full((len(spans), longest), IGNORED)
+            for k, (b, i, j) in enumerate(spans):
+                reading.known[k, : j - i] = self.known[b, i:j]
+        output = reading.run()
+
+        def packed(x: Tensor) -> Tensor:
+            found = x.new_zeros(self.B, self.T, x.shape[-1])
+            for k, (b, i, j) in enumerate(spans):
+                found[b, i:j] = x[k, : j - i]
+            return found
+
+        if getattr(output, "hidden_states", None) is not None:
+            output.hidden_states = tuple(packed(x) for x in output.hidden_states)
+        return packed(output.logits), output
 
     # -- pieces ---------------------------------------------------------------------------------------------------
 
@@ -385,7 +430,7 @@ class _Reading(_Learner):
         train = torch.is_grad_enabled()
         call = LossCall(self.rule, fasts, self.B, n, at_once, train)
         wanted = n  # last tokens whose logits the caller asks for
-        if self.keep and not isinstance(self.keep, Tensor) and self.labels is None:
+        if not isinstance(self.keep, Tensor) and self.keep and self.labels is None:
             wanted = max(0, end - max(self.T - int(self.keep), at))
         output = self.call(call, piece, self._mask(at, end), self.cache, n if at_once else wanted or 1)
         self.record = self._extended(at, end, piece)
@@ -458,7 +503,7 @@ class _Reading(_Learner):
         prompt = self.runtime.prompt.get()
         if prompt is not None and self.config.learn == "read":
             learn = learn & (torch.arange(self.past, self.past + self.T, device=self.device) < prompt)
-        if self.ids is None and self.labels is None:
+        if self.known is None:
             learn = torch.zeros_like(learn)  # tokens without ids have no loss
         return learn if self.real is None else learn & self.real
 
@@ -467,7 +512,7 @@ class _Reading(_Learner):
         """Return the record with a piece's columns."""
         n = end - at
         record: Record = self.record
-        known = self.labels if self.ids is None else self.ids
+        known = self.known
         ids = torch.full((self.B, n), IGNORED, device=self.device) if known is None else known[:, at:end]
         embeds = record.embeds
         if self.ids is None or embeds is not None:

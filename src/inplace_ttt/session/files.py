@@ -68,6 +68,9 @@ def save(session: SessionState, path: str | Path) -> None:
     target = Path(path)
     if target.is_dir():
         raise UserError(f"{target} is a directory: name a file")
+    if target.exists() and not target.is_file():  # a device would be replaced by the file
+        raise UserError(f"{target} is not a regular file: name another one")
+    session._reader.check_attached()
     tensors, header = pack(session)
     tokenizer = None if session.tokenizer is None else tokenizer_digest(session.tokenizer)
     text = json.dumps({"model": identity(session._reader.model), "tokenizer": tokenizer, **header}, sort_keys=True)

@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..hf.attach import UNTRAINED, is_trained
 from ..hf.names import base_of
 from .state import SessionState
+from .stream import is_count
 
 RANK = 64
 """LoRA servers limit the rank to a few hundred, some to 64; S has full rank min(D, F)."""
@@ -47,8 +48,8 @@ def export(session: SessionState, directory: str | Path, rank: int | None = RANK
     Raises UserError on a rank below 1, when nothing was learned yet, and when the fast weights are not finite; OSError
     when the files cannot be written.
     """
-    if rank is not None and rank < 1:
-        raise UserError(f"rank {rank}: at least 1")
+    if rank is not None and not is_count(rank, 1):
+        raise UserError(f"rank {rank!r}: a whole number of at least 1, or None")
     reader = session._reader
     rule = reader.settings.rule
     rule.need("linear", "an export as LoRA")

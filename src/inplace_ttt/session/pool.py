@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..hf.attach import inspect
 from ..hf.rows import merge, split
 from .session import Session
-from .stream import Reader, Stream, whole
+from .stream import Reader, Stream, is_count, whole
 from .writing import Writer, check_continuable, read_prompt
 
 
@@ -27,8 +27,8 @@ class SessionPool:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, *, batch: int = 32, **options: Any) -> None:
-        if batch < 1:
-            raise UserError(f"batch {batch}: at least 1")
+        if not is_count(batch, 1):
+            raise UserError(f"batch {batch!r}: a whole number of at least 1")
         self.batch = batch
         self._blank = Session(model, tokenizer, **options)
         self._sessions: dict[str, Session] = {}

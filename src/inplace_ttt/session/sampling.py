@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ from transformers.generation.logits_process import (
 from ..errors import UserError
 
 
+def _is(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Sampling settings. ``temperature`` 0 is greedy. Raises UserError on values out of range."""
@@ -30,7 +35,15 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("top_k", "seed"):
+            if not ((value := getattr(self, name)) is None or _is(value, Integral)):
+                raise UserError(f"{name} {value!r}: a whole number")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if not (_is(value, Real) or (value is None and name in ("top_p", "min_p"))):
+                raise UserError(f"{name} {value!r}: a number")
         checks = (
+            (self.seed is None or -(2**63) <= self.seed < 2**64, f"seed {self.seed}: below 2**64"),
             (self.temperature >= 0, f"temperature {self.temperature}: 0 or more"),
             (self.top_k is None or self.top_k >= 1, f"top_k {self.top_k}: 1 or more"),
             (self.top_p is None or 0 < self.top_p <= 1, f"top_p {self.top_p}: above 0, at most 1"),
@@ -88,7 +101,11 @@ class StopText:
     """
 
     def __init__(self, stops: str | Sequence[str]) -> None:
-        self.stops, self.held, self.found = (stops,) if isinstance(stops, str) else tuple(stops), "", False
+        if isinstance(stops, str):
+            stops = (stops,)
+        if not isinstance(stops, Sequence) or not all(isinstance(stop, str) for stop in stops):
+            raise UserError(f"stop {stops!r}: a string, or a list of strings")
+        self.stops, self.held, self.found = tuple(stops), "", False
         if not all(self.stops):
             raise UserError("a stop string is empty")
 

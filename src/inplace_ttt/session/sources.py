@@ -25,11 +25,14 @@ def token_ids(source: Any) -> list[int] | None:
     if isinstance(source, Mapping):
         raise UserError(f"expected text or token ids, got a {type(source).__name__}: pass its input_ids")
     if isinstance(source, np.ndarray | Tensor):
+        if isinstance(source, Tensor) and source.is_floating_point():
+            source = source.float()  # numpy has no bfloat16; refused below
         array = source if isinstance(source, np.ndarray) else source.numpy(force=True)
         if array.dtype.kind not in "iu" or array.ndim > 2 or (array.ndim == 2 and len(array) != 1):
             raise UserError(f"token ids must be integers in one row, got {array.shape} {array.dtype}")
         return [int(i) for i in array.flatten()]
-    if isinstance(source, Sequence) and not isinstance(source, str) and all(isinstance(i, Integral) for i in source):
+    ids = isinstance(source, Sequence) and not isinstance(source, str)
+    if ids and all(isinstance(i, Integral) and not isinstance(i, bool) for i in source):
         return [int(i) for i in source]
     return None
 

@@ -118,7 +118,7 @@ class Reader:
             )
 
     def _check_window(self, window: int | None, sinks: int) -> int:
-        if not _is_count(sinks, 0) or not (window is None or _is_count(window, 1)):
+        if not is_count(sinks, 0) or not (window is None or is_count(window, 1)):
             raise UserError(f"window {window} and sinks {sinks}: at least 1 token and 0 sinks")
         own, longest = self.own_window, self.longest
         if own is not None:
@@ -145,6 +145,11 @@ class Reader:
         """Return whether streams of ``other`` can be continued here."""
         mine, theirs = ((r.runtime, r.config, r.window, r.sinks, r.form) for r in (self, other))
         return mine == theirs
+
+    def check_attached(self) -> None:
+        """Raise UserError when the model is no longer attached as it was when the session began."""
+        if self.root.__dict__.get(RUNTIME) is not self.runtime:
+            raise UserError("the model's fast weights were taken out since this session began: begin a new one")
 
     def check(self, ids: Sequence[int]) -> None:
         """Raise UserError for ids that the model does not know."""
@@ -282,8 +287,7 @@ class Reader:
         learn: bool = True,
     ) -> Tensor:
         """Return logits [B, n, V] ([B, 1, V] unless ``scored``) of ids [B, n]."""
-        if self.root.__dict__.get(RUNTIME) is not self.runtime:
-            raise UserError("the model's fast weights were taken out since this session began: begin a new one")
+        self.check_attached()
         if self.adapts and not self.runtime.enabled:
             raise UserError(
                 "updates are switched off (updates_off), which a session needs: lr=0 takes their effect away"
@@ -330,7 +334,8 @@ def losses_of(before: Tensor | None, logits_nV: Tensor, ids: Sequence[int]) -> l
     return found
 
 
-def _is_count(value: Any, least: int) -> bool:
+def is_count(value: Any, least: int) -> bool:
+    """Tell if a value is a whole number of at least ``least``."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 

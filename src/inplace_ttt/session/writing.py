@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from ..errors import UserError
 from .sampling import Sampler, Sampling, StopText
 from .state import SessionState
-from .stream import Stream
+from .stream import Stream, is_count
 from .text import StreamDecoder
 
 NOTHING = "nothing to continue: read something first, or give a prompt"
@@ -35,10 +36,13 @@ class Writer:
         learn: bool | None = None,
         as_ids: bool = False,
     ) -> None:
-        if most < 0:
-            raise UserError(f"max_new_tokens {most}: 0 or more")
+        if not is_count(most, 0):
+            raise UserError(f"max_new_tokens {most!r}: a whole number, 0 or more")
         self.session, self.left = session, most
         self.learn = session._reader.config.learn == "all" if learn is None else learn
+        if unknown := sorted(set(sampling or {}) - {f.name for f in fields(Sampling)}):
+            known = ", ".join(f.name for f in fields(Sampling))
+            raise UserError(f"sampling has no option {', '.join(unknown)}: only {known}")
         self.sampler, self.stops = Sampler(Sampling(**sampling or {})), StopText(stop)
         self.as_ids = as_ids or session.tokenizer is None
         self.decoder: StreamDecoder | None = None
