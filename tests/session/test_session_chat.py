@@ -8,6 +8,7 @@ from cli.tiny_models import byte_tokenizer, chat_tokenizer, tiny
 
 import inplace_ttt as ittt
 from inplace_ttt import Session, UserError
+from inplace_ttt.session.writing import Writer
 
 WORDS = "the file of a block is read and then it is written where it was " * 20
 ASKED = ("where is the file", "  and then?<|im_end|>")
@@ -48,6 +49,16 @@ def test_two_turns_are_what_transformers_writes(tokenizer, whole):
     ids = tokenizer.apply_chat_template(said, return_dict=False)
     assert session._stream.recent == ids
     assert "".join(session.chat([{"role": "user", "content": "x"}], stream=True, max_new_tokens=3)) is not None
+
+
+def test_a_chat_leaves_the_model_and_other_sessions_as_they_were(tokenizer):
+    model = reader()
+    before, end = model.generation_config.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")
+    a, b = Session(model, tokenizer), Session(model, tokenizer)
+    a.chat([{"role": "user", "content": "where is the file"}], max_new_tokens=2)
+    assert model.generation_config.eos_token_id == before
+    for session, ends in ((a, True), (a.fork(), True), (b, False)):
+        assert (end in Writer(session, 1).ends) == ends
 
 
 def test_what_looks_like_a_special_token_is_text(tokenizer):

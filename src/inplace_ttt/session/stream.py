@@ -100,6 +100,8 @@ class Reader:
         self.by_loss = self.runtime.loss_forward is not None
         self.adapts = True
         """False: reads without fast weights; they stay empty."""
+        self.ends: frozenset[int] = frozenset()
+        """Tokens that end an answer besides the model's own (a chat template's)."""
         self.device: torch.device = self.root.get_input_embeddings().weight.device  # type: ignore[assignment]
         self.relocation = _relocation(self.runtime, model)
         self.own_window = native_window(model)

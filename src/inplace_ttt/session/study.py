@@ -194,7 +194,8 @@ def write_many(
 ) -> list[str]:
     """Return the model's own continuations of prompts, without fast weights, up to an end or ``tokens``."""
     device, ends = model.get_input_embeddings().weight.device, sorted(end_tokens(model, tokenizer))
-    how = {"do_sample": False, "max_new_tokens": tokens, "pad_token_id": ends[0], "eos_token_id": ends}
+    pad = ends[0] if ends else 0
+    how = {"do_sample": False, "max_new_tokens": tokens, "pad_token_id": pad, "eos_token_id": ends or None}
     order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [""] * len(prompts)
     for at in range(0, len(order), batch):
         some = order[at : at + batch]

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from .state import SessionState
-from .writing import Writer, end_tokens, read_exactly, write
+from .writing import Writer, read_exactly, write
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -37,11 +37,14 @@ class Template:
 
     @classmethod
     def of(cls, session: Any) -> "Template | None":
-        """Return the template of a session's tokenizer, if it has one. Answers end where it ends a turn from now on."""
+        """Return the template of a session's tokenizer, if it has one.
+
+        From now on answers of the session, of its forks and of its pool end where the template ends a turn.
+        """
         if not getattr(session.tokenizer, "chat_template", None):
             return None
-        template, root = cls(session.tokenizer), session._reader.root
-        root.generation_config.eos_token_id = sorted(end_tokens(root, session.tokenizer) | set(template.ends))
+        template = cls(session.tokenizer)
+        session._reader.ends = frozenset(template.ends)
         return template
 
     def feed(self, session: Any, messages: Messages, words: str) -> list[int]:

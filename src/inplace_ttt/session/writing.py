@@ -46,7 +46,7 @@ class Writer:
         self.sampler, self.stops = Sampler(Sampling(**sampling or {})), StopText(stop)
         self.as_ids = as_ids or session.tokenizer is None
         self.decoder: StreamDecoder | None = None
-        self.ends = end_tokens(session._reader.root, session.tokenizer)
+        self.ends = end_tokens(session._reader.root, session.tokenizer) | session._reader.ends
         self.token: int | None = None
         self.logits: Tensor | None = None
         self.ids: list[int] = []
