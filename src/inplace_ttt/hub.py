@@ -135,8 +135,11 @@ def require_hub_id(name: str) -> None:
 
 
 def check_gguf(file: str | Path) -> None:
-    """Raise UserError when there is no such file, or the package that reads it is missing."""
+    """Raise UserError when there is no such file, it is of another kind, or the package that reads it is missing."""
     if not Path(file).is_file():
         raise UserError(f"{file}: no such file")
+    with open(file, "rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise UserError(f"{file} is not a GGUF file: its first bytes are others")
     if find_spec("gguf") is None:
         raise UserError("reading a GGUF file needs the package gguf: pip install gguf")

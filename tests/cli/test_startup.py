@@ -66,6 +66,11 @@ MISTAKES = {
     "demo --plot x.gif": "the name must end in .png",
     "demo --model ./none": "no model directory at ./none",
     "inspect none.gguf": "none.gguf: no such file",
+    "inspect text.gguf": "text.gguf is not a GGUF file",
+    "serve text.gguf": "text.gguf is not a GGUF file",
+    "serve --state-dir text": "--state-dir text: not a directory",
+    "serve --adapter-dir text": "--adapter-dir text: not a directory",
+    "train folder": "folder: a directory, nor a recipe of that name",
     "inspect ./none": "no model directory at ./none",
     "serve --state sparse": "--state sparse: dense, auto, or a rank",
     "serve ./none": "no model directory at ./none",
@@ -92,7 +97,9 @@ def test_mistakes_are_told_before_torch_is_imported(tmp_path):
         "    found[line] = [code, said.getvalue(), slow]\n"
         "print(json.dumps(found))"
     )
+    (tmp_path / "folder").mkdir()
     (tmp_path / "text").write_text("some text")
+    (tmp_path / "text.gguf").write_text("some text")
     # No shell may be among the parents, so that it cannot be looked for.
     environment = os.environ | {"COLUMNS": "200", "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     done = subprocess.run(

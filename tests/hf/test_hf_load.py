@@ -1,11 +1,14 @@
 """Loading a model by one name: tokenizers that were converted wrongly are refused."""
 
 import itertools
+import struct
+from importlib.util import find_spec
 
 import pytest
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from inplace_ttt.cli.preview import preview
 from inplace_ttt.errors import UserError
 from inplace_ttt.hf.load import check_words, load
 from inplace_ttt.shipped import SHIPPED
@@ -53,3 +56,13 @@ def test_prefix_of_a_sentence_counts_as_a_space():
 def test_vocabularies_without_marked_words_pass():
     model = models.BPE({"<unk>": 0, "a": 1, "b": 2, "ab": 3}, [("a", "b")], unk_token="<unk>")
     check_words(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), unk_token="<unk>"), "plain.gguf")
+
+
+@pytest.mark.skipif(find_spec("gguf") is None, reason="needs the package gguf")
+@pytest.mark.parametrize("rest", [b"", b"\xff" * 40, struct.pack("<IQQQ", 3, 0, 1, 9)])
+def test_a_damaged_gguf_file_is_named(tmp_path, rest):
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF" + rest)
+    with pytest.raises(UserError, match=r"cut.gguf: missing or damaged"):
+        load(tmp_path / "cut.gguf", "cpu", objective="loss")
+    with pytest.raises(UserError, match=r"cut.gguf cannot be read"):
+        preview(str(tmp_path / "cut.gguf"), {})

@@ -104,7 +104,10 @@ def _stored(model: str) -> tuple[Any, InPlaceTTTConfig | None]:
     """The base model's configuration, and the settings of fast weights stored with it."""
     if Path(model).suffix == ".gguf":
         check_gguf(model)
-        return AutoConfig.from_pretrained(Path(model).parent, gguf_file=Path(model).name), None
+        try:
+            return AutoConfig.from_pretrained(Path(model).parent, gguf_file=Path(model).name), None
+        except Exception as error:  # of whatever kind: the file is damaged, or of a model that transformers lacks
+            raise UserError(f"{model} cannot be read: {str(error).splitlines()[0][:200]}") from None
     text = _file(model, SETTINGS)
     if text is not None:
         try:

@@ -102,11 +102,9 @@ def _show_names(names: Names | None, console: Console) -> None:
     table = Table(
         title=f"Names with p of {LIKELY:.0%} or more only with updates on", title_justify="left", title_style="bold"
     )
-    table.add_column("what came before, and the name", ratio=1, no_wrap=True)
-    table.add_column("token", justify="right")
-    table.add_column("last seen", justify="right")
-    table.add_column("p on", justify="right")
-    table.add_column("p off", justify="right")
+    table.add_column("what came before, and the name", ratio=1)
+    for name in ("token", "last seen", "p on", "p off"):
+        table.add_column(name, justify="right", no_wrap=True)
     room = max(console.width - 52, 20)
     for p in names.places:
         keep = max(room - len(p.name) - 1, 0)

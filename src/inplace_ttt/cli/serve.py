@@ -52,6 +52,9 @@ def serve(
     if missing := [p for p in ("fastapi", "prometheus_client", "python_multipart", "uvicorn") if not find_spec(p)]:
         raise UserError(f"serving needs {missing[0]}: pip install 'inplace-ttt[serve]'")
     form = parse_state(state)
+    for option, place in (("--state-dir", state_dir), ("--adapter-dir", adapter_dir)):
+        if place is not None and Path(place).exists() and not Path(place).is_dir():
+            raise UserError(f"{option} {place}: not a directory")
     if model is not None:
         check_model(model)
     from ..serve.run import serve as run

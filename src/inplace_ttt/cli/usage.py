@@ -86,7 +86,8 @@ def quiet_libraries() -> None:
 
 def tell(text: str, err: bool = False) -> None:
     """Print lines of text: broken between words on a terminal, left as they are in a pipe or a file."""
-    if (sys.stderr if err else sys.stdout).isatty():
+    stream = sys.stderr if err else sys.stdout
+    if stream is not None and stream.isatty():  # None: closed by the caller
         width = shutil.get_terminal_size().columns
         fill = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False).fill
         text = "\n".join(map(fill, text.split("\n")))

@@ -14,6 +14,7 @@ import copy
 import json
 import logging
 import re
+import struct
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -286,8 +287,9 @@ def load_plain(
         kwargs = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}  # an error below names them
         loader = _auto_class(path, kwargs, model_type) if loader is None else loader
         loaded: Any = loader.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"transformers cannot load {path}: missing or damaged? ({in_one_line(error)})") from None
+    except (OSError, ValueError, SafetensorError, struct.error) as error:
+        name = Path(path, kwargs["gguf_file"]) if "gguf_file" in kwargs else path
+        raise UserError(f"transformers cannot load {name}: missing or damaged? ({in_one_line(error)})") from None
     finally:
         transformers_logging.set_verbosity(level)
     model, report = loaded

@@ -29,7 +29,8 @@ def find_recipe(name: str | Path) -> Path:
     folders = (PACKAGE / "recipes", PACKAGE.parents[1] / "recipes")
     shipped = {file.stem: file for folder in reversed(folders) for file in folder.glob("*.yaml")}
     if stem not in shipped:
-        raise RecipeError(f"{name}: no such file, nor a recipe of that name, only {', '.join(sorted(shipped))}")
+        what = "a directory" if path.is_dir() else "no such file"
+        raise RecipeError(f"{name}: {what}, nor a recipe of that name, only {', '.join(sorted(shipped))}")
     return shipped[stem]
 
 
