@@ -191,7 +191,10 @@ class Runtime:
                 mark_stale(cache)
             return None, None
         if self.loss_forward is not None:
-            raise UserError('objective="loss" needs the language model\'s head: call the whole model, not its base')
+            raise UserError(
+                "objective=\"loss\" needs the language model's head: call the whole model, not its base (as trl's "
+                "SFTTrainer does: take transformers' Trainer)"
+            )
         if given.get(CALL) is not None:
             return given[CALL].begin(settings), None
         if (refusal := rows_are_cut()) is not None:
