@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from inplace_ttt.hf.parallel_attention import dtype_of
 from inplace_ttt.train.packing import IGNORED
 
 NUMBERS_AT_ONCE, LEAST_TOKENS = 2**28, 256
@@ -93,7 +94,7 @@ class _Loss(torch.autograd.Function):
         ctx: Any, hidden_ND: Tensor, weight: Tensor, bias: Tensor | None, labels_N: Tensor, ignored: int
     ) -> Tensor:
         kind, exact = hidden_ND.device.type, torch.promote_types(weight.dtype, torch.float32)
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_ND.dtype
+        dtype = dtype_of(hidden_ND.device, hidden_ND.dtype)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         with torch.autocast(kind, enabled=False):
             head, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
