@@ -11,6 +11,7 @@ gradients token by token, in float32 with products in TF32, as they are trained.
 
 import argparse
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,24 @@ from torch.nn.functional import logsigmoid, normalize
 from inplace_ttt.records import about, write_json
 
 LIMIT = 0.02
+SHAPES = {
+    "gla": (2, 4, 64, 128),
+    "mamba2": (2, 8, 64, 64),
+    "deltanet": (2, 4, 64, 64),
+    "gated_deltanet": (2, 4, 64, 128),
+}
+"""Rows, heads, widths of keys and values: the heads of replica.yaml."""
+LEARNED = (("ttt_linear", None), ("lact", None))
+
+
+def is_right(errors: dict[str, float]) -> bool:
+    return bool(errors) and max(errors.values()) < LIMIT
 
 
 def inputs(kind: str, tokens: int, device: str) -> dict[str, Tensor | None]:
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(device)  # noqa: E731
-    B, H, K, V = 2, 3, 32, 64
+    B, H, K, V = SHAPES[kind]
     q, k, v = draw(B, tokens, H, K), draw(B, tokens, H, K), draw(B, tokens, H, V)
     decay = {"gla": draw(B, tokens, H, K), "mamba2": draw(B, tokens, H), "gated_deltanet": draw(B, tokens, H)}.get(kind)
     beta = draw(B, tokens, H).sigmoid().bfloat16().float() if "delta" in kind else None
@@ -41,15 +54,15 @@ def inputs(kind: str, tokens: int, device: str) -> dict[str, Tensor | None]:
 def compare(kind: str, tokens: int, packed: bool, device: str = "cuda") -> dict[str, float]:
     """The error of outputs, state and every gradient, relative to its norm."""
     given = inputs(kind, tokens, device)
-    B = 2
+    B, H, K, V = SHAPES[kind]
     cuts = [0, tokens // 3, tokens // 2] if packed else [0]
     bounds = torch.tensor([b * tokens + c for b in range(B) for c in cuts] + [B * tokens], device=device)
     new = torch.zeros(B, tokens, dtype=torch.bool, device=device)
     new[:, cuts] = True
-    state = None if packed else (torch.randn(B, 3, 32, 64, generator=torch.Generator().manual_seed(1)) * 0.1).to(device)
+    state = None if packed else (torch.randn(B, H, K, V, generator=torch.Generator().manual_seed(1)) * 0.1).to(device)
     given["state"] = None if state is None else state.requires_grad_()
     new[:, 0] = state is None
-    weights = torch.randn(B, tokens, 3, 64, generator=torch.Generator().manual_seed(2)).to(device)
+    weights = torch.randn(B, tokens, H, V, generator=torch.Generator().manual_seed(2)).to(device)
     results: list[list[Tensor]] = []
     for way, where in ((fast_recurrence, bounds.int()), (recurrence, new)):
         out, last = way(*(given[n] for n in ("q", "k", "v", "decay", "beta", "state")), where)  # type: ignore[arg-type]
@@ -89,20 +102,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     given = parser.parse_args()
     found: dict[str, Any] = {}
-    for kind in ("gla", "mamba2", "deltanet", "gated_deltanet"):
-        for packed in (True, False):
-            errors = compare(kind, given.tokens, packed)
-            found[f"{kind}, {'packed' if packed else 'with a state'}"] = errors
-            verdict = "ok" if max(errors.values()) < LIMIT else "WRONG"
-            print(f"{kind:15} packed={packed}: {verdict}", {n: round(x, 5) for n, x in errors.items()}, flush=True)
-    torch.set_float32_matmul_precision("high")
-    for kind in ("ttt_linear", "lact"):
-        found[kind] = errors = compare_learned(kind)
-        verdict = "ok" if max(errors.values()) < LIMIT else "WRONG"
-        print(f"{kind:15} {verdict}", {n: round(x, 5) for n, x in errors.items()}, flush=True)
+    for kind, packed in [*product(("gla", "mamba2", "deltanet", "gated_deltanet"), (True, False)), *LEARNED]:
+        torch.set_float32_matmul_precision("high" if packed is None else "highest")
+        name = kind if packed is None else f"{kind}, {'packed' if packed else 'with a state'}"
+        try:
+            errors = compare_learned(kind) if packed is None else compare(kind, given.tokens, packed)
+        except Exception as error:  # some refuse versions of Triton
+            errors = {}
+            print(f"{name}: FAILED, {error}", flush=True)
+        else:
+            verdict = "ok" if is_right(errors) else "WRONG"
+            print(f"{name}: {verdict}", {n: round(x, 5) for n, x in errors.items()}, flush=True)
+        found[name] = errors
     if given.out:
         write_json(given.out, {"limit": LIMIT, "errors": found, **about()})
-    sys.exit(any(not max(errors.values()) < LIMIT for errors in found.values()))
+    sys.exit(not all(map(is_right, found.values())))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ Shapes: B rows, T tokens, H heads, K width of keys and queries, V of values.
 """
 
 import math
+from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -66,6 +68,7 @@ def fast_recurrence(
     ``bounds``: where documents begin in the flattened rows, and the end.
     """
     try:
+        few_configurations()
         from fla.ops.delta_rule import chunk_delta_rule
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
         from fla.ops.gla import chunk_gla
@@ -93,6 +96,26 @@ def fast_recurrence(
         ends = torch.arange(T, (B + 1) * T, T, device=bounds.device, dtype=bounds.dtype)
         out, last = out.view(B, T, *out.shape[2:]), last[torch.searchsorted(bounds, ends) - 1]
     return out, last
+
+
+@cache
+def few_configurations() -> None:
+    """Let Triton's autotuner choose block sizes alone, with four warps and the fewest stages of each kernel's list.
+
+    Of all that flash-linear-attention offers, hundreds would be compiled for a mixer: many minutes.
+    """
+    try:
+        from triton.runtime.autotuner import Autotuner
+    except ImportError:  # and importing the kernels says so
+        return
+    begin = Autotuner.__init__
+
+    def fewer(self: Any, fn: Any, arg_names: Any, configs: Any, *rest: Any, **named: Any) -> None:
+        kept = [config for config in configs or [] if config.num_warps == 4] or configs
+        kept = kept and [config for config in kept if config.num_stages == min(x.num_stages for x in kept)]
+        begin(self, fn, arg_names, kept, *rest, **named)
+
+    Autotuner.__init__ = fewer
 
 
 def precise(x: Tensor) -> Tensor:
@@ -303,48 +326,28 @@ class TTTLinear(Mixer):
         self, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, new: Tensor, state: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Any]]:
         """Outputs [B, H, T, K] of q, k, v and steps eta [B, H, T, 1]; new [B, T] begins a document."""
-        tokens, before = q.shape[2], state["pending"][0].shape[2] if state else 0
+        before = state["pending"][0].shape[2] if state else 0
         if before:  # the tokens since the last update, once more
             q, k, v, eta = (torch.cat([old, x], 2) for old, x in zip(state["pending"], (q, k, v, eta), strict=True))
             new = torch.cat([state["new"], new], 1)
-        W0, b0 = self.W.expand(len(q), -1, -1, -1), self.by_head(self.b).expand(len(q), -1, -1, -1)
+        W0, b0 = (x.expand(len(q), -1, -1, -1).contiguous() for x in (self.W, self.by_head(self.b)))
         W, b = (state["W"], state["b"]) if state else (W0, b0)
-        out, packed = [], bool(new[:, 1:].any())
-        pending: tuple[Tensor, ...] = ()
-        for at in range(0, q.shape[2], self.batch):
-            part = slice(at, at + self.batch)
-            qs, ks, vs, etas, document = (
-                q[:, :, part],
-                k[:, :, part],
-                v[:, :, part],
-                eta[:, :, part],
-                new[:, part].cumsum(1),
+        scale, shift = self.by_head(self.scale), self.by_head(self.shift)
+        length, out, at = q.shape[2], [], 0
+        whole = length - length % self.batch
+        while at < length:
+            end = min(at + STEPS_AT_ONCE * self.batch, whole) if at < whole else length
+            given = (*(x[:, :, at:end] for x in (q, k, v, eta)), new[:, at:end])
+            is_compiled = q.is_cuda and torch.is_grad_enabled() and end - at == STEPS_AT_ONCE * self.batch
+            read, *after = (compiled_steps if is_compiled else ttt_steps)(
+                self.batch, *given, W, b, W0, b0, scale, shift
             )
-            fresh = (document > 0)[:, None, :, None]  # of documents that begin here: they learn from W0
-            alike = torch.ones(ks.shape[2], ks.shape[2], dtype=torch.bool, device=q.device).tril()[None, None]
-            if packed:
-                alike = alike & (document[:, :, None] == document[:, None, :])[:, None]
-            first = bool(state) or at > 0
-            gradient = self.gradient(ks, vs, ks @ W + b) if first else self.gradient(ks, vs, ks @ W0 + b0)
-            read = qs @ W + b if first else qs @ W0 + b0
-            if packed and first:
-                gradient = torch.where(fresh, self.gradient(ks, vs, ks @ W0 + b0), gradient)
-                read = torch.where(fresh, qs @ W0 + b0, read)
-            step = etas * gradient
-            scores = torch.where(alike, qs @ ks.mT + 1, 0)  # the one: of b
-            out.append(qs + self.normed(read - scores @ step))
-            if ks.shape[2] < self.batch:
-                pending = (qs, ks, vs, etas)
-                break
-            if packed:
-                step = torch.where((document == document[:, -1:])[:, None, :, None], step, 0)
-                begins = (document[:, -1] > 0)[:, None, None, None]
-                W, b = torch.where(begins, W0, W), torch.where(begins, b0, b)
-            W, b = W - ks.mT @ step, b - step.sum(2, keepdim=True)
-        left = q.shape[2] % self.batch
-        pending = pending or tuple(x[:, :, :0] for x in (q, k, v, eta))
-        kept = new[:, new.shape[1] - left :]
-        return torch.cat(out, 2)[:, :, before:][:, :, :tokens], {"W": W, "b": b, "pending": pending, "new": kept}
+            out.append(read)
+            if at < whole:  # the rest is learned from when its mini-batch is complete
+                W, b = after
+            at = end
+        pending = tuple(x[:, :, whole:] for x in (q, k, v, eta))
+        return torch.cat(out, 2)[:, :, before:], {"W": W, "b": b, "pending": pending, "new": new[:, whole:]}
 
     def flops(self) -> float:
         return float(self.heads * (6 * self.K * self.K + 2 * self.batch * self.K))
@@ -352,19 +355,47 @@ class TTTLinear(Mixer):
     def by_head(self, x: Tensor) -> Tensor:
         return x.view(self.heads, 1, self.K)
 
-    def normed(self, y: Tensor) -> Tensor:
-        centred = y - y.mean(-1, keepdim=True)
-        hat = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-6)
-        return hat * self.by_head(self.scale) + self.by_head(self.shift)
 
-    def gradient(self, k: Tensor, v: Tensor, y: Tensor) -> Tensor:
-        """d/dy of |k + norm(y) - v|^2 / 2."""
-        centred = y - y.mean(-1, keepdim=True)
-        rate = torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-6)
-        hat = centred * rate
-        scale, shift = self.by_head(self.scale), self.by_head(self.shift)
-        g = (k + hat * scale + shift - v) * scale
-        return rate * (g - g.mean(-1, keepdim=True) - hat * (g * hat).mean(-1, keepdim=True))
+STEPS_AT_ONCE = 4
+"""Mini-batches of one compiled function: 256 of them in a row of 16,384 tokens, each some fifty small operators."""
+
+
+def ttt_steps(
+    batch: int, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, new: Tensor,
+    W: Tensor, b: Tensor, W0: Tensor, b0: Tensor, scale: Tensor, shift: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Outputs of TTT-Linear, mini-batch by mini-batch, and its weights and biases after the last."""
+    out = []
+    for qs, ks, vs, etas, begins in zip(*(x.split(batch, 2) for x in (q, k, v, eta)), new.split(batch, 1), strict=True):
+        document = begins.cumsum(1)
+        fresh = (document > 0)[:, None, :, None]  # of documents that begin here: they learn from W0
+        last = document[:, -1:]
+        alike = (document[:, :, None] == document[:, None, :]).tril()[:, None]
+        step = etas * torch.where(
+            fresh,
+            ttt_gradient(ks, vs, ks @ W0 + b0, scale, shift),
+            ttt_gradient(ks, vs, ks @ W + b, scale, shift),
+        )
+        scores = torch.where(alike, qs @ ks.mT + 1, 0)  # the one: of b
+        read = torch.where(fresh, qs @ W0 + b0, qs @ W + b) - scores @ step
+        out.append(qs + nn.functional.layer_norm(read, read.shape[-1:], eps=1e-6) * scale + shift)
+        kept = torch.where((document == last)[:, None, :, None], step, 0)
+        is_new = (last > 0)[:, None, :, None]
+        W = torch.where(is_new, W0, W) - ks.mT @ kept
+        b = torch.where(is_new, b0, b) - kept.sum(2, keepdim=True)
+    return torch.cat(out, 2), W, b
+
+
+compiled_steps = torch.compile(ttt_steps, dynamic=False, fullgraph=True)
+
+
+def ttt_gradient(k: Tensor, v: Tensor, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """d/dy of |k + norm(y) - v|^2 / 2."""
+    centred = y - y.mean(-1, keepdim=True)
+    rate = torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-6)
+    hat = centred * rate
+    g = (k + hat * scale + shift - v) * scale
+    return rate * (g - g.mean(-1, keepdim=True) - hat * (g * hat).mean(-1, keepdim=True))
 
 
 def ttt_linear_reference(mixer: TTTLinear, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, new: Tensor) -> Tensor:
@@ -546,6 +577,10 @@ class PeerForCausalLM(MistralForCausalLM):
 
 AutoConfig.register("peer", PeerConfig, exist_ok=True)
 AutoModelForCausalLM.register(PeerConfig, PeerForCausalLM, exist_ok=True)
+with suppress(ImportError):  # a recipe's `liger: true`: norms, MLPs and rotary embeddings are a Mistral's
+    from liger_kernel.transformers import monkey_patch
+
+    monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN["peer"] = monkey_patch.apply_liger_kernel_to_mistral
 
 
 # -- what they cost ----------------------------------------------------------------------------------------------------

@@ -14,11 +14,12 @@ The table names runs::
 The tokens are made first, once for all. A run is a process of its own; what it prints is in OUT/NAME/log.txt, its
 record in OUT/NAME/run.json: settings, curve, tokens, speed, evaluation, commit, hardware, versions, date. A run that
 fails or diverges leaves a record with ``failed``, the reason, and does not stop the others; a run with a record is not
-run again (delete the record to repeat it). The longest begin first. ``--seconds``: after so many nothing begins, and
-what is running is ended without a record; a run that would not fit, by the speed of those before it, does not begin.
-``--scratch``: where models are written, OUT unless given. ``--set``, ``--measure``: settings and settings of the
-evaluation for all runs, over the table's. With ``seeds`` a run becomes NAME-seed0, NAME-seed1; ``--only NAME`` means
-all of them.
+run again (delete the record to repeat it). The longest of a seed begin first. ``--seconds``: after so many nothing
+begins, and what is running is ended without a record; a run that would not fit, by the speed of those before it, does
+not begin. ``--beside N``: so many runs share a GPU, one trained while another is evaluated, which leaves most of it
+idle; speeds of such records compare with no others. ``--seeds``: runs of these alone. ``--scratch``: where models are
+written, OUT unless given. ``--set``, ``--measure``: settings and settings of the evaluation for all runs, over the
+table's. With ``seeds`` a run becomes NAME-seed0, NAME-seed1; ``--only NAME`` means all of them.
 """
 
 import argparse
@@ -124,10 +125,11 @@ def progress(log: Path) -> list[dict[str, float]]:
 # -- one run, in a process of its own ----------------------------------------------------------------------------------
 
 
-def do(run: Run, out: Path, scratch: Path) -> bool:
-    """Train, measure, write the record; whether it went well."""
+def do(run: Run, out: Path, scratch: Path, beside: int = 1) -> bool:
+    """Train, measure, write the record; whether it went well. ``beside``: runs that share its GPU, this one counted."""
     started, where = datetime.now(UTC), scratch / run.name / "train"
     record: dict[str, Any] = {"name": run.name, "recipe": run.recipe, "settings": run.settings, "failed": None}
+    record["beside"] = beside
     shutil.rmtree(where, ignore_errors=True)  # of one that was ended
     try:
         recipe = run.checked(scratch)
@@ -171,7 +173,8 @@ class Queue:
     """Runs that wait, and processes that run, one for each slot."""
 
     def __init__(self, waiting: Sequence[tuple[Run, float]], given: argparse.Namespace, slots: int) -> None:
-        self.waiting, self.given = sorted(waiting, key=lambda pair: -pair[1]), given
+        self.waiting = sorted(waiting, key=lambda pair: (pair[0].settings.get("seed", 0), -pair[1]))
+        self.given = given
         self.running: dict[int, tuple[Run, float, float, subprocess.Popen[bytes]]] = {}
         self.slots, self.begin = slots, time.perf_counter()
         self.slower = 0.0  # measured seconds over planned ones, the worst so far
@@ -216,8 +219,10 @@ class Queue:
         folder.mkdir(parents=True, exist_ok=True)
         threads = str(max(1, (os.cpu_count() or 1) // self.slots))
         named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        gpu = {"CUDA_VISIBLE_DEVICES": named[slot] if named[0] else str(slot)} if torch.cuda.is_available() else {}
-        environment = {"OMP_NUM_THREADS": threads, **os.environ, **gpu, "PYTHONUNBUFFERED": "1"}
+        number = slot % (self.slots // self.given.beside)
+        gpu = named[number] if named[0] else str(number)
+        there = {"CUDA_VISIBLE_DEVICES": gpu} if torch.cuda.is_available() else {}
+        environment = {"OMP_NUM_THREADS": threads, **os.environ, **there, "PYTHONUNBUFFERED": "1"}
         with open(folder / "log.txt", "wb") as log:
             process = subprocess.Popen(self.command(run), env=environment, stdout=log, stderr=subprocess.STDOUT)
         self.running[slot] = run, planned, time.perf_counter(), process
@@ -228,7 +233,7 @@ class Queue:
         given = self.given
         files = [str(given.table), "--out", str(given.out), "--scratch", str(given.scratch)]
         over = [f"--{name}={text}" for name in ("set", "measure") for text in getattr(given, name)]
-        return [sys.executable, __file__, *files, "--one", run.name, *over]
+        return [sys.executable, __file__, *files, "--beside", str(given.beside), "--one", run.name, *over]
 
     def reap(self) -> None:
         """Take note of what has ended."""
@@ -272,6 +277,8 @@ def main() -> None:
     parser.add_argument("table", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--gpus", type=int, default=None, help="left out: all there are; on a CPU one run at a time")
+    parser.add_argument("--beside", type=int, default=1, help="runs on one GPU at a time")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="SEED")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--scratch", type=Path, default=None)
@@ -286,11 +293,14 @@ def main() -> None:
     if unknown := sorted({*given.only, *([given.one] if given.one else [])} - {*known, *family.values()}):
         raise UserError(f"--only {unknown[0]}: {given.table} has no such run, only {', '.join(known)}")
     if given.one:
-        sys.exit(not do(runs[known.index(given.one)], given.out, given.scratch))
+        sys.exit(not do(runs[known.index(given.one)], given.out, given.scratch, given.beside))
     there_are = torch.cuda.device_count()
+    if given.beside < 1:
+        raise UserError(f"--beside {given.beside}: must be 1 or more")
     if there_are and given.gpus is not None and not 1 <= given.gpus <= there_are:
         raise UserError(f"--gpus {given.gpus}: this machine has {there_are}")
     runs = [run for run in runs if not given.only or {run.name, family[run.name]} & set(given.only)]
+    runs = [run for run in runs if not given.seeds or run.settings.get("seed") in given.seeds]
     there = [run.name for run in runs if (given.out / run.name / "run.json").exists()]
     if there:
         print("have a record:", " ".join(there), flush=True)
@@ -301,7 +311,7 @@ def main() -> None:
             prepare(recipe, lambda line: None if line.startswith("tokens: ") else print(line, flush=True))
             waiting.append((run, cost(recipe, speeds)))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # and so do the runs
-    queue = Queue(waiting, given, (given.gpus or there_are) if there_are else 1)
+    queue = Queue(waiting, given, given.beside * ((given.gpus or there_are) if there_are else 1))
     queue.work()
     sys.exit(f"failed: {', '.join(queue.failed)}" if queue.failed else 0)
 

@@ -204,9 +204,9 @@ def test_what_surrounds_the_kernels(kind: str, packed: bool, monkeypatch: pytest
 @pytest.mark.parametrize("mixer", TOKEN_BY_TOKEN)
 def test_mixers_that_learn_are_compared_too(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(peer_gradients.compare_learned(mixer, "cpu").values()) < 1e-4
-    wrong = {"ttt_linear": "gradient", "lact": "update"}[mixer]
-    own = getattr(MIXERS[mixer], wrong)
-    monkeypatch.setattr(MIXERS[mixer], wrong, lambda self, *given: turned(own(self, *given)))
+    where, wrong = {"ttt_linear": (peers, "ttt_gradient"), "lact": (MIXERS["lact"], "update")}[mixer]
+    own = getattr(where, wrong)
+    monkeypatch.setattr(where, wrong, lambda *given: turned(own(*given)))
     assert max(peer_gradients.compare_learned(mixer, "cpu").values()) > peer_gradients.LIMIT
 
 

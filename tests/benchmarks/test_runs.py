@@ -192,9 +192,16 @@ def test_a_run_whose_gradients_overflow_counts_as_failed(table: Path, tmp_path: 
 
 
 def queue(
-    tmp_path: Path, programs: dict[str, str], costs: dict[str, float], seconds: float = 60, slots: int = 1
+    tmp_path: Path,
+    programs: dict[str, str],
+    costs: dict[str, float],
+    seconds: float = 60,
+    slots: int = 1,
+    beside: int = 1,
 ) -> Any:
-    given = argparse.Namespace(out=tmp_path, scratch=tmp_path, table=tmp_path / "table.yaml", seconds=seconds)
+    given = argparse.Namespace(
+        out=tmp_path, scratch=tmp_path, table=tmp_path / "table.yaml", seconds=seconds, beside=beside
+    )
     waiting = [(runs.Run("recipe", name=name), costs[name]) for name in programs]
 
     class Small(runs.Queue):
@@ -218,15 +225,17 @@ def test_the_longest_begin_first_and_a_failure_stops_no_other(tmp_path: Path, ca
     assert load(tmp_path / "short" / "run.json")["failed"] is None
 
 
-def test_slots_work_side_by_side_each_on_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("beside", [1, 2])
+def test_slots_work_side_by_side_each_on_its_gpu(beside: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    other = {"a": "b", "b": "a"}
+    names = "abcd"[: 2 * beside]
     wait = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True)\n"
-    wait += "while not (out.parents[1] / {other!r} / 'log.txt').exists(): time.sleep(0.01)\nDONE"
-    found = queue(tmp_path, {name: wait.format(other=other[name]) for name in other}, {"a": 2, "b": 1}, slots=2)
+    wait += f"while not all((out.parents[1] / name / 'log.txt').exists() for name in {names!r}): time.sleep(0.01)\nDONE"
+    programs, costs = dict.fromkeys(names, wait), {name: 4 - names.index(name) for name in names}
+    found = queue(tmp_path, programs, costs, slots=2 * beside, beside=beside)
     found.work()
-    assert [(tmp_path / name / "log.txt").read_text().strip() for name in "ab"] == ["4", "7"]
+    assert [(tmp_path / name / "log.txt").read_text().strip() for name in names] == ["4", "7"] * beside
 
 
 def test_the_end_of_the_time_ends_what_runs_without_a_record(tmp_path: Path, capsys: Any) -> None:
