@@ -35,7 +35,7 @@ from . import block_attention as block_attention  # registers its attention
 from .cache import FastCacheLayer, cache_name, fast_layers, mark_broken
 from .context import Runtime, fast_weights
 from .linear import device_of, input_size, is_dense
-from .pending import IGNORED, Record, cache_before
+from .pending import IGNORED, Record, cache_before, within_windows
 from .settings import Settings
 from .sites import LayerSite
 
@@ -432,7 +432,8 @@ class _Reading(_Learner):
         wanted = n  # last tokens whose logits the caller asks for
         if not isinstance(self.keep, Tensor) and self.keep and self.labels is None:
             wanted = max(0, end - max(self.T - int(self.keep), at))
-        output = self.call(call, piece, self._mask(at, end), self.cache, n if at_once else wanted or 1)
+        with within_windows(self.cache):
+            output = self.call(call, piece, self._mask(at, end), self.cache, n if at_once else wanted or 1)
         self.record = self._extended(at, end, piece)
         own_real = None if self.real is None else self.real[:, at:end].cpu()
         tokens = [n] * self.B if own_real is None else own_real.sum(1).tolist()

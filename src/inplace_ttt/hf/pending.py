@@ -3,7 +3,8 @@
 Shapes: B rows, n pending columns, D width of the embeddings.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -106,6 +107,25 @@ def _sliding_keys(cache: Cache, columns: int) -> Sliding:
         else:
             found[i] = x.keys, x.values
     return found
+
+
+@contextmanager
+def within_windows(cache: Cache) -> Iterator[None]:
+    """Hide what sliding layers have recorded beyond their window, for one forward in the block.
+
+    transformers 5.17 passes it on to the attention, and the mask fits only if each forward follows a crop.
+    """
+    hidden = []
+    for layer in cache.layers:
+        x: Any = layer
+        if not getattr(x, "is_sliding", False) or not getattr(x, "record_past", False) or x.keys is None:
+            continue
+        past = max(x.keys.shape[2] - x.sliding_window + 1, 0)
+        hidden.append((x, x.keys[:, :, :past], x.values[:, :, :past]))
+        x.keys, x.values = x.keys[:, :, past:], x.values[:, :, past:]
+    yield
+    for x, keys, values in hidden:
+        x.keys, x.values = torch.cat([keys, x.keys], 2), torch.cat([values, x.values], 2)
 
 
 def cache_before(cache: Cache, config: Any, columns: int, sliding: Sliding, rows: list[int]) -> DynamicCache:
