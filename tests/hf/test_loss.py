@@ -298,6 +298,31 @@ def test_tokens_can_be_left_out_of_learning():
     assert not torch.allclose(got[:, 2 * C :], off[:, 2 * C :])
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"update_size": size} for size in (SIZE, "auto")] + [{"rule": r} for r in ("delta", "momentum", "muon")],
+)
+def test_chunks_that_are_left_out_write_nothing(settings):
+    """Of one row or of all, in one call or in pieces: rules that forget as they write forget where they learn."""
+    model = reader("llama", **({"update_size": None, "lr": 0.05} if "rule" in settings else {"decay": 0.1}) | settings)
+    mask = torch.ones_like(IDS, dtype=torch.bool)
+    mask[:, 2 * C : 3 * C] = mask[0, C : 2 * C] = False
+
+    def read(rows, sizes):
+        at, cache, found, states = 0, None, [], []
+        for n in sizes:
+            with runtime_of(model).override(learn=mask[rows, at : at + n]):
+                part, cache = pieces(model, IDS[rows, at : at + n], [n], cache)
+            at, found, states = at + n, [*found, part], [*states, ittt.fast_weights(cache)[0].S]
+        return torch.cat(found, 1), states
+
+    want, (_, before, after, *_) = read([0, 1], [C] * 5 + [5])
+    keep = 0.9 if settings.get("update_size") == SIZE else 1
+    torch.testing.assert_close(after, keep * before, atol=0, rtol=1e-12)
+    for rows, sizes in (([0, 1], [45]), ([0, 1], [3, 5, 10, 4, 23]), ([0], [45]), ([1], [45])):
+        close(read(rows, sizes)[0], want[rows])
+
+
 @pytest.mark.parametrize("rule", ["delta", "momentum", "muon"])
 def test_any_rule(rule):
     model = reader("llama", rule=rule, update_size=None, lr=0.05)

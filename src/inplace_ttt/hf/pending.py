@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
+
+from ..errors import UserError
 
 IGNORED = -100
 COLUMNS = ("ids", "learn", "positions", "embeds")
@@ -58,6 +61,19 @@ class Record:
             starts=tuple(self.starts[b] for b in rows.tolist()),
             sliding={c: {i: (pick(k), pick(v)) for i, (k, v) in s.items()} for c, s in self.sliding.items()},
         )
+
+    def append(
+        self, ids: Tensor, learn: Tensor, positions: Tensor, embeds: Tensor | None, real: Tensor | None
+    ) -> "Record":
+        """Return the record with further columns, of the same form as its own."""
+        if self.real is not None or real is not None:
+            shape = {"dtype": torch.bool, "device": self.ids.device}
+            old = torch.ones(len(ids), self.end, **shape) if self.real is None else self.real
+            new = torch.ones(ids.shape, **shape) if real is None else real.to(old.device)
+            real = torch.cat([old, new], 1)
+        new_columns = {"ids": ids, "learn": learn, "positions": positions.to(self.positions.device)}
+        joined: dict[str, Any] = {name: torch.cat([getattr(self, name), x], 1) for name, x in new_columns.items()}
+        return replace(self, **joined, embeds=embeds, real=real)
 
     def crop(self, columns: int, chunks: Sequence[int]) -> "Record":
         """Return the record without the last ``columns``; ``chunks``: the number of each row's present chunk."""
@@ -107,6 +123,15 @@ def _sliding_keys(cache: Cache, columns: int) -> Sliding:
         else:
             found[i] = x.keys, x.values
     return found
+
+
+def check_keys(model: PreTrainedModel) -> None:
+    """Raise UserError for a model with layers that keep no keys, from which a chunk could be read again."""
+    if any(not hasattr(layer, "keys") for layer in DynamicCache(config=model.config).layers):
+        raise UserError(
+            'objective="loss" reads a chunk again from the keys of the tokens before it, and this model\'s layers of '
+            "linear attention or convolutions keep none: choose another objective"
+        )
 
 
 @contextmanager
