@@ -510,7 +510,7 @@ def learn_from(
     rule = (runtime.settings if config is None else Settings(config)).rule
     rule.need("outer", "an update from several short texts")  # padding must add nothing to it
     with torch.inference_mode(False), torch.no_grad():
-        call = LossCall(rule, states, *ids_RMn.shape, True)
+        call = LossCall(rule, states, ids_RMn.shape[0], ids_RMn.shape[1], True)
         output = runtime.loss_forward.run(call, {"input_ids": ids_RMn})
         with torch.enable_grad():
             found = loss(output.logits)

@@ -65,12 +65,11 @@ class Record:
     def append(
         self, ids: Tensor, learn: Tensor, positions: Tensor, embeds: Tensor | None, real: Tensor | None
     ) -> "Record":
-        """Return the record with further columns, of the same form as its own."""
+        """Return the record with further columns. ``embeds``: of all columns, old and new."""
         if self.real is not None or real is not None:
-            shape = {"dtype": torch.bool, "device": self.ids.device}
-            old = torch.ones(len(ids), self.end, **shape) if self.real is None else self.real
-            new = torch.ones(ids.shape, **shape) if real is None else real.to(old.device)
-            real = torch.cat([old, new], 1)
+            old = self.ids.new_ones(len(ids), self.end).bool() if self.real is None else self.real
+            new = torch.ones_like(ids).bool() if real is None else real
+            real = torch.cat([old, new.to(old.device)], 1)
         new_columns = {"ids": ids, "learn": learn, "positions": positions.to(self.positions.device)}
         joined: dict[str, Any] = {name: torch.cat([getattr(self, name), x], 1) for name, x in new_columns.items()}
         return replace(self, **joined, embeds=embeds, real=real)
