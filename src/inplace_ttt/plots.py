@@ -144,7 +144,8 @@ def _strokes(level: np.ndarray, solid: bool, every: int) -> list[tuple[int, int]
 def _x_axis(tokens: int, columns: int, ascii_only: bool) -> Text:
     line = Text(" " * 7, "dim").append(("+" if ascii_only else "└") + ("-" if ascii_only else "─") * columns + "\n")
     labels = [" "] * (columns + 12)
-    for share in (0, 0.25, 0.5, 0.75, 1):
+    has_room = columns > 5 * len(f"{tokens:,}")
+    for share in (0, 0.25, 0.5, 0.75, 1) if has_room else (0, 0.5, 1):
         label = f"{round(share * tokens):,}"
         at = min(round(share * (columns - 1)) + 8 - len(label) // 2, len(labels) - len(label))
         labels[at : at + len(label)] = label

@@ -78,8 +78,9 @@ def peak_memory() -> int:
 
 def write_json(path: Path, value: Any) -> None:
     """Write readable JSON, and directories as needed: the whole file or none, even if the process is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     is_device = path.exists() and not path.is_file()  # which a file must not replace
+    path = path if is_device else path.resolve()  # nor a link
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path if is_device else path.with_name(f"{path.name}.{os.getpid()}")
     unfinished.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
     if not is_device:

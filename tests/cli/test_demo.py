@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import inplace_ttt as ittt
 from inplace_ttt import text_files
 from inplace_ttt.cli.report import show
 from inplace_ttt.demo import text
+from inplace_ttt.demo.names import Names, Place
 from inplace_ttt.demo.result import Comparison, DemoResult, LayerUpdates
 from inplace_ttt.records import write_json
 from inplace_ttt.shipped import DEFAULT_MODEL
@@ -138,6 +140,29 @@ def test_verdict_is_honest(capsys, gap, noise, verdict, says):
     assert says in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("width", [40, 50, 60])
+def test_a_narrow_terminal_cuts_nothing_off(capsys, width):
+    gaps = np.full(9000 * CHUNK, 0.5)
+    source = text_files.Source(Path("file.py"), "", 1000, True)
+    long = "Moonfleet_of_a_name_that_fills_a_whole_line"
+    places = [
+        Place("Queequeg", 98_765, 3, 12_345, " the captain of the ship, whose name was called ", 0.93, 1e-5, 9.0),
+        Place(long, 143_210, 9, 102_345, "by ", 0.51, 0.0123, 3.0),
+    ]
+    found = Names(512, 3067, 1234, 1.5, 12, 3, places)
+    tokens = text.Tokens("", list(range(len(gaps) + 1)), [], len(gaps) + 1)
+    show(DemoResult("model", source, tokens, comparison(gaps), found), Console(width=width, no_color=True))
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= width
+    assert not re.search(r"\S…", printed)  # the mark of what was cut off
+    assert printed.count("-0.500") > 10
+    for word in ("98,765", "12,345 ago", "93%", "<0.01%", "143,210", "102,345 ago", "51%", "1.2%", "1.0 KiB", "0.1"):
+        assert f" {word}" in printed
+    assert long in "".join(re.sub(" 143,210 .*", "", printed).split())
+    quarters = ["0", "36,000", "72,000", "108,000", "144,000"]
+    assert printed.split("└")[1].splitlines()[1].split() == (quarters[::2] if width == 40 else quarters)
+
+
 def test_default_file_is_a_long_module_of_the_library(monkeypatch, tmp_path):
     path = text.library_file()
     assert path.parent == Path(importlib.import_module("os").__file__).parent
@@ -163,6 +188,16 @@ def test_shipped_model_learns_from_the_default_file(cli, tmp_path):
     result = cli("demo", "--max-tokens", 4096, "--json", tmp_path / "f.json", "--plot", tmp_path / "p.png")
     assert result.exit_code == 0, result.output
     assert "Updates helped" in result.stdout
+
+
+def test_a_record_goes_where_a_link_points(tmp_path):
+    link, target = tmp_path / "link.json", tmp_path / "disk" / "f.json"
+    link.symlink_to(target)
+    for value in (1, 2):  # the target is missing, then there
+        write_json(link, value)
+        assert link.is_symlink()
+        assert json.loads(target.read_text(encoding="utf-8")) == value
+    assert [p.name for p in target.parent.iterdir()] == [target.name]
 
 
 def test_a_record_goes_into_a_pipe_and_replaces_none(tmp_path):

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 import inplace_ttt as ittt
 from inplace_ttt.shipped import DEFAULT_MODEL
 
@@ -111,6 +113,16 @@ def test_mistakes_are_told_before_torch_is_imported(tmp_path):
         assert slow == [], line
         assert MISTAKES[line] in said, line
         assert code == (0 if MISTAKES[line] in ("", "Usage: inplace-ttt", "--session", "inplace-ttt ") else 2), line
+
+
+@pytest.mark.parametrize("command", ["--version", "--help", pytest.param("inspect", marks=pytest.mark.slow)])
+def test_a_closed_pipe_is_no_traceback(folder, command):
+    """As in ``inplace-ttt inspect | head -1``."""
+    arguments = [command, folder.model] if command == "inspect" else [command]
+    process = subprocess.Popen([COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 1
 
 
 def test_names_of_the_command():

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -281,18 +282,37 @@ class TestTheModelUnderneath:
         b.read(IDS[:40])
         torch.testing.assert_close(a.next_logits, b.next_logits)
 
+    @pytest.mark.parametrize("objective", ["learned", "loss"])
     @pytest.mark.parametrize("again", [False, True])
-    def test_fast_weights_that_were_taken_out(self, again, tmp_path):
-        model = adapted("llama")
-        s = Session(model)
+    def test_fast_weights_that_were_taken_out(self, again, objective, tmp_path):
+        model = adapted("llama", changes={"vocab_size": len(tokenizer())}, objective=objective)
+        pool = SessionPool(model, tokenizer())
+        s = pool.open("s")
         s.read(IDS[:9])
+        before, shown = s.stats(), repr(s)
         ittt.detach(model)
         if again:
             ittt.attach(model, ittt.InPlaceTTTConfig(layers="0::2", chunk_size=4))
-        with pytest.raises(UserError, match="begin a new one"):
-            s.read(IDS[:9])
-        with pytest.raises(UserError, match="begin a new one"):
-            s.save(tmp_path / "s")
+        refused = [
+            lambda: s.read(IDS[:9]),
+            lambda: s.score(IDS[:9]),
+            lambda: s.generate_ids(),
+            lambda: s.save(tmp_path / "s"),
+            lambda: s.export_lora(tmp_path / "lora"),
+            lambda: s.diagnostics(),
+            lambda: pool.generate(["s"]),
+        ]
+        if objective == "loss":
+            refused += [lambda: s.commit(), lambda: s.drop_context(), lambda: s.study(TEXT)]
+        for call in refused:
+            with pytest.raises(UserError, match="begin a new one"):
+                call()
+        assert "begin a new one" in s.warning
+        assert s.stats() == replace(before, warning=s.warning)
+        assert repr(s) == repr(s.fork()) == shown.replace("; window", "; the model was detached; window")
+        assert pool.nbytes == before.bytes_context + before.bytes_fast_weights
+        s.reset()
+        assert s.stats().tokens == 0
 
     def test_inference_mode_comes_and_goes(self):
         s, plain = session(), session()

@@ -288,6 +288,18 @@ class TestAtomic:
             session().save(tmp_path / "pipe")
         assert (tmp_path / "pipe").is_fifo()
 
+    def test_a_link_is_followed(self, tmp_path):
+        (tmp_path / "disk").mkdir()
+        link, target = tmp_path / "link", tmp_path / "disk" / "a.session"
+        link.symlink_to(Path("disk", "a.session"))
+        for n in (3, 5):  # the target is missing, then there
+            s = Session(tiny("llama"))
+            s.read(range(1, n + 1))
+            s.save(link)
+            assert link.is_symlink()
+            assert Session.load(target, tiny("llama")).stats().tokens == n
+        assert [p.name for p in target.parent.iterdir()] == [target.name]
+
     def test_a_directory_is_refused(self, tmp_path):
         with pytest.raises(UserError, match="directory"):
             session().save(tmp_path)

@@ -8,6 +8,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 import inplace_ttt as ittt
 from inplace_ttt import Session, SessionPool, UserError
 from inplace_ttt.session.stream import Stream
+from inplace_ttt.session.writing import read_exactly
 
 C, WINDOW = 8, 40
 TOKENS = torch.randint(1, 97, (350,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -103,6 +104,25 @@ def test_a_file_with_columns_that_a_dropped_context_left_is_loaded(tmp_path, mon
     monkeypatch.undo()
     again = Session.load(tmp_path / "a.session", model)
     assert again.read(TOKENS[50:90], scored=True).losses == s.read(TOKENS[50:90], scored=True).losses
+
+
+@pytest.mark.parametrize(("form", "size"), [("dense", 0.1), ("dense", "auto"), ("auto", 0.1), (600, 0.1)])
+@pytest.mark.parametrize("sizes", [[3 * C], [5, 2 * C, C - 5]])
+def test_a_session_that_learned_nothing_of_what_it_read_is_loaded(form, size, sizes, tmp_path):
+    model, at = reader("llama", update_size=size), 0
+    s = session(model, form)
+    for n in sizes:
+        read_exactly(s, TOKENS[at : at + n], False, True)
+        at += n
+    s.save(tmp_path / "a")
+    other = Session.load(tmp_path / "a", model)
+    assert other.stats() == s.stats()
+    assert s.stats().updates == 3
+    with pytest.raises(UserError, match="nothing was learned yet"):
+        other.export_lora(tmp_path)
+    assert len(other.diagnostics()) == 2
+    want = s.read(TOKENS[at : at + 50], scored=True).losses
+    assert other.read(TOKENS[at : at + 50], scored=True).losses == pytest.approx(want, abs=1e-12)
 
 
 def test_passes_learn_a_text_by_heart():

@@ -152,6 +152,23 @@ def test_the_answer_to_a_question_is_learned(tokenizer, clock, monkeypatch, chat
     assert losses[0] < losses[1] - 0.2
 
 
+def test_a_model_and_a_tokenizer_without_an_end():
+    tok = byte_tokenizer(TEXT * 20)
+    tok.eos_token = None
+    model = reader()
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    prompts, want = [tok(text)["input_ids"] for text in TOLD], []
+    for ids in prompts:
+        written = list(ids)
+        with torch.no_grad(), ittt.updates_off(model):
+            for _ in range(6):
+                written.append(int(model(torch.tensor([written])).logits[0, -1].argmax()))
+        want.append(tok.decode(written[len(ids) :], skip_special_tokens=True))
+    assert module.write_many(model, tok, prompts, 6) == want
+    session = Session(model, tok)
+    assert session.study(TEXT, minutes=0.02).updates == session.stats().updates > 0
+
+
 def test_refusals(tokenizer):
     session = Session(reader(), tokenizer)
     for call, why in (

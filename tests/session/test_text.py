@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from locations import SHARED
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -424,6 +424,7 @@ def test_decoder_gives_the_text_of_any_ids(name: str, data: st.DataObject) -> No
 
 @pytest.mark.parametrize("name", [*BYTE_LEVEL, "llama", "gemma", "metaspace always", "stories260K", "bert"])
 @given(text=TEXT, start=st.integers(0, 40))
+@example(text="a " + 11 * "\ufffd", start=0)
 @settings(max_examples=30, deadline=None)
 def test_decoder_gives_real_text(name: str, text: str, start: int) -> None:
     tokenizer = load(name)

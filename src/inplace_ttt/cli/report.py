@@ -1,6 +1,7 @@
 """The demo's result for a person: tables, a chart, and sentences."""
 
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +13,8 @@ from ..plots import ON, save_picture, smooth, smoothing, terminal_chart
 from ..shipped import DEFAULT_MODEL
 from .usage import size
 
+NARROW = 64
+"""Terminals of fewer columns have tables without lines."""
 VERDICTS = {
     "better": "Updates helped: after the first one the loss is {gain:.3f} nats per token lower with them{error}.",
     "worse": "Updates HURT here: after the first one the loss is {gain:.3f} nats per token HIGHER with them{error}.",
@@ -25,12 +28,12 @@ def show(result: DemoResult, console: Console) -> None:
     whole = source.whole and result.tokens.total <= len(result.tokens.ids)
     what = f"{source.path} ({source.size / 1000:,.0f} kB" + (")" if whole else f", its first {c.tokens:,} tokens)")
     console.print(f"{result.model} reads {what}\n", highlight=False, soft_wrap=not console.is_terminal, markup=False)
-    console.print(_positions(result))
+    console.print(_positions(result, console))
     console.print(_sentence(result))
     width = smoothing(c.tokens, c.chunk_size)
     console.print(f"\nLoss by position, smoothed over {width:,} tokens: [bold {ON}]solid = updates on[/], dotted = off")
     on, off = (smooth(values, c.chunk_size, width) for values in (c.on, c.off))
-    columns = min(max(console.width - 14, 30), 90)
+    columns = min(max(console.width - 14, 20), 90)
     console.print(terminal_chart(on, off, columns=columns, ascii_only=console.options.ascii_only), highlight=False)
     console.print()
     _show_names(result.names, console)
@@ -54,10 +57,15 @@ def picture(result: DemoResult, path: Path) -> None:
     )
 
 
-def _positions(result: DemoResult) -> Table:
+def _table(console: Console, title: str, show_footer: bool = True) -> Table:
+    """Make a table; in a narrow terminal without lines, which would take the room of its numbers."""
+    lines: dict[str, Any] = {"box": None, "padding": (0, 1, 0, 0)} if console.width < NARROW else {}
+    return Table(title=title, title_justify="left", title_style="bold", show_footer=show_footer, **lines)
+
+
+def _positions(result: DemoResult, console: Console) -> Table:
     c = result.comparison
-    title = "Loss in nats per token (on - off below 0: updates help)"
-    table = Table(title=title, title_justify="left", title_style="bold", show_footer=True)
+    table = _table(console, "Loss in nats per token (on - off below 0: updates help)")
     table.add_column("tokens", "all", justify="right")
     table.add_column("updates so far", justify="right")
     table.add_column("updates on", f"{c.on.mean():.3f}", justify="right")
@@ -99,10 +107,8 @@ def _show_names(names: Names | None, console: Console) -> None:
         console.print()
         return
     console.print()
-    table = Table(
-        title=f"Names with p of {LIKELY:.0%} or more only with updates on", title_justify="left", title_style="bold"
-    )
-    table.add_column("what came before, and the name", ratio=1)
+    table = _table(console, f"Names with p of {LIKELY:.0%} or more only with updates on", show_footer=False)
+    table.add_column("what came before, and the name", ratio=1, overflow="fold")
     for name in ("token", "last seen", "p on", "p off"):
         table.add_column(name, justify="right", no_wrap=True)
     room = max(console.width - 52, 20)
@@ -122,7 +128,7 @@ def _percent(p: float) -> str:
 
 def _show_cost(result: DemoResult, console: Console) -> None:
     c = result.comparison
-    table = Table(title="What the fast weights did", title_justify="left", title_style="bold", show_footer=True)
+    table = _table(console, "What the fast weights did")
     table.add_column("layer", "all")
     table.add_column("updates", f"{sum(layer.updates for layer in c.layers):,}", justify="right")
     table.add_column("state", size(sum(layer.state_bytes for layer in c.layers)), justify="right")

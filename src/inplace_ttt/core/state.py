@@ -276,7 +276,8 @@ class FastWeights:
         index, v = torch.tensor(rows, device=z.device), v.to(z.dtype)
         if not learned:  # decay still applies
             if rule.additive and rule.keep != 1 and self.tensors is not None:
-                factor = torch.ones(self.rows, device=z.device).index_fill(0, index, rule.keep)
+                one = next(iter(self.tensors.values())).new_ones(self.rows)
+                factor = one.index_fill(0, index, rule.keep)
                 self.tensors = {name: scaled(x, factor) for name, x in self.tensors.items()}
             return v
         start = self._start(rule, z, v)

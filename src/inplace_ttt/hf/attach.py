@@ -19,6 +19,7 @@ from .context import Runtime
 from .families import attention_of, check_layers, decoder_layers, family_of, place, text_model
 from .linear import (
     FastWeight,
+    check_backward,
     check_replaceable,
     innermost,
     input_size,
@@ -27,9 +28,10 @@ from .linear import (
     make_slow,
     output_size,
 )
-from .loss import LossForward, check_backward, check_keys
+from .loss import LossForward
 from .names import rename_attached, rename_detached
 from .overrides import Forward, InitWeights, Overrides
+from .pending import check_keys
 from .sites import LayerSite
 from .tensor_parallel import check_split, is_split
 

@@ -149,6 +149,29 @@ def check_replaceable(module: nn.Module) -> None:
 _DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
+def check_backward(model: nn.Module, dtype: torch.dtype) -> None:
+    """Raise UserError for a quantised layer without a backward: layers before it would learn nothing."""
+    for name, module in model.named_modules():
+        size, weight = getattr(module, "in_features", None), getattr(module, "weight", None)
+        plain = isinstance(weight, Tensor) and is_dense(weight)
+        if size is None or plain or next(module.children(), None) is not None:
+            continue
+        device = weight.device if isinstance(weight, Tensor) else getattr(model, "device", "cpu")
+        if torch.device(device).type == "meta":
+            continue
+        try:
+            passes = module(torch.zeros(1, 1, size, dtype=dtype, device=device, requires_grad=True)).requires_grad
+        except NotImplementedError:
+            passes = False
+        if not passes:
+            raise UserError(
+                f'{name} ({type(module).__name__}) is quantised in a way that has no backward, which objective="loss" '
+                "needs: load the model unquantised, or quantise it with bitsandbytes or torchao's weight-only forms"
+            )
+
+
 def is_dense(weight: Any) -> bool:
     """Tell if a weight is a plain dense tensor: bitsandbytes packs values, torchao uses tensor subclasses.
 

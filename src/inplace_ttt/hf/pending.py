@@ -3,13 +3,17 @@
 Shapes: B rows, n pending columns, D width of the embeddings.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
+
+from ..errors import UserError
 
 IGNORED = -100
 COLUMNS = ("ids", "learn", "positions", "embeds")
@@ -57,6 +61,18 @@ class Record:
             starts=tuple(self.starts[b] for b in rows.tolist()),
             sliding={c: {i: (pick(k), pick(v)) for i, (k, v) in s.items()} for c, s in self.sliding.items()},
         )
+
+    def append(
+        self, ids: Tensor, learn: Tensor, positions: Tensor, embeds: Tensor | None, real: Tensor | None
+    ) -> "Record":
+        """Return the record with further columns. ``embeds``: of all columns, old and new."""
+        if self.real is not None or real is not None:
+            old = self.ids.new_ones(len(ids), self.end).bool() if self.real is None else self.real
+            new = torch.ones_like(ids).bool() if real is None else real
+            real = torch.cat([old, new.to(old.device)], 1)
+        new_columns = {"ids": ids, "learn": learn, "positions": positions.to(self.positions.device)}
+        joined: dict[str, Any] = {name: torch.cat([getattr(self, name), x], 1) for name, x in new_columns.items()}
+        return replace(self, **joined, embeds=embeds, real=real)
 
     def crop(self, columns: int, chunks: Sequence[int]) -> "Record":
         """Return the record without the last ``columns``; ``chunks``: the number of each row's present chunk."""
@@ -106,6 +122,34 @@ def _sliding_keys(cache: Cache, columns: int) -> Sliding:
         else:
             found[i] = x.keys, x.values
     return found
+
+
+def check_keys(model: PreTrainedModel) -> None:
+    """Raise UserError for a model with layers that keep no keys, from which a chunk could be read again."""
+    if any(not hasattr(layer, "keys") for layer in DynamicCache(config=model.config).layers):
+        raise UserError(
+            'objective="loss" reads a chunk again from the keys of the tokens before it, and this model\'s layers of '
+            "linear attention or convolutions keep none: choose another objective"
+        )
+
+
+@contextmanager
+def within_windows(cache: Cache) -> Iterator[None]:
+    """Hide what sliding layers have recorded beyond their window, for one forward in the block.
+
+    transformers 5.17 passes it on to the attention, and the mask fits only if each forward follows a crop.
+    """
+    hidden = []
+    for layer in cache.layers:
+        x: Any = layer
+        if not getattr(x, "is_sliding", False) or not getattr(x, "record_past", False) or x.keys is None:
+            continue
+        past = max(x.keys.shape[2] - x.sliding_window + 1, 0)
+        hidden.append((x, x.keys[:, :, :past], x.values[:, :, :past]))
+        x.keys, x.values = x.keys[:, :, past:], x.values[:, :, past:]
+    yield
+    for x, keys, values in hidden:
+        x.keys, x.values = torch.cat([keys, x.keys], 2), torch.cat([values, x.values], 2)
 
 
 def cache_before(cache: Cache, config: Any, columns: int, sliding: Sliding, rows: list[int]) -> DynamicCache:

@@ -61,9 +61,10 @@ def _switched_on(layer: nn.Module) -> list[str]:
 
 
 def save(session: SessionState, path: str | Path) -> None:
-    """Write ``session`` to ``path``, atomically. OSError when it cannot be written (the old file stays).
+    """Write ``session`` to ``path``, or to the target of a link, atomically.
 
-    Raises UserError when another process has written the file since the session was loaded from it or saved to it.
+    Raises OSError when it cannot be written (the old file stays), and
+    UserError when another process has written the file since the session was loaded from it or saved to it.
     """
     target = Path(path)
     if target.is_dir():
@@ -76,7 +77,7 @@ def save(session: SessionState, path: str | Path) -> None:
     text = json.dumps({"model": identity(session._reader.model), "tokenizer": tokenizer, **header}, sort_keys=True)
     metadata = {"format": FORMAT, "version": str(VERSION), "header": text, "digest": _digest(text, tensors)}
     with saving(session, target):
-        _write(target, tensors, metadata)
+        _write(target.resolve(), tensors, metadata)
 
 
 def _write(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -51,6 +51,7 @@ def export(session: SessionState, directory: str | Path, rank: int | None = RANK
     if rank is not None and not is_count(rank, 1):
         raise UserError(f"rank {rank!r}: a whole number of at least 1, or None")
     reader = session._reader
+    reader.check_attached()
     rule = reader.settings.rule
     rule.need("linear", "an export as LoRA")
     learned = {i: S[0] for i, fast in session.fast_weights.items() if (S := fast.dense()) is not None and S.any()}

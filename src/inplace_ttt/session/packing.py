@@ -175,7 +175,7 @@ def unpack_fast(
     factored = parts.get("left") is not None
     _check(not (factored and found) and factored == (parts.get("right") is not None), "S is there twice, or by half")
     _check(not count or factored, "left is missing")
-    _check(bool(found) or factored or seen < C, "S is missing")
+    _check(bool(found) or factored or seen < C or reader.by_loss, "S is missing")  # by the loss: if nothing was learned
     return fast
 
 

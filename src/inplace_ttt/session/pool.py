@@ -164,6 +164,7 @@ class Writers:
     """
 
     def __init__(self, reader: Reader) -> None:
+        reader.check_attached()
         self.active: list[Writer] = []
         self._reader = reader
         self._batches = (_Batch(reader), _Batch(reader))

@@ -12,7 +12,7 @@ from ..hf.attach import READING, UNTRAINED, is_trained, unwrap
 from ..hf.window import cache_bytes
 from .diagnostics import Timeline, harm, measure
 from .sources import Readable, texts, token_ids
-from .stream import Reader, Stream, losses_of
+from .stream import DETACHED, Reader, Stream, losses_of
 from .text import StreamEncoder
 
 PROBE = 256
@@ -164,13 +164,16 @@ class SessionState:
 
     @property
     def warning(self) -> str | None:
-        """Return a line when the updates look harmful, by the probes, or when the model was never trained."""
+        """Return a line when the updates look harmful, by the probes, or the model was never trained or is detached."""
+        if not self._reader.is_attached:
+            return DETACHED
         if not is_trained(self._reader.model):
             return UNTRAINED
         return harm(self._timeline, self._settings())
 
     def diagnostics(self) -> list[Any]:
         """Return ``LayerDiagnostics`` of every adapting layer, now; empty before the first token."""
+        self._reader.check_attached()
         return measure(self._reader.model, self._stream.fast, config=self._reader.config)
 
     def stats(self) -> Stats:
@@ -196,6 +199,7 @@ class SessionState:
     def __repr__(self) -> str:
         s, model = self.stats(), type(unwrap(self._reader.model)).__name__
         stands = f"{s.tokens:,} tokens, {s.updates:,} updates, {s.pending:,} tokens pending"
+        stands += "" if self._reader.is_attached else "; the model was detached"
         return f"<Session of {model}: {stands}; window {s.window:,}, chunk_size {s.settings['chunk_size']:,}>"
 
     def __enter__(self) -> Self:

@@ -35,6 +35,8 @@ SCORED_LOGITS = 1 << 25
 RECENT = 2048
 """Number of last ids stored: context of the probes and of the repetition penalty."""
 
+DETACHED = "the model's fast weights were taken out since this session began: begin a new one"
+
 
 @dataclass
 class Stream:
@@ -148,10 +150,15 @@ class Reader:
         mine, theirs = ((r.runtime, r.config, r.window, r.sinks, r.form) for r in (self, other))
         return mine == theirs
 
+    @property
+    def is_attached(self) -> bool:
+        """True while the model is attached as it was when the session began."""
+        return self.root.__dict__.get(RUNTIME) is self.runtime
+
     def check_attached(self) -> None:
         """Raise UserError when the model is no longer attached as it was when the session began."""
-        if self.root.__dict__.get(RUNTIME) is not self.runtime:
-            raise UserError("the model's fast weights were taken out since this session began: begin a new one")
+        if not self.is_attached:
+            raise UserError(DETACHED)
 
     def check(self, ids: Sequence[int]) -> None:
         """Raise UserError for ids that the model does not know."""
@@ -221,6 +228,7 @@ class Reader:
 
     def commit(self, stream: Stream) -> bool:
         """Learn what is pending as a shorter chunk; return whether there was anything."""
+        self.check_attached()
         with evaluating(self.model), self.runtime.reading(self.config, self.form), whole(stream.cache):
             return commit(self.runtime, stream.cache)
 

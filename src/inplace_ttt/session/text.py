@@ -281,6 +281,8 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int] = ()) -> None:
         self._tokenizer: Tokenizer = tokenizer.backend_tokenizer
+        self._byte = self._tokenizer.token_to_id("<0x41>")
+        """The byte of an "A"; None without byte fallback."""
         # The first text of a sequence loses its space, that after these ids does not.
         self._context, self._pending = self._whole(list(prompt[-_CONTEXT:]))
         self._shown = len(self._tokenizer.decode(self._context))
@@ -289,16 +291,23 @@ class StreamDecoder:
         """Return the ids up to the last whole character, and those of a character to be completed."""
         ends = range(len(ids), max(len(ids) - 4, -1), -1)
         for end, start in product(ends, range(4)):  # the rest of a character that was cut spoils what follows it
-            whole = not self._tokenizer.decode(ids[start:end]).endswith(_REPLACEMENT)
-            if whole and (start < end or start == 0):
+            part = ids[start:end]
+            if self._is_whole(part, self._tokenizer.decode(part)) and (start < end or start == 0):
                 return ids[start:end], ids[end:]
         return ids, []
+
+    def _is_whole(self, ids: list[int], text: str) -> bool:
+        """Tell if no byte is missing at the end of ids and their text; one of a real replacement character is found."""
+        if not text.endswith(_REPLACEMENT):
+            return True
+        return self._byte is not None and self._tokenizer.decode([*ids, self._byte]).endswith("A")
 
     def push(self, token: int) -> str:
         """Add a token; return the text that it completes, "" when there is none."""
         self._pending.append(token)
-        text = self._tokenizer.decode(self._context + self._pending)
-        if not text.endswith(_REPLACEMENT):
+        ids = self._context + self._pending
+        text = self._tokenizer.decode(ids)
+        if self._is_whole(ids, text):
             return self._show(text)
         # No character has this many ids: all but the last one are invalid.
         return self._show(text, missing=1) if len(self._pending) >= _PENDING else ""
