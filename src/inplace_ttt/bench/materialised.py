@@ -95,7 +95,7 @@ def check(model: nn.Module, ids_1T: Tensor) -> float:
 
     UserError where it is more than ``OFF``: wrong results are not timed.
     """
-    before = runtime_of(model).lr
+    before = runtime_of(model).config.lr
     set_lr(model, weighty_lr(model, ids_1T))
     try:
         ours = model(ids_1T, use_cache=False).logits.float()

@@ -107,7 +107,7 @@ def _layers(model: nn.Module, cache: Any) -> list[LayerUpdates]:
     for info in inspect(model):
         fast, weight = held[info.index], slow_weight(projections[info.index], info.shape)
         change = torch.zeros(info.shape) if fast.S is None else fast.S[0]
-        norm = None if weight is None else relative_norm(change, weight, runtime.lr)
+        norm = None if weight is None else relative_norm(change, weight, runtime.config.lr)
         layers.append(LayerUpdates(info.index, fast.updates[0], info.state_bytes, norm))
     return layers
 

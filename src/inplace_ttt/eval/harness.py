@@ -301,7 +301,7 @@ def _tokenizer(given: Any, pretrained: Any, model: Any) -> Any:
     source = pretrained if given is None else given
     if isinstance(source, nn.Module):
         raise UserError("pass the tokenizer with a model object")
-    found = load_tokenizer(source, model) if isinstance(source, str | Path) else copy.deepcopy(source)
+    found = load_tokenizer(source) if isinstance(source, str | Path) else copy.deepcopy(source)
     if found.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-text token, which the harness needs: set tokenizer.eos_token")
     return found

@@ -65,13 +65,7 @@ class Runtime:
 
     @property
     def config(self) -> InPlaceTTTConfig:
-        """Return the settings' configuration."""
         return self.settings.config
-
-    @property
-    def lr(self) -> float:
-        """Return the inner learning rate."""
-        return self.settings.config.lr
 
     @property
     def enabled(self) -> bool:

@@ -47,7 +47,10 @@ def convert(
     elif to == "release":
         save_release(model, out)
     else:
-        _to_shards(model, out)
+        out.mkdir(parents=True)
+        save({"model": unwrap(model).state_dict()}, checkpoint_id=out, no_dist=True)
+        unwrap(model).config.save_pretrained(out)
+        mark_config(out)
     if tokenizer is not None and to in ("release", "sharded"):
         tokenizer.save_pretrained(out)
 
@@ -56,13 +59,6 @@ def sharded_directory(source: Path) -> Path | None:
     """Return the directory of shards: ``source`` itself, or one inside it."""
     found = [source, source / "sharded", *sorted(source.glob("pytorch_model_fsdp_*"))]
     return next((path for path in found if (path / ".metadata").is_file()), None)
-
-
-def _to_shards(model: Any, out: Path) -> None:
-    out.mkdir(parents=True)
-    save({"model": unwrap(model).state_dict()}, checkpoint_id=out, no_dist=True)
-    unwrap(model).config.save_pretrained(out)
-    mark_config(out)
 
 
 def _from_shards(shards: Path, config: Path | None) -> Any:

@@ -59,7 +59,7 @@ def load(
         words = AutoTokenizer.from_pretrained(Path(model).parent, gguf_file=Path(model).name)
         check_words(words, model)
     else:
-        words = load_tokenizer(model, loaded)
+        words = load_tokenizer(model)
     if not getattr(words, "is_fast", False):
         raise UserError(f"the tokenizer of {model} is not a fast one: it cannot tell which characters a token spans")
     return loaded, words
@@ -110,12 +110,12 @@ def _plain(model: str | Path, device: str | None, window: int | None) -> PreTrai
     return loaded.to(place).eval()  # type: ignore[no-any-return]
 
 
-def load_tokenizer(model: str | Path, loaded: PreTrainedModel) -> Any:
+def load_tokenizer(model: str | Path) -> Any:
     """Load the tokenizer beside a model, in its base, or of the base that an adapter names. UserError without one."""
     tokenizer, reason = find_tokenizer(model)
-    if tokenizer is not None:
-        return tokenizer
-    raise UserError(f"no tokenizer for {model} ({reason}): save one beside it with tokenizer.save_pretrained")
+    if tokenizer is None:
+        raise UserError(f"no tokenizer for {model} ({reason}): save one beside it with tokenizer.save_pretrained")
+    return tokenizer
 
 
 def check_words(tokenizer: Any, model: str | Path) -> None:

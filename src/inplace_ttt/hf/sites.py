@@ -259,9 +259,8 @@ _WATCHING = threading.Lock()
 def compute_dtype(z: Tensor) -> Tensor:
     """Cast z to the precision of the projection's product."""
     device = z.device.type
-    if z.dtype == torch.float32 and torch.is_autocast_enabled(device):
-        return z.to(torch.get_autocast_dtype(device))
-    return z
+    is_cast = z.dtype == torch.float32 and torch.is_autocast_enabled(device)
+    return z.to(torch.get_autocast_dtype(device)) if is_cast else z
 
 
 class Anchor(torch.autograd.Function):
