@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RemoteEntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -43,16 +43,13 @@ class Preview:
 
     @property
     def extra_parameters(self) -> int:
-        """Parameters that attaching adds."""
         return sum(layer.extra_parameters for layer in self.layers)
 
     @property
     def state_bytes(self) -> int:
-        """Fast weights of one row, all layers."""
         return sum(layer.state_bytes for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
         totals = {"extra_parameters": self.extra_parameters, "state_bytes": self.state_bytes}
         return {**asdict(self), "settings": self.settings.to_dict(), **totals}
 
@@ -142,7 +139,7 @@ def _file(model: str, name: str) -> str | None:
         return Path(hf_hub_download(model, name)).read_text(encoding="utf-8")
     except RemoteEntryNotFoundError:
         return None
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
+    except (OSError, ValueError) as error:  # huggingface_hub's are of these kinds
         reason = str(error).splitlines()[0]
         raise UserError(f"{model} is not a directory here and could not be fetched from the hub ({reason})") from None
 
