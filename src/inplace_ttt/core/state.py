@@ -182,11 +182,7 @@ class FastWeights:
         return buffer
 
     def _remember(
-        self,
-        slots: list[list[int]],
-        restarted: list[int],
-        chunks: dict[str, Tensor] | None,
-        before: dict[int, State],
+        self, slots: list[list[int]], restarted: list[int], chunks: dict[str, Tensor] | None, before: dict[int, State]
     ) -> None:
         """Keep each row's last completed chunks of its current document, newest at the right."""
         C, R = self.chunk_size, self.reach

@@ -251,10 +251,8 @@ class FactoredWeights(FastWeights):
             super()._stack(parts, rows)
             self.count = self.raw = (0,) * self.rows
         else:
-            self.left, self.right = (
-                stacked([x.left for x in factored], rows),
-                stacked([x.right for x in factored], rows),
-            )
+            self.left = stacked([x.left for x in factored], rows)
+            self.right = stacked([x.right for x in factored], rows)
 
     def clear(self, rows: Sequence[int]) -> None:
         """Remove the factors of some rows."""

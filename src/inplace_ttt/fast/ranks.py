@@ -102,10 +102,8 @@ class SliceTable:
     @property
     def scanned(self) -> ChunkTable:
         """Return the table for the scan: inside a regular piece no token sees the update of the last chunk."""
-        table = self.table
-        return (
-            table if table.index is not None else replace(table, updates=max(table.tokens - 1, 0) // table.chunk_size)
-        )
+        table, last = self.table, max(self.table.tokens - 1, 0)
+        return table if table.index is not None else replace(table, updates=last // table.chunk_size)
 
     @classmethod
     def build(
