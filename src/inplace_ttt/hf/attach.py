@@ -17,16 +17,7 @@ from ..core.scan import path_for
 from ..errors import UserError
 from .context import Runtime
 from .families import attention_of, check_layers, decoder_layers, family_of, place, text_model
-from .linear import (
-    FastWeight,
-    check_replaceable,
-    innermost,
-    input_size,
-    is_dense,
-    make_fast,
-    make_slow,
-    output_size,
-)
+from .linear import FastWeight, check_replaceable, innermost, input_size, is_dense, make_fast, make_slow, output_size
 from .loss import LossForward, check_backward, check_keys
 from .names import rename_attached, rename_detached
 from .overrides import Forward, InitWeights, Overrides
@@ -208,11 +199,9 @@ def detach(model: Model) -> Model:
                 setattr(parent, name, make_slow(child))
     for name in (RUNTIME, *Overrides(runtime).by_name()):
         del root.__dict__[name]
-    if (
-        runtime.loss_forward is not None
-        and getattr(runtime.loss_forward.forward, "__func__", None) is not type(root).forward
-    ):
-        root.__dict__["forward"] = runtime.loss_forward.forward  # another library's, from before attach
+    before = None if runtime.loss_forward is None else runtime.loss_forward.forward
+    if before is not None and getattr(before, "__func__", None) is not type(root).forward:
+        root.__dict__["forward"] = before  # another library's, from before attach
     del root.config.inplace_ttt
     return model
 

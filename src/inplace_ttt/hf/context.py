@@ -60,7 +60,6 @@ class Runtime:
 
     @property
     def settings(self) -> Settings:
-        """Return the settings of this thread's calls."""
         return self._settings.get()
 
     @property
@@ -69,12 +68,10 @@ class Runtime:
 
     @property
     def enabled(self) -> bool:
-        """Tell if this thread's calls use fast weights."""
         return self.settings.enabled
 
     @property
     def current(self) -> CallContext | None:
-        """Return the call that runs in this thread."""
         return self._current.get()
 
     def configure(self, **values: Any) -> None:
@@ -260,13 +257,8 @@ class Runtime:
                 raise NotImplementedError(f"cannot keep fast weights in a {type(cache).__name__}: pass a DynamicCache")
             return cache  # transformers reads and fills it even with use_cache=False
         wanted = self.model_config.use_cache if use_cache is None else use_cache
-        if (
-            not wanted
-            or not self.settings.enabled
-            or (use_cache is None and module.training and torch.is_grad_enabled())
-        ):
-            return None
-        return DynamicCache(config=self.model_config)
+        is_training = use_cache is None and module.training and torch.is_grad_enabled()
+        return DynamicCache(config=self.model_config) if wanted and self.settings.enabled and not is_training else None
 
 
 def no_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:

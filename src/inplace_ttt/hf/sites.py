@@ -68,12 +68,10 @@ class LayerSite:
 
     @property
     def context(self) -> CallContext | None:
-        """Return the call that runs in this thread."""
         return self._context.get()
 
     @property
     def gates(self) -> bool:
-        """Tell if the target gates the state."""
         return self.target.gates
 
     def before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -95,7 +93,6 @@ class LayerSite:
         return next(m for part in (module, self.mlp) for m in part.modules() if isinstance(m, FastWeight))
 
     def fuses(self, module: Any) -> bool:
-        """Tell if slow and fast product may be computed together."""
         return module.fuses and is_dense(module.weight) and self._outside() is None
 
     def _outside(self) -> nn.Module | None:
