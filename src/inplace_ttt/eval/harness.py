@@ -40,15 +40,9 @@ __all__ = ["PAPER", "RULER", "RULER_OFFLINE", "InPlaceTTTLM", "Paired", "Record"
 NAME = "inplace-ttt"
 UNLIMITED = 1 << 40
 _HARNESS_ARGUMENTS = {
-    "add_bos_token",
-    "chat_template_args",
-    "enable_thinking",
-    "logits_cache",
-    "max_batch_size",
-    "prefix_token_id",
-    "softmax_dtype",
-    "think_end_token",
-}
+    "add_bos_token", "chat_template_args", "enable_thinking", "logits_cache", "max_batch_size", "prefix_token_id",
+    "softmax_dtype", "think_end_token",
+}  # fmt: skip
 
 
 class InPlaceTTTLM(HFLM):  # type: ignore[misc]
