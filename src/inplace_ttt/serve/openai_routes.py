@@ -24,14 +24,12 @@ Of = Annotated[SessionHeaders, Header()]
 
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
-    """List the one model of this server."""
     service = Service.of(request)
     return {"object": "list", "data": [_model(service)]}
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, request: Request) -> dict[str, Any]:
-    """Return the model by name."""
     service = Service.of(request)
     _check_model(service, name)
     return _model(service)

@@ -43,7 +43,6 @@ async def create(request: Request) -> dict[str, Any]:
 
 @router.get("")
 async def index(request: Request) -> dict[str, Any]:
-    """List the owner's sessions."""
     return {"object": "list", "data": await work.index(Service.of(request).engine, request.scope["owner"])}
 
 
@@ -121,7 +120,6 @@ async def fork(id: Id, request: Request, body: Fork | None = None) -> dict[str, 
 
 @router.post("/{id}/reset")
 async def reset(id: Id, request: Request, body: AtVersion | None = None) -> dict[str, Any]:
-    """Forget everything."""
     return await _versioned(request, id, work.change, {"op": "reset"}, body and body.if_version)
 
 
@@ -140,7 +138,6 @@ async def save(id: Id, request: Request, body: AtVersion | None = None) -> dict[
 
 @router.post("/{id}/rollback")
 async def rollback(id: Id, request: Request, body: Rollback | None = None) -> dict[str, Any]:
-    """Go back to a saved version."""
     body = body or Rollback()
     return await _versioned(request, id, work.rollback, body.version, body.if_version)
 
