@@ -66,7 +66,6 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Bytes at the peak."""
         return sum(self.memory.values())
 
     @property
