@@ -56,7 +56,6 @@ class Comparison:
 
     @property
     def updates(self) -> int:
-        """Updates of each layer."""
         return min((layer.updates for layer in self.layers), default=0)
 
     def gain(self) -> tuple[float, float | None]:
@@ -75,7 +74,6 @@ class Comparison:
         return self._between(edges)
 
     def chunks(self) -> list[tuple[Bucket, Bucket]]:
-        """Return (on, off) chunk by chunk."""
         return self._between(range(1, self.tokens + 1, self.chunk_size))
 
     def _between(self, starts: Sequence[int]) -> list[tuple[Bucket, Bucket]]:

@@ -99,10 +99,7 @@ class OTBTrainer(GRPOTrainer):
 
     def _add_head(self, model: Any, outputs: tuple[str, ...]) -> None:
         add_fused_lm_head(
-            model,
-            temperature=self.temperature,
-            cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32,
-            outputs=outputs,
+            model, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32, outputs=outputs
         )
 
     def _add_reference(self, reference: Any) -> None:
