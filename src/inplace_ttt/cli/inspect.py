@@ -114,7 +114,7 @@ def _inspect_session(path: Path, json: bool, plot: Path | None, model: str | Non
     with Console(stderr=True).status("loading the model"):
         from ..session.plots import diagnostics_table, save_diagnostics
 
-        session = open_session(path, model, device, {}, write=False)
+        session = open_session(path, model, device, {})
     timeline, layers = session.timeline, session.diagnostics()
     every = f"one every {timeline.every:,} tokens"
     if plot is not None and not timeline.samples:
