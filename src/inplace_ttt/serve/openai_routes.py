@@ -69,7 +69,6 @@ async def _answer(
     if choices * len(renders) > limits.choices:
         raise ServeError(f"{choices * len(renders)} answers wanted, this server gives at most {limits.choices} at once")
     options = body.options(limits.new_tokens, default)
-    work.check_options(options)
     job = service.engine.begin(
         lambda job: work.answer(
             service.engine, job, request.scope["owner"], reply.session, renders, options, choices=choices,

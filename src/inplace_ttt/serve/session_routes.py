@@ -94,7 +94,6 @@ async def ask(id: Id, body: Ask, request: Request) -> Any:
     service, owner = Service.of(request), request.scope["owner"]
     engine, render = service.engine, service.prompts.question(body.question)
     options = body.options(engine.limits.new_tokens, 256)
-    work.check_options(options)
     job = engine.begin(lambda job: work.answer(engine, job, owner, id, [render], options, context=False))
 
     def whole(answers: list[work.Answered]) -> dict[str, Any]:

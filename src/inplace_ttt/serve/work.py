@@ -242,7 +242,9 @@ async def answer(
     of the answer that the session knows from then on. ``learn``: a name in ``LEARN``; None: as the session. A
     job that is stopped ends its answers, with what they have.
     """
-    check_options(options)
+    sampling = {name: value for name, value in options.items() if name not in ("max_new_tokens", "stop")}
+    Sampling(**sampling)  # raises for values out of range, and the next for empty texts, before anything is read
+    StopText(options.get("stop", ()))
     count = len(renders) * choices
     if id is None:
         reads, options["learn"] = engine.learning(learn or engine.learn)
@@ -345,13 +347,6 @@ async def _write(
     found.reason = event.reason
     job.emit((index, event))
     return found
-
-
-def check_options(options: dict[str, Any]) -> None:
-    """Raise UserError for sampling settings out of range and empty stop strings, before anything is read."""
-    sampling = {name: value for name, value in options.items() if name not in ("max_new_tokens", "stop")}
-    StopText(options.get("stop", ()))
-    Sampling(**sampling)
 
 
 # -- inside ------------------------------------------------------------------------------------------------------------
