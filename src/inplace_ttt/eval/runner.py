@@ -107,6 +107,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _prepare(directory: Path, plan: dict[str, Any], fresh: bool) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file: name a directory")
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(plan, indent=1, sort_keys=True) + "\n"
     file = directory / PLAN
