@@ -206,15 +206,10 @@ def _silent() -> Iterator[None]:
             try:
                 nltk.data.find("tokenizers/punkt_tab")
             except LookupError:
-                prepare_niah.cached_sent_tokenize = _sentences
+                prepare_niah.cached_sent_tokenize = partial(re.split, r"(?<=[.!?])\s+")  # by their last character
             try:
                 yield
             finally:
                 prepare_niah.cached_sent_tokenize = split
     finally:
         nltk.download = download
-
-
-def _sentences(text: str) -> list[str]:
-    """Split into sentences by their last character, where nltk's splitter is not installed."""
-    return re.split(r"(?<=[.!?])\s+", text)

@@ -255,7 +255,6 @@ class FactoredWeights(FastWeights):
             self.right = stacked([x.right for x in factored], rows)
 
     def clear(self, rows: Sequence[int]) -> None:
-        """Remove the factors of some rows."""
         self._scale(rows, 0.0)
         self.count, self.raw = (tuple(0 if b in rows else n for b, n in enumerate(x)) for x in (self.count, self.raw))
         self._trim()

@@ -231,7 +231,6 @@ def supports(call: Call) -> bool:
 
 
 def run(call: Call) -> Result:
-    """Run a call that ``supports`` accepts."""
     state = None if call.state is None else call.state["S"]
     tensors = {"bias_D": call.bias, "state_BDF": state, "past_BPF": call.past}
     lr, keep, width = call.rule.lr, call.rule.keep, call.width

@@ -93,7 +93,6 @@ class SliceTable:
     """True if any piece starts from a state of earlier pieces."""
 
     def to(self, device: torch.device) -> "SliceTable":
-        """Return the same table with its tensors on ``device``."""
         if self.carry.device == device:
             return self
         weights = None if self.weights is None else self.weights.to(device)

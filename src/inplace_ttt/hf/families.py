@@ -104,7 +104,6 @@ def text_model(model: PreTrainedModel, family: Family) -> nn.Module:
 
 
 def attention_of(layer: nn.Module) -> nn.Module | None:
-    """Return the attention module of a decoder layer."""
     name = _attention_name(layer)
     return None if name is None else getattr(layer, name)
 

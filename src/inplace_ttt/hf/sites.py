@@ -156,7 +156,6 @@ class LayerSite:
         return self._read(self.projection(), z, lambda _: output)
 
     def forget(self) -> None:
-        """Clear this thread's call."""
         self._context.clear()
         self._input.clear()
         self._projected.clear()

@@ -54,7 +54,6 @@ async def describe(id: Id, request: Request, diagnostics: bool = True) -> Any:
 
 @router.delete("/{id}")
 async def delete(id: Id, request: Request) -> dict[str, Any]:
-    """Remove a session and all its versions."""
     await _done(request, work.delete, id)
     return {"id": id, "object": "session", "deleted": True}
 

@@ -143,7 +143,6 @@ class Store:
             yield path
 
     def delete(self, key: str) -> None:
-        """Remove a session and all that it has."""
         self.files.remove(f"{key}/{_entry(0)}")  # from here on nobody finds it
         self.files.remove(key)
 

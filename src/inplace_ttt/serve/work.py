@@ -60,14 +60,12 @@ async def fork(engine: Engine, owner: str, id: str, new: str, version: int | Non
 
 
 async def delete(engine: Engine, owner: str, id: str) -> None:
-    """Remove a session for good."""
     async with engine.use(owner, id) as live:
         await asyncio.to_thread(engine.store.delete, live.key)
         engine.forget(live)
 
 
 async def index(engine: Engine, owner: str) -> list[dict[str, Any]]:
-    """List an owner's sessions, oldest first."""
     found = await asyncio.to_thread(engine.store.of_owner, owner)
     loaded = {live.key for live in engine.loaded}
     return [
@@ -144,7 +142,6 @@ async def export(engine: Engine, owner: str, id: str, rank: int | None, folder: 
 
 
 async def download(engine: Engine, owner: str, id: str) -> bytes:
-    """Return a session's file."""
     async with engine.use(owner, id) as live:
         copy = await engine.piece(live.loaded.fork)
     with tempfile.TemporaryDirectory() as place:

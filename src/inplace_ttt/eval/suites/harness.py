@@ -94,7 +94,6 @@ def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model:
 
 
 def tables(records: Sequence[Record]) -> Tables:
-    """Return means by task and metric."""
     return tables_of("harness", records, {"harness": ["task", "metric"]}, "value", "weight")
 
 

@@ -215,7 +215,6 @@ def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model:
 
 
 def tables(records: Sequence[Record]) -> Tables:
-    """Return the share of right answers by kind, length and depth."""
     keys = ("kind", "length", "depth")
     names = {"needle": keys[:1], "needle by length": keys[:2], "needle by length and depth": keys}
     return tables_of("needle", records, names, "correct")

@@ -76,7 +76,6 @@ def verdicts(found: Tables) -> list[str]:
 
 
 def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Draw the score by length."""
     rows = found.get("ruler", [])
     tasks = len({row["task"] for row in found.get("ruler by task", [])})
     drawn = plots.curves(rows, "length", lambda row: f"RULER, {tasks} task{'s' * (tasks > 1)}")

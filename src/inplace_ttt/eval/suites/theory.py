@@ -161,7 +161,6 @@ def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model:
 
 
 def tables(records: Sequence[Record]) -> Tables:
-    """Return each change of the logits by target."""
     mine = [r for r in records if r["suite"] == "theory"]
     rows = [{"change": name, **row} for name in CHANGES for row in means(mine, ["target"], name)]
     return {"theory": rows}
