@@ -190,23 +190,17 @@ class Runtime:
             return given[CALL].begin(settings), None
         if (refusal := rows_are_cut()) is not None:
             raise UserError(refusal)
-        config, rule = settings.config, settings.rule
         running = self.running_sites()
         slots = {} if cache is None else fast_layers(cache, {s.index: s.gates for s in running}, rows, settings)
-        seen = next((slot.fast.seen for slot in slots.values()), None)
+        first = next((slot.fast for slot in slots.values()), None)
+        seen = None if first is None else first.seen
         if any(slot.fast.seen != seen for slot in slots.values()):
             raise ValueError("a call on this cache broke off half way through the layers: start from an empty cache")
-        first = next((slot.fast for slot in slots.values()), None)
         documents = self.documents(given, rows, tokens, cache, first)
         table = ChunkTable.build(
-            rows,
-            tokens,
-            config.chunk_size,
-            documents=documents,
-            seen=seen,
-            keep_state=bool(slots),
-            from_zero=rule.from_zero,
-        )
+            rows, tokens, settings.config.chunk_size, documents=documents, seen=seen, keep_state=bool(slots),
+            from_zero=settings.rule.from_zero,
+        )  # fmt: skip
         return WholeCall(settings, table, slots), cache
 
     def documents(

@@ -134,15 +134,9 @@ class OTBTrainer(GRPOTrainer):
 
         def advantages(leave_one_out: bool) -> Advantages:
             return token_advantages(
-                rewards,
-                mask,
-                w,
-                group_size=group_size,
-                baseline=self.args.baseline,
-                leave_one_out=leave_one_out,
-                lone_tail=self.args.lone_tail,
-                ratios=ratios,
-            )
+                rewards, mask, w, group_size=group_size, baseline=self.args.baseline, leave_one_out=leave_one_out,
+                lone_tail=self.args.lone_tail, ratios=ratios,
+            )  # fmt: skip
 
         here = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
         tokens = output["completion_ids"].shape[1]
