@@ -226,7 +226,8 @@ def scan(
 def supports(call: Call) -> bool:
     """Tell if the call is of an outer rule with the base class's read and write, without gates."""
     rule, kind = call.rule, type(call.rule)
-    own = all(getattr(kind, name) is getattr(Rule, name) for name in ("init", "apply", "update", "write"))
+    own = kind.apply is Rule.apply and kind.update is Rule.update and kind.init is Rule.init
+    own = own and kind.write is Rule.write
     return rule.outer and rule.from_zero and own and call.keep is None and call.watch is None
 
 

@@ -11,7 +11,6 @@ and without resets this inverts forward.
 Shapes: B rows, n slots of c tokens, D and F the widths of x and z.
 """
 
-from functools import cache
 from importlib.util import find_spec
 
 from torch import Tensor
@@ -19,12 +18,12 @@ from torch import Tensor
 from ..core.algebra import outer
 
 Pairs = tuple[Tensor, Tensor]
+_TRITON = find_spec("triton") is not None
 
 
-@cache
 def has_triton() -> bool:
     """Tell if Triton is installed (it comes with PyTorch's CUDA builds)."""
-    return find_spec("triton") is not None
+    return _TRITON
 
 
 def walk(

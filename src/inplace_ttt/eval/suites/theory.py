@@ -93,7 +93,7 @@ class TheorySuite:
             for target in TARGETS[:1] if runtime.loss_forward else TARGETS:
                 right, *rest = (self._read(model, target, own, ids, choices) - before).tolist()
                 others = sum(rest) / len(rest)
-                record = {"document": name, "target": target, "chance": 1 / self.candidates, "right": right}
+                record: Record = {"document": name, "target": target, "chance": 1 / self.candidates, "right": right}
                 record |= {"others": others, "margin": right - others, "won": int(all(right > x for x in rest))}
                 records.append(record)
         return records
