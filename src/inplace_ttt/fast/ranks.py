@@ -237,8 +237,7 @@ def piece_totals(
         return torch.stack(parts).sum(0)
     if weights is not None and table.binary:
         v, weights = v * weights.to(v.dtype).repeat_interleave(C, 1)[..., None], None
-    total: Tensor = _PieceTotals.apply(z_RNF, v, weights, C)
-    return total
+    return _PieceTotals.apply(z_RNF, v, weights, C)
 
 
 class _PieceTotals(torch.autograd.Function):
@@ -280,8 +279,7 @@ def _spans(z: Tensor, weights_RU: Tensor | None, C: int) -> list[tuple[slice, Te
 
 def exclusive_scan(totals_RDF: Tensor, table: SliceTable, group: Group) -> Tensor:
     """Return the initial state of each of this rank's pieces, [R, D, F]; differentiable. All ranks call it."""
-    states: Tensor = _ExclusiveScan.apply(totals_RDF, table, group)
-    return states
+    return _ExclusiveScan.apply(totals_RDF, table, group)
 
 
 class _ExclusiveScan(torch.autograd.Function):
