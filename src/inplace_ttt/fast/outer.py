@@ -233,9 +233,10 @@ def supports(call: Call) -> bool:
 
 def run(call: Call) -> Result:
     state = None if call.state is None else call.state["S"]
-    tensors = {"bias_D": call.bias, "state_BDF": state, "past_BPF": call.past}
-    lr, keep, width = call.rule.lr, call.rule.keep, call.width
-    out, S = scan(call.z, call.v, call.weight, call.table, lr=lr, keep=keep, width=width, **tensors)
+    out, S = scan(
+        call.z, call.v, call.weight, call.table, lr=call.rule.lr, keep=call.rule.keep, bias_D=call.bias,
+        state_BDF=state, past_BPF=call.past, width=call.width,
+    )  # fmt: skip
     return Result(out, None if S is None else {"S": S})
 
 
