@@ -30,33 +30,11 @@ if TYPE_CHECKING:
     from .shipped import DEFAULT_MODEL
 
 __all__ = [
-    "DEFAULT_MODEL",
-    "DecodingGraph",
-    "InPlaceTTTConfig",
-    "Rule",
-    "Session",
-    "SessionPool",
-    "Target",
-    "UserError",
-    "__version__",
-    "attach",
-    "configure",
-    "detach",
-    "detach_cache",
-    "fast_settings",
-    "fast_weights",
-    "from_pretrained",
-    "inspect",
-    "is_attached",
-    "is_trained",
-    "layers_off",
-    "register_rule",
-    "register_target",
-    "save_pretrained",
-    "save_release",
-    "set_lr",
-    "updates_off",
-]
+    "DEFAULT_MODEL", "DecodingGraph", "InPlaceTTTConfig", "Rule", "Session", "SessionPool", "Target", "UserError",
+    "__version__", "attach", "configure", "detach", "detach_cache", "fast_settings", "fast_weights", "from_pretrained",
+    "inspect", "is_attached", "is_trained", "layers_off", "register_rule", "register_target", "save_pretrained",
+    "save_release", "set_lr", "updates_off",
+]  # fmt: skip
 
 _HOMES = {
     "config": {"InPlaceTTTConfig"},

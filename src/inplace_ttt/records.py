@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -62,7 +63,10 @@ def hardware() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Return versions of Python and of the libraries that decide the result."""
     found = {"python": sys.version.split()[0], "inplace-ttt": __version__}
-    return found | {name: text for name in VERSIONS if (text := _version(name))}
+    for name in VERSIONS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def peak_memory() -> int:
@@ -85,10 +89,3 @@ def write_json(path: Path, value: Any) -> None:
     unfinished.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
     if not is_device:
         unfinished.replace(path)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None

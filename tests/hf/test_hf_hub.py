@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 import inplace_ttt as ittt
+from inplace_ttt.hf.auto import base_config
 from inplace_ttt.hf.directory import SETTINGS, TENSORS
 
 IDS = tokens(2, 2 * C + 3)
@@ -99,6 +100,21 @@ def test_an_adapter_of_a_whole_model_on_the_hub(repositories, tmp_path):
     ittt.save_pretrained(ittt.from_pretrained("org/model"), tmp_path / "adapter", adapter_only=True)
     base = json.loads((tmp_path / "adapter" / SETTINGS).read_text())["base"]
     assert (base["name"], base["subfolder"]) == ("org/model", "base")
+
+
+def test_the_shape_of_an_adapter_on_the_hub(repositories, tmp_path, monkeypatch):
+    """Of the adapter its settings alone are fetched, of its base the configuration at the revision it names."""
+    read, asked = AutoConfig.from_pretrained, []
+
+    def config(name, **where):
+        asked.append((name, where))
+        return read(tmp_path / name / "main") if name == "org/adapter" else plain("llama").config
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", config)
+    found, settings = base_config("org/adapter")
+    assert (found.model_type, settings.lr) == ("llama", 0.03)
+    assert asked == [("org/adapter", {}), ("org/base", {"revision": "main9"})]
+    assert repositories == [{"repo_id": "org/adapter", "revision": None, "allow_patterns": [SETTINGS]}]
 
 
 def test_variants_do_not_mix(tmp_path):

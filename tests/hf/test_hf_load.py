@@ -2,6 +2,7 @@
 
 import itertools
 import struct
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from inplace_ttt.cli.preview import preview
 from inplace_ttt.errors import UserError
-from inplace_ttt.hf.load import check_words, load
+from inplace_ttt.hf.load import check_words, load, load_baseline
 from inplace_ttt.shipped import SHIPPED
 
 WORDS = ["".join(x) for x in itertools.product("abcd", repeat=5)][::17]
@@ -62,7 +63,8 @@ def test_vocabularies_without_marked_words_pass():
 @pytest.mark.parametrize("rest", [b"", b"\xff" * 40, struct.pack("<IQQQ", 3, 0, 1, 9)])
 def test_a_damaged_gguf_file_is_named(tmp_path, rest):
     (tmp_path / "cut.gguf").write_bytes(b"GGUF" + rest)
-    with pytest.raises(UserError, match=r"cut.gguf: missing or damaged"):
-        load(tmp_path / "cut.gguf", "cpu", objective="loss")
+    for read in (partial(load, objective="loss"), load_baseline):
+        with pytest.raises(UserError, match=r"cut.gguf: missing or damaged"):
+            read(tmp_path / "cut.gguf", "cpu")
     with pytest.raises(UserError, match=r"cut.gguf cannot be read"):
         preview(str(tmp_path / "cut.gguf"), {})

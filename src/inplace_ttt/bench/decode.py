@@ -108,7 +108,6 @@ def measure(
 
 
 def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return columns and rows to print."""
     times = record["results"][0]["seconds_a_token"]
     base = times["graphs, no TTT"]
     return ["decoding", "ms a token", "tokens/s", "over graphs, no TTT"], [

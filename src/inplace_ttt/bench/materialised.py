@@ -38,14 +38,8 @@ def product(z_1TF: Tensor, v_1ND: Tensor, weight_DF: Tensor, C: int, lr: float) 
 def run(call: Call) -> Result:
     """Run a call of one row that begins here (a path of ``core.scan``)."""
     table = call.table
-    if (
-        call.weight is None
-        or table.index is not None
-        or table.rows > 1
-        or call.state
-        or table.prefix
-        or call.rule.keep != 1
-    ):
+    begins = table.index is None and table.rows == 1 and not table.prefix and not call.state
+    if not begins or call.weight is None or call.rule.keep != 1:
         raise NotImplementedError(
             "the materialised formula takes one whole row from its beginning, without clip or decay"
         )
@@ -95,7 +89,7 @@ def check(model: nn.Module, ids_1T: Tensor) -> float:
 
     UserError where it is more than ``OFF``: wrong results are not timed.
     """
-    before = runtime_of(model).lr
+    before = runtime_of(model).config.lr
     set_lr(model, weighty_lr(model, ids_1T))
     try:
         ours = model(ids_1T, use_cache=False).logits.float()

@@ -195,7 +195,6 @@ def measure(
 
 
 def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return columns and rows to print."""
     rows = []
     for row in record["results"]:
         ratio, peaks = row["over_no_ttt"], row["peak_bytes"]

@@ -102,7 +102,6 @@ def measure(
 
 
 def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return columns and rows to print."""
     rows = []
     for row in record["results"]:
         peaks = row["peak_bytes"]

@@ -46,7 +46,6 @@ def measure(
 
 
 def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return columns and rows to print."""
     rows = []
     for row in record["results"]:
         for part in row["parts"]:

@@ -67,7 +67,6 @@ def measure(
 
 
 def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return columns and rows to print."""
     rows = []
     for row in record["results"]:
         speed, peaks = row["tokens_per_second"], row["peak_bytes"]

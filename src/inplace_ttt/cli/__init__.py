@@ -50,7 +50,6 @@ def options(
 
 
 def main() -> None:
-    """The console script."""
     run(app)
 
 

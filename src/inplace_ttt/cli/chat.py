@@ -66,7 +66,7 @@ def chat(
         raise UserError(f"--top-p {top_p:g}: above 0, at most 1")
     if repetition_penalty <= 0:
         raise UserError(f"--repetition-penalty {repetition_penalty:g}: above 0")
-    check_session(session, model, options)
+    options = check_session(session, model, options)
     with ExitStack() as held:
         with log.status("loading the model"):
             from ..session.sampling import Sampling

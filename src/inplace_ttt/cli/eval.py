@@ -86,20 +86,11 @@ def evaluate(
     if model is not None and named is not None:
         raise UserError(f"--model {named}: the model is {model} already, name it once")
     options = SimpleNamespace(
-        suites=ONLY_TEXT if suite == "all" else _names(suite),
-        length=length,
-        windows=windows,
-        lengths=numbers("--lengths", lengths, int) if lengths else (),
-        kinds=_names(kinds),
-        depths=numbers("--depths", depths, float),
-        trials=trials,
-        tasks=_names(tasks),
-        task_files=task_files,
-        questions=tuple(questions or ()),
-        download=download,
-        limit=limit,
-        batch_size=batch_size,
-    )
+        suites=ONLY_TEXT if suite == "all" else _names(suite), length=length, windows=windows,
+        lengths=numbers("--lengths", lengths, int) if lengths else (), kinds=_names(kinds),
+        depths=numbers("--depths", depths, float), trials=trials, tasks=_names(tasks), task_files=task_files,
+        questions=tuple(questions or ()), download=download, limit=limit, batch_size=batch_size,
+    )  # fmt: skip
     if unknown := sorted(set(options.suites) - set(SUITES)):
         raise UserError(f"--suite {', '.join(unknown)}: choose from {', '.join(SUITES)}")
     if not data and (reading := [name for name in options.suites if name not in WITHOUT_TEXT]):

@@ -40,8 +40,10 @@ def inspect(
     if model is not None and Path(model).is_file() and Path(model).suffix != ".gguf":
         _refuse(given, "plain models")
         return _inspect_session(Path(model), json, plot, of, device)
-    if model is not None and _is_lost_file(Path(model)):
-        raise UserError(f"{model}: no such file")
+    if model is not None:
+        path = Path(model)
+        if path.suffix[1:].isalpha() and path.parent.is_dir() and not path.exists():  # a mistyped file, not on the hub
+            raise UserError(f"{model}: no such file")
     _refuse({"plot": plot, "model": of, "device": device}, "session files")
     given["layers"] = layers and _layers(layers)
     if model is not None:
@@ -62,11 +64,6 @@ def inspect(
 def _refuse(options: Mapping[str, object], whose: str) -> None:
     if given := [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]:
         raise UserError(f"{given[0]} is for {whose}: leave it out")
-
-
-def _is_lost_file(path: Path) -> bool:
-    """Tell whether this is a mistyped file rather than something on the hub."""
-    return path.suffix[1:].isalpha() and path.parent.is_dir() and not path.exists()
 
 
 def _layers(text: str) -> str | tuple[int, ...]:
@@ -117,7 +114,7 @@ def _inspect_session(path: Path, json: bool, plot: Path | None, model: str | Non
     with Console(stderr=True).status("loading the model"):
         from ..session.plots import diagnostics_table, save_diagnostics
 
-        session = open_session(path, model, device, {}, write=False)
+        session = open_session(path, model, device, {})
     timeline, layers = session.timeline, session.diagnostics()
     every = f"one every {timeline.every:,} tokens"
     if plot is not None and not timeline.samples:

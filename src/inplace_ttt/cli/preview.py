@@ -1,15 +1,11 @@
 """Find out which modules of a model adapt, from its configuration alone: no weights are loaded."""
 
-import json
-import warnings
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -19,8 +15,7 @@ from ..errors import UserError
 from ..hf.attach import LayerInfo, inspect, install, is_trained
 from ..hf.auto import base_config
 from ..hf.checkpoint import is_added
-from ..hf.directory import BASE, SETTINGS
-from ..hf.release import is_release, load_release
+from ..hf.directory import CONFIG, SETTINGS
 from ..hub import check_gguf, require_hub_id
 
 
@@ -43,16 +38,13 @@ class Preview:
 
     @property
     def extra_parameters(self) -> int:
-        """Parameters that attaching adds."""
         return sum(layer.extra_parameters for layer in self.layers)
 
     @property
     def state_bytes(self) -> int:
-        """Fast weights of one row, all layers."""
         return sum(layer.state_bytes for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
         totals = {"extra_parameters": self.extra_parameters, "state_bytes": self.state_bytes}
         return {**asdict(self), "settings": self.settings.to_dict(), **totals}
 
@@ -108,53 +100,9 @@ def _stored(model: str) -> tuple[Any, InPlaceTTTConfig | None]:
             return AutoConfig.from_pretrained(Path(model).parent, gguf_file=Path(model).name), None
         except Exception as error:  # of whatever kind: the file is damaged, or of a model that transformers lacks
             raise UserError(f"{model} cannot be read: {str(error).splitlines()[0][:200]}") from None
-    text = _file(model, SETTINGS)
-    if text is not None:
-        try:
-            stored = json.loads(text)
-            config = InPlaceTTTConfig.from_dict(stored["inplace_ttt"])
-            whole, name = stored["kind"] == "model", stored["base"]["name"]
-            where = {key: stored["base"][key] for key in ("revision", "subfolder") if key in stored["base"]}
-        except (json.JSONDecodeError, KeyError) as error:
-            raise UserError(f"{SETTINGS} of {model} is damaged ({error}): save the model again") from None
-        if whole:
-            return _config(model, subfolder=BASE)[0], config
-        if not name:
-            raise UserError(f"{model} is an adapter without its base model's name: inspect the base model instead")
-        return _config(name, **where)[0], config
-    base, settings = _config(model)
-    values = base.to_dict()
-    if is_release(values):
-        config, dropped = load_release(values)
-        if dropped:
-            warnings.warn(f"{model} names layers {dropped}, which the model does not have: left out", stacklevel=3)
-        return base, config
-    return base, None if settings is None else InPlaceTTTConfig.from_dict(settings)
-
-
-def _file(model: str, name: str) -> str | None:
-    """Text of one file of a model, None when the model has no such file."""
     path = Path(model).expanduser()
-    if path.is_dir():
-        return (path / name).read_text(encoding="utf-8") if (path / name).is_file() else None
-    require_hub_id(model)
-    try:
-        return Path(hf_hub_download(model, name)).read_text(encoding="utf-8")
-    except RemoteEntryNotFoundError:
-        return None
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{model} is not a directory here and could not be fetched from the hub ({reason})") from None
-
-
-def _config(model: str, **where: str) -> tuple[Any, dict[str, Any] | None]:
-    path = Path(model).expanduser()
-    inside = path / where.get("subfolder", "")
-    if path.is_dir() and not (inside / "config.json").is_file():
-        raise UserError(f"{inside} holds no model: it has no config.json")
-    try:
-        return base_config(str(path) if path.is_dir() else model, **where)
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"the configuration of {model} cannot be read: {str(error).splitlines()[0][:200]}") from None
+    if not path.is_dir():
+        require_hub_id(model)
+    elif not any((path / file).is_file() for file in (SETTINGS, CONFIG)):
+        raise UserError(f"{path} holds no model: it has neither {SETTINGS} nor {CONFIG}")
+    return base_config(model)

@@ -43,7 +43,7 @@ def read(
     if not any(source.size is None or source.size for source in sources):
         raise UserError(f"{files[0]} is empty" if len(files) == 1 else "these files are all empty")
     options = {"window": window, "sinks": sinks, "decay": decay, "chunk_size": chunk_size, "state": state}
-    check_session(session, model, options)
+    options = check_session(session, model, options)
     log = Console(stderr=True)
     with ExitStack() as held:
         with log.status("loading the model"):

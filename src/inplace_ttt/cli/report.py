@@ -41,7 +41,6 @@ def show(result: DemoResult, console: Console) -> None:
 
 
 def picture(result: DemoResult, path: Path) -> None:
-    """Writes the picture."""
     c = result.comparison
     width = smoothing(c.tokens, c.chunk_size)
     shipped, name = result.model == DEFAULT_MODEL.name, Path(result.model.removesuffix(".gguf")).name

@@ -44,32 +44,28 @@ def _refuse(path: Path, options: dict[str, Any]) -> None:
 
 
 def open_session(
-    path: Path | None,
-    model: str | None,
-    device: str | None,
-    options: dict[str, Any],
-    write: bool = True,
-    objective: str | None = None,
+    path: Path | None, model: str | None, device: str | None, options: dict[str, Any], objective: str | None = None
 ) -> Any:
     """The session in ``path``, or a new one where there is no such file (or no path).
 
-    The file names its model; ``model`` overrides that (the weights must be the same). ``options`` are for a new
-    session only, as is another ``objective`` than its own. UserError on everything that does not fit, and, with
-    ``write``, when the file could not be saved.
+    The file names its model; ``model`` overrides that (the weights must be the same). ``options``, which
+    ``check_session`` returned, are for a new session only, as is another ``objective`` than its own. UserError on
+    everything that does not fit.
     """
-    options = check_session(path, model, options, write)
     from ..session import Session
 
     if path is None or not path.exists():
         name = model or SHIPPED
         session = Session(*_load(name, device, objective), **options)
         session.origin = _origin(name)
-        if path is not None and write:
+        if path is not None:
             from ..session.writers import remember
 
             remember(session, path)
         return session
     from ..session.files import model_name, objective_of
+
+    _refuse(path, options)  # made since it was checked
 
     own = objective_of(path)
     if objective not in (None, own):

@@ -65,7 +65,6 @@ def run(app: typer.Typer) -> None:
 
 
 def print_version(wanted: bool) -> None:
-    """For ``--version``."""
     if wanted:
         typer.echo(f"inplace-ttt {__version__}")
         raise typer.Exit

@@ -11,24 +11,7 @@ from .targets import TARGETS, Target, make_target, register_target
 from .teaching import Lesson, Teacher
 
 __all__ = [
-    "RULES",
-    "TARGETS",
-    "Call",
-    "ChunkTable",
-    "FastWeights",
-    "Lesson",
-    "ReferenceState",
-    "Rule",
-    "Sum",
-    "Target",
-    "Teacher",
-    "complete",
-    "document_ids",
-    "make_rule",
-    "make_target",
-    "read",
-    "reference",
-    "register_rule",
-    "register_target",
-    "scan",
-]
+    "RULES", "TARGETS", "Call", "ChunkTable", "FastWeights", "Lesson", "ReferenceState", "Rule", "Sum", "Target",
+    "Teacher", "complete", "document_ids", "make_rule", "make_target", "read", "reference", "register_rule",
+    "register_target", "scan",
+]  # fmt: skip

@@ -34,13 +34,10 @@ def exact(function: Callable[..., Any]) -> Callable[..., Any]:
 def outer(a_BCM: Tensor, b_BCN: Tensor) -> Tensor:
     """Compute ``sum_t a_t b_t^T`` per row, [B, M, N], in the state's precision. No autograd for halves on CUDA."""
     dtype = state_dtype(b_BCN.dtype)
-    if b_BCN.dtype != dtype and b_BCN.is_cuda and not (torch.is_grad_enabled() and _differentiable(a_BCM, b_BCN)):
+    is_differentiable = torch.is_grad_enabled() and (a_BCM.requires_grad or b_BCN.requires_grad)
+    if b_BCN.dtype != dtype and b_BCN.is_cuda and not is_differentiable:
         return torch.bmm(a_BCM.mT, b_BCN, out_dtype=dtype)
     return torch.bmm(a_BCM.to(dtype).mT, b_BCN.to(dtype))
-
-
-def _differentiable(*tensors: Tensor) -> bool:
-    return any(x.requires_grad for x in tensors)
 
 
 def squared_norm(left_BND: Tensor, right_BNF: Tensor) -> Tensor:

@@ -184,17 +184,9 @@ class ChunkTable:
         prefix = max(pending, default=0)
         if documents is None and (len(set(pending)) == 1 or prefix + tokens < C):
             extended = prefix + tokens
-            return cls(
-                chunk_size=C,
-                rows=rows,
-                tokens=tokens,
-                prefix=prefix,
-                steps=-(-extended // C),
-                updates=extended // C if keep_state else max(extended - 1, 0) // C,
-                keep_state=keep_state,
-                seen=tuple(n + tokens for n in before),
-                restarted=(False,) * rows,
-            )
+            steps, updates = -(-extended // C), (extended if keep_state else max(extended - 1, 0)) // C
+            seen = tuple(n + tokens for n in before)
+            return cls(C, rows, tokens, prefix, steps, updates, keep_state, seen, restarted=(False,) * rows)
         if documents is None:
             documents = torch.zeros(rows, tokens, dtype=torch.int64, device=HOST)
         table: ChunkTable = _irregular(documents, C, before, keep_state, from_zero)
@@ -267,22 +259,12 @@ def _irregular(documents: Tensor, C: int, before: tuple[int, ...], keep_state: b
     kept_update[rows_, place[matter]] = update[rows_, slots_]
     kept_reset[rows_, place[matter]] = slot_chunk[rows_, slots_] == 0
     updating = kept_update.any(0).nonzero()
+    updates = int(updating[-1]) + 1 if len(updating) else 0
     alone = torch.ones(B, P + T, dtype=torch.bool, device=HOST)
     alone[(kept_index >= 0).nonzero(as_tuple=True)[0], kept_index[kept_index >= 0]] = False
     return ChunkTable(
-        chunk_size=C,
-        rows=B,
-        tokens=T,
-        prefix=P,
-        steps=steps,
-        updates=int(updating[-1]) + 1 if len(updating) else 0,
-        keep_state=keep_state,
-        seen=tuple(after.tolist()),
-        restarted=tuple(restarted.tolist()),
-        index=kept_index,
-        update=kept_update,
-        reset=kept_reset,
-        tail=tail,
-        rest=alone[:, P:].flatten().nonzero().flatten(),
+        chunk_size=C, rows=B, tokens=T, prefix=P, steps=steps, updates=updates, keep_state=keep_state,
+        seen=tuple(after.tolist()), restarted=tuple(restarted.tolist()), index=kept_index, update=kept_update,
+        reset=kept_reset, tail=tail, rest=alone[:, P:].flatten().nonzero().flatten(),
         real=None if bool(real.all()) else real,
-    )
+    )  # fmt: skip

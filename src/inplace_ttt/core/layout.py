@@ -44,7 +44,6 @@ class Slots:
             self.source = torch.where(new, self.flat, 0)
 
     def segment(self, first: int, last: int) -> Segment:
-        """Return a segment of these slots."""
         start, stop = (min(max(m * self.C - self.P, 0), self.T) for m in (first, last))
         return Segment(first, last, start, stop)
 

@@ -81,7 +81,6 @@ class FastWeights:
         return sum(x.numel() * x.element_size() for x in self.all_tensors().values())
 
     def all_tensors(self) -> dict[str, Tensor]:
-        """Return every tensor under a unique name."""
         found = {name: getattr(self, name) for name in self.parts if getattr(self, name) is not None}
         found |= {f"tensors.{name}": x for name, x in (self.tensors or {}).items()}
         return found | {f"history.{name}": x for name, x in self.history.items()}
@@ -182,11 +181,7 @@ class FastWeights:
         return buffer
 
     def _remember(
-        self,
-        slots: list[list[int]],
-        restarted: list[int],
-        chunks: dict[str, Tensor] | None,
-        before: dict[int, State],
+        self, slots: list[list[int]], restarted: list[int], chunks: dict[str, Tensor] | None, before: dict[int, State]
     ) -> None:
         """Keep each row's last completed chunks of its current document, newest at the right."""
         C, R = self.chunk_size, self.reach
@@ -384,14 +379,12 @@ class FastWeights:
         self.__dict__.update(self.new(self.rows).__dict__)
 
     def fork(self) -> "FastWeights":
-        """Return an independent copy."""
         twin = copy.copy(self)
         twin.slow = self.slow
         twin._map(torch.clone)
         return twin
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply ``function`` to every tensor of all rows."""
         for name in self.parts:
             if getattr(self, name) is not None:
                 setattr(self, name, function(getattr(self, name)))

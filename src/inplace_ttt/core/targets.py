@@ -375,9 +375,6 @@ class Loss(Target):
 
     source = "loss"
 
-    def __init__(self, width: int) -> None:
-        super().__init__(width)
-
 
 # -- arithmetic --------------------------------------------------------------------------------------------------------
 

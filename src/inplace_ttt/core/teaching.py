@@ -32,7 +32,6 @@ class Teacher:
 
     @property
     def is_needed(self) -> bool:
-        """Tell if the next call needs the teacher."""
         return torch.is_grad_enabled() and (self.weight > 0 or self.measures)
 
     def gradient(self, g_BTD: Tensor, v_BND: Tensor, table: ChunkTable) -> Tensor:
@@ -73,7 +72,6 @@ class Lesson:
         self.v: Tensor | None = None
 
     def __call__(self, u: Tensor, z: Tensor | None) -> Any:
-        """Return the result of the target's ``forward``."""
         v = self.target.taught(u.detach(), None if z is None else z.detach()).flatten(1, 2)
         self.v = v if self.teacher.weight > 0 else v.detach()
         found = self.target.forward(u, z)

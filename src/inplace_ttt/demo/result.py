@@ -56,7 +56,6 @@ class Comparison:
 
     @property
     def updates(self) -> int:
-        """Updates of each layer."""
         return min((layer.updates for layer in self.layers), default=0)
 
     def gain(self) -> tuple[float, float | None]:
@@ -75,7 +74,6 @@ class Comparison:
         return self._between(edges)
 
     def chunks(self) -> list[tuple[Bucket, Bucket]]:
-        """Return (on, off) chunk by chunk."""
         return self._between(range(1, self.tokens + 1, self.chunk_size))
 
     def _between(self, starts: Sequence[int]) -> list[tuple[Bucket, Bucket]]:
@@ -107,7 +105,7 @@ def _layers(model: nn.Module, cache: Any) -> list[LayerUpdates]:
     for info in inspect(model):
         fast, weight = held[info.index], slow_weight(projections[info.index], info.shape)
         change = torch.zeros(info.shape) if fast.S is None else fast.S[0]
-        norm = None if weight is None else relative_norm(change, weight, runtime.lr)
+        norm = None if weight is None else relative_norm(change, weight, runtime.config.lr)
         layers.append(LayerUpdates(info.index, fast.updates[0], info.state_bytes, norm))
     return layers
 

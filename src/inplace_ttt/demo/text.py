@@ -9,15 +9,8 @@ from ..errors import UserError
 from ..text_files import Source
 
 LIBRARY_FILES = (
-    "argparse.py",
-    "tarfile.py",
-    "inspect.py",
-    "typing.py",
-    "turtle.py",
-    "subprocess.py",
-    "difflib.py",
-    "mailbox.py",
-)
+    "argparse.py", "tarfile.py", "inspect.py", "typing.py", "turtle.py", "subprocess.py", "difflib.py", "mailbox.py",
+)  # fmt: skip
 """Modules of the standard library, all in Python 3.11 to 3.14: the first one that this Python has in full is read."""
 LIBRARY_BYTES = 60_000
 

@@ -40,15 +40,9 @@ __all__ = ["PAPER", "RULER", "RULER_OFFLINE", "InPlaceTTTLM", "Paired", "Record"
 NAME = "inplace-ttt"
 UNLIMITED = 1 << 40
 _HARNESS_ARGUMENTS = {
-    "add_bos_token",
-    "chat_template_args",
-    "enable_thinking",
-    "logits_cache",
-    "max_batch_size",
-    "prefix_token_id",
-    "softmax_dtype",
-    "think_end_token",
-}
+    "add_bos_token", "chat_template_args", "enable_thinking", "logits_cache", "max_batch_size", "prefix_token_id",
+    "softmax_dtype", "think_end_token",
+}  # fmt: skip
 
 
 class InPlaceTTTLM(HFLM):  # type: ignore[misc]
@@ -301,7 +295,7 @@ def _tokenizer(given: Any, pretrained: Any, model: Any) -> Any:
     source = pretrained if given is None else given
     if isinstance(source, nn.Module):
         raise UserError("pass the tokenizer with a model object")
-    found = load_tokenizer(source, model) if isinstance(source, str | Path) else copy.deepcopy(source)
+    found = load_tokenizer(source) if isinstance(source, str | Path) else copy.deepcopy(source)
     if found.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-text token, which the harness needs: set tokenizer.eos_token")
     return found

@@ -115,7 +115,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def new_cache(model: nn.Module) -> DynamicCache:
-    """Return an empty cache for a model."""
     return DynamicCache(config=unwrap(model).config)
 
 
@@ -149,7 +148,6 @@ class DomainResult:
     document_off: list[float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
         return asdict(self)
 
 

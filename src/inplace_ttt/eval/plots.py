@@ -71,7 +71,7 @@ def panels(
     """
     figure, (axes,) = styled(width * max(len(found), 1.5), 3.0, 1, len(found), sharey=True)
     for axis, (title, (places, lines)) in zip(axes, found.items(), strict=True):
-        x = [_short(place) for place in places]
+        x = [f"{n // 1024}k" if isinstance(n, int) and n >= 1024 and n % 1024 == 0 else f"{n}" for n in places]
         colours = palette or _colours(list(lines))
         if line is not None:
             axis.axhline(line[0], color="0.25", lw=1.0, ls=(0, (3, 2)), label=line[1])
@@ -124,8 +124,3 @@ def _colours(labels: Sequence[str]) -> dict[str, str]:
     """Return one colour per variant, the same in every picture."""
     others = [label for label in labels if label not in FIXED]
     return {**FIXED, **{label: OTHERS[i % len(OTHERS)] for i, label in enumerate(others)}}
-
-
-def _short(place: Any) -> str:
-    whole = isinstance(place, int) and place >= 1024 and place % 1024 == 0
-    return f"{place // 1024}k" if whole else f"{place}"

@@ -40,7 +40,6 @@ def write(
 
 
 def tables(records: Sequence[Record]) -> Tables:
-    """Return all tables that the records allow, by name."""
     return {name: rows for suite in SUITES for name, rows in module_of(suite).tables(records).items() if rows}
 
 

@@ -74,9 +74,9 @@ def load_questions(path: Path | str) -> tuple[str, Questions]:
             rows = [(x["question"], list(x["answers"]), [x["context"]], [x["context"]]) for x in lines]
             return "ruler_qa_squad", _numbered(rows)
         content = json.loads(text)
-        return (
-            ("ruler_qa_squad", _squad(content)) if isinstance(content, dict) else ("ruler_qa_hotpot", _hotpot(content))
-        )
+        if isinstance(content, dict):
+            return "ruler_qa_squad", _squad(content)
+        return "ruler_qa_hotpot", _hotpot(content)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON ({error})") from None
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -206,15 +206,10 @@ def _silent() -> Iterator[None]:
             try:
                 nltk.data.find("tokenizers/punkt_tab")
             except LookupError:
-                prepare_niah.cached_sent_tokenize = _sentences
+                prepare_niah.cached_sent_tokenize = partial(re.split, r"(?<=[.!?])\s+")  # by their last character
             try:
                 yield
             finally:
                 prepare_niah.cached_sent_tokenize = split
     finally:
         nltk.download = download
-
-
-def _sentences(text: str) -> list[str]:
-    """Split into sentences by their last character, where nltk's splitter is not installed."""
-    return re.split(r"(?<=[.!?])\s+", text)

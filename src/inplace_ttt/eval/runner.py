@@ -116,11 +116,7 @@ def _prepare(directory: Path, plan: dict[str, Any], fresh: bool) -> None:
         raise UserError(f"{directory} holds another evaluation: choose another --out, or --fresh to throw it away")
     if fresh or not file.exists():
         (directory / RECORDS).unlink(missing_ok=True)
-    _end_with_newline(directory / RECORDS)
+    records = directory / RECORDS
+    if records.exists() and (data := records.read_bytes()) and not data.endswith(b"\n"):
+        records.write_bytes(data + b"\n")  # ends an incomplete line, so that the next record does not join it
     file.write_text(text, encoding="utf-8")
-
-
-def _end_with_newline(path: Path) -> None:
-    """End an incomplete last line, so that the next record does not join it."""
-    if path.exists() and (data := path.read_bytes()) and not data.endswith(b"\n"):
-        path.write_bytes(data + b"\n")

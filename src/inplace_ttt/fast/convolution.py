@@ -122,5 +122,4 @@ convolve_op.register_autograd(_backward, setup_context=_setup_context)
 
 def convolve(u_BND: Tensor, kappa_DK: Tensor, chunk_size: int, lookahead: int, dtype: torch.dtype) -> Tensor:
     """Run ``core.targets.convolve`` on contiguous chunks: [B, N, D] in ``dtype``, summed in float32."""
-    out: Tensor = convolve_op(u_BND, kappa_DK, chunk_size, lookahead, dtype)
-    return out
+    return convolve_op(u_BND, kappa_DK, chunk_size, lookahead, dtype)

@@ -58,7 +58,9 @@ class StepBuffers:
         version = None if weight_DF is None or weight_DF.is_inference() else weight_DF._version
         # The key holds the tensors themselves, so that their addresses are not reused.
         key = (S_BDF, weight_DF, None if weight_DF is None else weight_DF.data_ptr(), version, lr)
-        if self._key is not None and _same(self._key, key):
+        if self._key is not None and all(
+            x is y or (not isinstance(x, Tensor) and x == y) for x, y in zip(self._key, key, strict=True)
+        ):
             return
         shape = (len(self.z), width or self.u.shape[2], self.z.shape[2])
         if self.folded is None or _frozen(self.folded):
@@ -115,10 +117,6 @@ class StepClock:
             self._at = tuple(n + 1 for n in self._at)
             for where in self._where.values():
                 where.add_(1)
-
-
-def _same(a: Key, b: Key) -> bool:
-    return all(x is y or (not isinstance(x, Tensor) and x == y) for x, y in zip(a, b, strict=True))
 
 
 def _frozen(x: Tensor) -> bool:

@@ -124,8 +124,7 @@ class FactoredWeights(FastWeights):
         return tuple(gone and gone / math.hypot(gone, left) for gone, left in zip(self.lost, S.tolist(), strict=True))
 
     def dense(self) -> Tensor | None:
-        S: Tensor | None = self.S if self.left is None else dense(self.left, self.right)
-        return S
+        return self.S if self.left is None else dense(self.left, self.right)
 
     def as_dense(self) -> State | None:
         S = self.dense()
@@ -156,8 +155,7 @@ class FactoredWeights(FastWeights):
         """Compute ``S z_t`` [B, T, D], in S's precision, of the factors held before a call; None without factors."""
         if self.left is None:
             return None
-        out: Tensor = apply(z_BTF, self.left, self.right, remaining(table, self.rule.keep, self.left))
-        return out
+        return apply(z_BTF, self.left, self.right, remaining(table, self.rule.keep, self.left))
 
     def _absorb_chunks(self, slots: list[list[int]], restarted: list[int], chunks: dict[str, Tensor] | None) -> None:
         """Append a call's chunks to the factors, by row and in order: ``S <- keep * S + sum_t v_t z_t^T``."""
@@ -251,13 +249,10 @@ class FactoredWeights(FastWeights):
             super()._stack(parts, rows)
             self.count = self.raw = (0,) * self.rows
         else:
-            self.left, self.right = (
-                stacked([x.left for x in factored], rows),
-                stacked([x.right for x in factored], rows),
-            )
+            self.left = stacked([x.left for x in factored], rows)
+            self.right = stacked([x.right for x in factored], rows)
 
     def clear(self, rows: Sequence[int]) -> None:
-        """Remove the factors of some rows."""
         self._scale(rows, 0.0)
         self.count, self.raw = (tuple(0 if b in rows else n for b, n in enumerate(x)) for x in (self.count, self.raw))
         self._trim()

@@ -227,25 +227,16 @@ def supports(call: Call) -> bool:
     """Tell if the call is of an outer rule with the base class's read and write, without gates."""
     rule, kind = call.rule, type(call.rule)
     own = kind.apply is Rule.apply and kind.update is Rule.update and kind.init is Rule.init
-    return (
-        rule.outer and own and rule.from_zero and kind.write is Rule.write and call.keep is None and call.watch is None
-    )
+    own = own and kind.write is Rule.write
+    return rule.outer and rule.from_zero and own and call.keep is None and call.watch is None
 
 
 def run(call: Call) -> Result:
-    """Run a call that ``supports`` accepts."""
+    state = None if call.state is None else call.state["S"]
     out, S = scan(
-        call.z,
-        call.v,
-        call.weight,
-        call.table,
-        lr=call.rule.lr,
-        keep=call.rule.keep,
-        bias_D=call.bias,
-        state_BDF=None if call.state is None else call.state["S"],
-        past_BPF=call.past,
-        width=call.width,
-    )
+        call.z, call.v, call.weight, call.table, lr=call.rule.lr, keep=call.rule.keep, bias_D=call.bias,
+        state_BDF=state, past_BPF=call.past, width=call.width,
+    )  # fmt: skip
     return Result(out, None if S is None else {"S": S})
 
 

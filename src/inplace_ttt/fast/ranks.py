@@ -93,7 +93,6 @@ class SliceTable:
     """True if any piece starts from a state of earlier pieces."""
 
     def to(self, device: torch.device) -> "SliceTable":
-        """Return the same table with its tensors on ``device``."""
         if self.carry.device == device:
             return self
         weights = None if self.weights is None else self.weights.to(device)
@@ -102,10 +101,8 @@ class SliceTable:
     @property
     def scanned(self) -> ChunkTable:
         """Return the table for the scan: inside a regular piece no token sees the update of the last chunk."""
-        table = self.table
-        return (
-            table if table.index is not None else replace(table, updates=max(table.tokens - 1, 0) // table.chunk_size)
-        )
+        table, last = self.table, max(self.table.tokens - 1, 0)
+        return table if table.index is not None else replace(table, updates=last // table.chunk_size)
 
     @classmethod
     def build(
@@ -240,8 +237,7 @@ def piece_totals(
         return torch.stack(parts).sum(0)
     if weights is not None and table.binary:
         v, weights = v * weights.to(v.dtype).repeat_interleave(C, 1)[..., None], None
-    total: Tensor = _PieceTotals.apply(z_RNF, v, weights, C)
-    return total
+    return _PieceTotals.apply(z_RNF, v, weights, C)
 
 
 class _PieceTotals(torch.autograd.Function):
@@ -283,8 +279,7 @@ def _spans(z: Tensor, weights_RU: Tensor | None, C: int) -> list[tuple[slice, Te
 
 def exclusive_scan(totals_RDF: Tensor, table: SliceTable, group: Group) -> Tensor:
     """Return the initial state of each of this rank's pieces, [R, D, F]; differentiable. All ranks call it."""
-    states: Tensor = _ExclusiveScan.apply(totals_RDF, table, group)
-    return states
+    return _ExclusiveScan.apply(totals_RDF, table, group)
 
 
 class _ExclusiveScan(torch.autograd.Function):

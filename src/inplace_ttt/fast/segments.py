@@ -81,7 +81,6 @@ class RunningSum:
         self.S = call.z.new_empty(call.z.shape[0], call.width, call.z.shape[2], dtype=dtype)
 
     def walk(self, s: Segment, folds: Tensor, pairs: Pairs | None, updates: int, mode: str = "forward") -> None:
-        """Run ``walk`` over a segment."""
         call, run = self.call, walk
         if folds.is_cuda and folds.dtype in (torch.bfloat16, torch.float16) and has_triton():
             from .triton_walk import walk as run
@@ -91,7 +90,6 @@ class RunningSum:
         self.begin = self.S
 
     def value(self) -> Tensor:
-        """Return the present sum."""
         if self.begin is self.S:
             return self.S
         return self.S.zero_() if self.begin is None else self.S.copy_(self.begin)  # there was no segment

@@ -142,12 +142,11 @@ def walk(
     updates: int,
     *,
     mode: str = "forward",
-    bulk: bool | None = None,
     **config: Any,
 ) -> None:
     """Run ``walk.walk``; x and z in half precision, S and ``begin`` float32 and contiguous.
 
-    ``config``: tile sizes, ``bulk``: use of the copy engine, in place of the automatic choice.
+    ``config``: tile sizes in place of the automatic choice.
     """
     B, n, D, F = folds.shape
     x, z = (folds[:, :1, :1, :1], folds[:, :1, :1]) if pairs is None else pairs
@@ -157,8 +156,7 @@ def walk(
     weight = folds[0, 0] if weight is None else weight if weight.stride(1) == 1 else weight.contiguous()
     c = x.shape[2]
     config = config or tiles(B, D, F, _multiprocessors(S.device))
-    if bulk is None:
-        bulk = _has_copy_engine(S.device) and pairs is not None and _aligned(x, z, folds, weight)
+    bulk = _has_copy_engine(S.device) and pairs is not None and _aligned(x, z, folds, weight)
     flags = [folds[:, :, 0, 0] if y is None else y.to(torch.int8) for y in (update, reset)]
     strides = (*x.stride()[:3], *z.stride()[:3])
     tensors: tuple[Any, ...] = (folds, x, z, weight)

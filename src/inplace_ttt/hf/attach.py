@@ -210,11 +210,9 @@ def detach(model: Model) -> Model:
                 setattr(parent, name, make_slow(child))
     for name in (RUNTIME, *Overrides(runtime).by_name()):
         del root.__dict__[name]
-    if (
-        runtime.loss_forward is not None
-        and getattr(runtime.loss_forward.forward, "__func__", None) is not type(root).forward
-    ):
-        root.__dict__["forward"] = runtime.loss_forward.forward  # another library's, from before attach
+    before = None if runtime.loss_forward is None else runtime.loss_forward.forward
+    if before is not None and getattr(before, "__func__", None) is not type(root).forward:
+        root.__dict__["forward"] = before  # another library's, from before attach
     del root.config.inplace_ttt
     return model
 

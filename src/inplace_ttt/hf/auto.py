@@ -10,6 +10,7 @@ Two kinds of directory have such a file:
   model type, which ``LlamaForCausalLM`` would accept).
 """
 
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,10 +23,23 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ..errors import UserError
+from ..config import InPlaceTTTConfig
+from ..errors import UserError, in_one_line
 from .checkpoint import from_pretrained
-from .directory import BASE, CONFIG, MODEL_TYPE, read_json, split_config, tokenizer_places
+from .directory import (
+    BASE,
+    CONFIG,
+    MODEL_TYPE,
+    SETTINGS,
+    fetch,
+    place_of_base,
+    read_json,
+    read_settings,
+    split_config,
+    tokenizer_places,
+)
 from .names import UNSAVED, base_in_memory
+from .release import is_release, load_release
 
 CLASSIFIER = "ForSequenceClassification"
 
@@ -101,21 +115,39 @@ AutoTokenizer.register(  # type: ignore[no-untyped-call]
 )
 
 
-def base_config(name: str, **where: str) -> tuple[PretrainedConfig, dict[str, Any] | None]:
+def base_config(name: str | Path) -> tuple[PretrainedConfig, InPlaceTTTConfig | None]:
     """Return the base's configuration and the fast weights' settings (None: a plain model) of a directory or hub id.
 
-    ``where``: revision and subfolder on the hub. An adapter gives the configuration of the base that it names. Raises
-    UserError, OSError or ValueError when they cannot be read.
+    An adapter gives the configuration of the base that it names. Raises UserError when they cannot be read.
     """
-    config = AutoConfig.from_pretrained(name, **where)
-    if not isinstance(config, FastWeightsConfig):
-        settings = config.__dict__.pop("inplace_ttt", None)
-        return config, settings
-    if "base_config" in config.__dict__ or "unsaved" in config.__dict__:
-        return split_config(config.to_dict(), Path(name))
-    if Path(name).is_dir() and not (Path(name) / BASE).is_dir():
-        place, place_where = tokenizer_places(name)[-1]
-        if place == str(Path(name)):
-            raise UserError(f"{name} is an adapter without its base model's name: name the base model instead")
-        return base_config(place, **place_where)
-    return AutoConfig.from_pretrained(name, **{**where, "subfolder": BASE}), None
+    path = Path(name).expanduser()
+    place = str(path) if path.is_dir() else str(name)
+    if not (path / SETTINGS).is_file():
+        config = _config(place)
+        if is_release(config.__dict__):
+            settings, dropped = load_release(config.to_dict())
+            if dropped:
+                warnings.warn(f"{name} names layers {dropped}, which the model does not have: left out", stacklevel=3)
+            return config, settings
+        if not isinstance(config, FastWeightsConfig):
+            values = config.__dict__.pop("inplace_ttt", None)
+            return config, None if values is None else InPlaceTTTConfig.from_dict(values)
+        if config.__dict__.keys() & {"base_config", "unsaved"}:
+            config, values = split_config(config.to_dict(), path)
+            return config, None if values is None else InPlaceTTTConfig.from_dict(values)
+        path = fetch(place, allow_patterns=[SETTINGS])
+    stored = read_settings(path)
+    settings, base = InPlaceTTTConfig.from_dict(stored["inplace_ttt"]), stored["base"]
+    if stored["kind"] == "model":
+        return _config(place, subfolder=BASE), settings
+    if not base.get("name"):
+        raise UserError(f"{name} is an adapter without its base model's name: name the base model instead")
+    where = {key: base[key] for key in ("revision", "subfolder") if base.get(key)}
+    return _config(place_of_base(path, base), **where), settings
+
+
+def _config(place: str, **where: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(place, **where)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the configuration of {place} cannot be read: {in_one_line(error, 200)}") from None

@@ -54,17 +54,11 @@ class WholeCall:
             z, target = local_input(split), SplitTarget(target, split)
         fuses = split is None and site.fuses(module)
         out = read(
-            z,
-            u,
-            table,
-            rule=rule,
-            target=target if lesson is None else lesson,
-            width=site.width,
-            state=None if slot is None else slot.fast,
-            weight=module.weight.to(z.dtype) if fuses else None,
+            z, u, table, rule=rule, target=target if lesson is None else lesson, width=site.width,
+            state=None if slot is None else slot.fast, weight=module.weight.to(z.dtype) if fuses else None,
             bias=None if not fuses or module.bias is None else module.bias.to(z.dtype),
             slow=site.slow_weight(module, rule),
-        )
+        )  # fmt: skip
         if lesson is not None:
             out = lesson.given(out, table)
         if out is None:

@@ -34,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..config import InPlaceTTTConfig
 from ..errors import UserError, in_one_line
-from .attach import PLAIN, detach, install, is_attached, plain_config, runtime_of, unwrap, unwrap_to_save
+from .attach import PLAIN, detach, install, plain_config, runtime_of, unwrap, unwrap_to_save
 from .card import write_card
 from .directory import (
     BASE,
@@ -48,6 +48,7 @@ from .directory import (
     fetch,
     place_of_base,
     read_json,
+    read_settings,
     split_config,
     take,
     upload,
@@ -210,10 +211,7 @@ def from_pretrained(directory: str | Path, model: nn.Module | None = None, **kwa
         model_ = _from_plain_layout(path, kwargs)
         rename_loaded(model_, name, BaseModel())
         return model_
-    settings = read_json(path / SETTINGS)
-    kinds = {"inplace_ttt": dict, "kind": str, "base": dict, "fingerprint": dict}
-    if wrong := [key for key, kind in kinds.items() if not isinstance(settings.get(key), kind)]:
-        raise UserError(f"{path / SETTINGS} is damaged (no {', '.join(wrong)}): save the model again")
+    settings = read_settings(path)
     config = InPlaceTTTConfig.from_dict(settings["inplace_ttt"])
     file = path / tensors_name(kwargs.get("variant"))
     try:
@@ -397,8 +395,6 @@ def _base(
             raise UserError(
                 f"{path} is an adapter, and its base model {wanted['name']!r} is not there: pass model= ({error})"
             ) from None
-    if is_attached(model):
-        raise UserError("the model has fast weights already: detach(model) first")
     have = unwrap(model).config.model_type
     if have != wanted.get("model_type"):
         raise UserError(f"{path} belongs on a {wanted.get('model_type')} model, got {have}")

@@ -60,27 +60,18 @@ class Runtime:
 
     @property
     def settings(self) -> Settings:
-        """Return the settings of this thread's calls."""
         return self._settings.get()
 
     @property
     def config(self) -> InPlaceTTTConfig:
-        """Return the settings' configuration."""
         return self.settings.config
 
     @property
-    def lr(self) -> float:
-        """Return the inner learning rate."""
-        return self.settings.config.lr
-
-    @property
     def enabled(self) -> bool:
-        """Tell if this thread's calls use fast weights."""
         return self.settings.enabled
 
     @property
     def current(self) -> CallContext | None:
-        """Return the call that runs in this thread."""
         return self._current.get()
 
     def configure(self, **values: Any) -> None:
@@ -199,23 +190,17 @@ class Runtime:
             return given[CALL].begin(settings), None
         if (refusal := rows_are_cut()) is not None:
             raise UserError(refusal)
-        config, rule = settings.config, settings.rule
         running = self.running_sites()
         slots = {} if cache is None else fast_layers(cache, {s.index: s.gates for s in running}, rows, settings)
-        seen = next((slot.fast.seen for slot in slots.values()), None)
+        first = next((slot.fast for slot in slots.values()), None)
+        seen = None if first is None else first.seen
         if any(slot.fast.seen != seen for slot in slots.values()):
             raise ValueError("a call on this cache broke off half way through the layers: start from an empty cache")
-        first = next((slot.fast for slot in slots.values()), None)
         documents = self.documents(given, rows, tokens, cache, first)
         table = ChunkTable.build(
-            rows,
-            tokens,
-            config.chunk_size,
-            documents=documents,
-            seen=seen,
-            keep_state=bool(slots),
-            from_zero=rule.from_zero,
-        )
+            rows, tokens, settings.config.chunk_size, documents=documents, seen=seen, keep_state=bool(slots),
+            from_zero=settings.rule.from_zero,
+        )  # fmt: skip
         return WholeCall(settings, table, slots), cache
 
     def documents(
@@ -266,13 +251,8 @@ class Runtime:
                 raise NotImplementedError(f"cannot keep fast weights in a {type(cache).__name__}: pass a DynamicCache")
             return cache  # transformers reads and fills it even with use_cache=False
         wanted = self.model_config.use_cache if use_cache is None else use_cache
-        if (
-            not wanted
-            or not self.settings.enabled
-            or (use_cache is None and module.training and torch.is_grad_enabled())
-        ):
-            return None
-        return DynamicCache(config=self.model_config)
+        is_training = use_cache is None and module.training and torch.is_grad_enabled()
+        return DynamicCache(config=self.model_config) if wanted and self.settings.enabled and not is_training else None
 
 
 def no_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:

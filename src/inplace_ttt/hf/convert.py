@@ -13,13 +13,13 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from ..config import InPlaceTTTConfig
 from ..errors import UserError
 from .attach import install, unwrap
+from .auto import base_config
 from .checkpoint import from_pretrained, load_plain, save_pretrained
-from .directory import BASE, CONFIG, SETTINGS, find_tokenizer, mark_config, read_json, split_config
+from .directory import CONFIG, SETTINGS, find_tokenizer, mark_config
 from .release import save_release
 
 
@@ -47,7 +47,10 @@ def convert(
     elif to == "release":
         save_release(model, out)
     else:
-        _to_shards(model, out)
+        out.mkdir(parents=True)
+        save({"model": unwrap(model).state_dict()}, checkpoint_id=out, no_dist=True)
+        unwrap(model).config.save_pretrained(out)
+        mark_config(out)
     if tokenizer is not None and to in ("release", "sharded"):
         tokenizer.save_pretrained(out)
 
@@ -56,13 +59,6 @@ def sharded_directory(source: Path) -> Path | None:
     """Return the directory of shards: ``source`` itself, or one inside it."""
     found = [source, source / "sharded", *sorted(source.glob("pytorch_model_fsdp_*"))]
     return next((path for path in found if (path / ".metadata").is_file()), None)
-
-
-def _to_shards(model: Any, out: Path) -> None:
-    out.mkdir(parents=True)
-    save({"model": unwrap(model).state_dict()}, checkpoint_id=out, no_dist=True)
-    unwrap(model).config.save_pretrained(out)
-    mark_config(out)
 
 
 def _from_shards(shards: Path, config: Path | None) -> Any:
@@ -89,18 +85,11 @@ def _from_shards(shards: Path, config: Path | None) -> Any:
 def _empty(shards: Path, config: Path | None) -> Any:
     """Make an empty model of the checkpoint's shape, from files beside the shards or named by ``config``."""
     places = [config] if config is not None else [shards, shards.parent]
-    for place in places:
-        if (place / SETTINGS).is_file():
-            settings = read_json(place / SETTINGS).get("inplace_ttt")
-            found = AutoConfig.from_pretrained(place / BASE)
-        elif (place / CONFIG).is_file():
-            found, settings = split_config(read_json(place / CONFIG), place)
-        else:
-            continue
-        if settings is None:
-            raise UserError(f"{place} is a plain model without fast weights: name one that has them with --config")
-        make: Any = AutoModelForCausalLM.from_config
-        model = make(found, dtype=torch.float32)
-        install(model, InPlaceTTTConfig.from_dict(settings))
-        return model
-    raise UserError(f"{shards} holds tensors only: name a saved model of the same shape with --config")
+    place = next((x for x in places if (x / SETTINGS).is_file() or (x / CONFIG).is_file()), None)
+    if place is None:
+        raise UserError(f"{shards} holds tensors only: name a saved model of the same shape with --config")
+    found, settings = base_config(place)
+    if settings is None:
+        raise UserError(f"{place} is a plain model without fast weights: name one that has them with --config")
+    make: Any = AutoModelForCausalLM.from_config
+    return install(make(found, dtype=torch.float32), settings)

@@ -33,6 +33,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def read_settings(directory: Path) -> dict[str, Any]:
+    """Read the settings of a directory of this library; UserError when they are missing or damaged."""
+    path = directory / SETTINGS
+    if not path.is_file():
+        raise UserError(f"{directory} lacks {SETTINGS}: save or download the model again")
+    settings = read_json(path)
+    kinds = {"inplace_ttt": dict, "kind": str, "base": dict, "fingerprint": dict}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(settings.get(key), kind)]:
+        raise UserError(f"{path} is damaged (no {', '.join(wrong)}): save the model again")
+    return settings
+
+
 def check_free(directory: Path) -> None:
     """Raise UserError if a directory has a plain model's ``config.json`` (the base's own?), to not overwrite it."""
     if (directory / CONFIG).is_file() and read_json(directory / CONFIG).get("model_type") != MODEL_TYPE:

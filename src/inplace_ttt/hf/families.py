@@ -3,7 +3,7 @@
 import ast
 import inspect
 import textwrap
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,43 +29,14 @@ class Family:
         return (self.projection,) if self.shared is None else (self.projection, self.shared)
 
 
-_GATED = Family("model.layers", "mlp.down_proj")
-_NESTED = Family("model.language_model.layers", "mlp.down_proj")
-
+_LLAMA_LIKE = (
+    "apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
+    "granite", "helium", "hunyuan_v1_dense", "llama", "ministral", "mistral", "olmo", "olmo2", "olmo3", "phi3", "qwen2",
+    "qwen3", "qwen3_5_text", "qwen3_moe", "seed_oss", "smollm3",
+)  # fmt: skip
 FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(
-        (
-            "apertus",
-            "arcee",
-            "cohere",
-            "cohere2",
-            "ernie4_5",
-            "exaone4",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "glm",
-            "glm4",
-            "granite",
-            "helium",
-            "hunyuan_v1_dense",
-            "llama",
-            "ministral",
-            "mistral",
-            "olmo",
-            "olmo2",
-            "olmo3",
-            "phi3",
-            "qwen2",
-            "qwen3",
-            "qwen3_5_text",
-            "qwen3_moe",
-            "seed_oss",
-            "smollm3",
-        ),
-        _GATED,
-    ),
-    **dict.fromkeys(("gemma3", "mistral3", "qwen3_5"), _NESTED),
+    **dict.fromkeys(_LLAMA_LIKE, Family("model.layers", "mlp.down_proj")),
+    **dict.fromkeys(("gemma3", "mistral3", "qwen3_5"), Family("model.language_model.layers", "mlp.down_proj")),
     "deepseek_v3": Family("model.layers", "mlp.down_proj", shared="mlp.shared_experts.down_proj"),
     "gpt2": Family("transformer.h", "mlp.c_proj"),
     "gpt_neox": Family("gpt_neox.layers", "mlp.dense_4h_to_h"),
@@ -118,7 +89,6 @@ def family_of(model: PreTrainedModel, config: InPlaceTTTConfig) -> Family:
 
 
 def decoder_layers(model: PreTrainedModel, family: Family) -> nn.ModuleList:
-    """Return the list of decoder layers."""
     try:
         layers = model.get_submodule(family.layers)
     except AttributeError as error:
@@ -134,7 +104,6 @@ def text_model(model: PreTrainedModel, family: Family) -> nn.Module:
 
 
 def attention_of(layer: nn.Module) -> nn.Module | None:
-    """Return the attention module of a decoder layer."""
     name = _attention_name(layer)
     return None if name is None else getattr(layer, name)
 
@@ -223,13 +192,7 @@ def _has(layer: nn.Module, path: str) -> bool:
     return True
 
 
-def supported_table() -> Iterator[tuple[str, str, str]]:
-    """Yield rows (model_type, layers, projections) of the families' table, sorted."""
-    for model_type, family in sorted(FAMILIES.items()):
-        yield model_type, family.layers, "` or `".join(family.projections)
-
-
 if __name__ == "__main__":
     print("| model type | decoder layers | last projection |\n| --- | --- | --- |")
-    for row in supported_table():
-        print("| " + " | ".join(f"`{cell}`" for cell in row) + " |")
+    for model_type, family in sorted(FAMILIES.items()):
+        print(f"| `{model_type}` | `{family.layers}` | `{'` or `'.join(family.projections)}` |")

@@ -1,8 +1,7 @@
 """The adapting projection and the parameters beside it."""
 
 import copy
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +11,11 @@ from ..errors import UserError
 from .tensor_parallel import split_forward
 
 
-class Site(Protocol):
-    """A protocol of the object to which a projection passes its input (``sites.LayerSite``)."""
-
-    mlp: nn.Module
-
-    def project(self, module: nn.Module, z: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor: ...
-
-
 class FastWeight:
-    """A mixin for a last projection whose weight adapts while the model reads. The slow weight keeps its name."""
+    """A mixin for a last projection whose weight adapts while the model reads. The slow weight keeps its name.
+
+    ``site``: the ``LayerSite`` to which it passes its input.
+    """
 
     slow_class: type[nn.Module]
     split = False
@@ -30,14 +24,14 @@ class FastWeight:
     """True if slow and fast product may be computed together (a plain dense ``nn.Linear``)."""
 
     def forward(self, z: Tensor) -> Tensor:
-        site: Site = self.__dict__["site"]
-        return site.project(self, z, super().forward)  # type: ignore[arg-type, misc]
+        out: Tensor = self.__dict__["site"].project(self, z, super().forward)  # type: ignore[misc]
+        return out
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self.slow_class,), self.__dict__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        site: Site = self.__dict__["site"]
+        site = self.__dict__["site"]
         if id(site.mlp) not in memo:  # copied alone, by peft's modules_to_save: a projection of the same layer
             memo[id(site)] = site
         memo[id(self)] = new = _rebuild(self.slow_class)
@@ -74,7 +68,7 @@ def _rebuild(slow_class: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def make_fast(slow: nn.Module, site: Site) -> nn.Module:
+def make_fast(slow: nn.Module, site: Any) -> nn.Module:
     """Make an adapting module that shares parameters, buffers and hooks with ``slow``; accelerate's device hook moves.
 
     Raises UserError where the weight is offloaded or something else replaced the module's forward.
@@ -87,7 +81,7 @@ def make_slow(fast: nn.Module) -> nn.Module:
     return _remade(fast, fast.slow_class)  # type: ignore[arg-type]
 
 
-def _remade(old: nn.Module, cls: type[nn.Module], site: Site | None = None) -> nn.Module:
+def _remade(old: nn.Module, cls: type[nn.Module], site: Any = None) -> nn.Module:
     check_replaceable(old)
     hook: Any = old.__dict__.get("_hf_hook")  # accelerate's; it wraps a bound forward and would call the old module
     if hook is not None:

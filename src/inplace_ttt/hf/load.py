@@ -45,7 +45,7 @@ def load(
     if config is None and window is None and not is_gguf:
         loaded = load_model(model, device)
     else:
-        loaded = _plain(model, device, window)
+        loaded = load_baseline(model, device, window)
         if is_attached(loaded):
             if config is not None and (settings or runtime_of(loaded).config.objective != objective):
                 raise UserError(f"{model} has fast weights already: leave the objective out")
@@ -59,7 +59,7 @@ def load(
         words = AutoTokenizer.from_pretrained(Path(model).parent, gguf_file=Path(model).name)
         check_words(words, model)
     else:
-        words = load_tokenizer(model, loaded)
+        words = load_tokenizer(model)
     if not getattr(words, "is_fast", False):
         raise UserError(f"the tokenizer of {model} is not a fast one: it cannot tell which characters a token spans")
     return loaded, words
@@ -76,28 +76,25 @@ def load_model(model: str | Path, device: str | None = None, dtype: str | torch.
     return from_pretrained(_place_of(model), dtype=how).to(place).eval()  # type: ignore[no-any-return]
 
 
-def load_baseline(model: str | Path, device: str | None = None) -> PreTrainedModel:
-    """Load a model to compare with, plain or with fast weights; UserError when it cannot be loaded."""
+def load_baseline(model: str | Path, device: str | None = None, window: int | None = None) -> PreTrainedModel:
+    """Load a model, plain (a GGUF file, too) or with fast weights; UserError when it cannot be loaded.
+
+    ``window``: of a plain Llama, which is loaded as a Mistral then: they differ only in that.
+    """
     place, model = _device(device), _place_of(model)
     path = Path(model).expanduser()
-    if has_fast_weights(path):
-        return load_model(path, device)
-    if not path.is_dir():
-        require_hub_id(str(model))
-    dtype = torch.float32 if place.type == "cpu" else "auto"
-    plain: Any = load_plain(path if path.is_dir() else str(model), {"dtype": dtype})
-    return plain.to(place).eval()  # type: ignore[no-any-return]
-
-
-def _plain(model: str | Path, device: str | None, window: int | None) -> PreTrainedModel:
-    """Load a model that may have no fast weights; a Llama with a window as a Mistral, which differs only in that."""
-    place = _device(device)
-    if Path(model).suffix == ".gguf":
-        check_gguf(model)
-        dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
-        loaded: Any = load_plain(Path(model).parent, {"dtype": dtype, "gguf_file": Path(model).name})
+    on_cpu = place.type == "cpu"
+    loaded: Any
+    if path.suffix == ".gguf":
+        check_gguf(path)
+        dtype = torch.float32 if on_cpu else torch.bfloat16
+        loaded = load_plain(path.parent, {"dtype": dtype, "gguf_file": path.name})
+    elif has_fast_weights(path):
+        loaded = load_model(path, device)
     else:
-        loaded = load_baseline(model, device)
+        if not path.is_dir():
+            require_hub_id(str(model))
+        loaded = load_plain(path if path.is_dir() else str(model), {"dtype": torch.float32 if on_cpu else "auto"})
     if window is not None:
         if is_attached(loaded):
             raise UserError(f"{model} has fast weights already: a window can be given to a plain model")
@@ -110,12 +107,12 @@ def _plain(model: str | Path, device: str | None, window: int | None) -> PreTrai
     return loaded.to(place).eval()  # type: ignore[no-any-return]
 
 
-def load_tokenizer(model: str | Path, loaded: PreTrainedModel) -> Any:
+def load_tokenizer(model: str | Path) -> Any:
     """Load the tokenizer beside a model, in its base, or of the base that an adapter names. UserError without one."""
     tokenizer, reason = find_tokenizer(model)
-    if tokenizer is not None:
-        return tokenizer
-    raise UserError(f"no tokenizer for {model} ({reason}): save one beside it with tokenizer.save_pretrained")
+    if tokenizer is None:
+        raise UserError(f"no tokenizer for {model} ({reason}): save one beside it with tokenizer.save_pretrained")
+    return tokenizer
 
 
 def check_words(tokenizer: Any, model: str | Path) -> None:

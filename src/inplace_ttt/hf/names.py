@@ -63,7 +63,6 @@ def keep_base(model: PreTrainedModel, base: BaseModel) -> None:
 
 
 def rename_detached(model: PreTrainedModel) -> None:
-    """Restore the base's name of a detached model."""
     base: BaseModel = model.__dict__.pop(BASE_MODEL)
     _set_name(model, base.place or base.name)
 

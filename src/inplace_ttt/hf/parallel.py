@@ -144,11 +144,10 @@ class ContextParallel:
             raise UserError("a slice of a row needs position_ids: ContextParallel.cut(batch) makes them")
         if mask is not None and mask.dim() != 2:
             raise UserError("context parallelism takes a 2-D attention_mask or none")
-        whole = [
+        whole_positions, whole_numbers, whole_mask = (
             None if x is None else self.gather(x.reshape(-1, tokens).expand(rows, tokens).to(torch.int64)).cpu()
             for x in (positions, numbers, mask)
-        ]
-        whole_positions, whole_numbers, whole_mask = whole
+        )
         total = tokens * self.slices.ranks
         documents = document_ids(
             whole_mask, None if whole_mask is not None else whole_positions, whole_numbers, rows=rows, tokens=total
@@ -174,12 +173,7 @@ class ContextParallel:
             settings.rule.need("additive", "a row cut over processes")
             try:
                 call.table = SliceTable.build(
-                    self.slices,
-                    rows,
-                    total,
-                    settings.config.chunk_size,
-                    documents=documents,
-                    keep=settings.rule.keep,
+                    self.slices, rows, total, settings.config.chunk_size, documents=documents, keep=settings.rule.keep
                 )
             except ValueError as error:
                 raise UserError(str(error)) from None

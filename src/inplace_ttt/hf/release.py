@@ -10,7 +10,13 @@ from ..errors import UserError
 from .attach import plain_config, runtime_of, unwrap_to_save
 
 FAMILIES = ("llama", "qwen3")
-DEFAULTS = {"ttt_chunk": 8192, "ttt_lr": 0.3, "ttt_proj": True, "ttt_target": "hidden_states"}
+FIELDS: dict[str, tuple[str, Any]] = {
+    "ttt_chunk": ("chunk_size", 8192),
+    "ttt_lr": ("lr", 0.3),
+    "ttt_proj": ("projection", True),
+    "ttt_target": ("target", "hidden_states"),
+}
+"""Name of a field in the format -> the setting, and its default there."""
 
 
 def is_release(config: dict[str, Any]) -> bool:
@@ -27,19 +33,10 @@ def load_release(config: dict[str, Any]) -> tuple[InPlaceTTTConfig, list[int]]:
         raise UserError(f"the authors' format exists for {' and '.join(FAMILIES)}, not for {config['model_type']}")
     if not config.get("ttt_mode", True):
         raise UserError("this checkpoint has ttt_mode false: it is the plain model, load it with transformers")
-    count = config["num_hidden_layers"]
-    named = list(config.get("ttt_layers") or [])
-    values = {k: config.get(k, default) for k, default in DEFAULTS.items()}
-    return (
-        InPlaceTTTConfig(
-            layers=tuple(i for i in named if i < count),
-            chunk_size=values["ttt_chunk"],
-            lr=values["ttt_lr"],
-            projection=values["ttt_proj"],
-            target=values["ttt_target"],
-        ),
-        [i for i in named if i >= count],
-    )
+    count, named = config["num_hidden_layers"], list(config.get("ttt_layers") or [])
+    values = {setting: config.get(field, default) for field, (setting, default) in FIELDS.items()}
+    there, dropped = tuple(i for i in named if i < count), [i for i in named if i >= count]
+    return InPlaceTTTConfig(layers=there, **values), dropped
 
 
 def save_release(model: nn.Module, directory: str | Path, **kwargs: Any) -> None:
@@ -56,14 +53,8 @@ def save_release(model: nn.Module, directory: str | Path, **kwargs: Any) -> None
     for name in ("conv_kernel", "lookahead", "objective", "decay", "clip"):
         if getattr(config, name) != getattr(default, name):
             raise UserError(f"the authors' format cannot express {name}={getattr(config, name)!r}")
-    fields = {
-        "ttt_mode": True,
-        "ttt_layers": [site.index for site in runtime.sites],
-        "ttt_chunk": config.chunk_size,
-        "ttt_lr": config.lr,
-        "ttt_proj": config.projection,
-        "ttt_target": config.target,
-    }
+    fields: dict[str, Any] = {"ttt_mode": True, "ttt_layers": [site.index for site in runtime.sites]}
+    fields |= {field: getattr(config, setting) for field, (setting, _) in FIELDS.items()}
     with plain_config(root):
         for name, value in fields.items():
             setattr(root.config, name, value)

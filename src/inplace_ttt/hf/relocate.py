@@ -105,7 +105,6 @@ class Relocation:
 
     @property
     def supported(self) -> bool:
-        """Tell if ``move`` is supported."""
         return self.reason is None
 
     @classmethod

@@ -38,15 +38,12 @@ class PerThread(Generic[Value]):
         self._values: dict[int, Value] = {}
 
     def get(self) -> Value:
-        """Return this thread's value."""
         return self._values.get(_thread(), self.default) if self._values else self.default
 
     def set(self, value: Value) -> None:
-        """Set this thread's value."""
         self._values[_thread()] = value
 
     def clear(self) -> None:
-        """Reset this thread to the default."""
         self._values.pop(_thread(), None)
 
     @contextmanager

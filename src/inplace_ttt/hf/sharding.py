@@ -31,11 +31,7 @@ from .families import FAMILIES, decoder_layers, family_of
 
 
 def shard_layers(
-    model: PreTrainedModel,
-    mesh: Any,
-    *,
-    precision: torch.dtype | None = None,
-    reshard_after_forward: bool = True,
+    model: PreTrainedModel, mesh: Any, *, precision: torch.dtype | None = None, reshard_after_forward: bool = True
 ) -> PreTrainedModel:
     """Shard ``model`` in place over ``mesh`` and return it: every decoder layer, then the rest.
 
@@ -150,7 +146,6 @@ class Meshes:
 
     @property
     def reader(self) -> int:
-        """Return the index of this process's group."""
         return int(dist.get_rank() // self.context)
 
 

@@ -68,12 +68,10 @@ class LayerSite:
 
     @property
     def context(self) -> CallContext | None:
-        """Return the call that runs in this thread."""
         return self._context.get()
 
     @property
     def gates(self) -> bool:
-        """Tell if the target gates the state."""
         return self.target.gates
 
     def before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -95,7 +93,6 @@ class LayerSite:
         return next(m for part in (module, self.mlp) for m in part.modules() if isinstance(m, FastWeight))
 
     def fuses(self, module: Any) -> bool:
-        """Tell if slow and fast product may be computed together."""
         return module.fuses and is_dense(module.weight) and self._outside() is None
 
     def _outside(self) -> nn.Module | None:
@@ -159,7 +156,6 @@ class LayerSite:
         return self._read(self.projection(), z, lambda _: output)
 
     def forget(self) -> None:
-        """Clear this thread's call."""
         self._context.clear()
         self._input.clear()
         self._projected.clear()
@@ -259,9 +255,8 @@ _WATCHING = threading.Lock()
 def compute_dtype(z: Tensor) -> Tensor:
     """Cast z to the precision of the projection's product."""
     device = z.device.type
-    if z.dtype == torch.float32 and torch.is_autocast_enabled(device):
-        return z.to(torch.get_autocast_dtype(device))
-    return z
+    is_cast = z.dtype == torch.float32 and torch.is_autocast_enabled(device)
+    return z.to(torch.get_autocast_dtype(device)) if is_cast else z
 
 
 class Anchor(torch.autograd.Function):

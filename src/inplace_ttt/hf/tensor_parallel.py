@@ -8,6 +8,7 @@ ranks that the projection makes anyway. In training, v's gradient is summed over
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from ..core import Rule
 from ..errors import UserError
@@ -54,8 +55,6 @@ def local_input(z: Any) -> Tensor:
 
 def replicated(v: Tensor, z: Any) -> Tensor:
     """Return v, the same on all ranks; backward sums its gradient over the ranks, of which each has a share."""
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
     whole: Any = DTensor.from_local(v, z.device_mesh, [Replicate()], run_check=False)
     part: Tensor = whole.to_local(grad_placements=[Partial()])
     return part
@@ -63,6 +62,4 @@ def replicated(v: Tensor, z: Any) -> Tensor:
 
 def summand(out: Tensor, z: Any) -> Any:
     """Wrap this rank's part of a sum over the ranks as a DTensor that can be added to the slow product."""
-    from torch.distributed.tensor import DTensor, Partial
-
     return DTensor.from_local(out, z.device_mesh, [Partial()], run_check=False)

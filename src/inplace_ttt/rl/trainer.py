@@ -6,13 +6,11 @@ Overrides private methods of trl 1.16; tests/rl/test_trl_contract.py fails when 
 import copy
 import inspect
 import textwrap
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -20,7 +18,7 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, nanst
 
 from ..errors import UserError
 from ..hf.attach import is_attached, unwrap
-from ..hf.directory import SETTINGS
+from ..hf.auto import base_config
 from .baselines import USES_ENERGY, Advantages, energy_proxy, realised_energy, token_advantages
 from .config import OTBConfig
 from .noise import half_gradients, noise_and_signal, shrinkage
@@ -99,10 +97,7 @@ class OTBTrainer(GRPOTrainer):
 
     def _add_head(self, model: Any, outputs: tuple[str, ...]) -> None:
         add_fused_lm_head(
-            model,
-            temperature=self.temperature,
-            cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32,
-            outputs=outputs,
+            model, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32, outputs=outputs
         )
 
     def _add_reference(self, reference: Any) -> None:
@@ -139,15 +134,9 @@ class OTBTrainer(GRPOTrainer):
 
         def advantages(leave_one_out: bool) -> Advantages:
             return token_advantages(
-                rewards,
-                mask,
-                w,
-                group_size=group_size,
-                baseline=self.args.baseline,
-                leave_one_out=leave_one_out,
-                lone_tail=self.args.lone_tail,
-                ratios=ratios,
-            )
+                rewards, mask, w, group_size=group_size, baseline=self.args.baseline, leave_one_out=leave_one_out,
+                lone_tail=self.args.lone_tail, ratios=ratios,
+            )  # fmt: skip
 
         here = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
         tokens = output["completion_ids"].shape[1]
@@ -287,8 +276,7 @@ def _add_positions(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def _has_fast_weights(model: Any) -> bool:
     if not isinstance(model, str):
         return is_attached(model)
-    saved = Path(model, SETTINGS).exists()
-    if saved or getattr(AutoConfig.from_pretrained(model), "inplace_ttt", None) is not None:
+    if base_config(model)[1] is not None:
         raise UserError(f"{model} has fast weights: load it (inplace_ttt.from_pretrained) and pass the model itself")
     return False
 

@@ -125,7 +125,6 @@ class Engine:
     # -- life -----------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Start the scheduler."""
         self._loop = asyncio.get_running_loop()
         self.scheduler.start()
 
@@ -176,7 +175,6 @@ class Engine:
 
     @property
     def loaded(self) -> list[Live]:
-        """Return the sessions in memory."""
         return [live for live in self._live.values() if live.session is not None]
 
     @property

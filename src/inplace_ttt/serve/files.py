@@ -113,7 +113,6 @@ class RemoteFiles:
         return f"{self.root}/{name}"
 
     def create(self, name: str, data: bytes) -> None:
-        """Write a new blob, as ``LocalFiles`` does."""
         path = self._path(name)
         try:
             self.system.pipe_file(path, data, mode="create")
@@ -125,12 +124,10 @@ class RemoteFiles:
             raise
 
     def read(self, name: str) -> bytes:
-        """Return a blob's content, as ``LocalFiles`` does."""
         found: bytes = self.system.cat_file(self._path(name))
         return found
 
     def names(self, folder: str) -> list[str]:
-        """List a folder, as ``LocalFiles`` does."""
         path = self._path(folder)
         self.system.invalidate_cache(path)
         try:
@@ -140,7 +137,6 @@ class RemoteFiles:
             return []
 
     def remove(self, name: str) -> None:
-        """Delete a blob or a folder, as ``LocalFiles`` does."""
         with suppress(FileNotFoundError):
             self.system.rm(self._path(name), recursive=True)
 
@@ -148,7 +144,6 @@ class RemoteFiles:
         """Do nothing: a blob appears as a whole."""
 
     def put(self, name: str, write: Callable[[Path], None]) -> None:
-        """Let ``write`` make a blob, as ``LocalFiles`` does."""
         with tempfile.TemporaryDirectory() as place:
             write(Path(place) / "blob")
             self.system.put_file(str(Path(place) / "blob"), self._path(name))

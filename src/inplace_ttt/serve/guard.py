@@ -83,7 +83,6 @@ class Guard:
         return task.result().state.service if task and has_loaded else None
 
     def begin_stop(self) -> None:
-        """Take no more requests."""
         self.stopping = True
         if self.service is not None:
             self.service.engine.begin_stop()
@@ -155,7 +154,6 @@ class Guard:
         return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
     async def _routes(self) -> Any:
-        """Wait for the routes."""
         assert self.loading is not None
         if self.stopping and self.service is None:
             raise StoppingError

@@ -46,7 +46,6 @@ class Job:
         return writing
 
     def stop(self) -> None:
-        """Ask the job to end."""
         self.stopped = True
         for writing in self._writings:
             self._scheduler.cancel(writing)

@@ -33,7 +33,6 @@ class Prompt:
     learn: bool = True
 
     def entry(self) -> dict[str, Any]:
-        """Return a journal entry."""
         return {"op": "prompt", **self.__dict__}
 
 

@@ -26,12 +26,10 @@ class Metrics:
         self.running = Gauge("requests_running", "Requests that run or wait.", **made)
 
     def step(self, rows: int, seconds: float) -> None:
-        """Count one decode step."""
         self.rows.observe(rows)
         self.between.observe(seconds)
 
     def call(self, seconds: float) -> None:
-        """Count one piece of other work."""
         self.pieces.observe(seconds)
 
     def request(self, scope: dict[str, Any], status: int) -> None:

@@ -58,7 +58,6 @@ class Scheduler:
 
     @property
     def stopped(self) -> bool:
-        """Return whether it takes no more work."""
         return self._stopping
 
     # -- from the event loop --------------------------------------------------------------------------------------

@@ -90,7 +90,6 @@ class Message(BaseModel):
     content: Annotated[str, BeforeValidator(_as_text)]
 
     def plain(self) -> dict[str, str]:
-        """Return the message for a chat template."""
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
@@ -124,7 +123,6 @@ class Completion(OpenAI):
     suffix: Literal[""] | None = None
 
     def prompts(self) -> list[Any]:
-        """Return one prompt or several."""
         prompt: Any = self.prompt
         several = isinstance(prompt, list) and prompt and not all(isinstance(part, int) for part in prompt)
         return prompt if several else [prompt]

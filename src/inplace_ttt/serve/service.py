@@ -38,7 +38,6 @@ class Service:
 
     @classmethod
     def of(cls, request: Request) -> "Service":
-        """Return the service of a request."""
         service: Service = request.app.state.service
         return service
 

@@ -43,7 +43,6 @@ async def create(request: Request) -> dict[str, Any]:
 
 @router.get("")
 async def index(request: Request) -> dict[str, Any]:
-    """List the owner's sessions."""
     return {"object": "list", "data": await work.index(Service.of(request).engine, request.scope["owner"])}
 
 
@@ -55,7 +54,6 @@ async def describe(id: Id, request: Request, diagnostics: bool = True) -> Any:
 
 @router.delete("/{id}")
 async def delete(id: Id, request: Request) -> dict[str, Any]:
-    """Remove a session and all its versions."""
     await _done(request, work.delete, id)
     return {"id": id, "object": "session", "deleted": True}
 
@@ -95,7 +93,6 @@ async def ask(id: Id, body: Ask, request: Request) -> Any:
     service, owner = Service.of(request), request.scope["owner"]
     engine, render = service.engine, service.prompts.question(body.question)
     options = body.options(engine.limits.new_tokens, 256)
-    work.check_options(options)
     job = engine.begin(lambda job: work.answer(engine, job, owner, id, [render], options, context=False))
 
     def whole(answers: list[work.Answered]) -> dict[str, Any]:
@@ -121,7 +118,6 @@ async def fork(id: Id, request: Request, body: Fork | None = None) -> dict[str, 
 
 @router.post("/{id}/reset")
 async def reset(id: Id, request: Request, body: AtVersion | None = None) -> dict[str, Any]:
-    """Forget everything."""
     return await _versioned(request, id, work.change, {"op": "reset"}, body and body.if_version)
 
 
@@ -140,7 +136,6 @@ async def save(id: Id, request: Request, body: AtVersion | None = None) -> dict[
 
 @router.post("/{id}/rollback")
 async def rollback(id: Id, request: Request, body: Rollback | None = None) -> dict[str, Any]:
-    """Go back to a saved version."""
     body = body or Rollback()
     return await _versioned(request, id, work.rollback, body.version, body.if_version)
 

@@ -55,7 +55,6 @@ class ServeError(Exception):
             setattr(self, name, value)
 
     def body(self) -> dict[str, Any]:
-        """Return OpenAI's form of the error."""
         return {"error": {"message": str(self), "type": self.kind, "param": None, "code": self.code}}
 
 

@@ -60,7 +60,6 @@ class Store:
 
     @staticmethod
     def key(owner: str, name: str) -> str:
-        """Return the folder of a session."""
         return f"{digest(owner)}/{digest(name)}"
 
     def create(self, owner: str, name: str, values: dict[str, Any]) -> str:
@@ -87,7 +86,6 @@ class Store:
         return sorted(found, key=lambda pair: (pair[1].get("created", 0), pair[1]["id"]))
 
     def count(self, owner: str) -> int:
-        """Count an owner's sessions."""
         return len(self.files.names(digest(owner)))
 
     def version(self, key: str) -> int | None:
@@ -108,7 +106,6 @@ class Store:
             raise ConflictError("this session was changed meanwhile") from None
 
     def record(self, key: str) -> Record | None:
-        """Return a stored session, or None."""
         names = self.files.names(key)
         if not names:
             return None
@@ -142,12 +139,10 @@ class Store:
 
     @contextmanager
     def opened(self, state: State) -> Iterator[Path]:
-        """Yield a state's session file."""
         with self.files.local(state.blob) as path:
             yield path
 
     def delete(self, key: str) -> None:
-        """Remove a session and all that it has."""
         self.files.remove(f"{key}/{_entry(0)}")  # from here on nobody finds it
         self.files.remove(key)
 

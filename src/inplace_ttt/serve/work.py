@@ -60,14 +60,12 @@ async def fork(engine: Engine, owner: str, id: str, new: str, version: int | Non
 
 
 async def delete(engine: Engine, owner: str, id: str) -> None:
-    """Remove a session for good."""
     async with engine.use(owner, id) as live:
         await asyncio.to_thread(engine.store.delete, live.key)
         engine.forget(live)
 
 
 async def index(engine: Engine, owner: str) -> list[dict[str, Any]]:
-    """List an owner's sessions, oldest first."""
     found = await asyncio.to_thread(engine.store.of_owner, owner)
     loaded = {live.key for live in engine.loaded}
     return [
@@ -144,7 +142,6 @@ async def export(engine: Engine, owner: str, id: str, rank: int | None, folder: 
 
 
 async def download(engine: Engine, owner: str, id: str) -> bytes:
-    """Return a session's file."""
     async with engine.use(owner, id) as live:
         copy = await engine.piece(live.loaded.fork)
     with tempfile.TemporaryDirectory() as place:
@@ -242,7 +239,9 @@ async def answer(
     of the answer that the session knows from then on. ``learn``: a name in ``LEARN``; None: as the session. A
     job that is stopped ends its answers, with what they have.
     """
-    check_options(options)
+    sampling = {name: value for name, value in options.items() if name not in ("max_new_tokens", "stop")}
+    Sampling(**sampling)  # raises for values out of range, and the next for empty texts, before anything is read
+    StopText(options.get("stop", ()))
     count = len(renders) * choices
     if id is None:
         reads, options["learn"] = engine.learning(learn or engine.learn)
@@ -345,13 +344,6 @@ async def _write(
     found.reason = event.reason
     job.emit((index, event))
     return found
-
-
-def check_options(options: dict[str, Any]) -> None:
-    """Raise UserError for sampling settings out of range and empty stop strings, before anything is read."""
-    sampling = {name: value for name, value in options.items() if name not in ("max_new_tokens", "stop")}
-    StopText(options.get("stop", ()))
-    Sampling(**sampling)
 
 
 # -- inside ------------------------------------------------------------------------------------------------------------

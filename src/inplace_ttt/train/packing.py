@@ -98,7 +98,6 @@ class TokenStore:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each document, int64 [documents]."""
         return np.diff(self.offsets)
 
     @classmethod
@@ -227,11 +226,9 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         return len(self.plan)
 
     def describe(self) -> str:
-        """Return a line for people."""
         return f"{len(self):,} rows of {self.layout.length:,} tokens, {self.epochs} epochs, {self.padding:.1%} padding"
 
     def record(self) -> dict[str, float]:
-        """Return entries for the run's record."""
         return {"epochs": self.epochs, "padding": self.padding}
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from inplace_ttt.errors import UserError, in_one_line
 from inplace_ttt.hf.attach import inspect, is_attached
 from inplace_ttt.hf.auto import base_config
 from inplace_ttt.train.loss import tokens_at_once, why_whole
@@ -66,7 +65,6 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Bytes at the peak."""
         return sum(self.memory.values())
 
     @property
@@ -190,12 +188,7 @@ def _shape(model: ModelSpec, tokenizer: TokenizerSpec) -> Any:
     elif base in SHAPES:
         values = SHAPES[base]
     else:
-        try:
-            return base_config(base)[0]
-        except UserError:
-            raise
-        except (OSError, ValueError) as error:
-            raise UserError(f"model.base: the shape of {base} is not known: {in_one_line(error)}") from None
+        return base_config(base)[0]
     return AutoConfig.for_model(values["model_type"], **{k: v for k, v in values.items() if k != "model_type"})
 
 

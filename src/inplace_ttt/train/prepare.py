@@ -29,7 +29,6 @@ class Prepared:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that made the tokens."""
         return load_tokenizer(self.directory / "tokenizer")
 
     @cached_property
@@ -38,7 +37,6 @@ class Prepared:
         return dict(json.loads((self.directory / "summary.json").read_text(encoding="utf-8")))
 
     def stores(self, split: str) -> dict[str, TokenStore]:
-        """Return the token stores of a split by domain."""
         return {domain: TokenStore.load(self.directory / f"{split}.{domain}") for domain in self.summary[split]}
 
 
@@ -59,7 +57,6 @@ def prepare(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> P
 
 
 def documents_of(domains: dict[str, DomainSpec]) -> dict[str, DomainDocuments]:
-    """Return the documents of a split's domains, by name."""
     return {name: DomainDocuments(domain.sources, domain.max_bytes) for name, domain in domains.items()}
 
 
@@ -74,7 +71,7 @@ def _write(data: DataSpec, spec: TokenizerSpec, path: str, directory: Path, say:
     tokenizer.save_pretrained(directory / "tokenizer")
     summary: dict[str, dict[str, dict[str, int]]] = {split: {} for split in SPLITS}
     for split in SPLITS[data.tokenise == "while_training" :]:
-        for domain, documents in documents_of(data.split(split)).items():
+        for domain, documents in documents_of(getattr(data, split)).items():
             found = _encode(tokenizer, documents, directory / f"{split}.{domain}")
             summary[split][domain] = found
             size = found["bytes"] / 1e6
@@ -100,7 +97,7 @@ def _key(data: DataSpec, tokenizer: TokenizerSpec, path: str) -> str:
     """Name what decides the tokens: settings, and files by path, size and time of change."""
     settings = asdict(data)
     del settings["cache"]
-    sources = {source for split in SPLITS for domain in data.split(split).values() for source in domain.sources}
+    sources = {source for split in SPLITS for domain in getattr(data, split).values() for source in domain.sources}
     files = {file for source in sources for file in source_files(source)}
     files |= set(Path(path).glob("*token*")) if path and Path(path).is_dir() else set()
     stats = sorted((str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files)

@@ -205,7 +205,7 @@ def _check_data(data: DataSpec, is_there: bool) -> None:
     if not data.train:
         raise RecipeError("data.train: give at least one domain, such as books: jsonl:books.jsonl")
     for split in SPLITS:
-        for name, domain in data.split(split).items():
+        for name, domain in getattr(data, split).items():
             where = f"data.{split}.{name}"
             if not re.fullmatch(r"[\w-]+", name):
                 raise RecipeError(f"{where}: a domain's name has letters, digits, - and _ only")

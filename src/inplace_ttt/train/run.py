@@ -117,18 +117,10 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
         add_results(saved, losses)
     write_json(output / "evaluation.json", {domain: result.to_dict() for domain, result in results.items()})
     record = run_record(
-        recipe.raw,
-        curve,
-        started,
-        parameters=parameters,
-        trained_parameters=trained_parameters,
-        tokens_seen=recipe.steps * recipe.tokens_per_step,
-        **rows.record(),
-        data=prepared.summary,
-        warnings=warnings,
-        model_bytes=_size(saved),
-        evaluation=losses,
-    )
+        recipe.raw, curve, started, parameters=parameters, trained_parameters=trained_parameters,
+        tokens_seen=recipe.steps * recipe.tokens_per_step, **rows.record(), data=prepared.summary, warnings=warnings,
+        model_bytes=_size(saved), evaluation=losses,
+    )  # fmt: skip
     write_json(output / "run.json", record)
     for domain, values in losses.items():
         say(f"test {domain}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))

@@ -64,10 +64,6 @@ class DataSpec:
     cache: str = "out/tokens"
     tokenise: Literal["before", "while_training"] = "before"
 
-    def split(self, name: str) -> dict[str, DomainSpec]:
-        """Return the domains of a split by its name."""
-        return {"train": self.train, "validation": self.validation, "test": self.test}[name]
-
 
 @dataclass(frozen=True)
 class OptimizerSpec:
@@ -174,7 +170,6 @@ class Recipe:
 
     @property
     def evaluation_length(self) -> int:
-        """Tokens of a test window."""
         return self.evaluation.length or self.sequence_length
 
     @property

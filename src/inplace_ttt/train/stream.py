@@ -62,7 +62,6 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
         return self.rows
 
     def describe(self) -> str:
-        """Return a line for people."""
         return f"{len(self):,} rows of {self.layout.length:,} tokens, tokenised while training"
 
     def record(self) -> dict[str, float]:

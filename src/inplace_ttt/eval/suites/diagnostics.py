@@ -50,7 +50,6 @@ WORDS = {
 
 
 def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model: nn.Module) -> StateSuite:
-    """Build the suite of the command line."""
     return StateSuite(windows_from_options(options, texts, tokenizer, model))
 
 

@@ -89,13 +89,11 @@ def harness_suite(
 
 
 def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model: nn.Module) -> HarnessSuite:
-    """Build the suite of the command line."""
     how: Any = {"files": options.task_files, "limit": options.limit, "batch_size": options.batch_size}
     return harness_suite(tokenizer, options.tasks, **how)
 
 
 def tables(records: Sequence[Record]) -> Tables:
-    """Return means by task and metric."""
     return tables_of("harness", records, {"harness": ["task", "metric"]}, "value", "weight")
 
 
@@ -106,7 +104,6 @@ def score(row: Record) -> str:
 
 
 def verdicts(found: Tables) -> list[str]:
-    """Describe each metric with updates, and its difference to without."""
     return [f"{row['task']}, {row['metric']}: {score(row)}." for row in against_off(found.get("harness", []))]
 
 

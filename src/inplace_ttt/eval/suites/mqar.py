@@ -65,7 +65,6 @@ class RecallSuite:
         self._work = {f"{length}/{n}": (length, n) for length in self.lengths for n in pairs}
 
     def units(self) -> Sequence[Unit]:
-        """Return one unit per length and number of pairs, with all its trials."""
         return [Unit(key, length * self.trials) for key, (length, _) in self._work.items()]
 
     def document(self, unit: Unit, trial: int) -> tuple[str, list[int], list[int]]:
@@ -105,7 +104,6 @@ class RecallSuite:
 
 
 def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model: nn.Module) -> RecallSuite:
-    """Build the suite of the command line."""
     return RecallSuite(tokenizer, texts, options.lengths or None, trials=options.trials)
 
 
@@ -116,7 +114,6 @@ def tables(records: Sequence[Record]) -> Tables:
 
 
 def verdicts(found: Tables) -> list[str]:
-    """Say how many answers are right with updates, and what that is more than without."""
     return [f"Recall, {row['pairs']} pairs: {points(row)}." for row in against_off(found.get("recall", []))]
 
 

@@ -210,20 +210,17 @@ def rank_of_first(scores: np.ndarray) -> int:
 
 
 def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model: nn.Module) -> NeedleSuite:
-    """Build the suite of the command line."""
     lengths = options.lengths or (1024, 2048, 4096)
     return NeedleSuite(tokenizer, texts, lengths, options.depths, options.kinds, options.trials)
 
 
 def tables(records: Sequence[Record]) -> Tables:
-    """Return the share of right answers by kind, length and depth."""
     keys = ("kind", "length", "depth")
     names = {"needle": keys[:1], "needle by length": keys[:2], "needle by length and depth": keys}
     return tables_of("needle", records, names, "correct")
 
 
 def verdicts(found: Tables) -> list[str]:
-    """Say how many answers are right with updates, and what that is more than without."""
     return [f"Needle, {row['kind']}: {points(row)}." for row in against_off(found.get("needle", []))]
 
 

@@ -68,7 +68,6 @@ class Answer:
     log_probability: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
         return asdict(self)
 
 
@@ -160,7 +159,6 @@ class MemorySuite:
                 self._work[f"{count} mentions/{distance} tokens/{seed}"] = (task, document, ids, seed)
 
     def units(self) -> Sequence[Unit]:
-        """Return one unit per trial."""
         return [Unit(key, 2 * (task.length + task.distance)) for key, (task, *_) in self._work.items()]
 
     def measure(self, model: nn.Module, unit: Unit) -> list[Record]:
@@ -189,12 +187,10 @@ COLOURS = dict(zip(LABELS.values(), ("#94a3b8", "#c2410c", "#0c4a6e"), strict=Tr
 
 
 def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model: nn.Module) -> MemorySuite:
-    """Build the suite of the command line."""
     return MemorySuite(tokenizer, texts, trials=options.trials)
 
 
 def tables(records: Sequence[Record]) -> Tables:
-    """Return the share of names that are preferred."""
     return tables_of("read-then-ask", records, {"read, then ask": ["distance", "mentions", "condition"]}, "correct")
 
 

@@ -67,18 +67,15 @@ def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model:
 
 
 def tables(records: Sequence[Record]) -> Tables:
-    """Return means by length, and by task and length."""
     names = {"ruler": ["length"], "ruler by task": ["task", "length"]}
     return tables_of("ruler", records, names, "value", "weight")
 
 
 def verdicts(found: Tables) -> list[str]:
-    """Describe the score at each length with updates, and its difference to without."""
     return [f"RULER, {row['length']:,} tokens: {score(row)}." for row in against_off(found.get("ruler", []))]
 
 
 def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Draw the score by length."""
     rows = found.get("ruler", [])
     tasks = len({row["task"] for row in found.get("ruler by task", [])})
     drawn = plots.curves(rows, "length", lambda row: f"RULER, {tasks} task{'s' * (tasks > 1)}")

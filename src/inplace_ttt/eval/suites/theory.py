@@ -74,7 +74,6 @@ class TheorySuite:
         self._work = {f"pair/{trial}": (*parts[trial % len(parts)], trial) for trial in range(trials)}
 
     def units(self) -> Sequence[Unit]:
-        """Return one unit per trial."""
         tokens = (1 + len(TARGETS)) * (self.chunk_size + self.gap)
         return [Unit(key, tokens) for key in self._work]
 
@@ -92,8 +91,11 @@ class TheorySuite:
             if not all(own.values()):
                 raise UserError(f"theory: an update of this model is zero, so nothing can be compared: {UNTRAINED}")
             for target in TARGETS[:1] if runtime.loss_forward else TARGETS:
-                change = self._read(model, target, own, ids, choices) - before
-                records.append({"document": name, "target": target, "chance": 1 / self.candidates, **_figures(change)})
+                right, *rest = (self._read(model, target, own, ids, choices) - before).tolist()
+                others = sum(rest) / len(rest)
+                record: Record = {"document": name, "target": target, "chance": 1 / self.candidates, "right": right}
+                record |= {"others": others, "margin": right - others, "won": int(all(right > x for x in rest))}
+                records.append(record)
         return records
 
     def _read(
@@ -129,12 +131,6 @@ def _logits(model: nn.Module, ids: Sequence[int], choices: Sequence[int]) -> np.
     return feed(model, new_cache(model), ids, len(ids))[list(choices)].double().cpu().numpy()
 
 
-def _figures(change: np.ndarray) -> Record:
-    """Summarise the changes of the candidates' logits, the right one first."""
-    right, others = float(change[0]), float(change[1:].mean())
-    return {"right": right, "others": others, "margin": right - others, "won": int((change[0] > change[1:]).all())}
-
-
 @contextmanager
 def _fixed_target(model: nn.Module, objective: str, scales: dict[int, float]) -> Iterator[None]:
     """Make the layers of ``scales`` learn from embeddings at a fixed shift, times their scale."""
@@ -161,12 +157,10 @@ COLOURS = {"the word that followed before": plots.FIXED["on"], "other words": pl
 
 
 def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model: nn.Module) -> TheorySuite:
-    """Build the suite of the command line."""
     return TheorySuite(tokenizer, texts, runtime_of(model).config.chunk_size, trials=4 * options.trials)
 
 
 def tables(records: Sequence[Record]) -> Tables:
-    """Return each change of the logits by target."""
     mine = [r for r in records if r["suite"] == "theory"]
     rows = [{"change": name, **row} for name in CHANGES for row in means(mine, ["target"], name)]
     return {"theory": rows}
