@@ -229,7 +229,6 @@ def test_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
         harness_tasks.load_tasks(["piqa"], "")
 
 
-@pytest.mark.xdist_group("harness")
 def test_ruler_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """The harness's own needle task, made here at two lengths: as many samples of each, and no more than are read."""
     import nltk

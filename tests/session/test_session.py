@@ -1,6 +1,7 @@
 """A session gives what its model gives, however the text comes in and whatever is done in between."""
 
 import re
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -107,8 +108,7 @@ class TestCutting:
     @settings(max_examples=6, deadline=None)
     @given(data=st.data())
     def test_any_split_and_any_interleaving(self, name, options, tmp_path_factory, data):
-        expected = session(name, **options)
-        expected.read(TEXT)
+        expected = self.uncut(name, tuple(options.items()))
         s = session(name, **options)
         cuts = sorted(data.draw(st.lists(st.integers(1, len(TEXT) - 1), max_size=5, unique=True)))
         for start, end in pairwise([0, *cuts, len(TEXT)]):
@@ -116,6 +116,13 @@ class TestCutting:
             s = self.meddle(s, data.draw(st.sampled_from(["", "fork", "snapshot", "save", "ask"])), tmp_path_factory)
         torch.testing.assert_close(s.next_logits, expected.next_logits)
         assert s.stats().tokens == expected.stats().tokens == len(ids_of(TEXT))
+
+    @staticmethod
+    @cache
+    def uncut(name: str, options: tuple[tuple[str, object], ...]) -> Session:
+        s = session(name, **dict(options))
+        s.read(TEXT)
+        return s
 
     def meddle(self, s: Session, how: str, tmp_path_factory) -> Session:
         if how == "fork":
