@@ -66,7 +66,7 @@ class Forked:
 
 
 def run_fresh(work: Callable[[], Any], forget: Sequence[str] = (), missing: Sequence[str] = ()) -> tuple[int, str]:
-    """Exit status and output of ``work()`` in a process that did not import ``forget`` and cannot import ``missing``."""
+    """Exit status and output of ``work()`` in a process that has not imported ``forget`` and never can ``missing``."""
 
     def begin() -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] in (*forget, *missing)]:

@@ -15,6 +15,7 @@ TOGETHER = {
     "tests/hf/test_hf_training.py": "compile",
     "tests/hf/test_hf_steps.py": "compile",
     "tests/hf/test_hf_lora.py": "compile",
+    "tests/contract/test_family_training.py": "compile",
     "tests/cli/test_bench.py": "compile",
     "tests/train/test_train_loss.py": "compile",
     "tests/train/test_train_attention.py": "compile",
