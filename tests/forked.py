@@ -3,7 +3,8 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 
@@ -62,3 +63,21 @@ class Forked:
                 self.returncode = os.waitstatus_to_exitcode(status)
                 self.stdout.close()
         return self.returncode
+
+
+def run_fresh(work: Callable[[], Any], forget: Sequence[str] = (), missing: Sequence[str] = ()) -> tuple[int, str]:
+    """Exit status and output of ``work()`` in a process that has not imported ``forget`` and never can ``missing``."""
+
+    def begin() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] in (*forget, *missing)]:
+            del sys.modules[name]
+        sys.modules.update(dict.fromkeys(missing))
+        try:
+            work()
+        except Exception:
+            traceback.print_exc()
+            raise
+
+    child = Forked(begin)
+    said = child.stdout.read().decode()
+    return child.wait(), said

@@ -4,7 +4,9 @@ import argparse
 import copy
 import json
 import lzma
+import os
 import random
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from forked import Forked
 from locations import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -91,12 +94,32 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+class Copied(Forked):
+    """A process of the queue, as a copy of this one."""
+
+    def __init__(self, command: list[str], env: dict[str, str], stdout: Any, stderr: int) -> None:
+        def work() -> None:
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(stdout.fileno(), 2)
+            os.environ.update(env)
+            sys.argv = command[1:]
+            runs.main()
+
+        super().__init__(work)
+
+
 def load(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
-def test_a_table_becomes_records_tables_and_pictures(table: Path, tmp_path: Path, capfd: Any) -> None:
+def test_a_table_becomes_records_tables_and_pictures(
+    table: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The command, with a process of its own for the variant (the control has a record already); then the summary."""
+    real: Any = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda command, **k: (Copied if "--one" in command else real)(command, **k)
+    )
     out = tmp_path / "out"
     arguments = ["runs.py", str(table), "--out", str(out), "--scratch", str(tmp_path / "scratch")]
     (plain,) = [run for run in runs.read_table(table) if run.name == "control"]

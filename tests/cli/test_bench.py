@@ -61,7 +61,6 @@ def test_prefill_draws_what_it_measured(tmp_path):
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.xdist_group("compile")
 def test_decode():
     record = record_of("decode", "--tokens", "12", "--chunks", "8", "--rounds", "2")
     row = record["results"][0]
@@ -71,7 +70,6 @@ def test_decode():
     assert 0 < row["difference_to_one_pass"]["ours"] < 1e-5
 
 
-@pytest.mark.xdist_group("compile")
 def test_no_speed_of_wrong_steps(monkeypatch):
     """Steps that never fold what was learned differ from one pass."""
     monkeypatch.setattr(StepBuffers, "fold", lambda self, *what: None)

@@ -92,7 +92,6 @@ def test_taken_up_again(evaluated, cli, tmp_path):
     assert "another evaluation" in changed.stderr
 
 
-@pytest.mark.xdist_group("harness")
 def test_tasks_of_the_harness_from_local_files(cli, folder, tmp_path):
     """A whole run without a network, and without --data: on and off on the same samples, in the report."""
     pytest.importorskip("lm_eval")

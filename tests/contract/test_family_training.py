@@ -125,7 +125,6 @@ def test_autocast_is_close_to_float32(model_type, target):
             assert torch.nn.functional.cosine_similarity(g.flatten(), w.flatten(), 0) > 0.95
 
 
-@pytest.mark.xdist_group("compile")
 def test_compiled_training_step():
     """With a cache, and of a family whose projection is a Conv1D; others are in tests/hf/test_hf_training.py."""
     model, ids = adapted("gpt2", torch.float32, ONE_LAYER, target="hidden_states").train(), tokens(2, 2 * C + 3)

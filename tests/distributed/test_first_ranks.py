@@ -13,8 +13,6 @@ from test_recipe_ranks import C, recipe
 
 import inplace_ttt as ittt
 
-pytestmark = pytest.mark.xdist_group("processes")  # one launcher serves them all
-
 SHAPE = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256,

@@ -7,8 +7,6 @@ import pytest
 from model_ranks import CASES, LAYOUTS
 from spawn import run_ranks
 
-pytestmark = pytest.mark.xdist_group("processes")  # one launcher serves them all
-
 
 @pytest.fixture
 def results(once: Any) -> Any:

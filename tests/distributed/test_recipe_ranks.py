@@ -15,8 +15,6 @@ from inplace_ttt.config import InPlaceTTTConfig
 from inplace_ttt.errors import UserError
 from inplace_ttt.train.recipe import make_recipe
 
-pytestmark = pytest.mark.xdist_group("processes")  # one launcher serves them all
-
 C = 16
 
 

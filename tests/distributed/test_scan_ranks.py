@@ -5,8 +5,6 @@ from typing import Any
 import pytest
 from spawn import run_ranks
 
-pytestmark = pytest.mark.xdist_group("processes")  # one launcher serves them all
-
 CASES: list[tuple[bool, str, float, float | None]] = [
     (True, "one", 0.0, None),
     (False, "one", 0.0, None),

@@ -2,11 +2,8 @@
 
 from typing import Any
 
-import pytest
 from short_ranks import STEPS
 from spawn import run_ranks
-
-pytestmark = pytest.mark.xdist_group("processes")  # one launcher serves them all
 
 
 def test_short_rows_on_some_processes(once: Any) -> None:

@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 from spawn import run_ranks
 
-pytestmark = pytest.mark.xdist_group("processes")  # one launcher serves them all
-
 FAMILIES = {2: ["llama", "starcoder2"], 4: ["llama"]}
 each = pytest.mark.parametrize(("ranks", "family"), [(n, family) for n, named in FAMILIES.items() for family in named])
 

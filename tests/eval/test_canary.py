@@ -110,7 +110,6 @@ def test_a_token_is_scored_before_what_follows_it_is_seen() -> None:
         assert rows[0][end] != rows[1][end]
 
 
-@pytest.mark.xdist_group("harness")
 @pytest.mark.parametrize("task", ["local_rolling", "local_generate"])
 def test_samples_of_the_harness_are_isolated(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other sample of a batch, and those before it, repeat the answer: a sample's scores and answers stay."""

@@ -1,6 +1,5 @@
 """Hugging Face datasets to measure on: which rows, their names and domains, and mistakes in one plain line."""
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import count
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import run_fresh
 from session.models import tokenizer
 
 from inplace_ttt.errors import UserError
@@ -87,10 +87,15 @@ def test_mistakes(saved: Path, monkeypatch: pytest.MonkeyPatch, source: str, say
 
 def test_nothing_else_is_needed() -> None:
     """The package and its evaluation import without the datasets library, and without anything of training."""
-    program = (
-        "import sys\nsys.modules |= dict.fromkeys(['datasets', 'accelerate', 'inplace_ttt.train'])\n"
-        "from inplace_ttt.eval.suites.texts import load_texts\n"
-        "try: load_texts(['hf:owner/name'], None)\nexcept ValueError as error: print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == "hf:owner/name: needs the datasets library: pip install datasets\n"
+
+    def work() -> None:
+        sys.modules["inplace_ttt.train"] = None  # type: ignore[assignment]
+        from inplace_ttt.eval.suites.texts import load_texts
+
+        try:
+            load_texts(["hf:owner/name"], None)
+        except ValueError as error:
+            print(error)
+
+    said = "hf:owner/name: needs the datasets library: pip install datasets\n"
+    assert run_fresh(work, ["inplace_ttt"], missing=["datasets", "accelerate"]) == (0, said)

@@ -3,8 +3,7 @@
 import functools
 import importlib
 import json
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ import torch
 from contract.families import adapted
 from eval import local_tasks
 from eval.local_tasks import TEXTS
+from forked import run_fresh
 from session.models import tiny, tokenizer
 
 import inplace_ttt as ittt
@@ -229,7 +229,6 @@ def test_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
         harness_tasks.load_tasks(["piqa"], "")
 
 
-@pytest.mark.xdist_group("harness")
 def test_ruler_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """The harness's own needle task, made here at two lengths: as many samples of each, and no more than are read."""
     import nltk
@@ -241,24 +240,26 @@ def test_ruler_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(r.length, r.metric, r.on) for r in records] == [(2048, "2048", 0.0), (2300, "2300", 0.0)]
 
 
-START = """
-import functools, runpy
-import lm_eval.tasks as t
-t.TaskManager = functools.partial(t.TaskManager, include_defaults=False)  # reading all files takes many seconds
-runpy.run_module("inplace_ttt.eval.harness", run_name="__main__", alter_sys=True)
-"""
-
-
 def test_command_line(tasks: Path, tmp_path: Path) -> None:
     """``python -m inplace_ttt.eval.harness`` on a saved model."""
     model = tiny("llama")
     ittt.save_pretrained(model, tmp_path / "model", tokenizer())
-    command = [sys.executable, "-c", START, "--model", "inplace-ttt", "--model_args"]
+    command = ["harness", "--model", "inplace-ttt", "--model_args"]
     command += [f"pretrained={tmp_path / 'model'},updates=off,dtype=float64", "--include_path", str(tasks)]
     command += ["--tasks", "local_rolling", "--output_path", str(tmp_path / "out.json"), "--batch_size", "2"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr
+
+    def work() -> None:
+        import huggingface_hub.constants
+        import lm_eval.tasks
+
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        few: Any = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)  # all files take many seconds
+        lm_eval.tasks.TaskManager = few
+        sys.argv = command
+        runpy.run_module("inplace_ttt.eval.harness", run_name="__main__", alter_sys=True)
+
+    code, said = run_fresh(work)
+    assert code == 0, said
     (file,) = tmp_path.glob("out*.json")
     result = json.loads(file.read_text())
     words = sum(len(t.split()) for t in TEXTS)

@@ -29,9 +29,6 @@ from inplace_ttt.eval.suites.nll import NllSuite
 from inplace_ttt.eval.suites.ruler import ruler_suite
 from inplace_ttt.eval.suites.texts import Document, tokenize
 
-pytestmark = pytest.mark.xdist_group("harness")
-"""One process: importing RULER's generators takes seconds."""
-
 SEA = tuple((TEXTS[2] + ". ").split() * 120)
 SQUAD = {
     "data": [

@@ -254,7 +254,6 @@ def test_training_under_dora():
         assert_close((above - below) / 2, (parameter.grad * step).sum(), atol=0, rtol=1e-2)
 
 
-@pytest.mark.xdist_group("compile")
 @pytest.mark.parametrize("read_before", [False, True])
 def test_dora_compiles(read_before):
     """Whether the adapter was noticed before the model is compiled or inside."""

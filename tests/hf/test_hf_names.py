@@ -1,12 +1,13 @@
 """Loaded again by name: other libraries get the whole model, or an error, never the plain base."""
 
+import contextlib
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 from contract.families import C, adapted, logits, plain, randomise, tokens
+from forked import run_fresh
 from session.models import tokenizer
 from torch.testing import assert_close
 from transformers import (
@@ -91,22 +92,21 @@ def test_a_program_without_this_library_refuses(whole, tmp_path):
     model = load(whole)
     ittt.save_pretrained(model, tmp_path / "adapter", adapter_only=True)
     model.save_pretrained(tmp_path / "trainer")
-    script = (
-        "import sys, transformers as t\n"
-        "for loader in (t.AutoConfig, t.AutoModel, t.AutoModelForCausalLM, t.LlamaForCausalLM):\n"
-        "    for folder in sys.argv[1:]:\n"
-        "        try:\n"
-        "            loader.from_pretrained(folder)\n"
-        "            print(loader.__name__, folder)\n"
-        "        except Exception:\n"
-        "            pass\n"
-        "assert 'inplace_ttt' not in sys.modules\n"
-    )
     folders = [whole, tmp_path / "adapter", tmp_path / "trainer", whole / "base"]
-    done = subprocess.run([sys.executable, "-c", script, *folders], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    kinds = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "LlamaForCausalLM")
-    assert done.stdout.splitlines() == [f"{kind} {whole / 'base'}" for kind in kinds]
+    names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "LlamaForCausalLM")
+
+    def work():
+        import transformers
+
+        for name in names:
+            for folder in folders:
+                with contextlib.suppress(Exception):
+                    getattr(transformers, name).from_pretrained(folder)
+                    print(name, folder)
+        print([name for name in sys.modules if name.startswith("inplace_ttt")])
+
+    said = "".join(f"{name} {whole / 'base'}\n" for name in names)
+    assert run_fresh(work, ["inplace_ttt", "transformers"]) == (0, f"{said}[]\n")
 
 
 def test_a_tokenizer_by_the_model_s_name(whole, tmp_path):

@@ -93,7 +93,7 @@ def test_a_call_that_breaks_off_leaves_nothing(name, error, objective):
             with pytest.raises(error):
                 model(IDS, use_cache=True)
             breaking.remove()
-        gc.collect()
+        gc.collect()  # fast: what was there before is frozen (tests/conftest.py)
         assert len(breaking.made) > 3
         assert not [x for x in breaking.made if x() is not None]
         assert runtime_of(model).current is None

@@ -166,7 +166,6 @@ def test_a_step_that_breaks_off_can_be_tried_again():
     assert_close(got, logits(model, ids)[:, -1:], atol=1e-6, rtol=0)
 
 
-@pytest.mark.xdist_group("compile")
 @pytest.mark.parametrize(("model_type", "rows"), [("llama", 1), ("gpt2", 2)])
 def test_a_compiled_step_serves_every_token(model_type, rows, dynamo):
     """No compilation after the first steps: neither for a later token nor when a chunk is complete."""
@@ -196,7 +195,6 @@ def test_static_buffers_stay_where_they_are_when_a_cache_is_used_again():
     assert found[0] == found[1]
 
 
-@pytest.mark.xdist_group("compile")
 def test_generate_compiles_single_steps_only(dynamo):
     """transformers compiles decoding with a static cache by itself (where it would pay, or where it is told to)."""
     model, prompt = adapted("llama"), tokens(2, C + 1)

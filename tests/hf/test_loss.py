@@ -172,12 +172,12 @@ def test_generate_in_all_modes(kind, learn, size):
     model = reader(kind, learn=learn, update_size=size)
     found, cache = pieces(model, IDS, [45])
     want = IDS
-    for _ in range(20):
+    for _ in range(12):
         token = found[:, -1:].argmax(-1)
         want = torch.cat([want, token], 1)
         with runtime_of(model).override(learn=learn == "all"):
             found, cache = pieces(model, token, [1], cache)
-    options = {"max_new_tokens": 20, "do_sample": False}
+    options = {"max_new_tokens": 12, "do_sample": False}
     assert torch.equal(model.generate(IDS, **options), want)
     assert torch.equal(model.generate(IDS, cache_implementation="static", **options), want)
     assert torch.equal(model.generate(IDS, prefill_chunk_size=7, **options), want)

@@ -1,11 +1,11 @@
 """Baselines against loops over groups, rows and tokens that follow the formulas word by word."""
 
+import importlib.metadata
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
+from forked import run_fresh
 
 from inplace_ttt.errors import UserError
 from inplace_ttt.rl.baselines import (
@@ -196,23 +196,31 @@ def test_mistakes_are_named(changes, says):
 
 
 def test_functions_need_neither_trl_nor_transformers():
-    code = (
-        "import sys; sys.modules.update(dict.fromkeys(('trl', 'transformers', 'datasets')));"
-        "import inplace_ttt.rl.baselines, inplace_ttt.rl.noise"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    def work():
+        from inplace_ttt.rl import baselines, noise
+
+        print(baselines.__name__, noise.__name__)
+
+    found = run_fresh(work, ["inplace_ttt"], missing=["trl", "transformers", "datasets"])
+    assert found == (0, "inplace_ttt.rl.baselines inplace_ttt.rl.noise\n")
 
 
 def test_a_missing_trl_is_said_plainly():
-    code = (
-        "import importlib.metadata as m; found = m.version\n"
-        "def version(name):\n"
-        "    if name == 'trl': raise m.PackageNotFoundError(name)\n"
-        "    return found(name)\n"
-        "m.version = version\n"
-        "from inplace_ttt import UserError\n"
-        "try:\n    from inplace_ttt.rl import OTBTrainer\n"
-        "except UserError as error:\n    print(error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True)
-    assert done.stdout == "OTBTrainer needs trl 1.16, trl is not installed: pip install 'inplace-ttt[rl]'\n"
+    def work():
+        real = importlib.metadata.version
+
+        def version(name):
+            if name == "trl":
+                raise importlib.metadata.PackageNotFoundError(name)
+            return real(name)
+
+        importlib.metadata.version = version
+        from inplace_ttt.errors import UserError
+
+        try:
+            from inplace_ttt.rl import OTBTrainer  # noqa: F401
+        except UserError as error:
+            print(error)
+
+    said = "OTBTrainer needs trl 1.16, trl is not installed: pip install 'inplace-ttt[rl]'\n"
+    assert run_fresh(work, ["inplace_ttt", "trl"]) == (0, said)

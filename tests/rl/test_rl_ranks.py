@@ -5,8 +5,6 @@ import torch
 from rl.rl_ranks import train
 from spawn import run_ranks
 
-pytestmark = pytest.mark.xdist_group("processes")
-
 
 @pytest.mark.parametrize("attached", [False, True])
 def test_two_processes_equal_one(tmp_path, attached):

@@ -176,6 +176,7 @@ class Job(subprocess.Popen):
 
 @pytest.mark.slow
 def test_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(rl_policy.SIZES, "tiny", replace(rl_policy.SIZES["tiny"], samples=TINY.samples))
     command = ["rl_running_sums.py", "--device", "cpu", "--size", "tiny", "--parts", "proxy", "--minutes", "4"]
     command += ["--out", str(tmp_path / "out"), "--work", str(tmp_path)]
     for level in rl_policy.SIZES["tiny"].levels:  # one policy is missing, so that its jobs cannot be done

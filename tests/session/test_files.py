@@ -189,7 +189,7 @@ class TestRefused:
             number = type(old) is int and generator.random() < 0.5
             inner[last] = old + generator.choice([-4, -1, 1, 4]) if number else generator.choice(values)
 
-        for _ in range(70):
+        for _ in range(40):
             (tmp_path / "b.session").write_bytes(data)
             try:
                 again = Session.load(rewrite(tmp_path / "b.session", change), model)
@@ -202,7 +202,7 @@ class TestRefused:
             again.fork().generate_ids(max_new_tokens=2, repetition_penalty=1.1)
             again.save(tmp_path / "c.session")
             Session.load(tmp_path / "c.session", model)
-        assert refused > 35
+        assert refused > 20
 
     @pytest.mark.parametrize(
         "break_it",

@@ -1,4 +1,4 @@
-"""48,000 tokens of source code through the shipped model: flat memory, flat time, and never worse than without."""
+"""33,600 tokens of source code through the shipped model: flat memory, flat time, and never worse than without."""
 
 import os
 import statistics
@@ -12,7 +12,7 @@ from session.models import shipped, tokenizer
 
 from inplace_ttt import Session
 
-TOKENS, BLOCK = 48_000, 1_200
+TOKENS, BLOCK = 33_600, 1_200
 
 
 def resident() -> int:
@@ -33,7 +33,7 @@ def library() -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the process's memory from /proc")
 def test_a_long_stream_is_flat_in_memory_and_time():
     ids = library()
-    session = Session(shipped(torch.float32), tokenizer(), probe_every=2_400)
+    session = Session(shipped(torch.float32), tokenizer(), probe_every=1_680)
     seconds, memory, held = [], [], []
     for at in range(0, len(ids), BLOCK):
         start = time.process_time()
@@ -49,5 +49,5 @@ def test_a_long_stream_is_flat_in_memory_and_time():
     gains = session.timeline.gain
     assert len(gains) >= 18
     assert gains.mean() > 0.1
-    assert gains[len(gains) // 2 :].mean() > 0.1  # three times the training length and no worse than at its beginning
+    assert gains[len(gains) // 2 :].mean() > 0.1  # twice the training length and no worse than at its beginning
     assert session.warning is None

@@ -11,7 +11,7 @@ from inplace_ttt.session.stream import Stream
 from inplace_ttt.session.writing import read_exactly
 
 C, WINDOW = 8, 40
-TOKENS = torch.randint(1, 97, (350,), generator=torch.Generator().manual_seed(3)).tolist()
+TOKENS = torch.randint(1, 97, (200,), generator=torch.Generator().manual_seed(3)).tolist()
 
 
 def reader(kind, **settings):
@@ -43,18 +43,19 @@ kinds = pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_any_cut_of_the_text_and_all_copies_agree(kind, form, tmp_path):
     model = reader(kind)
     whole, parts, at, losses = session(model, form), session(model, form), 0, []
-    want = whole.read(TOKENS[:300], scored=True).losses
-    for n in (5, 17, 100, 1, 1, 3, 173):
+    want = whole.read(TOKENS[:150], scored=True).losses
+    for n in (5, 17, 60, 1, 1, 3, 63):
         losses += parts.read(TOKENS[at : at + n], scored=True).losses
         at += n
     assert losses == pytest.approx(list(want), abs=1e-9)
-    assert (whole.stats().updates, whole.stats().pending) == (300 // C, 300 % C)
+    assert (whole.stats().updates, whole.stats().pending) == (150 // C, 150 % C)
     parts.save(tmp_path / "a.session")
     others = [parts, parts.fork(), Session.load(tmp_path / "a.session", model)]
-    more = whole.read(TOKENS[300:], scored=True).losses
+    more = whole.read(TOKENS[150:200], scored=True).losses
+    wrote = whole.generate_ids(max_new_tokens=2 * C)
     for other in others:
-        assert other.read(TOKENS[300:], scored=True).losses == pytest.approx(list(more), abs=1e-9)
-        assert other.generate_ids(max_new_tokens=2 * C) == whole.fork().generate_ids(max_new_tokens=2 * C)
+        assert other.read(TOKENS[150:200], scored=True).losses == pytest.approx(list(more), abs=1e-9)
+        assert other.generate_ids(max_new_tokens=2 * C) == wrote
 
 
 @kinds

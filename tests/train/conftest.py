@@ -6,6 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
+
+from inplace_ttt.train.recipe import make_recipe
+from inplace_ttt.train.run import run
 
 
 def make_text(seed: int, words: int = 3000) -> str:
@@ -37,9 +41,21 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def values(corpus: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A recipe that trains a 2-layer model for 8 steps in about a second."""
+    return small_recipe(corpus, tmp_path / "run", tmp_path_factory.getbasetemp() / "tokens")
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run of 20 steps left; for tests that only read it."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    recipe = small_recipe(corpus, folder, tmp_path_factory.getbasetemp() / "tokens") | {"steps": 20}
+    return run(make_recipe(recipe), console=Console(quiet=True))
+
+
+def small_recipe(corpus: Path, output: Path, tokens: Path) -> dict[str, Any]:
     return {
         "name": "test",
-        "output": str(tmp_path / "run"),
+        "output": str(output),
         "model": {
             "config": {
                 "model_type": "mistral",
@@ -58,7 +74,7 @@ def values(corpus: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactor
             "train": {"text": f"jsonl:{corpus / 'train.jsonl'}"},
             "validation": {"text": f"jsonl:{corpus / 'held.jsonl'}"},
             "test": {"text": f"jsonl:{corpus / 'held.jsonl'}"},
-            "cache": str(tmp_path_factory.getbasetemp() / "tokens"),
+            "cache": str(tokens),
         },
         "optimizer": {"lr": 5e-3, "warmup_steps": 2},
         "sequence_length": 128,

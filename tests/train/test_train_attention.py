@@ -127,7 +127,6 @@ def _(q: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(q)
 
 
-@pytest.mark.xdist_group("compile")
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("window", [8, None])
 def test_compiled_model_with_varlen_is_one_graph(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:

@@ -12,8 +12,6 @@ from spawn import run_ranks
 from inplace_ttt.train.prepare import prepare
 from inplace_ttt.train.recipe import make_recipe
 
-pytestmark = pytest.mark.xdist_group("processes")  # one launcher serves them all
-
 STEPS, EVERY = 24, 3
 
 

@@ -282,7 +282,6 @@ def test_models_are_themselves_again_afterwards() -> None:
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xdist_group("compile")
 def test_compiled() -> None:
     whole = numbers(llama(), packed(), False)
     model = llama()

@@ -247,10 +247,11 @@ def test_log_of_sized_writes_has_their_size(values: dict[str, Any]) -> None:
         {"rule": "norm_preserving"},
     ],
 )
-def test_an_adapter_learns_a_target_that_starts_at_zero(values: dict[str, Any], tmp_path: Path, ttt: Any) -> None:
+def test_an_adapter_learns_a_target_that_starts_at_zero(
+    values: dict[str, Any], tmp_path: Path, trained: Path, ttt: Any
+) -> None:
     """The base stays; from recipe to saved adapter, whose updates gain what the record says; no false warning."""
-    _, output = train(values | {"steps": 20})
-    more = values | {"output": str(tmp_path / "more"), "model": {"base": str(output / "model")}, "tokenizer": {}}
+    more = values | {"output": str(tmp_path / "more"), "model": {"base": str(trained / "model")}, "tokenizer": {}}
     more |= {"ttt": TTT | ttt, "trainable": "adapter", "steps": 40, "optimizer": {"lr": 1e-2}, "teach": 0.1}
     record, adapter = train(more)
     assert record["warnings"] == []
@@ -258,7 +259,7 @@ def test_an_adapter_learns_a_target_that_starts_at_zero(values: dict[str, Any], 
     assert record["evaluation"]["text"]["gain"] != 0
     again = inplace_ttt.from_pretrained(adapter / "model")
     assert inplace_ttt.is_trained(again)
-    base = AutoModelForCausalLM.from_pretrained(output / "model")
+    base = AutoModelForCausalLM.from_pretrained(trained / "model")
     for name, parameter in base.named_parameters():
         assert torch.equal(dict(again.named_parameters())[name], parameter), name
     assert record["curve"][-1]["ttt_cosine"] > 0

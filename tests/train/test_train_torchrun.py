@@ -12,8 +12,6 @@ from spawn import run_ranks
 from inplace_ttt.train.recipe import make_recipe
 from inplace_ttt.train.run import run
 
-pytestmark = pytest.mark.xdist_group("processes")  # one launcher serves them all
-
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate_launch"])
 def test_two_processes_equal_one(values: dict[str, Any], tmp_path: Path, launcher: str) -> None:

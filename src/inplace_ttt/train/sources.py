@@ -12,6 +12,7 @@ A source is written ``kind:where``:
 
 import glob
 import hashlib
+import os
 import re
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -134,7 +135,11 @@ def library(split: str) -> Iterator[Document]:
     Without tests, generated files, files below 2 KiB, above 1 MiB or with very long lines.
     """
     folder, found = Path(sysconfig.get_path("stdlib")), False
-    for path in sorted(folder.rglob("*.py")):
+    paths: list[Path] = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name != "site-packages"]  # there can be many more files than here
+        paths += [Path(place, name) for name in names if name.endswith(".py")]
+    for path in sorted(paths):
         name = path.relative_to(folder).as_posix()
         if split_of(name.split("/")[0]) != split or _LEFT_OUT.search(name):
             continue
