@@ -19,8 +19,9 @@ Shapes: B rows, T tokens, H heads, K width of keys and queries, V of values.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def fast_recurrence(
     ``bounds``: where documents begin in the flattened rows, and the end.
     """
     try:
-        few_configurations()
+        one_configuration()
         from fla.ops.delta_rule import chunk_delta_rule
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
         from fla.ops.gla import chunk_gla
@@ -99,10 +100,10 @@ def fast_recurrence(
 
 
 @cache
-def few_configurations() -> None:
-    """Let Triton's autotuner choose block sizes alone, with four warps and the fewest stages of each kernel's list.
+def one_configuration() -> None:
+    """Let Triton compile one configuration of each kernel: of its list one of middle size, four warps, few stages.
 
-    Of all that flash-linear-attention offers, hundreds would be compiled for a mixer: many minutes.
+    For its autotuner flash-linear-attention has hundreds of a mixer, and each takes seconds.
     """
     try:
         from triton.runtime.autotuner import Autotuner
@@ -110,12 +111,12 @@ def few_configurations() -> None:
         return
     begin = Autotuner.__init__
 
-    def fewer(self: Any, fn: Any, arg_names: Any, configs: Any, *rest: Any, **named: Any) -> None:
-        kept = [config for config in configs or [] if config.num_warps == 4] or configs
-        kept = kept and [config for config in kept if config.num_stages == min(x.num_stages for x in kept)]
-        begin(self, fn, arg_names, kept, *rest, **named)
+    def begin_with_one(self: Any, fn: Any, arg_names: Any, configs: Any, *rest: Any, **named: Any) -> None:
+        kept = [config for config in configs or [] if config.num_warps == 4] or list(configs or [])
+        kept = [config for config in kept if config.num_stages == min(x.num_stages for x in kept)]
+        begin(self, fn, arg_names, kept[len(kept) // 2 :][:1] or configs, *rest, **named)
 
-    Autotuner.__init__ = fewer
+    Autotuner.__init__ = begin_with_one
 
 
 def precise(x: Tensor) -> Tensor:
@@ -187,6 +188,22 @@ class Mixer(nn.Module):
     def mix(self, x: Tensor, positions: Tensor, state: dict[str, Any], ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """The output [B, T, D] and the state that a call leaves; ``ids``: positions as the model was given them."""
         raise NotImplementedError
+
+    def is_replayed(self, q: Tensor, state: dict[str, Any], size: int) -> bool:
+        """Whether whole rows are trained on a GPU, in parts of ``size``."""
+        return q.is_cuda and self.training and not state and not q.shape[2] % size
+
+    def replayed(self, steps: Callable[..., Tensor], *given: Tensor) -> Tensor:
+        """``steps(*given)`` by a CUDA graph of its forward and its backward: of some 10,000 small kernels that a layer
+        launches, one launch is left. What is trained must be among ``given``, and the shapes stay as they are.
+        """
+        graphs = self.__dict__.setdefault("graphs", {})
+        key = tuple(x.shape for x in given)
+        if key not in graphs:
+            sample = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in given)
+            graphs[key] = torch.cuda.make_graphed_callables(steps, sample)  # type: ignore[no-untyped-call]
+        out: Tensor = graphs[key](*given)
+        return out
 
     def flops(self) -> float:
         """FLOPs of a token, forward, without the products of `nn.Linear`: by chunks, a linear recurrence's."""
@@ -333,21 +350,20 @@ class TTTLinear(Mixer):
         W0, b0 = (x.expand(len(q), -1, -1, -1).contiguous() for x in (self.W, self.by_head(self.b)))
         W, b = (state["W"], state["b"]) if state else (W0, b0)
         scale, shift = self.by_head(self.scale), self.by_head(self.shift)
-        length, out, at = q.shape[2], [], 0
-        whole = length - length % self.batch
-        while at < length:
-            end = min(at + STEPS_AT_ONCE * self.batch, whole) if at < whole else length
-            given = (*(x[:, :, at:end] for x in (q, k, v, eta)), new[:, at:end])
-            is_compiled = q.is_cuda and torch.is_grad_enabled() and end - at == STEPS_AT_ONCE * self.batch
-            read, *after = (compiled_steps if is_compiled else ttt_steps)(
-                self.batch, *given, W, b, W0, b0, scale, shift
-            )
-            out.append(read)
-            if at < whole:  # the rest is learned from when its mini-batch is complete
-                W, b = after
-            at = end
-        pending = tuple(x[:, :, whole:] for x in (q, k, v, eta))
-        return torch.cat(out, 2)[:, :, before:], {"W": W, "b": b, "pending": pending, "new": new[:, whole:]}
+        whole = q.shape[2] - q.shape[2] % self.batch
+        if self.is_replayed(q, state, STEPS_AT_ONCE * self.batch):
+            steps = partial(compiled_in_turn, self.batch)
+            return self.replayed(steps, q, k, v, eta, new, W0, b0, scale, shift), {}
+        parts = [(x[:, :, :whole], x[:, :, whole:]) for x in (q, k, v, eta)]
+        news = new[:, :whole], new[:, whole:]
+        out = []
+        for i in (0, 1):  # whole mini-batches, and the rest, which is learned from when its mini-batch is complete
+            if parts[0][i].shape[2]:
+                read, *after = ttt_steps(self.batch, *(x[i] for x in parts), news[i], W, b, W0, b0, scale, shift)
+                out.append(read)
+                W, b = (W, b) if i else after
+        left = {"W": W, "b": b, "pending": tuple(x[1] for x in parts), "new": news[1]}
+        return torch.cat(out, 2)[:, :, before:], left
 
     def flops(self) -> float:
         return float(self.heads * (6 * self.K * self.K + 2 * self.batch * self.K))
@@ -387,6 +403,18 @@ def ttt_steps(
 
 
 compiled_steps = torch.compile(ttt_steps, dynamic=False, fullgraph=True)
+
+
+def compiled_in_turn(
+    batch: int, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, new: Tensor,
+    W0: Tensor, b0: Tensor, scale: Tensor, shift: Tensor,
+) -> Tensor:  # fmt: skip
+    """The outputs of `ttt_steps` for rows of whole mini-batches from the beginning, some of them at a time."""
+    size, out, W, b = STEPS_AT_ONCE * batch, [], W0, b0
+    for part in zip(*(x.split(size, 2) for x in (q, k, v, eta)), new.split(size, 1), strict=True):
+        read, W, b = compiled_steps(batch, *part, W, b, W0, b0, scale, shift)
+        out.append(read)
+    return torch.cat(out, 2)
 
 
 def ttt_gradient(k: Tensor, v: Tensor, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -438,7 +466,8 @@ class LaCT(Mixer):
         self.o = self.linear(self.width)
         self.shared: list[Tensor] = []
         for project in (self.attention.q_proj, self.attention.k_proj, self.attention.v_proj):
-            project.register_forward_hook(lambda _, __, out: self.shared.append(out))
+            # A copy: some rotary embeddings turn what attention gets in place.
+            project.register_forward_hook(lambda _, __, out: self.shared.append(out.clone()))
 
     def forward(self, hidden_states: Tensor, position_ids: Tensor | None = None, **given: Any) -> tuple[Tensor, None]:
         B, T, _ = hidden_states.shape
@@ -474,26 +503,35 @@ class LaCT(Mixer):
         self, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, new: Tensor, state: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Any]]:
         """Outputs [B, H, T, K] of q, k, v and steps eta [3, B, H, T, 1]; new [B, T] begins a document."""
-        W0 = tuple(W.expand(len(q), -1, -1, -1) for W in (self.W1, self.W2, self.W3))
+        W0 = tuple(W.expand(len(q), -1, -1, -1).contiguous() for W in (self.W1, self.W2, self.W3))
         W, held = (state["W"], state["held"]) if state else (W0, None)
         document = new.cumsum(1)
         document = document - document[:, :1] * (0 if state else 1)
-        out, packed, at = [], bool(document.any()), 0
+        if self.is_replayed(q, state, self.chunk):
+            steps = lambda q, k, v, eta, document, *W0: self.walk(q, k, v, eta, document, W0, W0, None)[0]  # noqa: E731
+            return self.replayed(steps, q, k, v, eta, document, *W0), {}
+        out, W, held = self.walk(q, k, v, eta, document, W, W0, held)
+        if held is not None:  # numbers of documents count from the last one, which the next call goes on with
+            held = (*held[:4], held[4] - document[:, None, -1:, None])
+        return out, {"W": W, "held": held}
+
+    def walk(
+        self, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, document: Tensor, W: Any, W0: Any, held: Any
+    ) -> tuple[Tensor, Any, Any]:
+        """Outputs chunk by chunk, the weights after the last whole one, and what is held of the one after it."""
+        out, at = [], 0
         while at < q.shape[2]:
             room = self.chunk - (0 if held is None else held[0].shape[2])
             part = slice(at, at + room)
             fresh = (document[:, part] > document[:, at - 1 : at] if at else document[:, part] > 0)[:, None, :, None]
-            read = swiglu(q[:, :, part], W)
-            out.append(torch.where(fresh, swiglu(q[:, :, part], W0), read) if packed else read)
+            out.append(torch.where(fresh, swiglu(q[:, :, part], W0), swiglu(q[:, :, part], W)))
             given = (k[:, :, part], v[:, :, part], eta[:, :, :, part], fresh.expand_as(k[:, :, part, :1]))
             given += (document[:, None, part, None].expand_as(given[3]),)
             held = given if held is None else tuple(torch.cat(pair, -2) for pair in zip(held, given, strict=True))
             at += room
             if held[0].shape[2] == self.chunk:
                 W, held = self.update(W, W0, *held), None
-        if held is not None:  # numbers of documents count from the last one, which the next call goes on with
-            held = (*held[:4], held[4] - document[:, None, -1:, None])
-        return torch.cat(out, 2), {"W": W, "held": held}
+        return torch.cat(out, 2), W, held
 
     def update(self, W: Any, W0: Any, k: Tensor, v: Tensor, eta: Tensor, fresh: Tensor, document: Tensor) -> Any:
         """The weights after a chunk, of the document that its last token is in."""

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -91,9 +91,33 @@ def test_a_token_changes_nothing_before_it_and_something_far_behind_the_window(m
     assert not torch.allclose(before[:, 45:], after[:, 45:])
 
 
+class Replay(torch.autograd.Function):
+    """What a CUDA graph of a function computes: gradients of its arguments alone."""
+
+    @staticmethod
+    def forward(ctx: Any, steps: Any, *given: Tensor) -> Tensor:
+        with torch.enable_grad():
+            ctx.given = [x.detach().requires_grad_(x.requires_grad) for x in given]
+            ctx.out = steps(*ctx.given)
+        return cast(Tensor, ctx.out.detach())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        found = iter(torch.autograd.grad(ctx.out, [x for x in ctx.given if x.requires_grad], gradient))
+        return None, *(next(found) if x.requires_grad else None for x in ctx.given)
+
+
+@pytest.mark.parametrize("replayed", [False, True])
 @pytest.mark.parametrize("mixer", TOKEN_BY_TOKEN)
-def test_chunks_equal_token_by_token_with_all_gradients(mixer: str) -> None:
+def test_chunks_equal_token_by_token_with_all_gradients(
+    mixer: str, replayed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A row of documents of 13, 3 and 8 tokens; gradients by autograd through autograd's."""
+    if replayed:
+        monkeypatch.setattr(peers.Mixer, "is_replayed", lambda self, q, state, size: not q.shape[2] % size)
+        monkeypatch.setattr(peers.Mixer, "replayed", lambda self, steps, *given: Replay.apply(steps, *given))
+        monkeypatch.setattr(peers, "compiled_steps", peers.ttt_steps)
+        monkeypatch.setattr(peers, "STEPS_AT_ONCE", 1)
     torch.manual_seed(0)
     layer = MIXERS[mixer](model(mixer).config, 0, **OPTIONS[mixer]).double()
     H, K, T = layer.heads, layer.K, 24
@@ -108,17 +132,28 @@ def test_chunks_equal_token_by_token_with_all_gradients(mixer: str) -> None:
     expected = TOKEN_BY_TOKEN[mixer](layer, q, k, v, eta if mixer == "lact" else eta[..., 0], new)
     torch.testing.assert_close(found, expected)
     weights = torch.randn_like(found)
-    given = [
-        q,
-        k,
-        v,
-        eta,
-        *(x for name, x in layer.named_parameters() if name in ("W", "b", "scale", "shift", "W1", "W2", "W3")),
-    ]
+    learned = ("W", "b", "scale", "shift", "W1", "W2", "W3")
+    given = [q, k, v, eta, *(x for name, x in layer.named_parameters() if name in learned)]
     gradients = [torch.autograd.grad((x * weights).sum(), given, retain_graph=True) for x in (found, expected)]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
         assert a.abs().max() > 1e-3
+
+
+def test_rotary_embeddings_in_place_change_no_queries_that_both_parts_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Liger's kernels turn them, in the memory of what the projections gave."""
+    from transformers.models.mistral import modeling_mistral
+
+    made, row, own = model("lact"), ids(20), modeling_mistral.apply_rotary_pos_emb
+    expected = logits(made, row, use_cache=False)
+
+    def in_place(q: Tensor, k: Tensor, *given: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        for x, turned in zip((q, k), own(q, k, *given, **named), strict=True):
+            x.data.copy_(turned)
+        return q, k
+
+    monkeypatch.setattr(modeling_mistral, "apply_rotary_pos_emb", in_place)
+    torch.testing.assert_close(logits(made, row, use_cache=False), expected)
 
 
 @pytest.mark.parametrize("mixer", TOKEN_BY_TOKEN)
