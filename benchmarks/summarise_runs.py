@@ -7,9 +7,10 @@ Reads DIRECTORY/NAME/run.json as runs.py writes them. By domain: *on* and *off*,
 *gain*, off - on; *own*, the part of it that is the text's own: after another text was read, learning over learning
 stopped; *below control*, the loss of the control of the same base, budget, seed and trained weights less this one's
 with updates (``--control``: its name, without the seed; left out: whatever is named ``control-...``). An adapter on a
-frozen base is its own control: with updates off it is the base. Intervals: 95%, paired, over
-documents. *sizes*: ||eta S z|| / ||W0 z|| at the end of a text, the largest of all layers; *cosine*: of v and -dL/do,
-when last logged. Where runs have seeds a second table has their means, and the lowest and highest.
+frozen base is its own control: with updates off it is the base. Intervals: 95%, paired, over documents. *sizes*:
+||eta S z|| / ||W0 z|| at the end of a text, the largest of all layers; *cosine*: of v and -dL/do, when last logged;
+*tokens/s*: of training, where a run had its GPU to itself. Where runs have seeds a second table has their means, and
+the lowest and highest.
 """
 
 import argparse
@@ -29,10 +30,10 @@ CONTROL = "control"
 Record = dict[str, Any]
 
 
-def read(folder: Path) -> list[Record]:
+def read(folder: Path, control: str = CONTROL) -> list[Record]:
     """All records of a directory, controls first."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*/run.json")]
-    return sorted(found, key=lambda r: (not is_control(r, CONTROL), r["name"]))
+    return sorted(found, key=lambda r: (not is_control(r, control), r["name"]))
 
 
 def family(record: Record) -> str:
@@ -122,7 +123,7 @@ def table(records: Sequence[Record], control: str = CONTROL) -> str:
         row += [number(size(record), ".3f"), number(cosine[-1][1] if cosine else None, ".3f")]
         for what in ("needle", "recall", "ruler"):
             row.append(" / ".join(number(scores(record, what, label), ".0%") for label in ("on", "off")).strip(" /"))
-        row.append(f"{record['tokens_per_second']:,.0f}")
+        row.append("" if record.get("beside", 1) > 1 else f"{record['tokens_per_second']:,.0f}")
         lines.append(f"| {' | '.join(row)} |")
     failures = [f"* {record['name']} failed: {record['failed']}" for record in records if record["failed"]]
     return "\n".join([*lines, *([""] if failures else []), *failures])
@@ -177,7 +178,7 @@ def draw(records: Sequence[Record], path: Path, control: str = CONTROL) -> None:
         axis.axvline(0, color="0.4", lw=0.8)
         axis.set(title=title, xlabel="nats per token", yticks=[i + 0.19 for i in range(len(shown))])
         axis.set_yticklabels([record["name"] for record in shown] if axis is axes[0] else [])
-        axis.invert_yaxis()
+        axis.set_ylim(len(shown) - 0.2, -0.4)  # every row, also where nothing is drawn
     axes[0].legend(handles=[axes[0].barh(0, 0, color=f"C{i}", label=d) for i, d in enumerate(DOMAINS)])
     for record in shown:
         if points := cosines(record):
@@ -198,7 +199,7 @@ def main() -> None:
     parser.add_argument("--control", default=CONTROL)
     parser.add_argument("--plot", type=Path, default=None)
     given = parser.parse_args()
-    records = read(given.folder)
+    records = read(given.folder, given.control)
     print(table(records, given.control))
     if by_seed := over_seeds(records, given.control):
         print(f"\n{by_seed}")
