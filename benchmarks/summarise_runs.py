@@ -1,7 +1,7 @@
 """What each run of a table did, as a table and a picture.
 
     python benchmarks/summarise_runs.py benchmarks/results/smollm2 [--plot docs/images/smollm2.png]
-    python benchmarks/summarise_runs.py benchmarks/results/replica --control window
+    python benchmarks/summarise_runs.py benchmarks/results/replica --control window [--plot-contexts FILE.png]
 
 Reads DIRECTORY/NAME/run.json as runs.py writes them. By domain: *on* and *off*, losses with and without updates;
 *gain*, off - on; *own*, the part of it that is the text's own: after another text was read, learning over learning
@@ -10,7 +10,8 @@ with updates (``--control``: its name, without the seed; left out: whatever is n
 frozen base is its own control: with updates off it is the base. Intervals: 95%, paired, over documents. *sizes*:
 ||eta S z|| / ||W0 z|| at the end of a text, the largest of all layers; *cosine*: of v and -dL/do, when last logged;
 *tokens/s*: of training, where a run had its GPU to itself. Where runs have seeds a second table has their means, and
-the lowest and highest.
+the lowest and highest. Where perplexity was measured by context, another table has the loss of books' last 256 tokens
+after so many before them, means over seeds.
 """
 
 import argparse
@@ -155,6 +156,62 @@ def spread(values: Sequence[float], form: str) -> str:
     return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
+def by_context(records: Sequence[Record]) -> dict[str, dict[int, list[float]]]:
+    """Losses of books' last tokens by variant, context and seed; of a model with fast weights, as it reads."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for record in records:
+        for row in [] if record["failed"] else record["evaluation"].get("recall", {}).get("nll by sliding", []):
+            if row["variant"] == "on" and row["domain"] == "prose":
+                found.setdefault(family(record), {}).setdefault(row["context"], []).append(row["value"])
+    return found
+
+
+def context_table(records: Sequence[Record]) -> str:
+    """Markdown: the loss by context; empty where it was not measured."""
+    found = by_context(records)
+    contexts = sorted({context for values in found.values() for context in values})
+    lines = [f"| variant | {' | '.join(f'{n:,}' for n in contexts)} |", f"| --- {'| --- ' * len(contexts)}|"]
+    for name, values in found.items():
+        cells = (f"{np.mean(values[n]):.3f}" if n in values else "" for n in contexts)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) if found else ""
+
+
+def draw_contexts(records: Sequence[Record], path: Path) -> None:
+    """The loss by context, a line for each variant, the lowest and highest seed as its band."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for i, (name, values) in enumerate(
+        sorted(by_context(records).items(), key=lambda pair: -np.mean(max(pair[1].items())[1]))
+    ):
+        contexts = sorted(values)
+        axis.plot(
+            contexts,
+            [np.mean(values[n]) for n in contexts],
+            marker=".",
+            color=f"C{i % 10}",
+            ls="-:"[i // 10],
+            label=name,
+        )
+        low, high = ([f(values[n]) for n in contexts] for f in (min, max))
+        axis.fill_between(contexts, low, high, color=f"C{i % 10}", alpha=0.2, lw=0)
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel="tokens before the last 256 of a book", ylabel="loss of these, nats per token")
+    axis.set_xticks(
+        ticks := sorted({n for values in by_context(records).values() for n in values}),
+        [f"{n // 1024}k" for n in ticks],
+    )
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
 def draw(records: Sequence[Record], path: Path, control: str = CONTROL) -> None:
     """Gain by variant, by reading and against the control, and the cosine over training."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -198,11 +255,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "benchmarks" / "results" / "smollm2")
     parser.add_argument("--control", default=CONTROL)
     parser.add_argument("--plot", type=Path, default=None)
+    parser.add_argument("--plot-contexts", type=Path, default=None)
     given = parser.parse_args()
     records = read(given.folder, given.control)
     print(table(records, given.control))
     if by_seed := over_seeds(records, given.control):
         print(f"\n{by_seed}")
+    if contexts := context_table(records):
+        print(f"\n{contexts}")
+    if given.plot_contexts and contexts:
+        draw_contexts(records, given.plot_contexts)
     if given.plot:
         draw(records, given.plot, given.control)
 

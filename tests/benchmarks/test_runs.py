@@ -322,6 +322,26 @@ def test_a_run_is_compared_with_the_control_of_its_seed_and_rows() -> None:
     assert summarise_runs.over_seeds([records[0]], "window") == ""
 
 
+def test_losses_by_context_are_those_of_books_with_updates_over_seeds(tmp_path: Path) -> None:
+    def sliding(values: dict[tuple[str, str, int], float]) -> dict[str, Any]:
+        rows = [{"domain": d, "variant": v, "context": n, "value": x} for (d, v, n), x in values.items()]
+        return {"losses": {}, "recall": {"nll by sliding": rows}}
+
+    records = [
+        record("ttt-seed0", [1.0], evaluation=sliding({("prose", "on", 1024): 3.0, ("prose", "off", 1024): 9.0})),
+        record("ttt-seed1", [1.0], evaluation=sliding({("prose", "on", 1024): 4.0, ("code", "on", 1024): 9.0})),
+        record("window-seed0", [1.0], evaluation=sliding({("prose", "on", 2048): 5.0})),
+        record("other", [1.0]),
+        record("broken", [1.0], failed="the loss is nan at step 3"),
+    ]
+    lines = summarise_runs.context_table(records).splitlines()
+    assert lines[0] == "| variant | 1,024 | 2,048 |"
+    assert lines[2:] == ["| ttt | 3.500 |  |", "| window |  | 5.000 |"]
+    assert summarise_runs.context_table(records[3:]) == ""
+    summarise_runs.draw_contexts(records, tmp_path / "contexts.png")
+    assert (tmp_path / "contexts.png").read_bytes()[:4] == b"\x89PNG"
+
+
 # -- measurements ------------------------------------------------------------------------------------------------------
 
 
