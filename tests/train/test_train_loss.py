@@ -13,17 +13,20 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, TrainerCallback
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "contract"))
 
 from families import BUILDERS, adapted, plain
 
+from inplace_ttt import from_pretrained, updates_off
+from inplace_ttt.hf.attach import runtime_of
 from inplace_ttt.train import loss as module
 from inplace_ttt.train.loss import loss_in_pieces, tokens_at_once, why_whole
 from inplace_ttt.train.packing import IGNORED
+from inplace_ttt.train.prepare import prepare
 from inplace_ttt.train.recipe import make_recipe
-from inplace_ttt.train.run import run
+from inplace_ttt.train.run import build_trainer, run
 
 V, T, PIECE = 97, 29, 7
 WHOLE = dict.fromkeys(("cohere", "cohere2", "gemma2", "granite"), "changes its logits before the loss")
@@ -330,3 +333,35 @@ def test_a_run_says_once_where_it_needs_whole_logits(values: dict[str, Any], fam
     console = Console(record=True, width=200, file=io.StringIO())
     run(make_recipe(values | {"steps": 3}), console=console)
     assert console.export_text().count("the loss needs whole logits") == (1 if family in WHOLE else 0)
+
+
+def test_a_model_is_trained_for_reading_by_the_loss(values: dict[str, Any]) -> None:
+    """The gradient of a step is that of the model's own call, whose chunks learn from its logits; then a whole run."""
+    ttt = {"layers": "0::1", "chunk_size": 16, "objective": "loss", "first_order": True, "update_size": 0.02}
+    values |= {"ttt": ttt, "steps": 4, "eval_every": 2, "optimizer": {"lr": 5e-3, "max_grad_norm": 0.0}}
+    recipe = make_recipe(values)
+    trainer, rows = build_trainer(recipe, prepare(recipe), Path(values["output"]))
+    model: Any = trainer.model
+    batch = {name: torch.stack([rows[0][name], rows[1][name]]) for name in rows[0]}
+    model.train()(**batch, use_cache=False).loss.backward()
+    want = {name: p.grad.clone() for name, p in model.named_parameters()}
+    with updates_off(model):
+        model.zero_grad()
+        model(**batch, use_cache=False).loss.backward()
+    assert (model.lm_head.weight.grad - want["model.embed_tokens.weight"]).abs().max() > 1e-4, "updates count"
+    model.zero_grad()
+    found: dict[str, Tensor] = {}
+
+    def keep(*_: Any, **__: Any) -> None:
+        if not found:
+            found.update({name: p.grad.clone() for name, p in model.named_parameters()})
+
+    trainer.add_callback(type("Keep", (TrainerCallback,), {"on_pre_optimizer_step": keep})())
+    trainer.train()
+    for name, gradient in want.items():
+        torch.testing.assert_close(found[name], gradient)
+    output = run(recipe, console=Console(quiet=True))
+    record = json.loads((output / "run.json").read_text())
+    assert record["evaluation"]["text"]["on"] != record["evaluation"]["text"]["off"]
+    assert "text_off" in str(record["curve"])
+    assert runtime_of(from_pretrained(output / "model")).config.objective == "loss"

@@ -104,6 +104,7 @@ def test_mistakes(values: dict[str, Any], override: str, message: str, monkeypat
 
 
 OWN_LR = {"lr": 1e-3, "ttt_lr": 0.1}
+BY_LOSS = {"layers": "0::1", "chunk_size": 16, "objective": "loss", "first_order": True, "update_size": 0.01}
 LEARNS = {"ttt": {"layers": "0::1", "chunk_size": 16}}
 
 
@@ -121,9 +122,19 @@ LEARNS = {"ttt": {"layers": "0::1", "chunk_size": 16}}
             "optimizer.ttt_lr: with trainable: adapter nothing else is trained",
         ),
         (
-            {"optimizer": OWN_LR, "ttt": {"objective": "loss"}},
+            {"optimizer": OWN_LR, "ttt": BY_LOSS},
             "optimizer.ttt_lr: objective 'loss'",
         ),
+        ({"ttt": {"objective": "loss"}}, "ttt.objective: the loss needs no training; .* set ttt.first_order: true"),
+        (
+            {"ttt": BY_LOSS, "trainable": "adapter", "model": {"base": "a/b"}, "tokenizer": {}},
+            "trainable: the loss as objective has no parameters",
+        ),
+        ({"ttt": BY_LOSS, "activation_checkpointing": True}, "activation_checkpointing: not supported with ttt.obj"),
+        ({"ttt": BY_LOSS, "compile": True}, "compile: not supported with ttt.objective: loss"),
+        ({"ttt": BY_LOSS, "liger": True}, "liger: not supported with ttt.objective: loss"),
+        ({"ttt": BY_LOSS, "parallel": {"shard": 2}}, "parallel: not supported with ttt.objective: loss"),
+        ({"ttt": BY_LOSS, "ttt_relative_update": 0.01}, "ttt_relative_update: not supported with|leave one of them"),
         ({"teach": 1, "ttt": {"objective": "next_token", "projection": False}}, "teach: objective 'next_token' has no"),
         ({"teach_alone": True}, "teach_alone: the target would learn from nothing: give teach"),
         (

@@ -106,7 +106,7 @@ class LossForward:
                 "supported. Call model.eval() and torch.no_grad(), train with updates_off(model), or attach with "
                 "InPlaceTTTConfig(first_order=True, ...), which takes them as constants"
             )
-        if model.training and getattr(model, "is_gradient_checkpointing", False):
+        if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise UserError(
                 'objective="loss" reads chunk by chunk from a cache, which activation checkpointing drops: '
                 "model.gradient_checkpointing_disable(), or model.eval() to read without training"

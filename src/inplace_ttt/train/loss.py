@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from inplace_ttt.hf.attach import is_attached, runtime_of
 from inplace_ttt.hf.parallel_attention import dtype_of
 from inplace_ttt.train.packing import IGNORED
 
@@ -141,6 +142,8 @@ def why_whole(model: PreTrainedModel) -> str | None:
     """
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     name = type(model).__name__
+    if is_attached(model) and runtime_of(model).loss_forward is not None:
+        return "it is the objective of the fast weights, too"
     if (getattr(model, "_tp_size", None) or 1) > 1:
         return "tensor parallelism splits the head"
     if type(head) is not nn.Linear or "forward" in head.__dict__ or head._forward_hooks or head._forward_pre_hooks:

@@ -255,6 +255,8 @@ def _check_ttt(recipe: Recipe) -> InPlaceTTTConfig | None:
     except UserError as error:
         raise RecipeError(f"ttt: {error}") from None
     _check_learning(recipe, config)
+    if config.objective == "loss":
+        _check_loss(recipe, config)
     if recipe.sequence_length <= config.chunk_size:
         raise RecipeError(
             f"sequence_length: {recipe.sequence_length} tokens never see an update with ttt.chunk_size "
@@ -321,6 +323,26 @@ def _check_learning(recipe: Recipe, config: InPlaceTTTConfig) -> None:
         raise RecipeError(
             "ttt_relative_update: ttt.update_size sets the size of an update already, leave one of them out"
         )
+
+
+def _check_loss(recipe: Recipe, config: InPlaceTTTConfig) -> None:
+    """Refuse what a model that reads with the loss as objective cannot be trained with."""
+    if not config.first_order:
+        raise RecipeError(
+            "ttt.objective: the loss needs no training; to train a model for reading with it, its updates taken as "
+            "constants, set ttt.first_order: true"
+        )
+    if recipe.trainable == "adapter":
+        raise RecipeError("trainable: the loss as objective has no parameters of its own, an adapter would be empty")
+    for name, given in (
+        ("activation_checkpointing", recipe.activation_checkpointing),
+        ("compile", recipe.compile),
+        ("liger", recipe.liger),  # its backward overwrites what the second walk through a graph needs
+        ("parallel", recipe.parallel is not None),
+        ("ttt_relative_update", recipe.ttt_relative_update is not None),
+    ):
+        if given:
+            raise RecipeError(f"{name}: not supported with ttt.objective: loss, leave it out")
 
 
 def _check_parallel(recipe: Recipe, spec: ParallelSpec, config: InPlaceTTTConfig | None) -> None:

@@ -226,6 +226,8 @@ def build_trainer(
         configure(model, lr=lr)
     rank.cut_rows(model)
     attached = is_attached(model)
+    # Compiled layers call no hooks; the loss as objective has no updates before its calls end.
+    is_measured = attached and not recipe.compile and config is not None and config.objective != "loss"
     trainer: PackedTrainer = kind(
         model=model,
         args=arguments,
@@ -233,8 +235,7 @@ def build_trainer(
         validation=validation if recipe.eval_every else None,
         flops_per_token=flops,
         peak_flops=peak and peak * rank.spec.processes,
-        # Compiled layers call no hooks.
-        monitor=FastWeightMonitor(model, recipe.log_every, say) if attached and not recipe.compile else None,
+        monitor=FastWeightMonitor(model, recipe.log_every, say) if is_measured else None,
         say=say,
     )
     trainer.add_callback(MarkComplete())
