@@ -142,6 +142,19 @@ class TestCutting:
             s.score("It was the whale.")
         return s
 
+    @pytest.mark.parametrize("state", ["dense", "auto"])
+    def test_a_fork_and_its_parent_read_in_turn(self, state):
+        """Also inside a chunk, whose pending tokens each has for itself."""
+        ids = ids_of(TEXT)
+        texts, parent = (ids[:90], ids[:30] + ids[100:160]), session("llama", state=state)
+        parent.read(ids[:30])
+        pair = parent, parent.fork()
+        for at in range(30, 90, 3):
+            for one, text in zip(pair, texts, strict=True):
+                one.read(text[at : at + 3])
+        for one, text in zip(pair, texts, strict=True):
+            torch.testing.assert_close(one.next_logits, one_pass("llama", text)[-1])
+
     def test_mixed_windows_in_pieces(self):
         whole, pieces = (session("gemma3_text", **SMALL) for _ in range(2))
         whole.read(TEXT)
