@@ -354,15 +354,17 @@ class TTTLinear(Mixer):
         if self.is_replayed(q, state, STEPS_AT_ONCE * self.batch):
             steps = partial(compiled_in_turn, self.batch)
             return self.replayed(steps, q, k, v, eta, new, W0, b0, scale, shift), {}
-        parts = [(x[:, :, :whole], x[:, :, whole:]) for x in (q, k, v, eta)]
-        news = new[:, :whole], new[:, whole:]
+        done, rest = (
+            [*(x[:, :, part] for x in (q, k, v, eta)), new[:, part]] for part in (slice(whole), slice(whole, None))
+        )
         out = []
-        for i in (0, 1):  # whole mini-batches, and the rest, which is learned from when its mini-batch is complete
-            if parts[0][i].shape[2]:
-                read, *after = ttt_steps(self.batch, *(x[i] for x in parts), news[i], W, b, W0, b0, scale, shift)
-                out.append(read)
-                W, b = (W, b) if i else after
-        left = {"W": W, "b": b, "pending": tuple(x[1] for x in parts), "new": news[1]}
+        if whole:
+            read, W, b = ttt_steps(self.batch, *done, W, b, W0, b0, scale, shift)
+            out.append(read)
+        if whole < q.shape[2]:  # it is learned from when its mini-batch is complete
+            out.append(ttt_steps(self.batch, *rest, W, b, W0, b0, scale, shift)[0])
+        *pending, kept = rest
+        left = {"W": W, "b": b, "pending": tuple(pending), "new": kept}
         return torch.cat(out, 2)[:, :, before:], left
 
     def flops(self) -> float:

@@ -16,14 +16,17 @@ after so many before them, means over seeds.
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from summarise_reading import markdown
 
 from inplace_ttt.eval.paired import Mean, bootstrap_mean
+from inplace_ttt.eval.plots import panels
 
 ROOT = Path(__file__).resolve().parents[1]
 DOMAINS = ("books", "code")
@@ -106,7 +109,7 @@ def table(records: Sequence[Record], control: str = CONTROL) -> str:
     """Markdown: a row for each run, and a line for each that failed."""
     names = ["variant", *(f"{d} {n}" for d in DOMAINS for n in ("on", "off", "gain", "own", "below control"))]
     names += ["sizes", "cosine", "needle on / off", "recall on / off", "RULER on / off", "tokens/s"]
-    lines = [f"| {' | '.join(names)} |", f"| {' | '.join(['---'] * len(names))} |"]
+    rows: list[list[str]] = []
     number = lambda x, form: "" if x is None else format(x, form)  # noqa: E731
     for record in records:
         if record["failed"]:
@@ -125,9 +128,9 @@ def table(records: Sequence[Record], control: str = CONTROL) -> str:
         for what in ("needle", "recall", "ruler"):
             row.append(" / ".join(number(scores(record, what, label), ".0%") for label in ("on", "off")).strip(" /"))
         row.append("" if record.get("beside", 1) > 1 else f"{record['tokens_per_second']:,.0f}")
-        lines.append(f"| {' | '.join(row)} |")
+        rows.append(row)
     failures = [f"* {record['name']} failed: {record['failed']}" for record in records if record["failed"]]
-    return "\n".join([*lines, *([""] if failures else []), *failures])
+    return "\n".join([markdown(names, rows), *([""] if failures else []), *failures])
 
 
 def over_seeds(records: Sequence[Record], control: str) -> str:
@@ -137,17 +140,17 @@ def over_seeds(records: Sequence[Record], control: str) -> str:
         if not record["failed"]:
             groups.setdefault(family(record), []).append(record)
     names = ["variant", "seeds", *(f"{d} {n}" for d in DOMAINS for n in ("on", "gain", "below control"))]
-    lines = [f"| {' | '.join(names)} |", f"| {' | '.join(['---'] * len(names))} |"]
+    rows: list[list[str]] = []
     for name, members in groups.items():
         row = [name, str(len(members))]
         for domain in DOMAINS:
-            rows = [r["evaluation"]["losses"].get(domain) for r in members]
+            measured = [r["evaluation"]["losses"].get(domain) for r in members]
             gaps = [below(r, control_of(r, records, control), domain) for r in members]
-            row.append(spread([found["on"] for found in rows if found], ".4f"))
-            row.append(spread([found["gain"] for found in rows if found and "gain" in found], "+.3f"))
+            row.append(spread([found["on"] for found in measured if found], ".4f"))
+            row.append(spread([found["gain"] for found in measured if found and "gain" in found], "+.3f"))
             row.append(spread([gap.value for gap in gaps if gap is not None], "+.3f"))
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines) if any(len(members) > 1 for members in groups.values()) else ""
+        rows.append(row)
+    return markdown(names, rows) if any(len(members) > 1 for members in groups.values()) else ""
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -170,46 +173,28 @@ def context_table(records: Sequence[Record]) -> str:
     """Markdown: the loss by context; empty where it was not measured."""
     found = by_context(records)
     contexts = sorted({context for values in found.values() for context in values})
-    lines = [f"| variant | {' | '.join(f'{n:,}' for n in contexts)} |", f"| --- {'| --- ' * len(contexts)}|"]
-    for name, values in found.items():
-        cells = (f"{np.mean(values[n]):.3f}" if n in values else "" for n in contexts)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) if found else ""
+    rows = [
+        [name, *(f"{np.mean(values[n]):.3f}" if n in values else "" for n in contexts)]
+        for name, values in found.items()
+    ]
+    return markdown(["variant", *(f"{n:,}" for n in contexts)], rows) if found else ""
 
 
 def draw_contexts(records: Sequence[Record], path: Path) -> None:
     """The loss by context, a line for each variant, the lowest and highest seed as its band."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    for i, (name, values) in enumerate(
-        sorted(by_context(records).items(), key=lambda pair: -np.mean(max(pair[1].items())[1]))
-    ):
-        contexts = sorted(values)
-        axis.plot(
-            contexts,
-            [np.mean(values[n]) for n in contexts],
-            marker=".",
-            color=f"C{i % 10}",
-            ls="-:"[i // 10],
-            label=name,
-        )
-        low, high = ([f(values[n]) for n in contexts] for f in (min, max))
-        axis.fill_between(contexts, low, high, color=f"C{i % 10}", alpha=0.2, lw=0)
-    axis.set_xscale("log", base=2)
-    axis.set(xlabel="tokens before the last 256 of a book", ylabel="loss of these, nats per token")
-    axis.set_xticks(
-        ticks := sorted({n for values in by_context(records).values() for n in values}),
-        [f"{n // 1024}k" for n in ticks],
-    )
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    found = by_context(records)
+    contexts = sorted({context for values in found.values() for context in values})
+    lines = {}
+    for name, values in sorted(found.items()):
+        given = [values.get(n) or [math.nan] for n in contexts]
+        lines[name] = [Mean(float(np.mean(x)), min(x), max(x)) for x in given]
+    colours = {name: to_hex(colormaps["tab20"](2 * i % 20 + i // 10)) for i, name in enumerate(lines)}
+    where, what = "tokens before the last 256 of a book", "loss of these, nats per token"
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    panels({"": (contexts, lines)}, where, what, palette=colours, width=4.5).savefig(path, dpi=120)
 
 
 def draw(records: Sequence[Record], path: Path, control: str = CONTROL) -> None:

@@ -227,7 +227,7 @@ def build_trainer(
     rank.cut_rows(model)
     attached = is_attached(model)
     # Compiled layers call no hooks; the loss as objective has no updates before its calls end.
-    is_measured = attached and not recipe.compile and config is not None and config.objective != "loss"
+    is_measured = config is not None and config.objective != "loss" and not recipe.compile
     trainer: PackedTrainer = kind(
         model=model,
         args=arguments,
