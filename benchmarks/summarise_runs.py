@@ -1,7 +1,8 @@
 """What each run of a table did, as a table and a picture.
 
     python benchmarks/summarise_runs.py benchmarks/results/smollm2 [--plot docs/images/smollm2.png]
-    python benchmarks/summarise_runs.py benchmarks/results/replica --control window [--plot-contexts FILE.png]
+    python benchmarks/summarise_runs.py benchmarks/results/replica --control window [--plot-contexts FILE.png] \\
+        [--only 'window*' full in-place-ttt]
 
 Reads DIRECTORY/NAME/run.json as runs.py writes them. By domain: *on* and *off*, losses with and without updates;
 *gain*, off - on; *own*, the part of it that is the text's own: after another text was read, learning over learning
@@ -18,7 +19,8 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,15 @@ def read(folder: Path, control: str = CONTROL) -> list[Record]:
 def family(record: Record) -> str:
     """The name without the seed."""
     return re.sub(r"-seed\d+$", "", record["name"])
+
+
+def by_family(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """The runs that did not fail, all seeds of a variant together."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        if not record["failed"]:
+            groups.setdefault(family(record), []).append(record)
+    return groups
 
 
 def is_control(record: Record, control: str) -> bool:
@@ -135,10 +146,7 @@ def table(records: Sequence[Record], control: str = CONTROL) -> str:
 
 def over_seeds(records: Sequence[Record], control: str) -> str:
     """Markdown: means over seeds with the lowest and highest; empty where no run has two."""
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        if not record["failed"]:
-            groups.setdefault(family(record), []).append(record)
+    groups = by_family(records)
     names = ["variant", "seeds", *(f"{d} {n}" for d in DOMAINS for n in ("on", "gain", "below control"))]
     rows: list[list[str]] = []
     for name, members in groups.items():
@@ -181,7 +189,10 @@ def context_table(records: Sequence[Record]) -> str:
 
 
 def draw_contexts(records: Sequence[Record], path: Path) -> None:
-    """The loss by context, a line for each variant, the lowest and highest seed as its band."""
+    """The loss by context, a line for each variant, the lowest and highest seed as its band.
+
+    What breaks at the longest context leaves the picture at the top: the table has it.
+    """
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
@@ -194,17 +205,24 @@ def draw_contexts(records: Sequence[Record], path: Path) -> None:
     colours = {name: to_hex(colormaps["tab20"](2 * i % 20 + i // 10)) for i, name in enumerate(lines)}
     where, what = "tokens before the last 256 of a book", "loss of these, nats per token"
     path.parent.mkdir(parents=True, exist_ok=True)
-    panels({"": (contexts, lines)}, where, what, palette=colours, width=4.5).savefig(path, dpi=120)
+    figure = panels({"": (contexts, lines)}, where, what, palette=colours, width=4.5)
+    trained = [mean.value for line in lines.values() for mean in line[:-1] or line]
+    figure.axes[0].set_ylim(min(trained) - 0.03, max(trained) + 0.06)
+    figure.set_figheight(4.5)
+    figure.savefig(path, dpi=120)
 
 
 def draw(records: Sequence[Record], path: Path, control: str = CONTROL) -> None:
-    """Gain by variant, by reading and against the control, and the cosine over training."""
+    """Gain by variant, by reading and against the control, and the cosine over training (of the first seed).
+
+    Whiskers: of one run its interval over documents, of several seeds the lowest and highest.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    shown = [record for record in records if not record["failed"] and not is_control(record, control)]
-    figure = Figure(figsize=(12, max(3.2, 0.5 + 0.32 * len(shown))), layout="constrained")
+    shown = by_family(record for record in records if not is_control(record, control))
+    figure = Figure(figsize=(12, max(3.2, 0.5 + 0.36 * len(shown))), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3)
     for axis, title, of in (
@@ -212,23 +230,33 @@ def draw(records: Sequence[Record], path: Path, control: str = CONTROL) -> None:
         (axes[1], "below the control: control - on", lambda r, d: below(r, control_of(r, records, control), d)),
     ):
         for i, domain in enumerate(DOMAINS):
-            for at, record in enumerate(shown):
-                mean = of(record, domain) if domain in record["evaluation"]["losses"] else None
-                if mean is not None:
-                    error = [[abs(mean.value - mean.low)], [abs(mean.high - mean.value)]]
-                    axis.barh(at + 0.38 * i, mean.value, 0.36, xerr=error, color=f"C{i}", error_kw={"lw": 0.8})
+            for at, members in enumerate(shown.values()):
+                found = [of(r, domain) for r in members if domain in r["evaluation"]["losses"]]
+                means = [mean for mean in found if mean is not None]
+                if not means:
+                    continue
+                value = float(np.mean([mean.value for mean in means]))
+                low, high = (means[0].low, means[0].high) if len(means) == 1 else (
+                    min(mean.value for mean in means), max(mean.value for mean in means))  # fmt: skip
+                error = [[value - low], [high - value]]
+                axis.barh(at + 0.38 * i, value, 0.36, xerr=error, color=f"C{i}", error_kw={"lw": 0.8})
+                axis.annotate(f"{value:+.3f}", (max(high, value, 0), at + 0.38 * i), (3, 0), fontsize=7, va="center",
+                              textcoords="offset points")  # fmt: skip
         axis.axvline(0, color="0.4", lw=0.8)
+        axis.margins(x=0.2)
         axis.set(title=title, xlabel="nats per token", yticks=[i + 0.19 for i in range(len(shown))])
-        axis.set_yticklabels([record["name"] for record in shown] if axis is axes[0] else [])
+        labels = [name + (f", {len(members)} seeds" if len(members) > 1 else "") for name, members in shown.items()]
+        axis.set_yticklabels(labels if axis is axes[0] else [])
         axis.set_ylim(len(shown) - 0.2, -0.4)  # every row, also where nothing is drawn
-    axes[0].legend(handles=[axes[0].barh(0, 0, color=f"C{i}", label=d) for i, d in enumerate(DOMAINS)])
-    for record in shown:
+    named = [axes[0].barh(0, 0, color=f"C{i}", label=d) for i, d in enumerate(DOMAINS)]
+    figure.legend(handles=named, loc="outside lower left", ncols=2)
+    for name, (record, *_) in shown.items():
         if points := cosines(record):
-            axes[2].plot(*zip(*points, strict=True), lw=1.2, label=record["name"])
+            axes[2].plot(*zip(*points, strict=True), lw=1.2, label=name)
     axes[2].set(title="cosine of v and -dL/do", xlabel="tokens of training")
     axes[2].xaxis.set_major_formatter(EngFormatter(sep=""))
     if axes[2].lines:
-        axes[2].legend(fontsize=7)
+        axes[2].legend(fontsize=7, ncols=1 + len(axes[2].lines) // 12)
     for axis in axes:
         axis.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -239,10 +267,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "benchmarks" / "results" / "smollm2")
     parser.add_argument("--control", default=CONTROL)
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="PATTERN", help="variants, as in a shell; and controls"
+    )
     parser.add_argument("--plot", type=Path, default=None)
     parser.add_argument("--plot-contexts", type=Path, default=None)
     given = parser.parse_args()
     records = read(given.folder, given.control)
+    if given.only:
+        records = [r for r in records if is_control(r, given.control) or any(fnmatch(family(r), x) for x in given.only)]
     print(table(records, given.control))
     if by_seed := over_seeds(records, given.control):
         print(f"\n{by_seed}")
