@@ -322,6 +322,18 @@ def test_a_run_is_compared_with_the_control_of_its_seed_and_rows() -> None:
     assert summarise_runs.over_seeds([records[0]], "window") == ""
 
 
+def test_the_summary_of_some_variants_has_them_and_their_control(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for one in (record("window-seed0", [3.0]), record("ttt-seed0", [2.8], [2.9]), record("chunk-64-seed0", [2.5])):
+        (tmp_path / one["name"]).mkdir()
+        (tmp_path / one["name"] / "run.json").write_text(json.dumps(one))
+    monkeypatch.setattr(sys, "argv", ["summarise_runs.py", str(tmp_path), "--control", "window", "--only", "chunk-*"])
+    summarise_runs.main()
+    names = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["| variant", "| ---", "| window-seed0", "| chunk-64-seed0"]
+
+
 def test_losses_by_context_are_those_of_books_with_updates_over_seeds(tmp_path: Path) -> None:
     def sliding(values: dict[tuple[str, str, int], float]) -> dict[str, Any]:
         rows = [{"domain": d, "variant": v, "context": n, "value": x} for (d, v, n), x in values.items()]
