@@ -34,13 +34,15 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from measure_trained import measure_trained
 from rich.console import Console
 
@@ -134,7 +136,8 @@ def do(run: Run, out: Path, scratch: Path, beside: int = 1) -> bool:
     try:
         recipe = run.checked(scratch)
         record["recipe_as_run"] = {key: value for key, value in recipe.raw.items() if key != "output"}
-        train(recipe, console=Console(width=200))
+        with alone_in_training(scratch):
+            train(recipe, console=Console(width=200))
         trained = json.loads((where / "run.json").read_text(encoding="utf-8"))
         kept = ("tokens_per_second", "mfu", "peak_memory_bytes", "parameters", "trained_parameters", "tokens_seen")
         record |= {name: trained[name] for name in (*kept, "data", "warnings", "curve")}
@@ -156,6 +159,15 @@ def do(run: Run, out: Path, scratch: Path, beside: int = 1) -> bool:
     )  # nan is no JSON
     write_json(out / run.name / "run.json", plain)
     return record["failed"] is None
+
+
+@contextmanager
+def alone_in_training(scratch: Path) -> Iterator[None]:
+    """Wait until no other run trains on this one's GPU."""
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0") if torch.cuda.is_available() else "cpu"
+    scratch.mkdir(parents=True, exist_ok=True)
+    with FileLock(scratch / f"training-on-{gpu}.lock"):
+        yield
 
 
 # -- the queue ---------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -281,6 +282,29 @@ def test_what_would_not_fit_does_not_begin(tmp_path: Path, capsys: Any) -> None:
     said = capsys.readouterr().out
     assert "not begun: long" in said
     assert "short: begins" in said
+
+
+def test_runs_that_share_a_device_train_one_after_the_other(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training: list[str] = []
+
+    def train(recipe: Any, console: Any) -> None:
+        training.append("begins")
+        time.sleep(0.1)
+        training.append("ends")
+        raise UserError("this is all")
+
+    monkeypatch.setattr(runs, "train", train)
+    found = [run for run in runs.read_table(table) if run.name in ("control", "paper")]
+    for run in found:
+        (tmp_path / run.name).mkdir()
+    threads = [threading.Thread(target=runs.do, args=(run, tmp_path, tmp_path / "scratch", 2)) for run in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert training == ["begins", "ends"] * 2
 
 
 # -- the summary -------------------------------------------------------------------------------------------------------
