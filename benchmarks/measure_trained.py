@@ -37,7 +37,7 @@ from inplace_ttt.eval.suites import mqar, needle, nll
 from inplace_ttt.eval.suites.mqar import RecallSuite
 from inplace_ttt.eval.suites.needle import NeedleSuite
 from inplace_ttt.eval.suites.nll import PIECE, NllSuite, piece_size
-from inplace_ttt.eval.suites.texts import Document, load_texts
+from inplace_ttt.eval.suites.texts import EvalText, load_texts
 from inplace_ttt.hf.attach import runtime_of
 from inplace_ttt.hf.cache import cache_name
 from inplace_ttt.hf.load import load_baseline
@@ -168,7 +168,7 @@ def readings(model: Any) -> list[Variant]:
 def recall(model: Any, tokenizer: Any, given: Evaluation) -> dict[str, Any]:
     """Perplexity by context, needles and associative recall in the books (without any: in the modules): tables."""
     books = load_texts(given.books, tokenizer, domain="books") if given.books else [
-        Document(str(i), "code", np.array(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, np.int32))
+        EvalText(str(i), "code", np.array(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, np.int32))
         for i, text in enumerate(texts("code", [], {}))
     ]  # fmt: skip
     suites: list[Any] = [NllSuite(books, 2, 0, contexts=given.contexts)] if given.contexts else []

@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, Mistra
 
 from inplace_ttt.config import InPlaceTTTConfig
 from inplace_ttt.errors import UserError
-from inplace_ttt.hf.attach import inspect, is_attached
+from inplace_ttt.hf.attach import adapting_layers, is_attached
 from inplace_ttt.train.attention import document_bounds
 
 # -- recurrences -------------------------------------------------------------------------------------------------------
@@ -644,5 +644,5 @@ def cost(model: Any, length: int) -> tuple[int, float]:
             window = module.config.sliding_window
             seen = length / 2 if not window or window >= length else window
             other += 4 * seen * module.config.num_attention_heads * module.head_dim
-    scan = 8 * sum(math.prod(layer.shape) for layer in inspect(model)) if is_attached(model) else 0
+    scan = 8 * sum(math.prod(layer.shape) for layer in adapting_layers(model)) if is_attached(model) else 0
     return model.num_parameters(), 3 * (products + other) + scan

@@ -78,7 +78,7 @@ def test_the_reference_has_every_public_name():
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     assert set(ittt.__all__) == {
         *re.findall(r"^::: inplace_ttt\.(\w+)$", page, re.MULTILINE),
-        *re.findall(r"`(DEFAULT_MODEL|__version__)`", page),
+        *re.findall(r"`(DEFAULT_MODEL|__version__|inspect)`", page),
     }
 
 

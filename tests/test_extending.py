@@ -18,7 +18,7 @@ from inplace_ttt.core import RULES, TARGETS
 from inplace_ttt.core.scan import PATHS
 from inplace_ttt.eval.runner import Variant, run
 from inplace_ttt.eval.suites.nll import NllSuite
-from inplace_ttt.eval.suites.texts import Document
+from inplace_ttt.eval.suites.texts import EvalText
 from inplace_ttt.hf.families import FAMILIES
 
 TOLERANCE = {"atol": 1e-6, "rtol": 0.0}
@@ -85,8 +85,8 @@ def test_attach_changes_nothing_and_training_does(extended, tmp_path):
     want = logits(model, ids)
     ittt.attach(model, ittt.InPlaceTTTConfig(layers="0::2", chunk_size=C, **extended))
     assert torch.equal(logits(model, ids), want)
-    assert [info.extra_parameters for info in ittt.inspect(model)] == [32 * 32] * 2
-    assert {(info.rule, info.path) for info in ittt.inspect(model)} == {("saturating", "generic")}
+    assert [info.extra_parameters for info in ittt.adapting_layers(model)] == [32 * 32] * 2
+    assert {(info.rule, info.path) for info in ittt.adapting_layers(model)} == {("saturating", "generic")}
 
     model = adapted("llama", torch.float32, **extended)
     documents = [tokens(1, n, n)[0] for n in (2 * C + 3, C, 3 * C + 1)]
@@ -177,7 +177,7 @@ def test_a_saved_model_needs_the_rule_to_load(extended, tmp_path):
 
 def test_it_is_evaluated(extended, tmp_path):
     model, ids = adapted("llama", **extended), tokens(1, 5 * C)
-    documents = [Document("d", "random", ids[0].numpy().astype(np.int32))]
+    documents = [EvalText("d", "random", ids[0].numpy().astype(np.int32))]
     suite = NllSuite(documents, 5 * C, edges=[0, C, 5 * C], contexts=[])
     variants = [
         Variant("on", model, contextlib.nullcontext),

@@ -85,7 +85,7 @@ def test_the_papers_objective_on_a_model_of_the_hub(run, local):
     code = examples(DOCS / "adapt.md")[2].replace("Qwen/Qwen3-4B-Base", str(local / "model"))
     trained = "[n for n, p in model.named_parameters() if p.requires_grad]"
     code = code.replace('"out"', f'"{local}/out"').replace("...  #", f"print({trained})  #")
-    out = run("-c", code + "\nprint([site.index for site in ittt.inspect(model)])").splitlines()
+    out = run("-c", code + "\nprint([site.index for site in ittt.adapting_layers(model)])").splitlines()
     assert [".ttt_" in name for name in eval(out[0])] == [True] * 4
     assert out[-1] == "[0, 6]"
 

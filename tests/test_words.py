@@ -37,6 +37,16 @@ def test_docstrings_and_messages(package):
     assert found == []
 
 
+def test_a_public_class_has_a_name_of_its_own():
+    places: dict[str, list[str]] = {}
+    for file in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(f"{file.relative_to(ROOT)}:{node.lineno}")
+    assert len(places) > 100
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
 @pytest.mark.parametrize(
     "source",
     ['"""What it is."""', 'X = 1\n"""Whether it is."""', 'def f():\n    """How it is."""', 'f("that is no text")'],

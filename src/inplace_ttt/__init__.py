@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .core import Rule, Target, register_rule, register_target
     from .errors import UserError
     from .hf.attach import (
+        adapting_layers,
         attach,
         configure,
         detach,
@@ -31,17 +32,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_MODEL", "DecodingGraph", "InPlaceTTTConfig", "Rule", "Session", "SessionPool", "Target", "UserError",
-    "__version__", "attach", "configure", "detach", "detach_cache", "fast_settings", "fast_weights", "from_pretrained",
-    "inspect", "is_attached", "is_trained", "layers_off", "register_rule", "register_target", "save_pretrained",
-    "save_release", "set_lr", "updates_off",
+    "__version__", "adapting_layers", "attach", "configure", "detach", "detach_cache", "fast_settings", "fast_weights",
+    "from_pretrained", "inspect", "is_attached", "is_trained", "layers_off", "register_rule", "register_target",
+    "save_pretrained", "save_release", "set_lr", "updates_off",
 ]  # fmt: skip
 
 _HOMES = {
     "config": {"InPlaceTTTConfig"},
     "core": {"Rule", "Target", "register_rule", "register_target"},
     "errors": {"UserError"},
-    "hf.attach": {"attach", "configure", "detach", "fast_settings", "inspect", "is_attached", "is_trained"}
-    | {"layers_off", "set_lr", "updates_off"},
+    "hf.attach": {"adapting_layers", "attach", "configure", "detach", "fast_settings", "inspect", "is_attached"}
+    | {"is_trained", "layers_off", "set_lr", "updates_off"},
     "hf.cache": {"detach_cache"},
     "hf.checkpoint": {"from_pretrained", "save_pretrained"},
     "hf.context": {"fast_weights"},

@@ -16,7 +16,7 @@ import inplace_ttt as ittt
 from inplace_ttt import text_files
 from inplace_ttt.cli.report import show
 from inplace_ttt.demo import text
-from inplace_ttt.demo.names import Names, Place
+from inplace_ttt.demo.names import Names, NameUse
 from inplace_ttt.demo.result import Comparison, DemoResult, LayerUpdates
 from inplace_ttt.records import write_json
 from inplace_ttt.shipped import DEFAULT_MODEL
@@ -146,8 +146,8 @@ def test_a_narrow_terminal_cuts_nothing_off(capsys, width):
     source = text_files.Source(Path("file.py"), "", 1000, True)
     long = "Moonfleet_of_a_name_that_fills_a_whole_line"
     places = [
-        Place("Queequeg", 98_765, 3, 12_345, " the captain of the ship, whose name was called ", 0.93, 1e-5, 9.0),
-        Place(long, 143_210, 9, 102_345, "by ", 0.51, 0.0123, 3.0),
+        NameUse("Queequeg", 98_765, 3, 12_345, " the captain of the ship, whose name was called ", 0.93, 1e-5, 9.0),
+        NameUse(long, 143_210, 9, 102_345, "by ", 0.51, 0.0123, 3.0),
     ]
     found = Names(512, 3067, 1234, 1.5, 12, 3, places)
     tokens = text.Tokens("", list(range(len(gaps) + 1)), [], len(gaps) + 1)

@@ -14,7 +14,7 @@ def figures(result):
 
 
 def layers(model) -> list[dict]:
-    return [{**vars(info), "shape": list(info.shape)} for info in ittt.inspect(model)]
+    return [{**vars(info), "shape": list(info.shape)} for info in ittt.adapting_layers(model)]
 
 
 def test_attached_model(cli, folder):
@@ -98,4 +98,4 @@ def test_rule_and_path(cli, tmp_path):
     printed = cli("inspect", tmp_path / "momentum").stdout
     assert "rule momentum (decay 0.1, beta 0.5), computed by path generic" in printed
     gated = ittt.attach(tiny(), ittt.InPlaceTTTConfig(layers="1:", objective_options={"gates": True}))
-    assert {(layer.rule, layer.path) for layer in ittt.inspect(gated)} == {("sum", "generic")}
+    assert {(layer.rule, layer.path) for layer in ittt.adapting_layers(gated)} == {("sum", "generic")}

@@ -132,7 +132,7 @@ def test_shipped_model(cli, tmp_path):
 
 def test_pieces_follow_the_speed(folder):
     """So many bytes that Ctrl-C is looked at about twice a second, on any machine."""
-    source = module.Source(folder.text)
+    source = module.TextToRead(folder.text)
     source.piece = 2048
     for seconds, expected in ((0.1, 4096), (0.5, 4096), (2, 2048), (2, 1024), (2, 512), (2, 512)):
         source.pace(seconds)

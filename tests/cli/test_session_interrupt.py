@@ -125,12 +125,12 @@ class TestRead:
             def read1(self, size):
                 return self.lines.pop(0) if self.lines else ctrl_c()
 
-        monkeypatch.setattr(module.Source, "_open", lambda _: module.nullcontext(Slow(TEXT.encode() * 9)))
+        monkeypatch.setattr(module.TextToRead, "_open", lambda _: module.nullcontext(Slow(TEXT.encode() * 9)))
         result = cli("read", "-", "--session", path, "--model", folder.model)
         assert result.exit_code == 130
         assert result.stderr.startswith(f"interrupted after {9 * len(TEXT)} bytes of standard input; ")
         self.check(folder, path, 9)
-        monkeypatch.setattr(module.Source, "_open", lambda _: module.nullcontext(Slow()))
+        monkeypatch.setattr(module.TextToRead, "_open", lambda _: module.nullcontext(Slow()))
         result = cli("read", "-", "--session", path, "--model", folder.model)
         assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
         self.check(folder, path, 9)

@@ -56,7 +56,7 @@ def test_identity_until_trained_and_an_effect_after(family, rule):
 def test_the_rule_is_the_one_asked_for(family, rule):
     """Its name is shown, and another rule with the same parameters gives something else."""
     model, ids = ruled(family, rule), tokens(1, 3 * C)
-    assert {info.rule for info in ittt.inspect(model)} == {RULES[rule]["rule"]}
+    assert {info.rule for info in ittt.adapting_layers(model)} == {RULES[rule]["rule"]}
     other = adapted(family, lr=RULES[rule]["lr"], decay=RULES[rule].get("decay", 0.0))
     assert float((logits(model, ids) - logits(other, ids))[:, C:].abs().max()) > EFFECT
 
@@ -219,6 +219,6 @@ def test_gates_and_a_soft_cap(family):
 
 
 def test_only_sums_take_the_fast_path():
-    paths = {rule: {info.path for info in ittt.inspect(ruled("llama", rule))} for rule in RULES}
+    paths = {rule: {info.path for info in ittt.adapting_layers(ruled("llama", rule))} for rule in RULES}
     generic = {name: {"generic"} for name in RULES if name != "update_size"}
     assert paths == {**generic, "update_size": {"loop"}}

@@ -22,50 +22,50 @@ from inplace_ttt.eval.suites.mqar import RecallSuite
 from inplace_ttt.eval.suites.needle import NeedleSuite
 from inplace_ttt.eval.suites.nll import NllSuite
 from inplace_ttt.eval.suites.read_then_ask import MemorySuite
-from inplace_ttt.eval.suites.texts import Document
+from inplace_ttt.eval.suites.texts import EvalText
 from inplace_ttt.eval.suites.theory import TheorySuite
 
 READ = 96
 """Tokens of the text that a unit reads, besides what it plants."""
 
 
-def nll(documents: list[Document]) -> Suite:
+def nll(documents: list[EvalText]) -> Suite:
     return NllSuite(documents, READ, contexts=[])
 
 
-def needle(documents: list[Document]) -> Suite:
-    cut = [Document(d.name, d.domain, d.ids[: 2 * READ]) for d in documents]
+def needle(documents: list[EvalText]) -> Suite:
+    cut = [EvalText(d.name, d.domain, d.ids[: 2 * READ]) for d in documents]
     return NeedleSuite(tokenizer(), cut, [READ, 2 * READ], [0.5], ["multi-key"], 1, mentions=2, several=2)
 
 
-def recall(documents: list[Document]) -> Suite:
+def recall(documents: list[EvalText]) -> Suite:
     return RecallSuite(tokenizer(), documents, [READ, 2 * READ], [4], 1)
 
 
-def memory(documents: list[Document]) -> Suite:
+def memory(documents: list[EvalText]) -> Suite:
     return MemorySuite(tokenizer(), documents, mentions=(2,), distances=(16,), length=READ - 16, trials=1)
 
 
-def theory(documents: list[Document]) -> Suite:
+def theory(documents: list[EvalText]) -> Suite:
     return TheorySuite(tokenizer(), documents, READ * 2 // 3, trials=1)
 
 
-def diagnostics(documents: list[Document]) -> Suite:
+def diagnostics(documents: list[EvalText]) -> Suite:
     return StateSuite(NllSuite(documents, READ, contexts=[]))
 
 
-def text(after: int | None = None, changed: int | None = None) -> list[Document]:
+def text(after: int | None = None, changed: int | None = None) -> list[EvalText]:
     """READ tokens, then as many others: the token ``after``, or more text. ``changed``: a place with another token."""
     ids = np.array(ids_of(TEXT * 3)[: 2 * READ], np.int32)
     if after is not None:
         ids[READ:] = after
     if changed is not None:
         ids[changed] = ids[changed] + 1
-    return [Document("d", "sea", ids)]
+    return [EvalText("d", "sea", ids)]
 
 
 @pytest.mark.parametrize("build", [nll, needle, recall, memory, theory, diagnostics])
-def test_an_answer_after_the_question_changes_nothing(build: Callable[[list[Document]], Suite]) -> None:
+def test_an_answer_after_the_question_changes_nothing(build: Callable[[list[EvalText]], Suite]) -> None:
     model = tiny("llama")
     plain = build(text())
     unit = plain.units()[0]
@@ -103,7 +103,7 @@ def test_a_token_is_scored_before_what_follows_it_is_seen() -> None:
         leaked[end:] = ids[end - 1]
         rows = []
         for version in (ids, leaked):
-            suite = NllSuite([Document("d", "sea", version)], READ, edges=[0, end, READ], contexts=[])
+            suite = NllSuite([EvalText("d", "sea", version)], READ, edges=[0, end, READ], contexts=[])
             found = suite.measure(model, suite.units()[0])
             rows.append({row["start"]: row["loss_sum"] for row in found if row["kind"] == "position"})
         assert rows[0][0] == rows[1][0]

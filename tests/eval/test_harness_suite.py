@@ -27,7 +27,7 @@ from inplace_ttt.eval.suites import harness as suites
 from inplace_ttt.eval.suites.harness import HarnessSuite, harness_suite
 from inplace_ttt.eval.suites.nll import NllSuite
 from inplace_ttt.eval.suites.ruler import ruler_suite
-from inplace_ttt.eval.suites.texts import Document, tokenize
+from inplace_ttt.eval.suites.texts import EvalText, tokenize
 
 SEA = tuple((TEXTS[2] + ". ").split() * 120)
 SQUAD = {
@@ -100,7 +100,7 @@ def test_loss_of_whole_texts_is_that_of_nll(local: HarnessSuite) -> None:
     records = [r for r in measured(local, model) if r["metric"] == "word_perplexity"]
     for number, text in enumerate(TEXTS):
         ids = [tokenizer().eos_token_id, *tokenize(tokenizer(), text)]
-        nll = NllSuite([Document("d", "sea", np.array(ids, np.int32))], len(ids), contexts=[])
+        nll = NllSuite([EvalText("d", "sea", np.array(ids, np.int32))], len(ids), contexts=[])
         (unit,) = nll.units()
         (row,) = (row for row in nll.measure(model, unit) if row["kind"] == "document")
         (record,) = (r for r in records if r["document"].startswith(f"local_rolling/{number}/"))

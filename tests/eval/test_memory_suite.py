@@ -8,15 +8,15 @@ import inplace_ttt as ittt
 from inplace_ttt.eval.suites.diagnostics import StateSuite
 from inplace_ttt.eval.suites.nll import NllSuite
 from inplace_ttt.eval.suites.read_then_ask import MemorySuite, Task, trial
-from inplace_ttt.eval.suites.texts import Document, stretches, tokenize, words
+from inplace_ttt.eval.suites.texts import EvalText, stretches, tokenize, words
 from inplace_ttt.hf.context import fast_weights
 from inplace_ttt.session.diagnostics import measure
 
 TEXT = "The sea was calm and the boat lay still upon it, and no one spoke of what had been seen there. " * 30
 
 
-def documents(n: int = 2) -> list[Document]:
-    return [Document(f"d{i}", "sea", tokenize(tokenizer(), TEXT[i * 7 :])) for i in range(n)]
+def documents(n: int = 2) -> list[EvalText]:
+    return [EvalText(f"d{i}", "sea", tokenize(tokenizer(), TEXT[i * 7 :])) for i in range(n)]
 
 
 def test_a_trial_is_the_functions_trial():

@@ -11,12 +11,12 @@ import inplace_ttt as ittt
 from inplace_ttt.errors import UserError
 from inplace_ttt.eval.suites import mqar
 from inplace_ttt.eval.suites.mqar import RecallSuite
-from inplace_ttt.eval.suites.texts import Document
+from inplace_ttt.eval.suites.texts import EvalText
 
 
 def build(**changes: Any) -> RecallSuite:
     ids = ids_of(TEXT) * 4
-    documents = [Document(f"book {i}", "books", np.array(ids[i:], np.int32)) for i in range(2)]
+    documents = [EvalText(f"book {i}", "books", np.array(ids[i:], np.int32)) for i in range(2)]
     values: dict[str, Any] = {"lengths": (96, 160), "pairs": (3, 8), "trials": 3}
     return RecallSuite(tokenizer(), documents, **(values | changes))
 

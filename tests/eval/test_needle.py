@@ -15,14 +15,14 @@ import inplace_ttt as ittt
 from inplace_ttt.errors import UserError
 from inplace_ttt.eval.suites import Record, Unit
 from inplace_ttt.eval.suites.needle import KINDS, NeedleSuite
-from inplace_ttt.eval.suites.texts import Document, words
+from inplace_ttt.eval.suites.texts import EvalText, words
 
 TEMPLATE = " The{key} was{value}."
 
 
-def documents(count: int = 2) -> list[Document]:
+def documents(count: int = 2) -> list[EvalText]:
     ids = ids_of(TEXT) * 4
-    return [Document(f"book {i}", "books", np.array(ids[i:], np.int32)) for i in range(count)]
+    return [EvalText(f"book {i}", "books", np.array(ids[i:], np.int32)) for i in range(count)]
 
 
 def build(**changes: Any) -> NeedleSuite:
@@ -90,7 +90,7 @@ def test_facts_stand_where_the_depth_says() -> None:
 
 def test_words_of_the_text_are_not_planted() -> None:
     used = words(tokenizer())[:-40]
-    found = build(documents=[Document("all words", "books", np.array(used, np.int32))], lengths=(len(used),))
+    found = build(documents=[EvalText("all words", "books", np.array(used, np.int32))], lengths=(len(used),))
     for unit in found.units():
         needle = found.needle(unit)
         for question in needle.questions:
@@ -188,7 +188,7 @@ def test_seed_decides() -> None:
     unit = suite().units()[0]
     mine, other = suite().needle(unit), build(seed=1).needle(unit)
     assert mine.ids != other.ids
-    short = [Document("short", "books", documents()[0].ids[:140])]  # leaves no choice of the stretch
+    short = [EvalText("short", "books", documents()[0].ids[:140])]  # leaves no choice of the stretch
     same, different = (build(documents=short, seed=seed).needle(unit).questions[0] for seed in (0, 1))
     assert same.choices != different.choices
     names = [suite().needle(u).document for trial in (0, 1) for u in some(suite(), trial)]

@@ -17,19 +17,19 @@ import inplace_ttt as ittt
 from inplace_ttt.errors import UserError
 from inplace_ttt.eval.nll import doubling
 from inplace_ttt.eval.suites.nll import CLASSES, NllSuite, token_classes, window_losses
-from inplace_ttt.eval.suites.texts import Document, load_texts
+from inplace_ttt.eval.suites.texts import EvalText, load_texts
 
 
-def documents(*lengths: int) -> list[Document]:
-    return [Document(f"d{i}", "random", tokens(1, n, i)[0].numpy().astype(np.int32)) for i, n in enumerate(lengths)]
+def documents(*lengths: int) -> list[EvalText]:
+    return [EvalText(f"d{i}", "random", tokens(1, n, i)[0].numpy().astype(np.int32)) for i, n in enumerate(lengths)]
 
 
-def repetitive() -> list[Document]:
+def repetitive() -> list[EvalText]:
     """One document with tokens of all classes."""
-    return [Document("d0", "random", documents(45)[0].ids % 11)]
+    return [EvalText("d0", "random", documents(45)[0].ids % 11)]
 
 
-def suite(found: list[Document] | None = None, **changes: Any) -> NllSuite:
+def suite(found: list[EvalText] | None = None, **changes: Any) -> NllSuite:
     values: dict[str, Any] = {"length": 20, "edges": [0, 8, 20], "contexts": [4, 8, 16], "block": 6, "window": 6}
     return NllSuite(found or documents(45, 23), **(values | changes))
 

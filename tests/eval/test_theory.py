@@ -12,7 +12,7 @@ import inplace_ttt as ittt
 from inplace_ttt.errors import UserError
 from inplace_ttt.eval.report import pictures, tables, verdicts
 from inplace_ttt.eval.suites import Record
-from inplace_ttt.eval.suites.texts import Document
+from inplace_ttt.eval.suites.texts import EvalText
 from inplace_ttt.eval.suites.theory import TARGETS, TheorySuite
 from inplace_ttt.hf.attach import runtime_of
 
@@ -20,7 +20,7 @@ C = 16
 
 
 def suite(chunk_size: int = C, trials: int = 2, **options: Any) -> TheorySuite:
-    documents = [Document(f"d{i}", "books", np.array(ids_of(TEXT * 2)[i:], np.int32)) for i in (0, 3)]
+    documents = [EvalText(f"d{i}", "books", np.array(ids_of(TEXT * 2)[i:], np.int32)) for i in (0, 3)]
     return TheorySuite(tokenizer(), documents, chunk_size, trials=trials, **options)
 
 

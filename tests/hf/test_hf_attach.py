@@ -44,7 +44,7 @@ def generate(model, prompt=IDS, **keywords):
 def test_choice_of_layers(layers, want):
     model = plain("llama")
     ittt.attach(model, config(layers=layers))
-    assert tuple(layer.index for layer in ittt.inspect(model)) == want
+    assert tuple(layer.index for layer in ittt.adapting_layers(model)) == want
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,12 @@ def test_layers_that_do_not_exist(layers, say):
 
 def test_attach_twice_and_detach_without():
     model = plain("llama")
-    for act in (ittt.detach, ittt.inspect, lambda m: ittt.set_lr(m, 1.0), lambda m: ittt.updates_off(m).__enter__()):
+    for act in (
+        ittt.detach,
+        ittt.adapting_layers,
+        lambda m: ittt.set_lr(m, 1.0),
+        lambda m: ittt.updates_off(m).__enter__(),
+    ):
         with pytest.raises(ittt.UserError, match=r"no fast weights: call inplace_ttt.attach"):
             act(model)
     ittt.attach(model, config())
@@ -83,7 +88,7 @@ def test_attach_twice_and_detach_without():
         ittt.attach(model, config())
     ittt.detach(model)
     ittt.attach(model, config(layers=(1,)))
-    assert [layer.index for layer in ittt.inspect(model)] == [1]
+    assert [layer.index for layer in ittt.adapting_layers(model)] == [1]
 
 
 def test_what_is_no_transformers_model():
@@ -193,17 +198,25 @@ def test_without_effect_is_the_base_bit_for_bit():
         ("gpt2", "transformer.h.{}.mlp.c_proj", "FastWeightConv1D"),
     ],
 )
-def test_inspect(model_type, name, kind):
-    infos = ittt.inspect(adapted(model_type))
+def test_adapting_layers(model_type, name, kind):
+    infos = ittt.adapting_layers(adapted(model_type))
     assert [info.projection for info in infos] == [name.format(i) for i in (0, 2)]
     assert {(info.kind, info.shape, info.extra_parameters) for info in infos} == {(kind, (32, 48), 32 * 5 + 32 * 32)}
 
 
-def test_inspect_tells_the_size_of_a_row():
+def test_the_older_name():
+    """Alone and from its module, as users have it."""
+    from inplace_ttt.hf.attach import inspect
+
+    model = adapted("llama")
+    assert ittt.inspect(model) == inspect(model) == ittt.adapting_layers(model)
+
+
+def test_adapting_layers_tells_the_size_of_a_row():
     model = adapted("llama", torch.float32)
     with torch.no_grad():
         cache = model(IDS).past_key_values
-    for info in ittt.inspect(model):
+    for info in ittt.adapting_layers(model):
         S = ittt.fast_weights(cache)[info.index].S
         assert info.state_bytes == S[0].numel() * S.element_size()
 
@@ -308,7 +321,7 @@ def test_a_projection_of_another_class(how):
     other = copied(model, how)
     for one in (model, other):
         assert_close(logits(one, IDS), logits(same, IDS), atol=1e-9, rtol=0)
-        assert ittt.inspect(one)[0].kind == "FastWeightOddLinear"
+        assert ittt.adapting_layers(one)[0].kind == "FastWeightOddLinear"
         assert type(ittt.detach(one).model.layers[0].mlp.down_proj) is OddLinear
 
 

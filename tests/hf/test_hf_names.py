@@ -286,7 +286,7 @@ def test_saving_over_another_model(in_memory, whole, tmp_path):
 
 @pytest.mark.parametrize("kind", ["whole", "adapter", "trainer", "old"])
 def test_the_base_s_shape_without_weights(kind, whole, tmp_path):
-    """What ``inspect`` and a plan look at, in every format."""
+    """What ``adapting_layers`` and a plan look at, in every format."""
     model = load(whole)
     ittt.save_pretrained(model, tmp_path / "adapter", adapter_only=True)
     model.save_pretrained(tmp_path / "trainer")

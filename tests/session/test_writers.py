@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from inplace_ttt import Session, UserError
 from inplace_ttt.cli import app
-from inplace_ttt.cli.chat import Chat
+from inplace_ttt.cli.chat import Conversation
 from inplace_ttt.session import writers
 
 
@@ -111,7 +111,7 @@ def test_commands_are_refused_before_they_read_anything(saved, holder, tmp_path)
 def test_chat_holds_the_file_that_it_keeps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = []
-    monkeypatch.setattr(Chat, "on_stats", lambda *_: seen.append({path.name for path in writers._held}))
+    monkeypatch.setattr(Conversation, "on_stats", lambda *_: seen.append({path.name for path in writers._held}))
     lines = ["/stats", "/save b.session", "/stats", "/save", "/stats", "/fork", "/stats", "/quit"]
     result = CliRunner().invoke(app, ["chat", "--session", "a.session"], input="\n".join(lines))
     assert result.exit_code == 0, result.output

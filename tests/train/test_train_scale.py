@@ -174,7 +174,7 @@ def test_a_run_on_a_frozen_base_saves_the_adapter_alone(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     again = inplace_ttt.from_pretrained(tmp_path / saved)
-    assert [layer.index for layer in inplace_ttt.inspect(again)] == [0]
+    assert [layer.index for layer in inplace_ttt.adapting_layers(again)] == [0]
     assert AutoTokenizer.from_pretrained(tmp_path / saved).get_vocab() == tokenizer.get_vocab()
 
 

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from ..errors import UserError, in_one_line
-from .read import Saver, Source, deferred_interrupt, next_line, read_one
+from .read import Saver, TextToRead, deferred_interrupt, next_line, read_one
 from .sessions import (
     Model,
     Objective,
@@ -80,10 +80,10 @@ def chat(
         if sys.stdin.isatty():
             with suppress(ImportError):
                 import readline  # noqa: F401 (gives input() arrow keys and history)
-        Chat(opened, session, template, {**asdict(choice), "max_new_tokens": max_tokens}, log, held).run()
+        Conversation(opened, session, template, {**asdict(choice), "max_new_tokens": max_tokens}, log, held).run()
 
 
-class Chat:
+class Conversation:
     """The conversation. What the model writes goes to stdout as it comes, all else to stderr."""
 
     def __init__(
@@ -193,7 +193,7 @@ class Chat:
             self.stream(copy, self.prompt(copy, question, []))
 
     def on_read(self, name: str) -> None:
-        source = Source(Path(name).expanduser().absolute())
+        source = TextToRead(Path(name).expanduser().absolute())
         self.mark()
         try:
             self.say(read_one(self.session, source, self.interrupt, self.saver, self.log))

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..config import InPlaceTTTConfig
 from ..core import make_target
 from ..errors import UserError
-from ..hf.attach import LayerInfo, inspect, install, is_trained
+from ..hf.attach import LayerInfo, adapting_layers, install, is_trained
 from ..hf.auto import base_config
 from ..hf.checkpoint import is_added
 from ..hf.directory import CONFIG, SETTINGS
@@ -67,7 +67,7 @@ def preview(model: str, settings: dict[str, Any]) -> Preview:
         raise UserError(f"{model} is not a causal language model: {str(error).splitlines()[0][:200]}") from None
     parameters = sum(p.numel() for p in empty.parameters())
     install(empty, config)
-    layers = inspect(empty)
+    layers = adapting_layers(empty)
     narrow = make_target(config.objective, 1, config.objective_options, {**config.settings, "init_std": 0.02})
     width = next(empty.parameters()).element_size()
     return Preview(

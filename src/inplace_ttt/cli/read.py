@@ -35,7 +35,7 @@ def read(
     study: Annotated[float | None, typer.Option(help="Then study each file so many minutes, to be asked.")] = None,
 ) -> None:
     """Let a session learn from files. Ctrl-C stops and keeps what was learned."""
-    sources = [Source(path) for path in files]
+    sources = [TextToRead(path) for path in files]
     if study is not None and not study > 0:
         raise UserError(f"--study {study:g}: minutes, above 0")
     if study is not None and any(source.piped for source in sources):
@@ -54,7 +54,7 @@ def read(
         read_all(opened, sources, session, log, study)
 
 
-def read_all(session: Any, sources: list["Source"], path: Path, log: Console, study: float | None) -> None:
+def read_all(session: Any, sources: list["TextToRead"], path: Path, log: Console, study: float | None) -> None:
     """Read the sources one after the other, and save the session in ``path``, whatever happens.
 
     ``study``: minutes for which each source is studied after that.
@@ -93,7 +93,7 @@ def read_all(session: Any, sources: list["Source"], path: Path, log: Console, st
     tell(f"Session: {path}")
 
 
-class Source:
+class TextToRead:
     """A text file, or standard input. UserError when it is not text, before anything is read from a file."""
 
     def __init__(self, path: Path) -> None:
@@ -152,7 +152,7 @@ class Source:
         return size
 
 
-def read_one(session: Any, source: Source, interrupt: "Interrupt", saver: "Saver", log: Any) -> str:
+def read_one(session: Any, source: TextToRead, interrupt: "Interrupt", saver: "Saver", log: Any) -> str:
     """Reads a source with a progress bar; one line about it. KeyboardInterrupt between two pieces."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -179,7 +179,9 @@ def read_one(session: Any, source: Source, interrupt: "Interrupt", saver: "Saver
     return f"{source.name}: {tokens:,} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-9):,.0f}/s){mean}"
 
 
-def study_one(session: Any, source: Source, minutes: float, interrupt: "Interrupt", saver: "Saver", log: Any) -> str:
+def study_one(
+    session: Any, source: TextToRead, minutes: float, interrupt: "Interrupt", saver: "Saver", log: Any
+) -> str:
     """Studies a source with a progress bar; one line about it. KeyboardInterrupt between two updates."""
     from rich.progress import BarColumn, Progress, TextColumn
 

@@ -21,7 +21,7 @@ _WORD = re.compile(r"\b[^\W\d]\w*")
 
 
 @dataclass(frozen=True)
-class Place:
+class NameUse:
     """A name at token ``position`` that last occurred ``ago`` tokens before, and its probability on and off."""
 
     name: str
@@ -49,7 +49,7 @@ class Names:
     mean_gain: float
     found: int
     lost: int
-    places: list[Place]
+    places: list[NameUse]
 
 
 def attention_window(config: Any) -> int | None:
@@ -63,7 +63,7 @@ def returning_names(tokens: Tokens, on: np.ndarray, off: np.ndarray, window: int
     """Find names that recur from outside the window; losses [N] of tokens 1 to N with updates on and off."""
     all_places = list(_places(tokens, on, off, window))
     found = [p for p in all_places if p.on >= LIKELY > p.off]
-    best: dict[str, Place] = {}
+    best: dict[str, NameUse] = {}
     for place in sorted(found, key=lambda p: (-p.gain, p.position)):
         best.setdefault(place.name, place)
     return Names(
@@ -77,7 +77,7 @@ def returning_names(tokens: Tokens, on: np.ndarray, off: np.ndarray, window: int
     )
 
 
-def _places(tokens: Tokens, on: np.ndarray, off: np.ndarray, window: int) -> Iterator[Place]:
+def _places(tokens: Tokens, on: np.ndarray, off: np.ndarray, window: int) -> Iterator[NameUse]:
     text, ends = tokens.text, [end for _, end in tokens.spans]
     words = {match[0] for match in _WORD.finditer(text)}
     seen: dict[str, int] = {}  # where each word last began
@@ -96,7 +96,7 @@ def _places(tokens: Tokens, on: np.ndarray, off: np.ndarray, window: int) -> Ite
         if bisect_left(ends, text.rfind(name, 0, match.start()) + len(name)) >= first - window:
             continue
         log_on, log_off = (-float(losses[first - 1 : last].sum()) for losses in (on, off))
-        yield Place(
+        yield NameUse(
             name=name,
             position=first,
             tokens=last - first + 1,

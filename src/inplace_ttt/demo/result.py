@@ -14,7 +14,7 @@ from torch import nn
 from ..core.diagnostics import relative_norm
 from ..errors import UserError
 from ..eval.nll import Bucket, loss_by_position, new_cache, token_losses
-from ..hf.attach import inspect, runtime_of, unwrap, updates_off
+from ..hf.attach import adapting_layers, runtime_of, unwrap, updates_off
 from ..hf.context import fast_weights
 from ..session.diagnostics import slow_weight
 from ..text_files import Source
@@ -102,7 +102,7 @@ def _layers(model: nn.Module, cache: Any) -> list[LayerUpdates]:
     held, runtime = fast_weights(cache), runtime_of(model)
     projections = {site.index: site.projection() for site in runtime.sites}
     layers = []
-    for info in inspect(model):
+    for info in adapting_layers(model):
         fast, weight = held[info.index], slow_weight(projections[info.index], info.shape)
         change = torch.zeros(info.shape) if fast.S is None else fast.S[0]
         norm = None if weight is None else relative_norm(change, weight, runtime.config.lr)

@@ -35,7 +35,7 @@ from lm_eval.api.registry import model_registry  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.models.utils import normalize_gen_kwargs  # noqa: E402
 
-__all__ = ["PAPER", "RULER", "RULER_OFFLINE", "InPlaceTTTLM", "Paired", "Record", "main", "paired", "run"]
+__all__ = ["PAPER", "RULER", "RULER_OFFLINE", "InPlaceTTTLM", "Paired", "SampleValue", "main", "paired", "run"]
 
 NAME = "inplace-ttt"
 UNLIMITED = 1 << 40
@@ -184,7 +184,7 @@ class InPlaceTTTLM(HFLM):  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
-class Record:
+class SampleValue:
     """A sample's value of one metric. ``on`` or ``off`` is None when that setting was not run.
 
     ``task`` is the name asked for, ``part`` the task below it (for groups such as mmlu), ``length`` RULER's. Perplexity
@@ -229,7 +229,7 @@ def run(
     include_path: str | Path | None = None,
     seed: int = 0,
     **arguments: Any,
-) -> list[Record]:
+) -> list[SampleValue]:
     """Run tasks with updates on and off on the same samples; return one record for each sample and metric.
 
     ``model``: a model or a name as `InPlaceTTTLM` takes it (``arguments`` are its further ones); ``tokenizer`` None
@@ -256,13 +256,13 @@ def run(
                     number, found = int(pair[0][0]["doc_id"]), dict(zip(readings, (x for _, x in pair), strict=True))
                     for metric, (_, weight) in pair[0][1].items():
                         on, off = (found[s][metric][0] if s in found else None for s in ("on", "off"))
-                        records.append(Record(task, part.task_name, length, number, metric, on, off, weight))
+                        records.append(SampleValue(task, part.task_name, length, number, metric, on, off, weight))
     return records
 
 
-def paired(records: Sequence[Record]) -> dict[tuple[str, int | None, str], Paired]:
+def paired(records: Sequence[SampleValue]) -> dict[tuple[str, int | None, str], Paired]:
     """Return means and differences by (task, length, metric). Parts of a group count by their samples."""
-    groups: dict[tuple[str, int | None, str], list[Record]] = {}
+    groups: dict[tuple[str, int | None, str], list[SampleValue]] = {}
     for record in records:
         if record.on is not None and record.off is not None:
             groups.setdefault((record.task, record.length, record.metric), []).append(record)

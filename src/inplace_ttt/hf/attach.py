@@ -302,7 +302,7 @@ class LayerInfo:
     path: str
 
 
-def inspect(model: nn.Module) -> list[LayerInfo]:
+def adapting_layers(model: nn.Module) -> list[LayerInfo]:
     """List the adapting layers. Bytes: of a row's state (for "sum": S, D x F in float32), without pending tokens.
 
     A model on the meta device is assumed to move to the CUDA device, or to the CPU where there is none.
@@ -319,6 +319,10 @@ def inspect(model: nn.Module) -> list[LayerInfo]:
         path = _path(rule, D, F, fast.weight.device, site.gates)
         infos.append(LayerInfo(site.index, names[id(fast)], type(fast).__name__, (D, F), extra, size, rule.name, path))
     return infos
+
+
+inspect = adapting_layers
+"""Older name of `adapting_layers`, which shadows the standard library's module."""
 
 
 def _path(rule: Rule, D: int, F: int, device: torch.device, gates: bool) -> str:

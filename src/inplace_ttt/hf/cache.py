@@ -39,7 +39,7 @@ class FastCacheLayer:
     broken = False
     """Set when a call failed half way: keys and fast weights were updated in some layers only."""
     record: Any = None
-    """Pending columns of a cache whose objective is the loss (``pending.Record``), in its first adapting layer."""
+    """``PendingColumns`` of a cache whose objective is the loss, in its first adapting layer."""
     steps: StepBuffers | None = None
     """Buffers of the pending tokens during single steps."""
 

@@ -63,7 +63,7 @@ ATTENTION_NAMES = ("self_attn", "attn", "attention", "linear_attn", "self_attent
 
 
 @dataclass(frozen=True)
-class Place:
+class ModulePaths:
     """A record of the modules to adapt in one decoder layer."""
 
     index: int
@@ -112,7 +112,7 @@ def _attention_name(layer: nn.Module) -> str | None:
     return next((name for name in ATTENTION_NAMES if getattr(layer, name, None) is not None), None)
 
 
-def place(layers: nn.ModuleList, index: int, family: Family) -> Place:
+def place(layers: nn.ModuleList, index: int, family: Family) -> ModulePaths:
     """Return the modules to adapt in layer ``index``; UserError with the reason when it cannot adapt."""
     layer = layers[index]
     attention = attention_of(layer)
@@ -138,10 +138,10 @@ def place(layers: nn.ModuleList, index: int, family: Family) -> Place:
     mlp_path, _, name = path.rpartition(".")
     if not mlp_path:
         raise UserError(f"the projection {path!r} must lie in an MLP module, not on the layer itself")
-    return Place(index, attention, layer.get_submodule(mlp_path), name)
+    return ModulePaths(index, attention, layer.get_submodule(mlp_path), name)
 
 
-def check_layers(layers: nn.ModuleList, places: Collection[Place]) -> None:
+def check_layers(layers: nn.ModuleList, places: Collection[ModulePaths]) -> None:
     """Raise UserError if the chosen layers would not receive the call's context, or would read tokens twice.
 
     The context is a keyword argument of attention, so a decoder layer has to pass those on. That is checked in its

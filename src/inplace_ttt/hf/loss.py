@@ -9,7 +9,7 @@ outputs gives its update. The caller sees one call.
 A call is cut where a chunk of any row ends. If a piece is a whole chunk of every row, its own forward gives the
 gradient. Otherwise (rows of different lengths, single tokens) a chunk is run once more when it is complete, from the
 keys before it, so one call, pieces and single tokens learn the same. Every layer's state is as elsewhere, but the
-pending tokens are columns of the cache (``Record``) instead of inputs of the projection.
+pending tokens are columns of the cache (``PendingColumns``) instead of inputs of the projection.
 
 Shapes: B rows, T tokens of a call, C of a chunk, n of a piece, R rows that complete a chunk, V vocabulary, D, F as
 elsewhere.
@@ -34,7 +34,7 @@ from . import block_attention as block_attention  # registers its attention
 from .cache import FastCacheLayer, cache_name, detach_cache, fast_layers, mark_broken
 from .context import Runtime, fast_weights
 from .linear import device_of, input_size, is_dense
-from .pending import IGNORED, Record, cache_before, within_windows
+from .pending import IGNORED, PendingColumns, cache_before, within_windows
 from .settings import Settings
 from .sites import LayerSite
 
@@ -146,7 +146,12 @@ class _Chunks:
     """The chunks of a cache. ``more``: further arguments of the model's forward."""
 
     def __init__(
-        self, forward: LossForward, cache: Cache, slots: dict[int, FastCacheLayer], record: Record, more: dict[str, Any]
+        self,
+        forward: LossForward,
+        cache: Cache,
+        slots: dict[int, FastCacheLayer],
+        record: PendingColumns,
+        more: dict[str, Any],
     ) -> None:
         self.forward, self.cache, self.slots, self.record, self.more = forward, cache, slots, record, more
         settings = forward.runtime.settings
@@ -433,9 +438,9 @@ class _Reading:
 
     # -- what is pending ------------------------------------------------------------------------------------------
 
-    def _record(self, slots: dict[int, FastCacheLayer]) -> Record:
+    def _record(self, slots: dict[int, FastCacheLayer]) -> PendingColumns:
         """Return the cache's record; a new one if its columns are no longer the recorded ones."""
-        record: Record | None = self.first.record
+        record: PendingColumns | None = self.first.record
         if record is not None and record.end == self.past:
             return record
         for slot in slots.values():  # pending tokens have lost their context: the next one begins a chunk
@@ -445,7 +450,7 @@ class _Reading:
         if self.past and isinstance(self.mask, Tensor) and self.mask.dim() == 2:
             real = self.mask[:, : self.past] != 0
             real = None if bool(real.all()) else real
-        return Record(self.past, none, none.bool(), none, real=real, starts=((),) * self.B)
+        return PendingColumns(self.past, none, none.bool(), none, real=real, starts=((),) * self.B)
 
     def _learn(self) -> Tensor:
         """Return which tokens of the call are learned, bool [B, T]."""
@@ -459,7 +464,7 @@ class _Reading:
         return learn if self.real is None else learn & self.real
 
     @torch.no_grad()
-    def _extended(self, record: Record, at: int, end: int, real: Tensor | None) -> Record:
+    def _extended(self, record: PendingColumns, at: int, end: int, real: Tensor | None) -> PendingColumns:
         """Return the record with a piece's columns."""
         shape, known, embeds = (self.B, end - at), self.known, record.embeds
         ids = torch.full(shape, IGNORED, device=self.device) if known is None else known[:, at:end]

@@ -22,7 +22,7 @@ Sliding = dict[int, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
-class Record:
+class PendingColumns:
     """A record of a cache's pending chunks: its columns from ``base`` on. Replaced, never modified in place.
 
     ids [B, n] (``IGNORED`` where a column has no id), learn [B, n]: True where a column's loss counts; embeds
@@ -44,12 +44,12 @@ class Record:
         """Return the total number of columns of the cache."""
         return self.base + self.ids.shape[1]
 
-    def _each(self, function: Callable[[Tensor], Tensor], **values: Any) -> "Record":
+    def _each(self, function: Callable[[Tensor], Tensor], **values: Any) -> "PendingColumns":
         """Return the record with ``function`` applied to all columns, and other ``values``."""
         found: dict[str, Any] = {name: function(x) for name in COLUMNS if (x := getattr(self, name)) is not None}
         return replace(self, **found, **values)
 
-    def select(self, rows: Tensor) -> "Record":
+    def select(self, rows: Tensor) -> "PendingColumns":
         """Return the record of other rows (beam reorder, batch selection or repetition)."""
 
         def pick(x: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class Record:
 
     def append(
         self, ids: Tensor, learn: Tensor, positions: Tensor, embeds: Tensor | None, real: Tensor | None
-    ) -> "Record":
+    ) -> "PendingColumns":
         """Return the record with further columns. ``embeds``: of all columns, old and new."""
         if self.real is not None or real is not None:
             old = self.ids.new_ones(len(ids), self.end).bool() if self.real is None else self.real
@@ -74,7 +74,7 @@ class Record:
         joined: dict[str, Any] = {name: torch.cat([getattr(self, name), x], 1) for name, x in new_columns.items()}
         return replace(self, **joined, embeds=embeds, real=real)
 
-    def crop(self, columns: int, chunks: Sequence[int]) -> "Record":
+    def crop(self, columns: int, chunks: Sequence[int]) -> "PendingColumns":
         """Return the record without the last ``columns``; ``chunks``: the number of each row's present chunk."""
         n = self.ids.shape[1] - columns
         starts = tuple(tuple(x for x in own if x[0] <= m) for own, m in zip(self.starts, chunks, strict=True))
@@ -83,7 +83,7 @@ class Record:
         real = None if self.real is None else self.real[:, : self.base + n]
         return self._each(lambda x: x[:, :n], real=real, starts=starts)
 
-    def begin(self, chunks: Sequence[int], cache: Cache, reach: int) -> "Record":
+    def begin(self, chunks: Sequence[int], cache: Cache, reach: int) -> "PendingColumns":
         """Record the starts of chunks that begin after the last column, with the present keys of sliding layers.
 
         ``chunks``: the number of each row's present chunk. Columns that the last ``reach`` completed chunks and the

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..hf.attach import inspect, runtime_of
+from ..hf.attach import adapting_layers, runtime_of
 from ..session import Session, SessionPool
 from .jobs import Job
 from .journal import REMEMBERED, pieces_of
@@ -104,7 +104,7 @@ class Engine:
         self.budget = _memory(model) if self.limits.memory is None else self.limits.memory
         self._live: dict[str, Live] = {}
         self._active = 0
-        self._largest = sum(4 * D * F for D, F in (layer.shape for layer in inspect(model)))
+        self._largest = sum(4 * D * F for D, F in (layer.shape for layer in adapting_layers(model)))
         self._waiting = 0
         self._freed = asyncio.Condition()
         self._admitting = asyncio.Lock()

@@ -176,7 +176,7 @@ class Read(AtVersion):
     learn: Literal["all", "read", "none"] | None = None
 
 
-class Score(Body):
+class ScoreRequest(Body):
     """``POST /v1/sessions/ID/score``."""
 
     text: str

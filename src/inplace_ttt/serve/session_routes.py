@@ -15,7 +15,7 @@ from starlette.datastructures import UploadFile
 
 from ..text_files import decode_text
 from . import work
-from .schemas import ID, Ask, AtVersion, Export, Fork, Freeze, NewSession, Read, Rollback, Score
+from .schemas import ID, Ask, AtVersion, Export, Fork, Freeze, NewSession, Read, Rollback, ScoreRequest
 from .service import Service
 from .settings import ServeError
 from .sse import Json, outcome, streamed
@@ -80,7 +80,7 @@ async def read(id: Id, request: Request) -> Any:
 
 
 @router.post("/{id}/score")
-async def score(id: Id, body: Score, request: Request) -> Any:
+async def score(id: Id, body: ScoreRequest, request: Request) -> Any:
     """Score a text as the continuation, in nats per token; leaves no trace."""
     engine, owner = Service.of(request).engine, request.scope["owner"]
     job = engine.begin(lambda job: work.score(engine, job, owner, id, body.text, body.losses))

@@ -38,7 +38,7 @@ class State:
 
 
 @dataclass
-class Record:
+class StoredSession:
     """A stored session: its newest state (None: it begins empty), the later entries, and versions to come back to."""
 
     version: int
@@ -105,7 +105,7 @@ class Store:
         except ExistsError:
             raise ConflictError("this session was changed meanwhile") from None
 
-    def record(self, key: str) -> Record | None:
+    def record(self, key: str) -> StoredSession | None:
         names = self.files.names(key)
         if not names:
             return None
@@ -114,7 +114,7 @@ class Store:
         newest = self._state(key, states[-1]) if states else None
         after = newest.version if newest else 0
         entries = [json.loads(self.files.read(f"{key}/{_entry(n)}")) for n in numbers if n > after]
-        return Record(max([after, *numbers]), newest, entries, self._saved(names))
+        return StoredSession(max([after, *numbers]), newest, entries, self._saved(names))
 
     def state(self, key: str, version: int) -> State:
         """Return the stored state of a version. Raises FileNotFoundError."""

@@ -14,7 +14,7 @@ from ..config import InPlaceTTTConfig
 from ..core import FastWeights
 from ..core.algebra import state_dtype
 from ..core.diagnostics import LayerDiagnostics, effective_rank, key_overlap, output_change, relative_norm, update_norm
-from ..hf.attach import inspect, runtime_of
+from ..hf.attach import adapting_layers, runtime_of
 from ..hf.linear import dense_weight, is_dense
 
 SAMPLES = 256
@@ -41,7 +41,7 @@ def measure(
     """
     runtime = runtime_of(model)
     settings = runtime.config if config is None else config
-    shapes = {info.index: info.shape for info in inspect(model)}
+    shapes = {info.index: info.shape for info in adapting_layers(model)}
     return [
         _measure_layer(site.index, site.projection(), fast[site.index], row, settings, shapes[site.index])
         for site in runtime.sites

@@ -8,9 +8,9 @@ from torch import Tensor
 from ..core import FastWeights
 from ..core.algebra import state_dtype
 from ..fast.factors import fast_weights
-from ..hf.attach import READING, inspect
+from ..hf.attach import READING, adapting_layers
 from ..hf.cache import FastCacheLayer, install
-from ..hf.pending import Record
+from ..hf.pending import PendingColumns
 from ..hf.rows import from_tensors, to_tensors
 from .diagnostics import Timeline
 from .state import SessionState
@@ -76,7 +76,7 @@ def unpack(session: SessionState, tensors: dict[str, Tensor], header: dict[str, 
     if stream.logits is not None:
         size = reader.root.config.get_text_config().vocab_size
         _check(stream.logits.shape == (size,) and stream.logits.is_floating_point(), "logits")
-    shapes = {info.index: info.shape for info in inspect(reader.model)}
+    shapes = {info.index: info.shape for info in adapting_layers(reader.model)}
     wanted = set(shapes) if stream.tokens or header["fast"] else set()
     _check({int(i) for i in header["fast"]} == wanted, "the fast weights are not those of this model's layers")
     for index, values in header["fast"].items():
@@ -179,7 +179,7 @@ def unpack_fast(
     return fast
 
 
-def record_tensors(record: Record) -> dict[str, Tensor]:
+def record_tensors(record: PendingColumns) -> dict[str, Tensor]:
     """Return the tensors of what is pending with objective "loss"."""
     names = ("ids", "learn", "positions", "embeds", "real")
     found = {name: value for name in names if (value := getattr(record, name)) is not None}
@@ -216,7 +216,7 @@ def restore_record(stream: Stream, tensors: dict[str, Tensor], values: Any, read
         sliding[column][layer] = keys, other
     more = {name: tensors.get(name) for name in ("embeds", "real")}
     own = tuple((m, column) for m, column in starts)
-    record = Record(base, ids, tensors["learn"], tensors["positions"], starts=(own,), sliding=sliding, **more)
+    record = PendingColumns(base, ids, tensors["learn"], tensors["positions"], starts=(own,), sliding=sliding, **more)
     first = next(layer for layer in stream.cache.layers if isinstance(layer, FastCacheLayer))
     first.record = record
 

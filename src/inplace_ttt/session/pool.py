@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..hf.attach import inspect
+from ..hf.attach import adapting_layers
 from ..hf.rows import merge, split
 from .session import Session
 from .stream import Reader, Stream, is_count, whole
@@ -169,7 +169,7 @@ class Writers:
         self._reader = reader
         self._batches = (_Batch(reader), _Batch(reader))
         """Sessions whose state is pairs and sessions whose state is S, so that one does not slow the other."""
-        sizes = [D * F / (D + F) for D, F in (info.shape for info in inspect(reader.model))]
+        sizes = [D * F / (D + F) for D, F in (info.shape for info in adapting_layers(reader.model))]
         self._most_pairs = min(sizes) if reader.form == "auto" else math.inf
 
     def join(

@@ -70,7 +70,7 @@ class Stream:
 
     @property
     def record(self) -> Any:
-        """Columns of the context that hold what is pending with objective "loss" (``hf.pending.Record``)."""
+        """Columns of the context that hold what is pending with objective "loss" (``hf.pending.PendingColumns``)."""
         found = next((x.record for x in self.cache.layers if isinstance(x, FastCacheLayer) and x.record), None)
         return found if found is not None and found.end == self.cache.get_seq_length() else None
 

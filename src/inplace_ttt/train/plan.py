@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from inplace_ttt.hf.attach import inspect, is_attached
+from inplace_ttt.hf.attach import adapting_layers, is_attached
 from inplace_ttt.hf.auto import base_config
 from inplace_ttt.train.loss import tokens_at_once, why_whole
 from inplace_ttt.train.model import prepare_trainable
@@ -149,7 +149,7 @@ def plan(recipe: Recipe, *, logit_tokens: int | None = None) -> Plan:
         "activations": max(layers - logits, 0) if checkpointing else layers,
         "logits and their gradient": logits,
         # The rule's tensors, and their gradients in the backward.
-        "fast weights": 2 * B * max(layer.state_bytes for layer in inspect(model)) if adapting else 0,
+        "fast weights": 2 * B * max(layer.state_bytes for layer in adapting_layers(model)) if adapting else 0,
     }
     if by_piece and trains_all:  # the pieces' sum in float32, and a piece's product or the scaled sum
         memory["the head's gradient, by piece"] = V * D * 8
@@ -203,7 +203,7 @@ def flops_per_token(
     config = model.config.get_text_config()
     embeddings: Any = model.get_input_embeddings()
     products = model.num_parameters() - (0 if config.tie_word_embeddings else embeddings.weight.numel())
-    scan = 2 * sum(math.prod(layer.shape) for layer in inspect(model)) if is_attached(model) else 0
+    scan = 2 * sum(math.prod(layer.shape) for layer in adapting_layers(model)) if is_attached(model) else 0
     # The scan: one more product forward, three more backward.
     flops = (4 if is_frozen else 6) * products + 4 * scan + (2 * products + scan if recomputed else 0)
     heads = getattr(config, "num_attention_heads", 0)

@@ -14,7 +14,7 @@ from ..paired import by_group
 from . import Record, Tables, Unit
 from .nll import NllSuite, piece_size
 from .nll import from_options as windows_from_options
-from .texts import Document
+from .texts import EvalText
 
 
 class StateSuite:
@@ -49,7 +49,7 @@ WORDS = {
 }
 
 
-def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model: nn.Module) -> StateSuite:
+def from_options(options: Any, texts: Sequence[EvalText], tokenizer: Any, model: nn.Module) -> StateSuite:
     return StateSuite(windows_from_options(options, texts, tokenizer, model))
 
 

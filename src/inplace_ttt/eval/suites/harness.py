@@ -12,7 +12,7 @@ from .. import plots
 from ..harness_tasks import PAPER, RULER, Loaded, evaluate, load_tasks
 from ..paired import against_off, interval, tables_of
 from . import Record, Tables, Unit
-from .texts import Document
+from .texts import EvalText
 
 SLICES = 16
 """Approximate number of units per task, of at least ``SMALLEST`` samples each."""
@@ -88,7 +88,7 @@ def harness_suite(
 # -- what people read --------------------------------------------------------------------------------------------------
 
 
-def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model: nn.Module) -> HarnessSuite:
+def from_options(options: Any, texts: Sequence[EvalText], tokenizer: Any, model: nn.Module) -> HarnessSuite:
     how: Any = {"files": options.task_files, "limit": options.limit, "batch_size": options.batch_size}
     return harness_suite(tokenizer, options.tasks, **how)
 

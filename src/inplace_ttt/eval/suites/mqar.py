@@ -21,7 +21,7 @@ from ..paired import against_off, points, tables_of
 from . import Record, Tables, Unit
 from .needle import rank_of_first
 from .nll import PIECE, piece_size
-from .texts import Document, Haystacks, free_words, words
+from .texts import EvalText, Haystacks, free_words, words
 
 
 class RecallSuite:
@@ -43,7 +43,7 @@ class RecallSuite:
     def __init__(
         self,
         tokenizer: Any,
-        documents: Sequence[Document],
+        documents: Sequence[EvalText],
         lengths: Sequence[int] | None = None,
         pairs: Sequence[int] = (8, 32),
         trials: int = 4,
@@ -103,7 +103,7 @@ class RecallSuite:
 # -- what people read --------------------------------------------------------------------------------------------------
 
 
-def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model: nn.Module) -> RecallSuite:
+def from_options(options: Any, texts: Sequence[EvalText], tokenizer: Any, model: nn.Module) -> RecallSuite:
     return RecallSuite(tokenizer, texts, options.lengths or None, trials=options.trials)
 
 

@@ -21,7 +21,7 @@ from ..nll import doubling, evaluating, feed, new_cache
 from ..paired import against_off, points, tables_of
 from . import Record, Tables, Unit
 from .nll import PIECE, piece_size
-from .texts import Document, Haystacks, free_words, tokenize, words
+from .texts import EvalText, Haystacks, free_words, tokenize, words
 
 KINDS = ("single", "multi-key", "multi-value", "multi-query")
 CANDIDATES = 10
@@ -79,7 +79,7 @@ class NeedleSuite:
     def __init__(
         self,
         tokenizer: Any,
-        documents: Sequence[Document],
+        documents: Sequence[EvalText],
         lengths: Sequence[int] | None = None,
         depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
         kinds: Sequence[str] = KINDS,
@@ -209,7 +209,7 @@ def rank_of_first(scores: np.ndarray) -> int:
 # -- what people read --------------------------------------------------------------------------------------------------
 
 
-def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model: nn.Module) -> NeedleSuite:
+def from_options(options: Any, texts: Sequence[EvalText], tokenizer: Any, model: nn.Module) -> NeedleSuite:
     lengths = options.lengths or (1024, 2048, 4096)
     return NeedleSuite(tokenizer, texts, lengths, options.depths, options.kinds, options.trials)
 

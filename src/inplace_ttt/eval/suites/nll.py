@@ -19,7 +19,7 @@ from .. import plots
 from ..nll import doubling, evaluating, input_device, position_edges, token_losses
 from ..paired import ENOUGH, REFERENCE, against_off, by_group, interval, means
 from . import Record, Tables, Unit
-from .texts import Document
+from .texts import EvalText
 
 CLASSES = ("in window", "before the window", "never")
 PIECE = 2048
@@ -52,7 +52,7 @@ class NllSuite:
 
     def __init__(
         self,
-        documents: Sequence[Document],
+        documents: Sequence[EvalText],
         length: int,
         windows: int | None = None,
         edges: Sequence[int] | None = None,
@@ -72,7 +72,7 @@ class NllSuite:
             raise UserError(f"contexts {list(contexts)}: at least 1 token each")
         if len({document.name for document in documents}) < len(documents):
             raise UserError("two documents have the same name")
-        self.work: dict[str, tuple[Document, int, int, int | None]] = {}
+        self.work: dict[str, tuple[EvalText, int, int, int | None]] = {}
         """By key: document, first and last token (exclusive) to read, and the context's tokens of a sliding unit."""
         for document in documents:
             n = len(document.ids)
@@ -155,7 +155,7 @@ LAYER = "without layer "
 """Prefix of labels for readings with one layer switched off."""
 
 
-def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model: nn.Module) -> NllSuite:
+def from_options(options: Any, texts: Sequence[EvalText], tokenizer: Any, model: nn.Module) -> NllSuite:
     """Build the suite of the command line. UserError when no document has a whole window."""
     suite = NllSuite(texts, options.length, options.windows, window=native_window(model) or 256)
     if options.windows and not any(unit.key.startswith("window/") for unit in suite.units()):

@@ -25,7 +25,7 @@ from ...session import Session
 from .. import plots
 from ..paired import tables_of
 from . import Record, Tables, Unit
-from .texts import Document, free_words, stretches, words
+from .texts import EvalText, free_words, stretches, words
 
 CONDITIONS = ("none", "memory", "context")
 
@@ -139,7 +139,7 @@ class MemorySuite:
     def __init__(
         self,
         tokenizer: Any,
-        documents: Sequence[Document],
+        documents: Sequence[EvalText],
         *,
         mentions: Sequence[int] = (1, 4, 16),
         distances: Sequence[int] = (0, 1024),
@@ -186,7 +186,7 @@ LABELS = {"none": "not read", "memory": "read, then dropped", "context": "read, 
 COLOURS = dict(zip(LABELS.values(), ("#94a3b8", "#c2410c", "#0c4a6e"), strict=True))
 
 
-def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model: nn.Module) -> MemorySuite:
+def from_options(options: Any, texts: Sequence[EvalText], tokenizer: Any, model: nn.Module) -> MemorySuite:
     return MemorySuite(tokenizer, texts, trials=options.trials)
 
 

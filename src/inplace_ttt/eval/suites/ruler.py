@@ -12,7 +12,7 @@ from ..paired import against_off, tables_of
 from ..ruler import RulerData, load_questions
 from . import Record, Tables
 from .harness import HarnessSuite, score
-from .texts import Document
+from .texts import EvalText
 
 
 def ruler_suite(
@@ -51,7 +51,7 @@ def ruler_suite(
 # -- what people read --------------------------------------------------------------------------------------------------
 
 
-def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model: nn.Module) -> HarnessSuite:
+def from_options(options: Any, texts: Sequence[EvalText], tokenizer: Any, model: nn.Module) -> HarnessSuite:
     """Build the suite of the command line, with the text of --data as RULER's essays."""
     require()
     from ..harness import InPlaceTTTLM

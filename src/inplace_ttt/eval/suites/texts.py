@@ -24,7 +24,7 @@ MOST_ROWS = 1000
 
 
 @dataclass(frozen=True)
-class Document:
+class EvalText:
     """A tokenised text: ``ids`` int32 [n]. ``name`` is unique among the documents loaded together."""
 
     name: str
@@ -34,7 +34,7 @@ class Document:
 
 def load_texts(
     sources: Sequence[Path | str], tokenizer: Any, *, domain: str = "text", tokens: int | None = None
-) -> list[Document]:
+) -> list[EvalText]:
     """Return the documents of all sources, in order, of each its first ``tokens`` tokens (None: all).
 
     A source is
@@ -50,13 +50,13 @@ def load_texts(
     Text that looks like special tokens is read as text, and none are added. Raises UserError for a source that is
     missing, empty, binary, not UTF-8 or not such JSON, and for two documents of one name.
     """
-    found: dict[str, Document] = {}
+    found: dict[str, EvalText] = {}
     for source in sources:
         from_hub = str(source).startswith(PREFIX)
         for name, where, text in _dataset(str(source), domain) if from_hub else _texts(Path(source), domain):
             if name in found:
                 raise UserError(f'{source}: a second document named {name!r}: give each document an "id" of its own')
-            found[name] = Document(name, where, tokenize(tokenizer, text)[:tokens])
+            found[name] = EvalText(name, where, tokenize(tokenizer, text)[:tokens])
     if not found:
         raise UserError("no documents: give at least one text file, directory or .jsonl file")
     return list(found.values())
@@ -100,7 +100,7 @@ class Haystacks:
     Raises UserError when there is no such document.
     """
 
-    def __init__(self, documents: Sequence[Document], longest: int, seed: int) -> None:
+    def __init__(self, documents: Sequence[EvalText], longest: int, seed: int) -> None:
         self.longest, self.seed = longest, seed
         self.documents = [document for document in documents if len(document.ids) >= longest]
         if not self.documents:
@@ -113,7 +113,7 @@ class Haystacks:
         return document.name, document.ids[start : start + length].tolist()
 
 
-def stretches(documents: Sequence[Document], length: int) -> Iterator[tuple[str, list[int]]]:
+def stretches(documents: Sequence[EvalText], length: int) -> Iterator[tuple[str, list[int]]]:
     """Yield name and ids of neighbouring parts of ``length`` tokens, the first of every document first."""
     longest = max((len(document.ids) for document in documents), default=0)
     for at in range(0, longest - length + 1, length):

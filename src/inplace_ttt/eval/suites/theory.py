@@ -24,7 +24,7 @@ from .. import plots
 from ..nll import evaluating, feed, new_cache
 from ..paired import interval, means
 from . import Record, Tables, Unit
-from .texts import Document, free_words, stretches, words
+from .texts import EvalText, free_words, stretches, words
 
 TARGETS = ("own", "next_token", "reconstruction")
 """The model's own target and the two of the theorem."""
@@ -54,7 +54,7 @@ class TheorySuite:
     def __init__(
         self,
         tokenizer: Any,
-        documents: Sequence[Document],
+        documents: Sequence[EvalText],
         chunk_size: int,
         *,
         gap: int | None = None,
@@ -156,7 +156,7 @@ NAMES = {"own": "the model's own", "next_token": "next token", "reconstruction":
 COLOURS = {"the word that followed before": plots.FIXED["on"], "other words": plots.FIXED["off"]}
 
 
-def from_options(options: Any, texts: Sequence[Document], tokenizer: Any, model: nn.Module) -> TheorySuite:
+def from_options(options: Any, texts: Sequence[EvalText], tokenizer: Any, model: nn.Module) -> TheorySuite:
     return TheorySuite(tokenizer, texts, runtime_of(model).config.chunk_size, trials=4 * options.trials)
 
 
