@@ -138,7 +138,7 @@ def planted(text: str, facts: list[Fact], tokenizer: Any, tokens: int) -> str:
 
 @dataclass(frozen=True)
 class Data:
-    """What all ways learn and are asked. ``ids`` [documents, tokens]; the others are texts of other sources."""
+    """Facts and questions for all ways of learning. ``ids`` [documents, tokens]; the others: texts of other sources."""
 
     ids: Tensor
     texts: list[str]

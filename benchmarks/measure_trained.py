@@ -1,4 +1,4 @@
-"""What a trained model gains by reading, and what it remembers: the evaluation that every run of runs.py ends with.
+"""A trained model's gain by reading, and its memory: the evaluation that every run of runs.py ends with.
 
     python benchmarks/measure_trained.py MODEL '{books: [FILE], tokens: 8192, ruler: out/ruler.jsonl}'
 
@@ -208,7 +208,7 @@ def ruler(model: Any, tokenizer: Any, file: Path, most: int | None, longest: int
 
 
 def generate(model: Any, tokenizer: Any, batch: list[dict[str, Any]]) -> list[str]:
-    """What the model writes after each prompt, the most likely token every time."""
+    """Return the text that the model writes after each prompt, the most likely token every time."""
     rows_of = [tokenizer(line["prompt"]).input_ids for line in batch]
     width = max(map(len, rows_of))
     ids = torch.zeros(len(batch), width, dtype=torch.int64)

@@ -64,7 +64,7 @@ _GENERATED = re.compile(r"auto-?\s?generated|automatically generated|@generated|
 
 @dataclass(frozen=True)
 class SplitRule:
-    """How distributions are split. A named list replaces the hash for its split."""
+    """A split of distributions. A named list replaces the hash for its split."""
 
     validation: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
@@ -87,7 +87,7 @@ class SplitRule:
 
 @dataclass(frozen=True)
 class ManifestEntry:
-    """What one distribution gave: ``bytes`` counts the UTF-8 text of its documents."""
+    """A record of what one distribution gave: ``bytes`` counts the UTF-8 text of its documents."""
 
     distribution: str
     version: str
@@ -198,7 +198,7 @@ def _wanted(file: str) -> bool:
     parts = PurePosixPath(file).parts
     return (
         file.endswith(".py")
-        and len(parts) > 1  # a lone module is no package directory
+        and len(parts) > 1  # a lone module is not in a package directory
         and ".." not in parts
         and not PurePosixPath(file).is_absolute()
         and _is_source(parts)
@@ -206,7 +206,7 @@ def _wanted(file: str) -> bool:
 
 
 def _is_source(parts: Sequence[str]) -> bool:
-    """Whether a file, by the parts of its path, is neither a test, nor vendored, nor generated."""
+    """Return whether a file, by the parts of its path, is neither a test, nor vendored, nor generated."""
     return not _LEFT_OUT_FILE.fullmatch(parts[-1]) and not any(map(_LEFT_OUT_FOLDER.fullmatch, parts[:-1]))
 
 

@@ -1,4 +1,4 @@
-"""Whether flash-linear-attention's kernels and their gradients are right on this GPU: against float32, token by token.
+"""Check of flash-linear-attention's kernels and their gradients on this GPU: against float32, token by token.
 
     python benchmarks/peer_gradients.py [--tokens 512] [--out FILE.json]
 

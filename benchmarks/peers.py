@@ -159,7 +159,7 @@ class ShortConv(nn.Module):
 
 
 class Mixer(nn.Module):
-    """What all mixers share: a state in transformers' cache, and documents by their positions."""
+    """A mixer with a state in transformers' cache, and documents by their positions."""
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def is_replayed(self, q: Tensor, state: dict[str, Any], size: int) -> bool:
-        """Whether whole rows are trained on a GPU, in parts of ``size``."""
+        """Return whether whole rows are trained on a GPU, in parts of ``size``."""
         return q.is_cuda and self.training and not state and not q.shape[2] % size
 
     def replayed(self, steps: Callable[..., Tensor], *given: Tensor) -> Tensor:
@@ -227,9 +227,9 @@ class Mixer(nn.Module):
         return recurrence(q, k, v, decay, beta, S, starts(ids.expand(B, T), S is not None))
 
 
-def starts(positions: Tensor, goes_on: bool = False) -> Tensor:
-    """Tokens [B, T] that begin a document; ``goes_on``: the first token of the call does not."""
-    return positions.diff(dim=-1, prepend=positions[:, :1] - (1 if goes_on else 2)) != 1
+def starts(positions: Tensor, continues: bool = False) -> Tensor:
+    """Tokens [B, T] that begin a document; ``continues``: the first token of the call does not."""
+    return positions.diff(dim=-1, prepend=positions[:, :1] - (1 if continues else 2)) != 1
 
 
 class GatedLinear(Mixer):
@@ -429,7 +429,7 @@ def ttt_gradient(k: Tensor, v: Tensor, y: Tensor, scale: Tensor, shift: Tensor) 
 
 
 def ttt_linear_reference(mixer: TTTLinear, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, new: Tensor) -> Tensor:
-    """What `TTTLinear.learn` computes for one row without a state, token by token, its gradients by autograd."""
+    """Compute `TTTLinear.learn` for one row without a state, token by token, its gradients by autograd."""
     out, T = torch.zeros_like(q), q.shape[2]
     for h in range(q.shape[1]):
         scale, shift, first = (mixer.by_head(x)[h, 0] for x in (mixer.scale, mixer.shift, mixer.b))
@@ -513,7 +513,7 @@ class LaCT(Mixer):
             steps = lambda q, k, v, eta, document, *W0: self.walk(q, k, v, eta, document, W0, W0, None)[0]  # noqa: E731
             return self.replayed(steps, q, k, v, eta, document, *W0), {}
         out, W, held = self.walk(q, k, v, eta, document, W, W0, held)
-        if held is not None:  # numbers of documents count from the last one, which the next call goes on with
+        if held is not None:  # numbers of documents count from the last one, with which the next call continues
             held = (*held[:4], held[4] - document[:, None, -1:, None])
         return out, {"W": W, "held": held}
 
@@ -557,7 +557,7 @@ def swiglu(x: Tensor, W: Any) -> Tensor:
 
 
 def lact_reference(mixer: LaCT, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, new: Tensor) -> Tensor:
-    """What `LaCT.learn` computes for one row without a state, token by token, its gradients by autograd."""
+    """Compute `LaCT.learn` for one row without a state, token by token, its gradients by autograd."""
     out = torch.zeros_like(q)
     for h in range(q.shape[1]):
         first = W = [X[h] for X in (mixer.W1, mixer.W2, mixer.W3)]

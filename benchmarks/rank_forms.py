@@ -1,4 +1,4 @@
-"""What a state of rank r costs in accuracy and saves in memory, on the shipped model.
+"""Accuracy that a state of rank r costs and memory that it saves, on the shipped model.
 
     python benchmarks/rank_forms.py --text code --out FILE.json
 

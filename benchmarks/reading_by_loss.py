@@ -1,4 +1,4 @@
-"""What a pretrained model gains when it learns from what it reads, with the loss as objective and nothing trained.
+"""Gain of a pretrained model when it learns from what it reads, with the loss as objective and nothing trained.
 
     python benchmarks/reading_by_loss.py --model DIR_OR_FILE.gguf --window 512 --name N --run RUN --books FILE --out DIR
 
@@ -171,9 +171,9 @@ def stretches(worse: Tensor) -> Tensor:
 
 
 def own_gain(model: Any, ids: Tensor, cache: Any) -> dict[str, float]:
-    """What reading a text gains beyond what reading another text of its kind has adjusted already.
+    """Return the gain of reading a text beyond what reading another text of its kind has adjusted already.
 
-    ``cache``: after the texts were read once. Every row goes on with the state of the row before it.
+    ``cache``: after the texts were read once. Every row continues with the state of the row before it.
     """
     state = {i: fast.fork() for i, fast in ittt.fast_weights(cache).items()}
     for fast in state.values():

@@ -1,4 +1,4 @@
-"""What else a model could do, before and after reading: a fixed set of chat prompts answered greedily.
+"""Skills of a model before and after reading: a fixed set of chat prompts answered greedily.
 
     python benchmarks/reading_keeps.py --model FILE.gguf --name smollm2 --run smollm2-keeps --books FILE --out DIR
 
@@ -35,7 +35,7 @@ def prompts_of(tokenizer: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def answers(model: Any, tokenizer: Any, ids: Tensor, mask: Tensor, tokens: int, cache: Any = None) -> list[str]:
-    """What the model writes after each row, greedily; ``cache``: empty, with fast weights."""
+    """Return the text that the model writes after each row, greedily; ``cache``: empty, with fast weights."""
     given = {} if cache is None else {cache_name(model): cache}
     ends = {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["<|im_end|>", "<end_of_turn>"])}
     out = model.generate(

@@ -156,7 +156,7 @@ def do(run: Run, out: Path, scratch: Path, beside: int = 1) -> bool:
         record.setdefault("curve", progress(out / run.name / "log.txt"))
     plain = json.loads(
         json.dumps(record | about(started), default=str), parse_constant=lambda _: None
-    )  # nan is no JSON
+    )  # nan is not JSON
     write_json(out / run.name / "run.json", plain)
     return record["failed"] is None
 

@@ -1,4 +1,4 @@
-"""What training on top of the trained baseline recovers of joint training's gain, as a table and a figure.
+"""Share of joint training's gain that training on top of the trained baseline recovers, as a table and a figure.
 
 python benchmarks/summarise_adapter.py            prints the table that docs/results.md holds
 python benchmarks/summarise_adapter.py --plot     also writes docs/images/adapter.png

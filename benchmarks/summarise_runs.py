@@ -1,4 +1,4 @@
-"""What each run of a table did, as a table and a picture.
+"""Results of each run of a table, as a table and a picture.
 
     python benchmarks/summarise_runs.py benchmarks/results/smollm2 [--plot docs/images/smollm2.png]
     python benchmarks/summarise_runs.py benchmarks/results/replica --control window [--plot-contexts FILE.png] \\

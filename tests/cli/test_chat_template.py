@@ -251,12 +251,12 @@ class TestTemplate:
     def test_where_a_conversation_goes_on(self, words):
         t = chat_tokenizer(words)
         template, closing = Template(t), ids(t, "<|im_end|>\n")
-        assert template.goes_on([5, *closing])
-        assert template.goes_on([5, *closing, *ids(t, "the file")])
-        assert not template.goes_on(closing[:1])
-        assert not template.goes_on([])
+        assert template.has_conversation([5, *closing])
+        assert template.has_conversation([5, *closing, *ids(t, "the file")])
+        assert not template.has_conversation(closing[:1])
+        assert not template.has_conversation([])
         t.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
-        assert not Template(t).goes_on(ids(t, "\n"))
+        assert not Template(t).has_conversation(ids(t, "\n"))
 
     def word_tokenizer(self) -> PreTrainedTokenizerFast:
         vocabulary = {"<unk>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "user": 3, "assistant": 4, "hi": 5}

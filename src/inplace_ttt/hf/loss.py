@@ -314,7 +314,7 @@ class _Reading:
             more = {name: self.given[name] for name in ("num_items_in_batch", "shift_labels") if name in self.given}
             values["loss"] = model.loss_function(logits=logits, labels=self.labels, vocab_size=size, **more)
         values |= {name: cache for name in values if name in ("cache", "past_key_values")}
-        output = type(output)(**values)  # anew: a field that is None is no key of a model's output
+        output = type(output)(**values)  # anew: a field that is None is not a key of a model's output
         return output if self.return_dict is None or self.return_dict else output.to_tuple()
 
     def _documents(self) -> Tensor | None:

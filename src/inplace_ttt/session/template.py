@@ -49,7 +49,7 @@ class Template:
 
     def feed(self, session: Any, messages: Messages, words: str) -> list[int]:
         """Return the ids that let ``session`` answer the user's words after ``messages``."""
-        if not messages and self.goes_on(session._stream.recent):
+        if not messages and self.has_conversation(session._stream.recent):
             messages = SOME
         ids = self.opening(messages, words)
         if messages:
@@ -104,7 +104,7 @@ class Template:
         end = self._ids(self._text((), messages, False))
         return end[: _common(end, self._ids(self._text(NEXT, messages)))]
 
-    def goes_on(self, recent: Sequence[int]) -> bool:
+    def has_conversation(self, recent: Sequence[int]) -> bool:
         """Return whether a turn ends within ``recent``: the beginning of a conversation (a system prompt) was fed."""
         closing, n = self.closing(SOME), len(self.closing(SOME))
         return bool(self.ends) and any(list(recent[i : i + n]) == closing for i in range(len(recent) - n + 1))
@@ -157,7 +157,7 @@ def converse(
     new = given[len(said) :] if given[: len(said)] == said else given
     if not new:
         raise UserError("there is no new message to answer")
-    earlier = said or (SOME if template.goes_on(session._stream.recent) else ())
+    earlier = said or (SOME if template.has_conversation(session._stream.recent) else ())
     before, reply = session.snapshot(), []
     try:
         ids = template.turn(new, earlier) if earlier else template.conversation(session, new, False)

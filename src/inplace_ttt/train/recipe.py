@@ -173,7 +173,7 @@ def _check_rope(where: str, values: Mapping[str, Any]) -> None:
 
         known, kind = sorted({"default", *ROPE_INIT_FUNCTIONS}), values[name].get("rope_type", "default")
         if kind not in known:
-            raise RecipeError(f"{where}.{name}.rope_type: {kind!r} is none of {', '.join(known)}")
+            raise RecipeError(f"{where}.{name}.rope_type: {kind!r} is not one of {', '.join(known)}")
 
 
 def _check_config(config: Mapping[str, Any]) -> None:

@@ -64,7 +64,7 @@ def convert(kind: Any, value: object, where: str) -> Any:
         return convert(last, value, where)
     if origin is typing.Literal:
         if value not in inside:
-            raise RecipeError(f"{where}: {_shown(value)} is none of {', '.join(map(str, inside))}")
+            raise RecipeError(f"{where}: {_shown(value)} is not one of {', '.join(map(str, inside))}")
         return value
     if dataclasses.is_dataclass(kind):
         return build(typing.cast(type, kind), value, where)
