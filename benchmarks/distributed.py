@@ -159,7 +159,7 @@ class Stopwatch:
 
 def worker(run: str, kind: str, steps: int, out: Path) -> None:
     from inplace_ttt.hf.parallel import enable_context_parallel
-    from inplace_ttt.hf.parallel_attention import working_ways
+    from inplace_ttt.hf.parallel_attention import choose_methods
     from inplace_ttt.hf.sharding import make_meshes, shard_layers
 
     rank, spec, shape = int(os.environ["RANK"]), RUNS[run], SHAPES[kind]
@@ -193,7 +193,7 @@ def worker(run: str, kind: str, steps: int, out: Path) -> None:
     records = []
     for step in range(steps):
         ids = runs.roll(step, 1).to(device)
-        mine = ids.chunk(meshes.readers)[meshes.reader]
+        mine = ids.chunk(meshes.row_groups)[meshes.row_group]
         shifted = nn.functional.pad(mine[:, 1:], (0, 1), value=-100)
         inputs = {"input_ids": mine, "shift_labels": shifted}
         inputs = inputs | {"labels": shifted} if context is None else context.cut(inputs)
@@ -229,11 +229,11 @@ def worker(run: str, kind: str, steps: int, out: Path) -> None:
         say(f"step {step}: loss {records[-1]['loss']:.5f}, {seconds:.3f} s, {rows * tokens / seconds:,.0f} tokens/s")
     peak = torch.tensor(torch.cuda.max_memory_allocated() if kind == "cuda" else 0, device=device)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
-    way = None
+    method = None
     if context is not None and context.mesh is None:
         heads = [shape["model"][name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim")]
-        ways = working_ways(kind, *heads)
-        way = "gather, " + ways.get((torch.bfloat16, True), "mask")
+        methods = choose_methods(kind, *heads)
+        method = "gather, " + methods.get((torch.bfloat16, True), "mask")
     if rank == 0:
         steady = sorted(r["seconds"] for r in records[1:])[len(records[1:]) // 2]  # the first step warms up
         shares = [r["exchange_seconds"] / r["seconds"] for r in records[1:]]
@@ -243,7 +243,7 @@ def worker(run: str, kind: str, steps: int, out: Path) -> None:
             "rows": rows,
             "tokens": tokens,
             "parameters": parameters,
-            "attention": way or spec.get("attention", "sdpa"),
+            "attention": method or spec.get("attention", "sdpa"),
             "steps": records,
             "seconds_per_step": steady,
             "tokens_per_second": rows * tokens / steady,

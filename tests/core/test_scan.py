@@ -164,7 +164,7 @@ def test_operator_passes_opcheck(kind):
     documents = random_documents(2, 3 * C, kind, 1)
     table = ChunkTable.build(2, 3 * C, C, documents=documents, keep_state=True)
     v = target(u, kappa, P, table).detach().requires_grad_()
-    tensors_ = (z, v, weight, None, None, None, table.index, table.update, table.reset, table.rest)
+    tensors_ = (z, v, weight, None, None, None, table.index, table.update, table.reset, table.outside_slots)
     for backend, keep in (("torch", 0.9), ("segments", 0.9), ("segments", 1.0)):
         numbers = (0.5, keep, C, table.prefix, table.steps, table.updates, backend, D, True)
         torch.library.opcheck(torch.ops.inplace_ttt.scan.default, (*tensors_, *numbers))

@@ -175,13 +175,13 @@ def _recurrent() -> Any:
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
-def rows_of(inputs: dict[str, Tensor], reader: int, readers: int) -> dict[str, Tensor]:
-    return {name: x.chunk(readers)[reader] for name, x in inputs.items()}
+def rows_of(inputs: dict[str, Tensor], row_group: int, row_groups: int) -> dict[str, Tensor]:
+    return {name: x.chunk(row_groups)[row_group] for name, x in inputs.items()}
 
 
 def part(inputs: dict[str, Tensor], meshes: Any, parallel: Any) -> dict[str, Any]:
     """What this rank reads of a batch of whole rows, with the loss's normaliser for gradients that are means."""
-    mine = rows_of(inputs, meshes.reader, meshes.readers)
+    mine = rows_of(inputs, meshes.row_group, meshes.row_groups)
     count = (inputs["labels"][:, 1:] != -100).sum() / dist.get_world_size()
     mine = parallel.cut(mine) if parallel else mine
     return {**mine, "num_items_in_batch": count}

@@ -15,7 +15,7 @@ from inplace_ttt.hf.sharding import is_sharded
 from inplace_ttt.train import loss as loss_module
 from inplace_ttt.train import run as run_module
 from inplace_ttt.train.recipe import make_recipe
-from inplace_ttt.train.sizes import fitting_lr
+from inplace_ttt.train.sizes import choose_lr
 
 
 def runs(several: list[tuple[dict[str, Any], bool, int]]) -> list[Any]:
@@ -26,7 +26,7 @@ def runs(several: list[tuple[dict[str, Any], bool, int]]) -> list[Any]:
         try:
             with (
                 patch.object(run_module, "plot_losses"),
-                patch.object(run_module, "fitting_lr", on_the_device),
+                patch.object(run_module, "choose_lr", on_the_device),
                 patch.object(loss_module, "tokens_at_once", piece),
             ):
                 output = run_module.run(make_recipe(values), resume=resume, console=Console(quiet=True))
@@ -50,7 +50,7 @@ def piece(vocabulary: int) -> int:
 def on_the_device(model: Any, *arguments: Any) -> float:
     """The measurement of an inner learning rate is made where the training is: on shards, not on whole copies."""
     assert is_sharded(model) == (os.environ.get("WORLD_SIZE", "1") != "1")
-    return fitting_lr(model, *arguments)
+    return choose_lr(model, *arguments)
 
 
 runs.starts_itself = True  # type: ignore[attr-defined]

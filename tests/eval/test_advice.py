@@ -71,8 +71,8 @@ def test_correlations_in_words() -> None:
     assert "4 correlations were looked at; one in twenty looks clear by chance." in lines
     assert any("a higher effective rank of the fast weights in layer 0 (r = +1.00" in line for line in lines)
     rows = [{"layer": 0, "figure": "key_overlap", "windows": 12, "r": 0.3}]
-    (line,) = diagnostics.verdicts({"what goes with a gain": rows})
-    assert "no layer's overlap of new keys with what was learned went clearly" in line
+    (line,) = diagnostics.verdicts({"which measurements correlate with the gain": rows})
+    assert "no layer's overlap of new keys with what was learned correlates clearly" in line
 
 
 def test_what_to_try_when_updates_hurt() -> None:

@@ -215,7 +215,9 @@ def test_missing_data_and_wrong_names_are_said(monkeypatch: pytest.MonkeyPatch) 
         raise ConnectionError("Couldn't reach the Hub\nsecond line")
 
     monkeypatch.setattr(few.func, "load", offline)
-    with pytest.raises(UserError, match=r"of task piqa cannot be had \(Couldn't reach the Hub\); .*: piqa, mmlu$"):
+    with pytest.raises(
+        UserError, match=r"could not load the data of task piqa \(Couldn't reach the Hub\); .*: piqa, mmlu$"
+    ):
         run(model, tok, ["piqa", "mmlu"])
     assert len(harness_tasks.RULER) == 13
 

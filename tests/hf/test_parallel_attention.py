@@ -1,4 +1,4 @@
-"""Attention of slices in its three ways. The CUDA kernel's documented meaning is written out here for the CPU."""
+"""Attention of slices in its three methods. The CUDA kernel's documented meaning is written out here for the CPU."""
 
 from itertools import pairwise
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from inplace_ttt.fast.ranks import Slices
 from inplace_ttt.hf import parallel_attention
-from inplace_ttt.hf.parallel_attention import RowSlices, attend, best_way, working_ways
+from inplace_ttt.hf.parallel_attention import RowSlices, attend, choose_method, choose_methods
 
 T = 48
 
@@ -43,9 +43,9 @@ CASES = [("blocks", None, None), *(("varlen", window, n) for window in (None, 1,
 
 
 @pytest.mark.parametrize("slices", [Slices(2, 0), Slices(2, 1), Slices(4, 2, head_tail=False)], ids=str)
-@pytest.mark.parametrize(("way", "window", "lengths"), CASES)
+@pytest.mark.parametrize(("method", "window", "lengths"), CASES)
 def test_every_way_equals_the_dense_mask_gradients_too(
-    way: str, window: int | None, lengths: list[int] | None, slices: Slices, monkeypatch: pytest.MonkeyPatch
+    method: str, window: int | None, lengths: list[int] | None, slices: Slices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parallel_attention, "_varlen", _kernel)
     documents = None
@@ -53,7 +53,7 @@ def test_every_way_equals_the_dense_mask_gradients_too(
         documents = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)]).expand(2, T)
     query, keys, values = (torch.randn(2, heads, T, 8, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2))
     found = []
-    for chosen in (way, "mask"):
+    for chosen in (method, "mask"):
         call = RowSlices(slices, None, 2, T, documents)
         out = attend(call, slices.cut(query, 2), keys, values, 0.3, window, chosen)
         found.append([out, *torch.autograd.grad(out.pow(3).sum(), (query, keys, values))])
@@ -67,8 +67,8 @@ def test_blocks_far_apart_in_size_merge_without_overflow() -> None:
         keys[:, :, : T // 4] *= 1e4
     call = RowSlices(slices, None, 1, T, None)
     found = []
-    for way in ("blocks", "mask"):
-        out = attend(call, slices.cut(query, 2), keys, values, 1.0, None, way)
+    for method in ("blocks", "mask"):
+        out = attend(call, slices.cut(query, 2), keys, values, 1.0, None, method)
         found.append([out, *torch.autograd.grad(out.square().sum(), (query, keys, values))])
     for ours, exact in zip(*found, strict=True):
         assert ours.isfinite().all()
@@ -76,26 +76,26 @@ def test_blocks_far_apart_in_size_merge_without_overflow() -> None:
 
 
 def test_a_cpu_goes_by_blocks_where_it_can() -> None:
-    ways = working_ways("cpu", 4, 2, 16)
-    assert {way for (_, simple), way in ways.items() if simple} == {"blocks"}
-    assert not any(not simple for _, simple in ways)
+    methods = choose_methods("cpu", 4, 2, 16)
+    assert {method for (_, simple), method in methods.items() if simple} == {"blocks"}
+    assert not any(not simple for _, simple in methods)
 
 
 @pytest.mark.parametrize("simple", [True, False])
 def test_a_method_is_chosen_when_it_agrees_with_the_dense_mask(simple: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     right = {True: "blocks", False: "varlen"}[simple]
     monkeypatch.setattr(parallel_attention, "_varlen", _kernel)
-    assert best_way("cpu", torch.bfloat16, 4, 2, 16, simple) == right
+    assert choose_method("cpu", torch.bfloat16, 4, 2, 16, simple) == right
     wrong = lambda *tensors: _kernel(*tensors[:-1], tensors[-1] and tensors[-1] + 1)  # noqa: E731
     monkeypatch.setattr(parallel_attention, "_varlen", wrong)
-    assert best_way("cpu", torch.bfloat16, 4, 2, 16, simple) == ("blocks" if simple else "mask")
+    assert choose_method("cpu", torch.bfloat16, 4, 2, 16, simple) == ("blocks" if simple else "mask")
     monkeypatch.undo()
     monkeypatch.setattr(parallel_attention, "attend_in_blocks", lambda query, *_: query.transpose(1, 2))
-    assert best_way("cpu", torch.bfloat16, 4, 2, 16, simple) == "mask", "no varlen on the CPU"
+    assert choose_method("cpu", torch.bfloat16, 4, 2, 16, simple) == "mask", "no varlen on the CPU"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("key_heads", [16, 8])
 def test_fast_kernels_work_on_a_gpu(key_heads: int) -> None:
-    ways = working_ways("cuda", 16, key_heads, 128)
-    assert {simple: way for (_, simple), way in ways.items()} == {True: "blocks", False: "varlen"}
+    methods = choose_methods("cuda", 16, key_heads, 128)
+    assert {simple: method for (_, simple), method in methods.items()} == {True: "blocks", False: "varlen"}

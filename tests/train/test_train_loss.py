@@ -22,7 +22,7 @@ from families import BUILDERS, adapted, plain
 from inplace_ttt import from_pretrained, updates_off
 from inplace_ttt.hf.attach import runtime_of
 from inplace_ttt.train import loss as module
-from inplace_ttt.train.loss import loss_in_pieces, tokens_at_once, why_whole
+from inplace_ttt.train.loss import loss_in_pieces, reason_for_whole_logits, tokens_at_once
 from inplace_ttt.train.packing import IGNORED
 from inplace_ttt.train.prepare import prepare
 from inplace_ttt.train.recipe import make_recipe
@@ -118,7 +118,7 @@ def test_activation_checkpointing() -> None:
 def test_every_family(family: str) -> None:
     model = adapted(family)
     if family in WHOLE:
-        assert WHOLE[family] in str(why_whole(model))
+        assert WHOLE[family] in str(reason_for_whole_logits(model))
     else:
         assert_alike(model, packed())
 
@@ -212,8 +212,8 @@ def scaled(model: Any, change: Callable[[Tensor], Tensor]) -> Any:
 )
 def test_changed_logits_are_seen(change: Callable[[Tensor], Tensor]) -> None:
     """Even where the numbers are the same by chance."""
-    assert why_whole(scaled(llama(), lambda x: x)) is None
-    assert "changes its logits" in str(why_whole(scaled(llama(), change)))
+    assert reason_for_whole_logits(scaled(llama(), lambda x: x)) is None
+    assert "changes its logits" in str(reason_for_whole_logits(scaled(llama(), change)))
 
 
 def _capped() -> Any:
@@ -261,11 +261,11 @@ def test_the_look_changes_nothing_and_needs_no_weights() -> None:
     model = llama()
     model.model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
     before, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-    assert why_whole(model) is None
+    assert reason_for_whole_logits(model) is None
     assert torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     with torch.device("meta"):
-        assert why_whole(LlamaForCausalLM(model.config)) is None
+        assert reason_for_whole_logits(LlamaForCausalLM(model.config)) is None
 
 
 def test_models_are_themselves_again_afterwards() -> None:
@@ -315,7 +315,7 @@ def test_a_run_logs_the_same_losses(
     for kind in ("pieces", "whole"):
         if kind == "whole":
             assert {True, False} == set(seen), "training and validation both came from pieces"
-            monkeypatch.setattr(module, "why_whole", lambda model: "for this test")
+            monkeypatch.setattr(module, "reason_for_whole_logits", lambda model: "for this test")
         count = len(seen)
         recipe = make_recipe(values | RUNS[name] | {"output": str(tmp_path / kind), "eval_every": 4})
         output = run(recipe, console=Console(quiet=True))

@@ -29,7 +29,7 @@ from inplace_ttt.train.parallel import start
 from inplace_ttt.train.prepare import prepare
 from inplace_ttt.train.recipe import load_recipe, make_recipe
 from inplace_ttt.train.run import build_trainer, run
-from inplace_ttt.train.sizes import fitting_lr, update_sizes
+from inplace_ttt.train.sizes import choose_lr, update_sizes
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TTT = {"layers": "0::1", "chunk_size": 16, "lr": 1.0}
@@ -233,7 +233,7 @@ def test_one_relative_update_fits_every_target_width_and_chunk(target: str, widt
     config = inplace_ttt.InPlaceTTTConfig(layers="0::1", chunk_size=chunk_size, target=target)
     inplace_ttt.attach(model, config)
     row = {"input_ids": torch.randint(0, 300, (1, 200))}
-    lr = fitting_lr(model, row, 3e-3)
+    lr = choose_lr(model, row, 3e-3)
     with torch.no_grad():  # what the probe stands for, as the model itself then sees it
         for layer in model.model.layers:
             layer.mlp.ttt_conv.weight.fill_(1 / 5)
@@ -247,7 +247,7 @@ def test_a_run_that_goes_on_keeps_the_inner_lr_that_it_chose(
     values |= {"ttt": {k: v for k, v in TTT.items() if k != "lr"}, "ttt_relative_update": 3e-3, "save_every": 8}
     train(make_recipe(values))
     chosen = inplace_ttt.fast_settings(inplace_ttt.from_pretrained(Path(values["output"]) / "model"))["lr"]
-    monkeypatch.setattr("inplace_ttt.train.run.fitting_lr", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("inplace_ttt.train.run.choose_lr", lambda *_: pytest.fail("measured again"))
     train(make_recipe(values), resume=True)
     again = inplace_ttt.fast_settings(inplace_ttt.from_pretrained(Path(values["output"]) / "model"))["lr"]
     assert again == chosen

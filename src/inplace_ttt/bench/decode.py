@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..hf.attach import runtime_of, set_lr
 from ..hf.cache import cache_name
 from ..hf.graph import DecodingGraph
-from .materialised import weighty_lr
+from .materialised import choose_large_lr
 from .prefill import LAYERS, build, plain_twin
 from .timing import measured
 
@@ -81,7 +81,7 @@ def measure(
         for name, one in (("no TTT", plain), ("ours", model)):
             graphs = Decoding(one, StaticCache(one.config, max_cache_len=length), way)
             if one is model:
-                set_lr(model, weighty_lr(model, ids))
+                set_lr(model, choose_large_lr(model, ids))
             errors[name] = differs(graphs, ids, C - C // 4)
             log(f"{name}: steps differ from one pass by {errors[name]:.2e}")
             runs[f"eager, {name}"] = Decoding(one, DynamicCache(config=one.config), "eager"), few

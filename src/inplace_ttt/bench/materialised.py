@@ -71,7 +71,7 @@ def timed(
     return measured(runs, device, rounds=rounds)
 
 
-def weighty_lr(model: nn.Module, ids_1T: Tensor) -> float:
+def choose_large_lr(model: nn.Module, ids_1T: Tensor) -> float:
     """Return an inner learning rate at which the fast weights after ``ids`` are ``SHARE`` of the slow ones."""
     out = model(ids_1T, use_cache=True, logits_to_keep=1)
     sites = {site.index: site for site in runtime_of(model).sites}
@@ -90,7 +90,7 @@ def check(model: nn.Module, ids_1T: Tensor) -> float:
     UserError where it is more than ``OFF``: wrong results are not timed.
     """
     before = runtime_of(model).config.lr
-    set_lr(model, weighty_lr(model, ids_1T))
+    set_lr(model, choose_large_lr(model, ids_1T))
     try:
         ours = model(ids_1T, use_cache=False).logits.float()
         with formula():

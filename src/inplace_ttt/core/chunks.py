@@ -115,13 +115,13 @@ class ChunkTable:
     """bool [B, M]: the slot begins a document: S = 0 before it."""
     tail: Tensor | None = None
     """int64 [B, C] extended positions of the tokens pending after the call, -1 where none."""
-    rest: Tensor | None = None
+    outside_slots: Tensor | None = None
     """int64 [R]: new tokens b * T + t in no slot (S = 0 for them, and no update that matters)."""
     real: Tensor | None = None
     """bool [B, T] on the CPU: which new tokens are real; None: all."""
 
     @property
-    def appends(self) -> bool:
+    def is_pending_only(self) -> bool:
         """Tell if the call only adds to the pending tokens: it completes no chunk and has no padding."""
         return self.index is None and self.prefix + self.tokens < self.chunk_size
 
@@ -139,7 +139,7 @@ class ChunkTable:
         """Return the same table with its tensors on ``device``."""
         if self.index is None or self.index.device == device:
             return self
-        moved = {name: getattr(self, name) for name in ("index", "update", "reset", "tail", "rest")}
+        moved = {name: getattr(self, name) for name in ("index", "update", "reset", "tail", "outside_slots")}
         return replace(self, **{name: value.to(device) for name, value in moved.items() if value is not None})
 
     def select(self, rows: Tensor) -> "ChunkTable":
@@ -147,15 +147,15 @@ class ChunkTable:
         assert self.index is not None
         assert self.update is not None
         assert self.reset is not None
-        assert self.rest is not None
-        alone = torch.zeros(self.rows * self.tokens, dtype=torch.bool, device=self.rest.device)
-        alone[self.rest] = True
+        assert self.outside_slots is not None
+        alone = torch.zeros(self.rows * self.tokens, dtype=torch.bool, device=self.outside_slots.device)
+        alone[self.outside_slots] = True
         return ChunkTable(
             *(self.chunk_size, len(rows), self.tokens, self.prefix, self.steps, self.updates),
             index=self.index[rows],
             update=self.update[rows],
             reset=self.reset[rows],
-            rest=alone.view(self.rows, self.tokens)[rows].flatten().nonzero().flatten(),
+            outside_slots=alone.view(self.rows, self.tokens)[rows].flatten().nonzero().flatten(),
         )
 
     @classmethod
@@ -265,6 +265,6 @@ def _irregular(documents: Tensor, C: int, before: tuple[int, ...], keep_state: b
     return ChunkTable(
         chunk_size=C, rows=B, tokens=T, prefix=P, steps=steps, updates=updates, keep_state=keep_state,
         seen=tuple(after.tolist()), restarted=tuple(restarted.tolist()), index=kept_index, update=kept_update,
-        reset=kept_reset, tail=tail, rest=alone[:, P:].flatten().nonzero().flatten(),
+        reset=kept_reset, tail=tail, outside_slots=alone[:, P:].flatten().nonzero().flatten(),
         real=None if bool(real.all()) else real,
     )  # fmt: skip

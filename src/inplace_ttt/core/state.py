@@ -159,7 +159,7 @@ class FastWeights:
         self.seen = seen
 
     def _set_pending(self, table: ChunkTable, z_BTF: Tensor, u_BTD: Tensor) -> None:
-        if table.appends:
+        if table.is_pending_only:
             self.z, self.u = self._append(self.z, z_BTF), self._append(self.u, u_BTD)
         else:
             past_z, past_u = self.past(table)

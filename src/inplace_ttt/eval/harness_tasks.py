@@ -129,4 +129,4 @@ def _load(name: str, spec: Any, names: Sequence[str], manager: Any) -> list[Any]
     except OSError as error:  # every kind of missing file or network, local or remote
         known = [n for n in names if n in PAPER + RULER_DOWNLOADS]
         also = f"; of the tasks asked for, these download data: {', '.join(known)}" if known else ""
-        raise UserError(f"the data of task {name} cannot be had ({str(error).splitlines()[0]}){also}") from None
+        raise UserError(f"could not load the data of task {name} ({str(error).splitlines()[0]}){also}") from None

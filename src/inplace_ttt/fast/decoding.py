@@ -91,8 +91,8 @@ class StepBuffers:
         return plain(z_B1F) + torch.bmm(z, self.folded.mT)
 
 
-class StepClock:
-    """A counter of the next token's place in every row's buffer: one copy per device, and the host's record of it."""
+class StepPositions:
+    """Positions of the next token in every row's buffer: a copy on each device, and the host's record of it."""
 
     def __init__(self) -> None:
         self._at: tuple[int, ...] | None = None
@@ -111,7 +111,7 @@ class StepClock:
         self._at = at
         return {device: self._where[device] for device in devices}
 
-    def tick(self) -> None:
+    def advance(self) -> None:
         """Advance by one token in every row."""
         if self._at is not None:
             self._at = tuple(n + 1 for n in self._at)

@@ -213,12 +213,14 @@ def scan(
         raise ValueError("the output width is unknown: pass weight, state, targets or width")
     kept = table.keep_state and table.changes_state
     inputs = (z_BTF, v_BND, weight_DF, bias_D, state_BDF, past_BPF)
-    unwound = backend == "segments" and table.index is None and keep == 1.0 and table.updates > 0
-    unwound = unwound and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    # The backward of a regular call unwinds S from its last value.
+    needs_last = backend == "segments" and table.index is None and keep == 1.0 and table.updates > 0
+    needs_last = needs_last and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     out, state = scan_op(
         *(z_BTF, None if v_BND is None else v_BND.to(z_BTF.dtype), weight_DF, bias_D, state_BDF),
-        *(past_BPF if table.prefix and table.updates else None, table.index, table.update, table.reset, table.rest),
-        *(lr, keep, table.chunk_size, table.prefix, table.steps, table.updates, backend, D, kept or unwound),
+        *(past_BPF if table.prefix and table.updates else None, table.index, table.update, table.reset),
+        *(table.outside_slots, lr, keep, table.chunk_size, table.prefix, table.steps, table.updates, backend, D),
+        kept or needs_last,
     )
     return out, state if kept else state_BDF if table.keep_state else None
 

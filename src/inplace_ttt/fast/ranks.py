@@ -99,7 +99,7 @@ class SliceTable:
         return replace(self, table=self.table.to(device), weights=weights, carry=self.carry.to(device))
 
     @property
-    def scanned(self) -> ChunkTable:
+    def scan_table(self) -> ChunkTable:
         """Return the table for the scan: inside a regular piece no token sees the update of the last chunk."""
         table, last = self.table, max(self.table.tokens - 1, 0)
         return table if table.index is not None else replace(table, updates=last // table.chunk_size)
@@ -216,12 +216,12 @@ def scan_slice(
     backward together; only ``exclusive_scan`` communicates, and not at all if no document crosses a piece boundary.
     """
     rule.need("additive", "a row cut over processes")
-    scanned, state = table.scanned, None
+    scan_table, state = table.scan_table, None
     if v_RND is not None and table.continues:
         totals = piece_totals(chunked(z_RNF, None, table.table), v_RND, table, rule, slow)
         state = {"S": exclusive_scan(totals, table, group)}
-    seen = None if v_RND is None or not scanned.updates else v_RND[:, : scanned.updates * scanned.chunk_size]
-    return scan(Call(rule, scanned, z_RNF, seen, width, None, weight, bias, slow, state)).out
+    seen = None if v_RND is None or not scan_table.updates else v_RND[:, : scan_table.updates * scan_table.chunk_size]
+    return scan(Call(rule, scan_table, z_RNF, seen, width, None, weight, bias, slow, state)).out
 
 
 def piece_totals(

@@ -41,7 +41,7 @@ class Runtime:
         self.parameters = list(inspect.signature(base.forward).parameters)
         self.cache_name = cache_name(base)
         self.model = model
-        self.prepared: Step | None = None
+        self.prepared_step: Step | None = None
         """Step prepared by the caller, who must also call ``end()`` (``DecodingGraph``)."""
         self.tokens_are_real = PerThread(False)
         """True if the tokens of the next call are known to be real (``generate`` wrote them)."""
@@ -103,7 +103,7 @@ class Runtime:
             )
         tokens_are_real = self.tokens_are_real.get()
         self.tokens_are_real.clear()
-        step, self.prepared = self.prepared, None
+        step, self.prepared_step = self.prepared_step, None
         mine, settings, inner = step is None, self.settings, self.inner.get()
         context = CallContext(inner, settings)
         context.outer = self._current.get()

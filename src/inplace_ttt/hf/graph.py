@@ -101,7 +101,7 @@ class DecodingGraph:
 
     def _run(self, cache: StaticCache, step: Step | None) -> Tensor:
         if self.runtime is not None:
-            self.runtime.prepared = step
+            self.runtime.prepared_step = step
         logits: Tensor = self._call(self._ids, **{cache_name(self.root): cache}).logits
         return logits
 

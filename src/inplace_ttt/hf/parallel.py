@@ -28,7 +28,7 @@ from ..fast.ranks import Group, Slices, SliceTable, scan_slice
 from .attach import is_attached, runtime_of, unwrap
 from .calls import CALL
 from .context import rows_are_cut
-from .parallel_attention import GATHER, RowSlices, working_ways
+from .parallel_attention import GATHER, RowSlices, choose_methods
 from .settings import Settings
 
 IGNORED = -100
@@ -166,7 +166,7 @@ class ContextParallel:
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         key_heads = getattr(config, "num_key_value_heads", None) or heads
-        call.ways = working_ways(source.device.type, heads, key_heads, width)
+        call.methods = choose_methods(source.device.type, heads, key_heads, width)
         if is_attached(self.model):
             call.begin = partial(SliceCall, call, rows, tokens)
             settings = runtime_of(self.model).settings

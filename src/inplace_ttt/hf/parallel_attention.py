@@ -1,7 +1,7 @@
 """Attention of a slice of a row: its own queries against the whole row's keys and values, gathered from all ranks.
 
-Three ways to compute it, the first that works on the device: ``blocks`` (``block_attention.py``: the kernel for whole
-rows, once for a piece's own keys and once for those before it; rows of one document without a window), ``varlen``
+Three methods, of which the first that works on the device is taken: ``blocks`` (``block_attention.py``: the kernel for
+whole rows, once for a piece's own keys and once for those before it; rows of one document without a window), ``varlen``
 (PyTorch's flash attention for contiguous documents: supports causal offsets, windows and document bounds directly),
 ``mask`` (a dense mask, a piece at a time; anywhere).
 
@@ -38,7 +38,7 @@ class RowSlices:
         self.slices, self.group, self.rows, self.tokens, self.documents = slices, group, rows, tokens, documents
         self.table: SliceTable | None = None
         self.native = False  # attention is PyTorch's own for slices
-        self.ways: dict[tuple[torch.dtype, bool], str] = {}  # by dtype and "undivided rows, no window"
+        self.methods: dict[tuple[torch.dtype, bool], str] = {}  # by dtype and "undivided rows, no window"
         self.attended = 0  # attention layers that have run
         self.begin: Any = None  # makes the adapting layers' call from the settings
         self._made: dict[Any, Any] = {}
@@ -132,8 +132,8 @@ def gather_attention(
         return native(query.contiguous(), keys, values, is_causal=True, scale=scale).transpose(1, 2), None
     gathered: Any = _Gather.apply(pair, call.group)  # type: ignore[no-untyped-call]
     keys, values = slices.join(list(gathered), 3)
-    way = call.ways.get((dtype, sliding_window is None and call.documents is None), "mask")
-    return attend(call, query, keys, values, scale, sliding_window, way), None
+    method = call.methods.get((dtype, sliding_window is None and call.documents is None), "mask")
+    return attend(call, query, keys, values, scale, sliding_window, method), None
 
 
 AttentionInterface.register(GATHER, gather_attention)
@@ -167,14 +167,14 @@ def varlen(*tensors: Any, **settings: Any) -> Tensor:
 
 
 def attend(
-    call: RowSlices, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None, way: str
+    call: RowSlices, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None, method: str
 ) -> Tensor:
     """Attend: query [B, H, k * t, d] of this rank's pieces, keys, values [B, G, T, d] of rows -> [B, k * t, H, d]."""
     own = call.slices.of(call.slices.rank)
-    if way == "blocks":
+    if method == "blocks":
         return attend_in_blocks(query, keys, values, own, scale)
     keys, values = (repeated(x, query.shape[1]) for x in (keys, values))
-    attend_piece = {"varlen": _by_documents, "mask": _by_mask}[way]
+    attend_piece = {"varlen": _by_documents, "mask": _by_mask}[method]
     outs = [
         attend_piece(call, piece, q, keys, values, scale, window)
         for piece, q in zip(own, query.chunk(len(own), 2), strict=True)
@@ -219,7 +219,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, *lengths_scale_window: Any) -> Tens
 
 
 @lru_cache(maxsize=64)
-def working_ways(device: str, heads: int, key_heads: int, width: int) -> dict[tuple[torch.dtype, bool], str]:
+def choose_methods(device: str, heads: int, key_heads: int, width: int) -> dict[tuple[torch.dtype, bool], str]:
     """Return the method by dtype and simplicity (one document a row, no window); missing entries: the dense mask.
 
     It runs trials, so do not call it inside a layer: activation checkpointing would record them as the layer's own.
@@ -229,25 +229,27 @@ def working_ways(device: str, heads: int, key_heads: int, width: int) -> dict[tu
     if device != "cuda":
         return {}
     half = (torch.bfloat16, torch.float16)
-    return {(d, simple): best_way(device, d, heads, key_heads, width, simple) for d in half for simple in (True, False)}
+    return {
+        (d, simple): choose_method(device, d, heads, key_heads, width, simple) for d in half for simple in (True, False)
+    }
 
 
-def best_way(device: str, dtype: torch.dtype, heads: int, key_heads: int, width: int, simple: bool) -> str:
+def choose_method(device: str, dtype: torch.dtype, heads: int, key_heads: int, width: int, simple: bool) -> str:
     """Return the first method that agrees with the dense mask for head-tail slices of a small row on two ranks."""
     T, window = 256, None if simple else 48
     documents = None if simple else (torch.arange(T) >= 100).long()[None]
 
-    def run(way: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def run(method: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         calls = [RowSlices(Slices(2, rank), None, 1, T, documents) for rank in range(2)]
-        outs = [attend(call, call.slices.cut(q, 2), k, v, width**-0.5, window, way) for call in calls]
+        outs = [attend(call, call.slices.cut(q, 2), k, v, width**-0.5, window, method) for call in calls]
         return calls[0].slices.join(outs)
 
-    for way in ("blocks", "varlen") if simple else ("varlen",):
+    for method in ("blocks", "varlen") if simple else ("varlen",):
         shapes = [(1, count, T, width) for count in (heads, key_heads, key_heads)]
-        found = fault(partial(run, way), partial(run, "mask"), shapes, torch.device(device), dtype)
+        found = fault(partial(run, method), partial(run, "mask"), shapes, torch.device(device), dtype)
         if found is None:
-            return way
-        logger.warning("attention over slices: %s %s", way, found)
+            return method
+        logger.warning("attention over slices: %s %s", method, found)
     logger.warning("attention over slices: no fast kernel works here; a dense mask is used (slow, much memory)")
     return "mask"
 

@@ -51,10 +51,10 @@ def shard_layers(
     return root
 
 
-def from_first(model: PreTrainedModel | None) -> PreTrainedModel:
+def broadcast_structure(model: PreTrainedModel | None) -> PreTrainedModel:
     """Broadcast the model's structure: rank 0 keeps its model; the others pass None and get a copy on the meta device.
 
-    Buffers, settings, fast weights and the random state are copied. All ranks call it, then ``shard_from_first``.
+    Buffers, settings, fast weights and the random state are copied. All ranks call it, then ``broadcast_and_shard``.
     """
     sent: list[Any] = [None, None, None]
     if model is not None:
@@ -68,8 +68,8 @@ def from_first(model: PreTrainedModel | None) -> PreTrainedModel:
     return model
 
 
-def shard_from_first(model: PreTrainedModel, mesh: Any, **settings: Any) -> PreTrainedModel:
-    """Run ``shard_layers`` on the result of ``from_first``: only rank 0 ever holds all of the weights."""
+def broadcast_and_shard(model: PreTrainedModel, mesh: Any, **settings: Any) -> PreTrainedModel:
+    """Run ``shard_layers`` on the result of ``broadcast_structure``: only rank 0 ever holds all of the weights."""
     first = dist.get_rank() == 0
     weights: dict[str, Any] = {n: p.detach() for n, p in model.named_parameters()} if first else {}
     root: Any = shard_layers(model, mesh, **settings)
@@ -140,13 +140,17 @@ class Meshes:
     """``DeviceMesh`` for ``enable_context_parallel``."""
 
     @property
-    def readers(self) -> int:
+    def row_groups(self) -> int:
         """Return the number of groups of processes that read different rows."""
         return self.data * self.shard
 
     @property
-    def reader(self) -> int:
+    def row_group(self) -> int:
+        """Return the number of this process's group."""
         return int(dist.get_rank() // self.context)
+
+    readers, reader = row_groups, row_group
+    """Older names."""
 
 
 def make_meshes(device: str, *, data: int = 1, shard: int = 1, context: int = 1) -> Meshes:
@@ -161,7 +165,7 @@ def make_meshes(device: str, *, data: int = 1, shard: int = 1, context: int = 1)
             f"{count} were started"
         )
     both = init_device_mesh(device, (data, shard * context), mesh_dim_names=("replicate", "shard"))
-    slices = init_device_mesh(device, (data * shard, context), mesh_dim_names=("reader", "context"))
+    slices = init_device_mesh(device, (data * shard, context), mesh_dim_names=("row_group", "context"))
     return Meshes(data, shard, context, both["shard"] if data == 1 else both, slices["context"])
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..core import complete
-from ..fast.decoding import StepClock
+from ..fast.decoding import StepPositions
 from .cache import FastCacheLayer, fast_layers
 from .calls import CALL
 from .masks import read_mask
@@ -20,7 +20,7 @@ from .settings import Settings
 from .sites import LayerSite
 from .tensor_parallel import is_split
 
-CLOCK = "_inplace_ttt_clock"
+POSITIONS = "_inplace_ttt_step_positions"
 
 
 def source_of(given: dict[str, Any]) -> Tensor | None:
@@ -42,14 +42,18 @@ class Step:
     """A step of one cache."""
 
     def __init__(
-        self, sites: dict[int, LayerSite], slots: dict[int, FastCacheLayer], settings: Settings, clock: StepClock
+        self,
+        sites: dict[int, LayerSite],
+        slots: dict[int, FastCacheLayer],
+        settings: Settings,
+        positions: StepPositions,
     ) -> None:
-        self.sites, self.slots, self.settings, self.clock = sites, slots, settings, clock
+        self.sites, self.slots, self.settings, self.positions = sites, slots, settings, positions
         fasts = [slot.fast for slot in slots.values()]
         self.rows, self.tokens = fasts[0].rows, 1
         C = fasts[0].chunk_size
         pending = tuple(n % C for n in fasts[0].seen)
-        self.where = clock.set(pending, C, {fast.z.device for fast in fasts if fast.z is not None})
+        self.where = positions.set(pending, C, {fast.z.device for fast in fasts if fast.z is not None})
 
     @staticmethod
     def begin(
@@ -82,7 +86,7 @@ class Step:
                 return None
         for i, slot in slots.items():
             slot.begin_step(weights[i], settings.rule.lr, sites[i].width)
-        return Step(sites, slots, settings, cache.__dict__.setdefault(CLOCK, StepClock()))
+        return Step(sites, slots, settings, cache.__dict__.setdefault(POSITIONS, StepPositions()))
 
     def project(self, site: LayerSite, module: Any, z: Tensor, u: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the projection's output [B, 1, D] for z [B, 1, F] and u [B, 1, D], which the layer keeps."""
@@ -94,7 +98,7 @@ class Step:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def end(self) -> None:
         """Count the token and update the fast weights by the chunks that it completed."""
-        self.clock.tick()
+        self.positions.advance()
         for i, site in self.sites.items():
             fast = self.slots[i].fast
             if rows := fast.end_step():

@@ -39,7 +39,7 @@ def loss_in_pieces(model: PreTrainedModel, say: Callable[[str], None] = lambda l
 
     A model for which this would be wrong keeps whole logits; ``say`` then gets one line.
     """
-    reason = why_whole(model)
+    reason = reason_for_whole_logits(model)
     if reason is not None:
         say(f"the loss needs whole logits, tokens x vocabulary: {reason}")
         yield
@@ -133,8 +133,8 @@ class _Loss(torch.autograd.Function):
         return None if d_hidden is None else d_hidden * scale.to(d_hidden.dtype), *found, None, None
 
 
-def why_whole(model: PreTrainedModel) -> str | None:
-    """Say why the loss of this model needs whole logits; None when it does not.
+def reason_for_whole_logits(model: PreTrainedModel) -> str | None:
+    """Return why the loss of this model needs whole logits; None when it does not.
 
     The model's own forward is run between base model and loss, with stand-ins for both and for the head: what the head
     gave must be what the loss gets, unchanged. Nothing of the model is run or changed, so it may be anywhere: on

@@ -25,12 +25,12 @@ from inplace_ttt.hf.checkpoint import save_base, save_pretrained
 from inplace_ttt.hf.parallel import ContextParallel, enable_context_parallel
 from inplace_ttt.hf.sharding import (
     Meshes,
-    from_first,
+    broadcast_and_shard,
+    broadcast_structure,
     is_sharded,
     load_sharded,
     make_meshes,
     save_sharded,
-    shard_from_first,
     whole_state,
 )
 from inplace_ttt.train.packing import IGNORED
@@ -54,7 +54,7 @@ class Rank:
             self.meshes = make_meshes(device, data=spec.data, shard=spec.shard, context=spec.context)
         self.context: ContextParallel | None = None
 
-        self.reading_groups = 1 if self.meshes is None else self.meshes.readers
+        self.row_groups = 1 if self.meshes is None else self.meshes.row_groups
         """Groups of processes that read different rows."""
 
     def on_main_first(self, work: Callable[[], T]) -> T:
@@ -76,12 +76,12 @@ class Rank:
         """Call ``work``, for ``shard``: on the main process alone where that gives the others their parts of it."""
         if self.meshes is None:
             return work()
-        return from_first(self.on_main_first(lambda: work() if self.is_main else None))
+        return broadcast_structure(self.on_main_first(lambda: work() if self.is_main else None))
 
     def shard(self, model: PreTrainedModel, precision: torch.dtype | None) -> None:
         """Shard a built model, which still reads whole rows; or put it on the device of a process alone."""
         if self.meshes is not None:
-            shard_from_first(model, self.meshes.parameters, precision=precision)
+            broadcast_and_shard(model, self.meshes.parameters, precision=precision)
         elif self.is_alone:
             model.to(self.device)  # type: ignore[arg-type]
         model.__dict__["_is_accelerate_prepared"] = not self.is_alone
@@ -147,8 +147,8 @@ class ParallelTrainer(PackedTrainer):
         """Give this process its rows of every batch, in the order of one process."""
         rows: Any = self.train_dataset
         own = self.args.per_device_train_batch_size
-        first = 0 if self.rank.meshes is None else self.rank.meshes.reader * own
-        together = own * self.rank.reading_groups
+        first = 0 if self.rank.meshes is None else self.rank.meshes.row_group * own
+        together = own * self.rank.row_groups
         batches = range(0, len(rows) // together * together, together)
         workers = self.args.dataloader_num_workers
         return DataLoader(

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from inplace_ttt.hf.attach import adapting_layers, is_attached
 from inplace_ttt.hf.auto import base_config
-from inplace_ttt.train.loss import tokens_at_once, why_whole
+from inplace_ttt.train.loss import reason_for_whole_logits, tokens_at_once
 from inplace_ttt.train.model import prepare_trainable
 from inplace_ttt.train.specs import ModelSpec, ParallelSpec, Recipe, TokenizerSpec
 from inplace_ttt.train.tokenizer import load_tokenizer
@@ -126,7 +126,7 @@ def plan(recipe: Recipe, *, logit_tokens: int | None = None) -> Plan:
     head_norms = any(name.endswith("q_norm") for name, _ in model.named_modules())
     checkpointing, trains_all = recipe.activation_checkpointing, recipe.trainable == "all"
     scored = logit_tokens or tokens
-    if logit_tokens is None and spec.tensor == 1 and why_whole(model) is None:
+    if logit_tokens is None and spec.tensor == 1 and reason_for_whole_logits(model) is None:
         scored = min(scored, tokens_at_once(V))
     by_piece = logit_tokens is None and scored < tokens
 

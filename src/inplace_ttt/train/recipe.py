@@ -349,10 +349,10 @@ def _check_parallel(recipe: Recipe, spec: ParallelSpec, config: InPlaceTTTConfig
     for name in ("compile", "liger"):
         if getattr(recipe, name):
             raise RecipeError(f"{name}: not supported together with parallel, leave it out")
-    if recipe.batch_size % (readers := spec.data * spec.shard):
+    if recipe.batch_size % (groups := spec.data * spec.shard):
         raise RecipeError(
-            f"batch_size: {recipe.batch_size} rows cannot be dealt to {readers} processes (parallel.data x "
-            f"parallel.shard): use a multiple of {readers}"
+            f"batch_size: {recipe.batch_size} rows cannot be dealt to {groups} processes (parallel.data x "
+            f"parallel.shard): use a multiple of {groups}"
         )
     if spec.tensor > 1:
         if spec.processes != spec.tensor:

@@ -29,7 +29,7 @@ from inplace_ttt.train.parallel import ParallelTrainer, Rank, save_whole, start
 from inplace_ttt.train.plan import flops_per_token, peak_flops
 from inplace_ttt.train.prepare import Prepared, documents_of, prepare
 from inplace_ttt.train.report import evaluate, headline, loss_curve, plot_losses, run_record
-from inplace_ttt.train.sizes import FastWeightMonitor, fitting_lr, two_digits
+from inplace_ttt.train.sizes import FastWeightMonitor, choose_lr, two_digits
 from inplace_ttt.train.specs import Recipe
 from inplace_ttt.train.stream import StreamedRows
 from inplace_ttt.train.trainer import (
@@ -202,7 +202,7 @@ def build_trainer(
     """Build rows, model and Trainer. ``rank``: this process among several; ``last``: the checkpoint to resume."""
     rank = rank or start(recipe.parallel)
     kind: Any = PackedTrainer if recipe.parallel is None else partial(ParallelTrainer, rank=rank)
-    arguments = training_arguments(recipe, checkpoints, rank.reading_groups, autocast=rank.is_alone)
+    arguments = training_arguments(recipe, checkpoints, rank.row_groups, autocast=rank.is_alone)
     torch.set_float32_matmul_precision("high")
     attention = choose_attention(recipe.attn_implementation, arguments.device)
     model: Any = rank.build(partial(build_model, recipe, prepared.tokenizer, attention))
@@ -222,7 +222,7 @@ def build_trainer(
         if last is not None and Path(last, "config.json").is_file():
             lr = _kept_lr(Path(last), recipe.ttt_lr_warmup_steps)
         else:
-            lr = fitting_lr(model, {n: value[None] for n, value in rows[0].items()}, recipe.ttt_relative_update)
+            lr = choose_lr(model, {n: value[None] for n, value in rows[0].items()}, recipe.ttt_relative_update)
         configure(model, lr=lr)
     rank.cut_rows(model)
     attached = is_attached(model)

@@ -142,7 +142,7 @@ def update_sizes(model: nn.Module, row: Mapping[str, Tensor], *, probe: bool = F
     return {layer: statistics.median(found.updates.tolist()) for layer, found in sorted(sizes.items())}
 
 
-def fitting_lr(model: nn.Module, row: Mapping[str, Tensor], relative_update: float) -> float:
+def choose_lr(model: nn.Module, row: Mapping[str, Tensor], relative_update: float) -> float:
     """Return eta, of two digits, for which the probe's update is ``relative_update`` of W0 (geometric mean)."""
     sizes = [size for size in update_sizes(model, row, probe=True).values() if size > 0]
     if not sizes:

@@ -49,10 +49,10 @@ class PackedArguments(TrainingArguments):
         return False
 
 
-def training_arguments(recipe: Recipe, checkpoints: Path, readers: int, autocast: bool) -> PackedArguments:
+def training_arguments(recipe: Recipe, checkpoints: Path, row_groups: int, autocast: bool) -> PackedArguments:
     """Build the Trainer's arguments from a recipe; it writes to ``checkpoints``.
 
-    ``readers``: groups of processes that share a batch's rows. ``autocast``: False where sharding has a mixed
+    ``row_groups``: groups of processes that share a batch's rows. ``autocast``: False where sharding has a mixed
     precision of its own.
     """
     optimizer, has_cuda = recipe.optimizer, torch.cuda.is_available()
@@ -63,7 +63,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path, readers: int, autocast
     return PackedArguments(
         output_dir=str(checkpoints),
         max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size // readers,
+        per_device_train_batch_size=recipe.batch_size // row_groups,
         per_device_eval_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation,
         learning_rate=optimizer.lr,

@@ -56,7 +56,7 @@ def from_options(options: Any, texts: Sequence[EvalText], tokenizer: Any, model:
 def tables(records: Sequence[Record]) -> Tables:
     """Return means by layer, and which measurements correlate with the gain where ``nll`` was measured, too."""
     mine, losses = ([r for r in records if r["suite"] == name] for name in ("diagnostics", "nll"))
-    return {"fast weights": _state(mine), "what goes with a gain": correlations(mine, losses)}
+    return {"fast weights": _state(mine), "which measurements correlate with the gain": correlations(mine, losses)}
 
 
 def _state(records: Sequence[Record]) -> list[Record]:
@@ -92,7 +92,7 @@ def correlations(state: Sequence[Record], nll: Sequence[Record]) -> list[Record]
 
 def verdicts(found: Tables) -> list[str]:
     """Say for each figure of the fast weights in which layers it correlates with the gain."""
-    rows = found.get("what goes with a gain", [])
+    rows = found.get("which measurements correlate with the gain", [])
     lines, any_clear = [], False
     for (figure,), members in by_group(rows, ["figure"]).items():
         clear: dict[str, list[str]] = {}
@@ -107,7 +107,7 @@ def verdicts(found: Tables) -> list[str]:
             lines.append(f"Over {windows} windows, updates gained more with a {side} {name} in {', '.join(places)}.")
         if not clear:
             most = max((row["r"] for row in members), key=abs)
-            unclear = f"no layer's {name} went clearly with the gain or harm (largest r = {most:+.2f})"
+            unclear = f"no layer's {name} correlates clearly with the gain (largest r = {most:+.2f})"
             lines.append(f"Over {windows} windows, {unclear}.")
     if any_clear and len(rows) > 1:
         lines.append(f"{len(rows)} correlations were looked at; one in twenty looks clear by chance.")

@@ -241,7 +241,7 @@ def verdicts(found: Tables) -> list[str]:
         lines.append("Try other settings: --sweep decay=0.01,0.05 --sweep lr=... with smaller values.")
     if hurt and not layers:
         lines.append("Try --layers to find the layer that does it.")
-    if hurt and "what goes with a gain" not in found:
+    if hurt and "which measurements correlate with the gain" not in found:
         lines.append("Try --suite nll,diagnostics to see whether new keys overlap with old ones.")
     return lines
 
