@@ -4,6 +4,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 from line_links import LINK, PAGE, mended
@@ -80,6 +81,27 @@ def test_the_reference_has_every_public_name():
         *re.findall(r"^::: inplace_ttt\.(\w+)$", page, re.MULTILINE),
         *re.findall(r"`(DEFAULT_MODEL|__version__|inspect)`", page),
     }
+
+
+def test_what_the_pages_import_is_in_the_reference():
+    listed = set(
+        re.findall(r"^::: (inplace_ttt\S+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    imported = {
+        f"{module}.{name}"
+        for path in PAGES
+        if path.name != "log.md"
+        for module, names in re.findall(
+            r"^from (inplace_ttt[\w.]*) import (\([^)]*\)|.*)$", path.read_text(encoding="utf-8"), re.MULTILINE
+        )
+        for name in re.findall(r"\w+", names)
+    }
+    assert len(imported) > 5
+    assert imported - listed == set()
+    for name in listed:
+        module, _, attribute = name.rpartition(".")
+        if module != "inplace_ttt.rl":  # needs trl
+            assert getattr(import_module(module), attribute) is not None
 
 
 def test_the_tree_names_real_folders():

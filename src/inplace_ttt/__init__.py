@@ -26,15 +26,18 @@ if TYPE_CHECKING:
     from .hf.checkpoint import from_pretrained, save_pretrained
     from .hf.context import fast_weights
     from .hf.graph import DecodingGraph
+    from .hf.parallel import enable_context_parallel
     from .hf.release import save_release
+    from .hf.sharding import Meshes, load_sharded, make_meshes, save_sharded, shard_layers
     from .session import Session, SessionPool
     from .shipped import DEFAULT_MODEL
 
 __all__ = [
-    "DEFAULT_MODEL", "DecodingGraph", "InPlaceTTTConfig", "Rule", "Session", "SessionPool", "Target", "UserError",
-    "__version__", "adapting_layers", "attach", "configure", "detach", "detach_cache", "fast_settings", "fast_weights",
-    "from_pretrained", "inspect", "is_attached", "is_trained", "layers_off", "register_rule", "register_target",
-    "save_pretrained", "save_release", "set_lr", "updates_off",
+    "DEFAULT_MODEL", "DecodingGraph", "InPlaceTTTConfig", "Meshes", "Rule", "Session", "SessionPool", "Target",
+    "UserError", "__version__", "adapting_layers", "attach", "configure", "detach", "detach_cache",
+    "enable_context_parallel", "fast_settings", "fast_weights", "from_pretrained", "inspect", "is_attached",
+    "is_trained", "layers_off", "load_sharded", "make_meshes", "register_rule", "register_target", "save_pretrained",
+    "save_release", "save_sharded", "set_lr", "shard_layers", "updates_off",
 ]  # fmt: skip
 
 _HOMES = {
@@ -47,7 +50,9 @@ _HOMES = {
     "hf.checkpoint": {"from_pretrained", "save_pretrained"},
     "hf.context": {"fast_weights"},
     "hf.graph": {"DecodingGraph"},
+    "hf.parallel": {"enable_context_parallel"},
     "hf.release": {"save_release"},
+    "hf.sharding": {"Meshes", "load_sharded", "make_meshes", "save_sharded", "shard_layers"},
     "session": {"Session", "SessionPool"},
     "shipped": {"DEFAULT_MODEL"},
 }
