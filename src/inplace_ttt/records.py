@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -85,7 +86,11 @@ def write_json(path: Path, value: Any) -> None:
     is_device = path.exists() and not path.is_file()  # which a file must not replace
     path = path if is_device else path.resolve()  # nor a link
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path if is_device else path.with_name(f"{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
-    if not is_device:
+    text = json.dumps(value, indent=1, default=str) + "\n"
+    if is_device:
+        path.write_text(text, encoding="utf-8")
+        return
+    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:  # a file in it gets the umask's mode
+        unfinished = Path(folder) / path.name
+        unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path)

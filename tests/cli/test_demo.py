@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +199,17 @@ def test_a_record_goes_where_a_link_points(tmp_path):
         assert link.is_symlink()
         assert json.loads(target.read_text(encoding="utf-8")) == value
     assert [p.name for p in target.parent.iterdir()] == [target.name]
+
+
+def test_a_record_that_several_threads_write_is_whole(tmp_path):
+    values = [[i] * 20_000 for i in range(8)]
+    with ThreadPoolExecutor(len(values)) as pool:
+        list(pool.map(lambda value: write_json(tmp_path / "f.json", value), values))
+    assert json.loads((tmp_path / "f.json").read_text(encoding="utf-8")) in values
+    assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert (tmp_path / "f.json").stat().st_mode == plain.stat().st_mode
 
 
 def test_a_record_goes_into_a_pipe_and_replaces_none(tmp_path):

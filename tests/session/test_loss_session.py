@@ -63,11 +63,13 @@ def test_commit_learns_a_part_of_a_chunk(kind):
     s = session(reader(kind))
     s.read(TOKENS[: C // 2])
     assert s.fast_weights[0].S is None
+    assert s.learns_by_loss
     assert s.commit()
     assert not s.commit()
     assert (s.stats().updates, s.stats().pending) == (1, 0)
     assert s.fast_weights[0].S.any()
     learned = Session(adapted("llama"))
+    assert not learned.learns_by_loss
     with pytest.raises(UserError, match='only objective="loss" can learn from a part of a chunk'):
         learned.commit()
 

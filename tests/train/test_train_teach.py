@@ -69,7 +69,7 @@ def two_passes(reader: Any, given: dict[str, Tensor], chunks: list[list[int]]) -
 
         def keep(module: Any, args: Any, out: Tensor, site: Any = site) -> None:
             out.retain_grad()
-            outputs[site.index], sources[site.index] = out, site._source(site.context, site.context.call).detach()
+            outputs[site.index], sources[site.index] = out, site.source(site.context, site.context.call).detach()
 
         hooks.append(site.projection().register_forward_hook(keep))
     found = gradients(reader, given)

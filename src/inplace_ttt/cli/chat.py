@@ -93,8 +93,6 @@ class Conversation:
         self.held = held
         """Keeps other processes from writing the session's file."""
         self.saver = Saver(session, path)
-        self.by_loss = session._reader.by_loss
-        """True where a turn is learned when it ends, as a chunk that is not full."""
         self.messages: list[dict[str, str]] = []
         self.undo: list[tuple[Any, list[dict[str, str]]]] = []
 
@@ -109,7 +107,7 @@ class Conversation:
         how = "answered" if self.template else "continued (no chat template)"
         self.say(f"{f'{tokens:,} tokens so far' if tokens else 'A new session'}, kept {where}.")
         self.say(f"What you type is {how}; /help lists the commands.")
-        turn = " and at the end of each turn" if self.by_loss else ""
+        turn = " and at the end of each turn" if self.session.learns_by_loss else ""
         self.say(stats.warning or f"It learns after {every}{turn}; {stats.updates:,} updates so far.")
         with suppress(AttributeError):
             sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -153,7 +151,7 @@ class Conversation:
             self.messages = [*self.messages, *said]
             if self.template is not None:
                 self.session.read(self.template.closing(self.messages))
-            if self.by_loss:
+            if self.session.learns_by_loss:
                 self.session.commit()
         except BaseException:
             self.restore()

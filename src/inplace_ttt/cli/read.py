@@ -59,7 +59,7 @@ def read_all(session: Any, sources: list["TextToRead"], path: Path, log: Console
 
     ``study``: minutes for which each source is studied after that.
     """
-    if study is not None and not session._reader.by_loss:
+    if study is not None and not session.learns_by_loss:
         raise UserError("--study needs a session that learns by the loss: begin one with --objective loss")
     saver, stopped, studying = Saver(session, path), False, False
     if session.warning:

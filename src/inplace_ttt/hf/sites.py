@@ -190,11 +190,11 @@ class LayerSite:
                 f"{call.tokens}: fast weights need a layer's tokens together (switch tiled MLPs off)"
             )
         z = z.view(*shape, -1) if flat else z
-        u = z if self.target.source == "loss" else self._source(context, call)
+        u = z if self.target.source == "loss" else self.source(context, call)
         out = call.project(self, module, compute_dtype(z), u, plain)
         return out.flatten(0, 1) if flat else out
 
-    def _source(self, context: CallContext, call: LayerCall) -> Tensor:
+    def source(self, context: CallContext, call: LayerCall) -> Tensor:
         """Return u [B, T, D]; [B, T, 2 D] for a target that wants both sources."""
         mlp_input = self._input.get()
         source = self.target.source or context.settings.config.target

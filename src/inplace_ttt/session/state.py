@@ -85,6 +85,11 @@ class SessionState:
     _probe_every: int
     _busy: bool
 
+    @property
+    def learns_by_loss(self) -> bool:
+        """True if the model's objective is the loss: what is pending can be learned at any time (``commit``)."""
+        return self._reader.by_loss
+
     # -- the stream as a thing ------------------------------------------------------------------------------------
 
     def fork(self) -> Self:
@@ -132,7 +137,7 @@ class SessionState:
 
         Return whether anything was pending. Raises UserError unless the objective is "loss".
         """
-        if not self._reader.by_loss:
+        if not self.learns_by_loss:
             raise UserError('only objective="loss" can learn from a part of a chunk: choose a smaller chunk_size')
         with self._exclusive():
             self._flush()

@@ -227,7 +227,7 @@ def pairs_of(model: Any, examples: Examples, told: Sequence[str], start: str = "
 def study(session: SessionState, source: Any, minutes: float, progress: Any = None) -> Studied:
     """Learn the model's own questions about a text's sentences. See ``Session.study``."""
     reader, tokenizer, began = session._reader, session.tokenizer, time.monotonic()
-    if not reader.by_loss:
+    if not session.learns_by_loss:
         raise UserError('study needs objective="loss": attach the model with InPlaceTTTConfig(objective="loss")')
     if tokenizer is None or session._encoder is None:
         raise UserError("this session has no tokenizer, so it cannot study a text: make it with one")

@@ -179,7 +179,7 @@ def converse(
     answered = (*said, *new, {"role": "assistant", "content": "".join(reply)})
     read_exactly(session, template.closing(answered), learn is None or "assistant" in learn)
     session._stream.messages = answered
-    if session._reader.by_loss:
+    if session.learns_by_loss:
         session.commit()
 
 

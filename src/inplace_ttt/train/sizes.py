@@ -75,7 +75,7 @@ def _measure(site: Any, module: Any, z: Tensor, probe: bool, states: bool) -> Si
         return None
     if getattr(module, "split", False):  # norms are spread over processes
         return None
-    u = site._source(context, context.call).detach()  # part of the call, so it has gradients
+    u = site.source(context, context.call).detach()  # part of the call, so it has gradients
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
         return _row_sizes(site, module, z, u, probe, states)
 
