@@ -39,6 +39,13 @@ def test_pictures_say_in_words_what_they_show(path):
         assert len(words.split()) >= 6, f"{path.name}: {picture}"
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_tables_have_a_head(path):
+    prose = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    tables = re.findall(r"(?:^\|.*\n)+", prose, re.MULTILINE)
+    assert [table for table in tables if not re.match(r"\|.*\n\|( :?-+:? \|)+\n", table)] == []
+
+
 def test_every_picture_has_its_page():
     pages = "".join(path.read_text(encoding="utf-8") for path in PAGES)
     assert [picture.name for picture in (ROOT / "docs" / "images").iterdir() if picture.name not in pages] == []
