@@ -46,6 +46,13 @@ def test_tables_have_a_head(path):
     assert [table for table in tables if not re.match(r"\|.*\n\|( :?-+:? \|)+\n", table)] == []
 
 
+def test_nothing_is_installed_by_a_name_that_pypi_does_not_have():
+    """Until the package is there, an install line begins in a clone."""
+    files = [*PAGES, *(p for d in ("src", "tests", "examples") for p in (ROOT / d).rglob("*.py"))]
+    lines = [f"{path.name}: {line}" for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [line for line in lines if re.search(r"pip install\b.*inplace-ttt\[", line)] == []
+
+
 def test_every_picture_has_its_page():
     pages = "".join(path.read_text(encoding="utf-8") for path in PAGES)
     assert [picture.name for picture in (ROOT / "docs" / "images").iterdir() if picture.name not in pages] == []

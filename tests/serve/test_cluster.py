@@ -12,7 +12,7 @@ from session.models import TEXT, shipped, tokenizer
 from inplace_ttt import Session
 from inplace_ttt.errors import UserError
 
-ray = pytest.importorskip("ray", reason="needs pip install inplace-ttt[serve-ray]")
+ray = pytest.importorskip("ray", reason="needs pip install -e '.[serve-ray]'")
 pytest.importorskip("ray.serve.experimental.consistent_hash_router", reason="needs a newer Ray")
 
 PORT = 18_265
