@@ -1,6 +1,6 @@
 """Reinforcement learning with the Optimal Token Baseline, end to end on a CPU: a model learns running sums.
 
-    pip install 'inplace-ttt[rl]'
+    pip install -e '.[rl]'   # in a clone
     python examples/rl_running_sums.py                       # fast weights, two baselines, a few minutes
     python examples/rl_running_sums.py --plain --baselines otb
 

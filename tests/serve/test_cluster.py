@@ -1,5 +1,6 @@
 """Two replicas on a local Ray cluster, one of them killed under load."""
 
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -7,12 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2 as httpx
 import pytest
 import torch
+import yaml
+from locations import ROOT
 from session.models import TEXT, shipped, tokenizer
 
 from inplace_ttt import Session
 from inplace_ttt.errors import UserError
+from inplace_ttt.serve.settings import Limits
 
-ray = pytest.importorskip("ray", reason="needs pip install inplace-ttt[serve-ray]")
+ray = pytest.importorskip("ray", reason="needs pip install -e '.[serve-ray]'")
 pytest.importorskip("ray.serve.experimental.consistent_hash_router", reason="needs a newer Ray")
 
 PORT = 18_265
@@ -162,3 +166,6 @@ def test_arguments_are_checked():
         application(Arguments(state_dir="/tmp", limits={"bach": 1}))
     with pytest.raises(ValueError, match="replica"):
         Arguments(state_dir="/tmp", replica=2)
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (file,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    Limits(**Arguments(**yaml.safe_load(file)["applications"][0]["args"]).limits)
