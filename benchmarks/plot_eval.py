@@ -37,7 +37,8 @@ def needles() -> Any:
         trials = found["plan"]["trials"] * len(found["plan"]["depths"])
         rows += [{**r, "title": f"{name}, {trials} a length"} for r in found["tables"]["needle by length"]]
     drawn = plots.curves(rows, "length", "title", count=None)
-    return plots.panels(drawn, "length (tokens)", "needles found", top=1.02, line=(1 / CANDIDATES, "chance"))
+    how: Any = {"top": 1.02, "line": (1 / CANDIDATES, "chance")}
+    return plots.panels(drawn, "books-and-code: needles found by length", "length (tokens)", plots.SHARE, **how)
 
 
 def main() -> None:

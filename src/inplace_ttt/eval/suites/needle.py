@@ -230,5 +230,5 @@ def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     trials = plan["trials"] * len(plan["depths"])
     drawn = plots.curves(rows, "length", lambda row: f"{row['kind']}, {trials} a length", count=None)
-    chance = (1 / CANDIDATES, "chance")
-    return {"needle": plots.panels(drawn, "length (tokens)", "needles found", width=2.6, top=1.02, line=chance)}
+    how: Any = {"width": 2.6, "top": 1.02, "line": (1 / CANDIDATES, "chance")}
+    return {"needle": plots.panels(drawn, "needles found by length", "length (tokens)", plots.SHARE, **how)}
