@@ -287,7 +287,7 @@ def draw(records: Sequence[Record], path: Path, control: str = CONTROL) -> None:
             whiskers = [[mean.value - mean.low for _, mean in points], [mean.high - mean.value for _, mean in points]]
             axis.errorbar(value, y, xerr=whiskers, fmt="o", color=colour, ms=4, lw=1.6, label=label)
         axis.axvline(0, color="black", lw=0.8)
-        axis.set_xlabel("nats per token" if "cosine" not in title else "")
+        axis.set_xlabel("nats per token, right is better" if "cosine" not in title else "")
         add_title(axis, title)
     names = [name + (f", {len(members)} seeds" if len(members) > 1 else "") for name, members in shown.items()]
     axes[0].set_yticks(range(len(names)), names)
