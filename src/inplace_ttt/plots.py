@@ -7,9 +7,9 @@ import numpy as np
 from rich.text import Text
 
 ON, OFF = "#c2410c", "#64748b"
-TEXTS = {"books": "#0891b2", "code": "#d9a441"}
-OTHERS = ("#d9a441", "#4d7c0f", "#7c3aed", "#0891b2", "#be185d", "#57534e")
+OTHERS = ("#0891b2", "#d9a441", "#4d7c0f", "#7c3aed", "#be185d", "#57534e")
 """Colours of what has none of its own."""
+TEXTS = {"books": OTHERS[0], "code": OTHERS[1]}
 FORMATS = (".png", ".pdf", ".svg")
 
 

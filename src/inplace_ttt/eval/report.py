@@ -50,7 +50,7 @@ def verdicts(found: Tables) -> list[str]:
 
 
 def pictures(found: Tables, plan: Mapping[str, Any]) -> dict[str, "Figure"]:
-    """Return figures by file name, those that the tables allow."""
+    """Return figures by file name, those that the tables allow; their titles begin with the model."""
     drawn = {name: figure for suite in _with("figures") for name, figure in suite.figures(found, plan).items()}
     for figure in drawn.values():
         add_heading(figure, f"{plan['model']}: {figure.get_suptitle()}")
