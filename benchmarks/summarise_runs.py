@@ -286,6 +286,10 @@ def draw(records: Sequence[Record], path: Path, control: str = CONTROL) -> None:
             y, value = [at for at, _ in points], [mean.value for _, mean in points]
             whiskers = [[mean.value - mean.low for _, mean in points], [mean.high - mean.value for _, mean in points]]
             axis.errorbar(value, y, xerr=whiskers, fmt="o", color=colour, ms=4, lw=1.6, label=label)
+            for where, mean in points:
+                said = {"fontsize": 6, "color": colour, "va": "center", "textcoords": "offset points"}
+                axis.annotate(f"{mean.value:+.3f}", (max(mean.value, mean.high), where), (5, 0), **said)
+        axis.margins(x=0.18)
         axis.axvline(0, color="black", lw=0.8)
         axis.set_xlabel("nats per token, right is better" if "cosine" not in title else "")
         add_title(axis, title)
