@@ -84,7 +84,7 @@ def fast_recurrence(
     if is_packed:
         given = [x.flatten(0, 1)[None] for x in given]
         decay, rate = (None if x is None else x.flatten(0, 1)[None] for x in (decay, rate))
-        how["cu_seqlens"] = bounds.long()
+        how["cu_seqlens"] = in_64_bits(bounds)
     if beta is None:
         assert decay is not None
         out, last = (chunk_simple_gla if decay.dim() == 3 else chunk_gla)(*given, g=decay, **how)
@@ -97,6 +97,16 @@ def fast_recurrence(
         ends = torch.arange(T, (B + 1) * T, T, device=bounds.device, dtype=bounds.dtype)
         out, last = out.view(B, T, *out.shape[2:]), last[torch.searchsorted(bounds, ends) - 1]
     return out, last
+
+
+_last_bounds: list[tuple[Tensor, Tensor]] = []
+
+
+def in_64_bits(bounds: Tensor) -> Tensor:
+    """The same tensor for all layers of a forward: by it the kernels know again what they have worked out of it."""
+    if not _last_bounds or _last_bounds[0][0] is not bounds:
+        _last_bounds[:] = [(bounds, bounds.long())]
+    return _last_bounds[0][1]
 
 
 @cache

@@ -35,9 +35,10 @@ def needles() -> Any:
     for record, name in (("books-32k", "books"), ("code-32k", "code")):
         found = load(record)
         trials = found["plan"]["trials"] * len(found["plan"]["depths"])
-        rows += [{**r, "title": f"{name}, {trials} a length"} for r in found["tables"]["needle by length"]]
+        rows += [{**r, "title": f"{name}, n = {trials} a length"} for r in found["tables"]["needle by length"]]
     drawn = plots.curves(rows, "length", "title", count=None)
-    return plots.panels(drawn, "length (tokens)", "needles found", top=1.02, line=(1 / CANDIDATES, "chance"))
+    how: Any = {"top": 1.02, "line": (1 / CANDIDATES, "chance")}
+    return plots.panels(drawn, "books-and-code: needles found by length", "length (tokens)", plots.SHARE, **how)
 
 
 def main() -> None:

@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from inplace_ttt.plots import add_heading, add_legend, add_title, running_mean, save, styled
+
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks" / "results" / "rl"
 COLOURS = {
@@ -28,21 +32,6 @@ def read(folder: Path, part: str) -> dict[str, Any] | None:
     """Return a record, or None."""
     path = folder / f"{part}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def figure(columns: int, rows: int = 1) -> tuple[Any, Any]:
-    """Return a figure and its axes [rows, columns], all with a light grid."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    made = Figure(figsize=(3.4 * columns + 0.6, 2.9 * rows + 0.4), layout="constrained")
-    FigureCanvasAgg(made)
-    axes = made.subplots(rows, columns, squeeze=False)
-    for each in axes.flat:
-        each.grid(axis="y", color="0.9", lw=0.7)
-        each.set_axisbelow(True)
-        each.spines[["top", "right"]].set_visible(False)
-    return made, axes
 
 
 def excess(result: dict[str, Any], mean: dict[str, Any]) -> float | None:
@@ -65,7 +54,7 @@ def draw_noise(record: dict[str, Any], path: Path) -> None:
     """Noise over signal against group size, by model and level; nothing where a record is missing."""
     kinds = sorted({job["kind"] for job in record["jobs"]}, reverse=True)
     levels = sorted({job["level"] for job in record["jobs"]})
-    made, axes = figure(len(levels), len(kinds))
+    figure, axes = styled(3.4 * len(levels), 2.7 * len(kinds) + 1, len(kinds), len(levels))
     for job in record["jobs"]:
         plot, means = axes[kinds.index(job["kind"])][levels.index(job["level"])], leave_one_out_means(job)
         for name, colour in COLOURS.items():
@@ -80,62 +69,55 @@ def draw_noise(record: dict[str, Any], path: Path) -> None:
         sizes = sorted({r["n"] for r in job["results"]})
         plot.set_xticks(sizes, labels=[str(n) for n in sizes])
         plot.set_xticks([], minor=True)
-        for which in ("major", "minor"):
-            plot.tick_params(axis="y", which=which, labelsize=8)
         plot.yaxis.set_major_formatter("{x:g}")
         plot.yaxis.set_minor_formatter("{x:g}")
-        plot.set_title(f"{job['kind']}, {job['success']:.0%} success", fontsize=9, loc="left")
+        add_title(plot, f"{job['kind']}, {job['success']:.0%} success, n = {job['prompts']}")
     drawn = [plot for plot in axes.flat if plot.has_data()]
     for plot in axes.flat:
         if plot not in drawn:
             plot.set_axis_off()
     for row in axes:
         row[0].set_ylabel("noise / signal of one group")
-    if drawn:
-        made.legend(
-            *drawn[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7, frameon=False
-        )
-    made.savefig(path, dpi=160)
+    add_heading(figure, "Noise of the policy gradient by group size and baseline, n prompts")
+    add_legend(figure)
+    save(figure, path)
 
 
 def draw_proxy(record: dict[str, Any], path: Path) -> None:
-    """Squared gradient norms against w and W, by model, at the middle level."""
+    """Squared gradient norms against w and W, by model, at the middle level: some tokens; r and n are of all."""
     levels = sorted({job["level"] for job in record["jobs"]})
     jobs = [job for job in record["jobs"] if job["level"] == levels[len(levels) // 2]]
-    made, axes = figure(2, len(jobs))
+    figure, axes = styled(7.4, 2.7 * len(jobs) + 0.4, len(jobs), 2)
     for row, job in zip(axes, jobs, strict=True):
         pairs = (("w", "own", "w_with_own_norm"), ("W", "cumulative", "W_with_cumulative_norm"))
         for plot, (x, y, name) in zip(row, pairs, strict=True):
             points = [(a, b) for a, b in zip(job["points"][x], job["points"][y], strict=True) if a > 0 and b > 0]
             plot.scatter(*zip(*points, strict=True), s=3, alpha=0.4, color=COLOURS["otb"], lw=0)
-            plot.set(xscale="log", yscale="log", xlabel=x, ylabel="squared norm")
-            plot.set_title(f"{job['kind']}: {x}, rank correlation {job[name]:.2f}", fontsize=9, loc="left")
-    made.savefig(path, dpi=160)
+            shown = f"{x} ({len(points)} of the tokens)"
+            plot.set(xscale="log", yscale="log", xlabel=shown, ylabel="squared norm")
+            add_title(plot, f"{job['kind']}, r = {job[name]:.2f}, n = {job['tokens']:,}")
+    add_heading(figure, f"Squared gradient norms by proxy, rank correlation r, {jobs[0]['level']:.0%} success")
+    save(figure, path)
 
 
 def draw_learning(record: dict[str, Any], path: Path) -> None:
     """Success against steps, mean over seeds, by model and group size."""
-    import numpy as np
-
-    from inplace_ttt.plots import running_mean
-
     panels = sorted({(job["kind"], job["n"]) for job in record["jobs"]}, key=lambda p: (p[0] != "plain", p[1]))
-    made, axes = figure(len(panels))
+    figure, axes = styled(max(3.9 * len(panels), 5.0), 3.6, 1, len(panels), sharey=True)
     for plot, panel in zip(axes[0], panels, strict=True):
-        for job in (job for job in record["jobs"] if (job["kind"], job["n"]) == panel):
+        jobs = [job for job in record["jobs"] if (job["kind"], job["n"]) == panel]
+        for job in jobs:
             curves = np.array([running_mean(np.array(run["success"]), 9) for run in job["runs"]])
             variant, x = job["variant"], np.arange(1, curves.shape[1] + 1)
             colour = COLOURS[LINES.get(variant, variant)]
             plot.plot(x, curves.mean(0), STYLES[variant], color=colour, lw=1.4, label=variant)
             plot.fill_between(x, curves.min(0), curves.max(0), color=colour, alpha=0.08, lw=0)
         plot.set_xlabel("step")
-        plot.set_title(f"{panel[0]}, groups of {panel[1]}", fontsize=9, loc="left")
-    limits = [plot.get_ylim() for plot in axes[0]]
-    for plot in axes[0]:
-        plot.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
-    axes[0][0].set_ylabel("success")
-    axes[0][0].legend(fontsize=7, frameon=False)
-    made.savefig(path, dpi=160)
+        add_title(plot, f"{panel[0]}, groups of {panel[1]}, n = {len(jobs[0]['runs'])} seeds")
+    axes[0][0].set_ylabel("success (mean of 9 steps)")
+    add_heading(figure, "Success while training, by baseline")
+    add_legend(figure)
+    save(figure, path)
 
 
 def draw(folder: Path, out: Path, prefix: str = "") -> list[Path]:

@@ -1,4 +1,4 @@
-"""Settings for a trained model's reading: its losses under several settings that need no training, updates on and off.
+"""Measure a trained model under other reading settings (chunk size, decay, ...): losses with updates on and off.
 
     python benchmarks/reading_settings.py RECIPE --model out/run/model --split validation --out FILE.json \\
         --settings "chunk_size=64 decay=0.01" "decay=0.02"

@@ -32,7 +32,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 import inplace_ttt as ittt
-from inplace_ttt.plots import ON, save, styled
+from inplace_ttt.plots import ON, add_title, save, styled
 from inplace_ttt.records import git_commit, hardware, versions, write_json
 
 PLAIN = ("import os\n\ndef ", "class Reader:\n", "Call me Ishmael.")
@@ -242,7 +242,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axis.set_ylim(0)
     axis.set_xlabel("seconds")
     axis.set_ylabel("resident memory (MiB)")
-    axis.set_title(f"{found['clients']} clients on one server", loc="left", fontsize=11, fontweight="bold")
+    add_title(axis, f"{found['clients']} clients on one server")
     save(figure, path)
 
 

@@ -56,6 +56,7 @@ def rows() -> list[dict[str, Any]]:
             on, off = (evaluation[domain][way] and evaluation[domain][way]["value"] for way in ("on", "off"))
             ends = window[domain]["on"]["value"], joint[domain]["on"]["value"]
             row[domain] = {
+                "documents": len(evaluation[domain]["document_names"]),
                 "on": on,
                 "off": off,
                 "recovered": (ends[0] - on) / (ends[0] - ends[1]),
@@ -82,26 +83,24 @@ def table(found: list[dict[str, Any]]) -> str:
 
 def plot(path: Path, found: list[dict[str, Any]]) -> None:
     """Draw the share of joint training's advantage that each run recovers."""
-    from inplace_ttt.plots import OFF, ON, save, styled
+    from inplace_ttt.plots import TEXTS, add_heading, add_legend, save, styled
 
-    figure, ((axis,),) = styled(7.0, 3.9)
+    figure, ((axis,),) = styled(7.0, 4.0, grid="x")
     names = [f"{r['name']}, {r['tokens'] / 1e6:.0f}M tokens" for r in found]
-    for domain, colour, shift in (("code", ON, 0.19), ("books", OFF, -0.19)):
+    for domain, shift in zip(DOMAINS, (0.19, -0.19), strict=True):
         shares = [100 * r[domain]["recovered"] for r in found]
         at = [len(found) - 1 - i + shift for i in range(len(found))]
-        axis.barh(at, shares, 0.36, color=colour, label=domain)
+        axis.barh(at, shares, 0.36, color=TEXTS[domain], label=f"{domain}, n = {found[0][domain]['documents']}")
         for y, share in zip(at, shares, strict=True):
-            axis.text(share + 1.5, y, f"{share:.0f}", va="center", fontsize=7.5, color=colour)
+            axis.text(share + 1.5, y, f"{share:.0f}", va="center", fontsize=7.5)
     axis.axvline(100, color="0.25", lw=1, ls=(0, (3, 2)))
     axis.text(98, len(found) - 0.6, "trained jointly", ha="right", fontsize=8)
     axis.set_xlim(0, 150)
     axis.set_yticks(range(len(found)), names[::-1])
-    axis.grid(visible=False, axis="y")
-    axis.grid(axis="x", color="0.9", lw=0.7)
-    axis.set_xlabel("recovered of joint training's advantage in test loss (%)", fontsize=8.5)
+    axis.set_xlabel("recovered of joint training's advantage in test loss (%)")
     title = "Training on top of the trained baseline: an adapter recovers a seventh"
-    axis.set_title(title, loc="left", fontsize=10.5, fontweight="bold", x=-0.42)
-    axis.legend(frameon=False, fontsize=8, loc="center right")
+    add_heading(figure, title)
+    add_legend(figure)
     save(figure, path)
 
 

@@ -57,7 +57,7 @@ def below_window(seed: int, domain: str, way: str) -> tuple[list[float], list[fl
 
 
 def plots() -> None:
-    from inplace_ttt.plots import save, styled
+    from inplace_ttt.plots import add_heading, add_legend, add_title, save, styled
 
     figure, (axes,) = styled(8.0, 3.5, 1, 2, sharey=True)
     for axis, domain in zip(axes, DOMAINS, strict=True):
@@ -68,13 +68,13 @@ def plots() -> None:
                 label = f"updates {way}, seed {seed}"
                 axis.plot(x, y, style, color=COLOURS[way], marker="o", ms=3.5, lw=1.5, label=label)
         documents = len(load("window-seed0/evaluation.json")[domain]["document_names"])
-        axis.set_title(f"{domain}, test split, n = {documents} documents", loc="left", fontsize=10, fontweight="bold")
-        axis.set_xlabel("position (tokens)", fontsize=8.5)
+        add_title(axis, f"{domain}, test split, n = {documents} documents")
+        axis.set_xlabel("position (tokens)")
         axis.set_xscale("log", base=2)
         axis.set_xticks([128, 512, 2048, 8192], ["128", "512", "2k", "8k"])
-    axes[0].set_ylabel("loss less window only (nats per token)", fontsize=8.5)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    axes[0].set_ylabel("loss less window only (nats per token)")
+    add_heading(figure, "books-and-code, as shipped: test loss against the window-only model")
+    add_legend(figure, 5)
     save(figure, IMAGES / "books-and-code-position.png")
 
     figure, (axes,) = styled(8.0, 3.5, 1, 2)
@@ -90,11 +90,12 @@ def plots() -> None:
                 y = [e[name] for e in curve]
                 label = f"{label}, seed {seed}"
                 axis.plot(x, y, style, color=COLOURS[key], marker="o", ms=3.5, lw=1.5, label=label)
-        axis.set_title(f"{domain}, validation", loc="left", fontsize=10, fontweight="bold")
-        axis.set_xlabel("training tokens (millions)", fontsize=8.5)
-    axes[0].set_ylabel("loss (nats per token)", fontsize=8.5)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+        n = load("window-seed0/run.json")["data"]["validation"][domain]["documents"]
+        add_title(axis, f"{domain}, n = {n} documents")
+        axis.set_xlabel("training tokens (millions)")
+    axes[0].set_ylabel("loss (nats per token)")
+    add_heading(figure, "books-and-code: validation loss while training")
+    add_legend(figure, 3)
     save(figure, IMAGES / "books-and-code-training.png")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from inplace_ttt.plots import save, styled
+from inplace_ttt.plots import add_heading, add_legend, add_title, save, styled
 from inplace_ttt.session.diagnostics import Timeline
 from inplace_ttt.session.plots import save_diagnostics
 
@@ -73,32 +73,28 @@ def running(values: np.ndarray) -> np.ndarray:
 
 
 def plots() -> None:
-    from matplotlib import pyplot as plt
     from matplotlib.ticker import EngFormatter
 
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(2, 2, figsize=(9, 5.2), layout="constrained", sharex=True, height_ratios=(1.4, 1))
+    figure, axes = styled(9.0, 5.2, 2, 2, sharex=True, height_ratios=(1.4, 1))
     for i, (text, name) in enumerate(TEXTS.items()):
         records = {updates: load(text, updates) for updates in COLOURS}
         loss = {updates: column(record, "loss") for updates, record in records.items()}
         x = column(records["on"], "tokens")
         for updates in ("decay-off", "off", "on"):
             axes[0, i].plot(x, running(loss[updates]), color=COLOURS[updates], lw=1.5, label=LABELS[updates])
-        axes[0, i].set_title(name, loc="left", fontweight="bold", fontsize=11)
+        add_title(axes[0, i], f"{name}, n = 1 stream")
         gain = loss["on"] - loss["off"]
         axes[1, i].axhline(0, color="black", lw=0.7)
         axes[1, i].bar(x - 2500, gain, width=5000, color=COLOURS["on"], alpha=0.55, lw=0)
         axes[1, i].set_ylim(min(gain.min() * 1.1, -0.05), 0.05)
         axes[1, i].set_xlabel("tokens read")
         axes[1, i].xaxis.set_major_formatter(EngFormatter(sep=""))
-        for axis in axes[:, i]:
-            axis.grid(axis="y", color="0.9", lw=0.7)
-            axis.set_axisbelow(True)
     axes[0, 0].set_ylabel("loss (nats per token)")
     axes[1, 0].set_ylabel("on - off (nats)")
-    axes[0, 0].legend(frameon=False, fontsize=9, loc="center right")
+    add_legend(figure)
     axes[0, 0].set_xlim(0, x[-1])
-    figure.savefig(IMAGES / "long-stream.png", dpi=150)
+    add_heading(figure, "books-and-code: loss over 500,000 tokens, and its difference by updates")
+    save(figure, IMAGES / "long-stream.png")
 
     record = load("code", "on", 1_000_000)
     x = column(record, "tokens")
@@ -109,16 +105,19 @@ def plots() -> None:
         (axes[2], "time per token", "microseconds", 1e6 * column(record, "seconds") / 5000),
     ):
         axis.plot(x, values, color=COLOURS["on"], lw=1.2)
-        axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
-        axis.set_ylabel(unit, fontsize=8.5)
+        add_title(axis, title)
+        axis.set_ylabel(unit)
         axis.set_ylim(0, 1.15 * values.max())
         axis.set_xlim(0, x[-1])
-        axis.set_xlabel("tokens read", fontsize=8.5)
+        axis.set_xlabel("tokens read")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    add_heading(figure, "books-and-code: one session over a million tokens of code")
     save(figure, IMAGES / "long-stream-cost.png")
 
     timeline = Timeline.from_list(load("books", "on")["timeline"])
-    save_diagnostics(IMAGES / "long-stream-diagnostics.png", timeline, "500,000 tokens of held-out books")
+    save_diagnostics(
+        IMAGES / "long-stream-diagnostics.png", timeline, "books-and-code: 500,000 tokens of held-out books"
+    )
 
 
 def main() -> None:

@@ -163,7 +163,7 @@ def draw(path: Path) -> None:
     """Loss by position, updates on and off with a window, and with full attention."""
     from matplotlib.ticker import EngFormatter
 
-    from inplace_ttt.plots import OFF, ON, save, styled
+    from inplace_ttt.plots import OFF, ON, add_heading, add_legend, add_title, save, styled
 
     window, full, long = (
         json.loads((RESULTS / f"smollm2-{name}.json").read_text())
@@ -198,13 +198,13 @@ def draw(path: Path) -> None:
                 places = [512 * step * (i + 0.5) for i in range(len(means))]
                 panel.plot(places, means, style, color=colour, lw=1.5, label=label)
             count = len(curves[0][0]["domains"][domain]["gain_by_document"])
-            panel.set_title(f"{title}, n = {count}", loc="left", fontsize=10, fontweight="bold")
+            add_title(panel, f"{title}, n = {count}")
             panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-        panels[row][0].set_ylabel("loss (nats per token)", fontsize=8.5)
+        panels[row][0].set_ylabel("loss (nats per token)")
     for panel in panels[1]:
-        panel.set_xlabel("position in the text (tokens)", fontsize=8.5)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+        panel.set_xlabel("position in the text (tokens)")
+    add_heading(figure, "SmolLM2-135M: loss by position, learning by the loss itself")
+    add_legend(figure)
     save(figure, path)
 
 
@@ -212,18 +212,17 @@ def draw_stream(path: Path) -> None:
     """The gain of the long stream by 5,000 tokens."""
     from matplotlib.ticker import EngFormatter
 
-    from inplace_ttt.plots import save, styled
+    from inplace_ttt.plots import TEXTS, add_legend, add_title, save, styled
 
-    figure, panels = styled(8.0, 2.9, 1, 1)
+    figure, ((axis,),) = styled(8.0, 2.9)
     record = json.loads((RESULTS / "smollm2-stream-auto.json").read_text())
-    for colour, (name, rows) in zip(("C0", "C1"), streams_of(record).items(), strict=True):
-        panels[0][0].plot([5000 * (i + 0.5) for i in range(len(rows[0]))], rows[0], color=colour, lw=1.2, label=name)
-    panels[0][0].axhline(0, color="0.4", lw=0.8)
-    panels[0][0].set_title("what updates gain in each 5,000 tokens, n = 1 stream each", loc="left", fontsize=10)
-    panels[0][0].set_xlabel("position in the stream (tokens)", fontsize=8.5)
-    panels[0][0].set_ylabel("nats per token", fontsize=8.5)
-    panels[0][0].xaxis.set_major_formatter(EngFormatter(sep=""))
-    panels[0][0].legend(frameon=False, fontsize=8)
+    for colour, (name, rows) in zip(TEXTS.values(), streams_of(record).items(), strict=True):
+        axis.plot([5000 * (i + 0.5) for i in range(len(rows[0]))], rows[0], color=colour, lw=1.4, label=name)
+    axis.axhline(0, color="black", lw=0.8)
+    add_title(axis, "SmolLM2-135M: gain in each 5,000 tokens, n = 1 stream each")
+    axis.set(xlabel="position in the stream (tokens)", ylabel="updates off - on (nats per token)")
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    add_legend(figure)
     save(figure, path)
 
 

@@ -19,8 +19,9 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,21 @@ import numpy as np
 from summarise_reading import markdown
 
 from inplace_ttt.eval.paired import Mean, bootstrap_mean
-from inplace_ttt.eval.plots import panels
+from inplace_ttt.plots import OFF, ON, OTHERS, TEXTS, add_heading, add_legend, add_title, save, styled
 
 ROOT = Path(__file__).resolve().parents[1]
 DOMAINS = ("books", "code")
 CONTROL = "control"
+BOLD = {"window": OFF, "in-place-ttt": ON}
+"""Variants that stand out, and their colours."""
 Record = dict[str, Any]
 
 
 def read(folder: Path, control: str = CONTROL) -> list[Record]:
     """All records of a directory, controls first."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*/run.json")]
-    return sorted(found, key=lambda r: (not is_control(r, control), r["name"]))
+    numbers = lambda name: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name)]  # noqa: E731
+    return sorted(found, key=lambda r: (not is_control(r, control), numbers(r["name"])))
 
 
 def family(record: Record) -> str:
@@ -54,6 +58,13 @@ def by_family(records: Iterable[Record]) -> dict[str, list[Record]]:
         if not record["failed"]:
             groups.setdefault(family(record), []).append(record)
     return groups
+
+
+def chosen(records: Sequence[Record], patterns: Sequence[str], control: str) -> list[Record]:
+    """Controls, then what fits a pattern, in the order of the patterns."""
+    others = [r for pattern in patterns for r in records if fnmatch(family(r), pattern)]
+    ordered = {r["name"]: r for r in [*(r for r in records if is_control(r, control)), *others]}
+    return list(ordered.values())
 
 
 def is_control(record: Record, control: str) -> bool:
@@ -83,7 +94,7 @@ def cell(mean: Mean | None) -> str:
 
 
 def gain(record: Record, domain: str) -> Mean | None:
-    row = record["evaluation"]["losses"][domain]
+    row = record["evaluation"]["losses"].get(domain, {})
     return gap(row["off_by_document"], row["on_by_document"]) if "off" in row else None
 
 
@@ -102,6 +113,14 @@ def size(record: Record) -> float | None:
 
 def cosines(record: Record) -> list[tuple[float, float]]:
     return [(entry["tokens"], entry["ttt_cosine"]) for entry in record["curve"] if "ttt_cosine" in entry]
+
+
+def cosine(record: Record, quarter: int) -> Mean | None:
+    """The mean of a quarter of training."""
+    if len(found := cosines(record)) < 4:
+        return None
+    value = float(np.mean([x for _, x in np.array_split(found, 4)[quarter]]))
+    return Mean(value, value, value)
 
 
 def scores(record: Record, what: str, label: str) -> float | None:
@@ -134,8 +153,8 @@ def table(records: Sequence[Record], control: str = CONTROL) -> str:
             off = f"{found['off']:.4f}" if "off" in found else ""
             row += [f"{found['on']:.4f}", off, cell(gain(record, domain)), number(found.get("own_gain"), "+.3f")]
             row.append(cell(below(record, beside, domain)))
-        cosine = cosines(record)
-        row += [number(size(record), ".3f"), number(cosine[-1][1] if cosine else None, ".3f")]
+        last = cosines(record)[-1:]
+        row += [number(size(record), ".3f"), f"{last[0][1]:.3f}" if last else ""]
         for what in ("needle", "recall", "ruler"):
             row.append(" / ".join(number(scores(record, what, label), ".0%") for label in ("on", "off")).strip(" /"))
         row.append("" if record.get("beside", 1) > 1 else f"{record['tokens_per_second']:,.0f}")
@@ -167,13 +186,19 @@ def spread(values: Sequence[float], form: str) -> str:
     return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
-def by_context(records: Sequence[Record]) -> dict[str, dict[int, list[float]]]:
-    """Losses of books' last tokens by variant, context and seed; of a model with fast weights, as it reads."""
-    found: dict[str, dict[int, list[float]]] = {}
+def sliding(records: Sequence[Record]) -> Iterator[tuple[str, Any]]:
+    """Variant and row of books' last tokens; of a model with fast weights, as it reads."""
     for record in records:
         for row in [] if record["failed"] else record["evaluation"].get("recall", {}).get("nll by sliding", []):
             if row["variant"] == "on" and row["domain"] == "prose":
-                found.setdefault(family(record), {}).setdefault(row["context"], []).append(row["value"])
+                yield family(record), row
+
+
+def by_context(records: Sequence[Record]) -> dict[str, dict[int, list[float]]]:
+    """Losses of books' last tokens by variant, context and seed."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for name, row in sliding(records):
+        found.setdefault(name, {}).setdefault(row["context"], []).append(row["value"])
     return found
 
 
@@ -188,79 +213,93 @@ def context_table(records: Sequence[Record]) -> str:
     return markdown(["variant", *(f"{n:,}" for n in contexts)], rows) if found else ""
 
 
+def over_runs(means: Sequence[Mean | None]) -> Mean | None:
+    """Of one run its own interval, of several the lowest and highest."""
+    found = [mean for mean in means if mean is not None]
+    values = [mean.value for mean in found]
+    return Mean(float(np.mean(values)), min(values), max(values)) if len(found) > 1 else next(iter(found), None)
+
+
 def draw_contexts(records: Sequence[Record], path: Path) -> None:
     """The loss by context, a line for each variant, the lowest and highest seed as its band.
 
-    What breaks at the longest context leaves the picture at the top: the table has it.
+    One colour for each kind of layer, dashed where all are of it. What breaks at the longest context leaves the picture
+    at the top: the table has it.
     """
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
     found = by_context(records)
     contexts = sorted({context for values in found.values() for context in values})
-    lines = {}
-    for name, values in sorted(found.items()):
-        given = [values.get(n) or [math.nan] for n in contexts]
-        lines[name] = [Mean(float(np.mean(x)), min(x), max(x)) for x in given]
-    colours = {name: to_hex(colormaps["tab20"](2 * i % 20 + i // 10)) for i, name in enumerate(lines)}
-    where, what = "tokens before the last 256 of a book", "loss of these, nats per token"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure = panels({"": (contexts, lines)}, where, what, palette=colours, width=4.5)
-    trained = [mean.value for line in lines.values() for mean in line[:-1] or line]
-    figure.axes[0].set_ylim(min(trained) - 0.03, max(trained) + 0.06)
-    figure.set_figheight(4.5)
-    figure.savefig(path, dpi=120)
+    losses = {name: [values.get(n, [math.nan]) for n in contexts] for name, values in found.items()}
+    trained = {
+        name: [np.mean(x) for n, x in values.items() if n < contexts[-1]] or [np.mean(x) for x in values.values()]
+        for name, values in found.items()
+    }
+    kinds = sorted({name.removeprefix("window-") for name in found} - BOLD.keys())
+    colours = BOLD | dict(zip(kinds, (*OTHERS[:5], "#0c4a6e", "#f87171", "black") * len(kinds), strict=False))
+    figure, ((axis,),) = styled(8.0, 4.2)
+    for name in sorted(found, key=lambda name: -float(np.mean(trained[name]))):
+        kind, bold = name.removeprefix("window-"), name in BOLD
+        style = {"color": colours[kind], "ls": "--" if kind == name and not bold else "-", "lw": 1.4 + bold}
+        axis.plot(contexts, [np.mean(x) for x in losses[name]], marker="o", ms=3, label=name, **style)
+        low, high = ([of(x) for x in losses[name]] for of in (min, max))
+        axis.fill_between(contexts, low, high, color=colours[kind], alpha=0.12, lw=0)
+    levels = [level for values in trained.values() for level in values]
+    axis.set_ylim(min(levels) - 0.03, max(levels) + 0.06)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(contexts, [f"{n // 1024}k" for n in contexts])
+    axis.set(xlabel="tokens of a book before its last 256", ylabel="loss of these (nats per token)")
+    books = max(row["documents"] for _, row in sliding(records))
+    add_title(axis, f"Loss of the last 256 tokens by context, n = {books} books")
+    add_legend(figure, 1, "right center")
+    save(figure, path)
 
 
 def draw(records: Sequence[Record], path: Path, control: str = CONTROL) -> None:
-    """Gain by variant, by reading and against the control, and the cosine over training (of the first seed).
+    """Gain by variant, by reading and against the control, and the cosine early and late in training.
 
-    Whiskers: of one run its interval over documents, of several seeds the lowest and highest.
+    Whiskers: of one run its interval over documents, of several seeds the lowest and highest. A panel needs two
+    variants.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
-
     shown = by_family(record for record in records if not is_control(record, control))
-    figure = Figure(figsize=(12, max(3.2, 0.5 + 0.36 * len(shown))), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 3)
-    for axis, title, of in (
-        (axes[0], "gain: off - on", lambda r, d: gain(r, d)),
-        (axes[1], "below the control: control - on", lambda r, d: below(r, control_of(r, records, control), d)),
-    ):
-        for i, domain in enumerate(DOMAINS):
-            for at, members in enumerate(shown.values()):
-                found = [of(r, domain) for r in members if domain in r["evaluation"]["losses"]]
-                means = [mean for mean in found if mean is not None]
-                if not means:
-                    continue
-                value = float(np.mean([mean.value for mean in means]))
-                low, high = (means[0].low, means[0].high) if len(means) == 1 else (
-                    min(mean.value for mean in means), max(mean.value for mean in means))  # fmt: skip
-                error = [[value - low], [high - value]]
-                axis.barh(at + 0.38 * i, value, 0.36, xerr=error, color=f"C{i}", error_kw={"lw": 0.8})
-                axis.annotate(f"{value:+.3f}", (max(high, value, 0), at + 0.38 * i), (3, 0), fontsize=7, va="center",
-                              textcoords="offset points")  # fmt: skip
-        axis.axvline(0, color="0.4", lw=0.8)
-        axis.margins(x=0.2)
-        axis.set(title=title, xlabel="nats per token", yticks=[i + 0.19 for i in range(len(shown))])
-        labels = [name + (f", {len(members)} seeds" if len(members) > 1 else "") for name, members in shown.items()]
-        axis.set_yticklabels(labels if axis is axes[0] else [])
-        axis.set_ylim(len(shown) - 0.2, -0.4)  # every row, also where nothing is drawn
-    named = [axes[0].barh(0, 0, color=f"C{i}", label=d) for i, d in enumerate(DOMAINS)]
-    figure.legend(handles=named, loc="outside lower left", ncols=2)
-    for name, (record, *_) in shown.items():
-        if points := cosines(record):
-            axes[2].plot(*zip(*points, strict=True), lw=1.2, label=name)
-    axes[2].set(title="cosine of v and -dL/do", xlabel="tokens of training")
-    axes[2].xaxis.set_major_formatter(EngFormatter(sep=""))
-    if axes[2].lines:
-        axes[2].legend(fontsize=7, ncols=1 + len(axes[2].lines) // 12)
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    found = [record["evaluation"]["losses"] for members in shown.values() for record in members]
+    n = {d: max((len(row[d]["on_by_document"]) for row in found if d in row), default=0) for d in DOMAINS}
+    versus = lambda record, domain: below(record, control_of(record, records, control), domain)  # noqa: E731
+    measures: dict[str, list[tuple[str, str, Any]]] = {
+        title: [(f"{d}, n = {n[d]}", TEXTS[d], partial(of, domain=d)) for d in DOMAINS if n[d]]
+        for title, of in (("updates off - on", gain), (f"{control} - variant", versus))
+    }
+    measures["cosine of v and -dL/do"] = [
+        ("in the second quarter of training", "0.65", partial(cosine, quarter=1)),
+        ("in the last quarter", ON, partial(cosine, quarter=3)),
+    ]
+    drawn = {
+        title: [(label, colour, [over_runs(list(map(of, members))) for members in shown.values()])
+                for label, colour, of in marks]
+        for title, marks in measures.items()
+    }  # fmt: skip
+    drawn = {
+        title: marks for title, marks in drawn.items() if any(len(rows) - rows.count(None) > 1 for *_, rows in marks)
+    }
+    figure, (axes,) = styled(8.5, 1.4 + 0.24 * len(shown), 1, max(len(drawn), 1), grid="both", sharey=True)
+    for axis, (title, marks) in zip(axes, drawn.items(), strict=False):
+        for shift, (label, colour, rows) in zip((-0.15, 0.15), marks, strict=False):
+            points = [(at + shift, mean) for at, mean in enumerate(rows) if mean is not None]
+            y, value = [at for at, _ in points], [mean.value for _, mean in points]
+            whiskers = [[mean.value - mean.low for _, mean in points], [mean.high - mean.value for _, mean in points]]
+            axis.errorbar(value, y, xerr=whiskers, fmt="o", color=colour, ms=4, lw=1.6, label=label)
+            for where, mean in points:
+                said = {"fontsize": 6, "color": colour, "va": "center", "textcoords": "offset points"}
+                axis.annotate(f"{mean.value:+.3f}", (max(mean.value, mean.high), where), (5, 0), **said)
+        axis.margins(x=0.18)
+        axis.axvline(0, color="black", lw=0.8)
+        axis.set_xlabel("nats per token, right is better" if "cosine" not in title else "")
+        add_title(axis, title)
+    names = [name + (f", {len(members)} seeds" if len(members) > 1 else "") for name, members in shown.items()]
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].set_ylim(len(names) - 0.4, -0.6)
+    seen = max((members[0]["tokens_seen"] for members in shown.values()), default=0)
+    add_heading(figure, f"{path.stem}: test loss after {seen / 1e6:,.0f}M tokens of training")
+    add_legend(figure)
+    save(figure, path)
 
 
 def main() -> None:
@@ -275,7 +314,7 @@ def main() -> None:
     given = parser.parse_args()
     records = read(given.folder, given.control)
     if given.only:
-        records = [r for r in records if is_control(r, given.control) or any(fnmatch(family(r), x) for x in given.only)]
+        records = chosen(records, given.only, given.control)
     print(table(records, given.control))
     if by_seed := over_seeds(records, given.control):
         print(f"\n{by_seed}")

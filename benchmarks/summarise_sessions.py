@@ -75,7 +75,7 @@ def ranks() -> str:
 
 
 def plots() -> None:
-    from inplace_ttt.plots import save, styled
+    from inplace_ttt.plots import add_heading, add_legend, add_title, save, styled
 
     figure, axes = styled(9.0, 5.4, 2, 3, sharex=True, sharey=True)
     for row, (text, name) in zip(axes, TEXTS.items(), strict=True):
@@ -89,14 +89,14 @@ def plots() -> None:
             axis.set_xscale("log", base=2)
             axis.set_xticks(MENTIONS, [str(m) for m in MENTIONS])
             axis.set_ylim(0, 1.02)
-            title = f"{name}\n{distance:,} tokens since the last mention"
-            axis.set_title(title, loc="left", fontsize=9, fontweight="bold")
+            title = f"{name}\n{distance:,} tokens since"
+            add_title(axis, title)
         trials = len(answers(text, MENTIONS[0], DISTANCES[0]))
-        row[0].set_ylabel(f"right of 10 candidates ({trials} trials)", fontsize=8.5)
+        row[0].set_ylabel(f"right of 10 candidates ({trials} trials)")
     for axis in axes[-1]:
-        axis.set_xlabel("mentions in 2,048 tokens", fontsize=8.5)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
+        axis.set_xlabel("mentions in 2,048 tokens")
+    add_heading(figure, "books-and-code: facts asked from memory and context, by tokens since the last mention")
+    add_legend(figure)
     save(figure, IMAGES / "read-then-ask.png")
 
 

@@ -1,6 +1,6 @@
 """Reinforcement learning with the Optimal Token Baseline, end to end on a CPU: a model learns running sums.
 
-    pip install 'inplace-ttt[rl]'
+    pip install -e '.[rl]'   # in a clone
     python examples/rl_running_sums.py                       # fast weights, two baselines, a few minutes
     python examples/rl_running_sums.py --plain --baselines otb
 
@@ -12,6 +12,7 @@ import argparse
 import copy
 import random
 import tempfile
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import inplace_ttt as ittt
-from inplace_ttt.plots import running_mean
+from inplace_ttt.plots import OTHERS, add_legend, add_title, running_mean, save, styled
 from inplace_ttt.rl import OTBConfig, OTBTrainer
 
 MOST = 3  # terms of a problem
@@ -96,17 +97,14 @@ def reinforce(model: Any, tokenizer: Any, baseline: str, steps: int, folder: str
 
 def draw(curves: dict[str, list[float]], path: Path) -> None:
     import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for baseline, curve in curves.items():
-        axes.plot(np.arange(1, len(curve) + 1), running_mean(np.array(curve), 9), label=baseline)
-    axes.set(xlabel="step", ylabel="success (mean of 9 steps)", ylim=(0, 1), title="Running sums, groups of 8")
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    figure, ((axes,),) = styled(6.0, 3.6)
+    for colour, (baseline, curve) in zip(cycle(OTHERS), curves.items(), strict=False):
+        axes.plot(np.arange(1, len(curve) + 1), running_mean(np.array(curve), 9), color=colour, label=baseline)
+    axes.set(xlabel="step", ylabel="success (mean of 9 steps)", ylim=(0, 1))
+    add_title(axes, "Running sums, groups of 8, n = 1 run each")
+    add_legend(figure)
+    save(figure, path)
 
 
 def main() -> None:

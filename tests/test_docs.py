@@ -2,16 +2,20 @@
 
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 from importlib import import_module
 
 import pytest
+import typer
+import yaml
 from line_links import LINK, PAGE, mended
 from locations import ROOT
 
 import inplace_ttt as ittt
 from inplace_ttt.cli import app
+from inplace_ttt.train.recipe import make_recipe
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,6 +44,20 @@ def test_pictures_say_in_words_what_they_show(path):
         assert len(words.split()) >= 6, f"{path.name}: {picture}"
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_tables_have_a_head(path):
+    prose = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    tables = re.findall(r"(?:^\|.*\n)+", prose, re.MULTILINE)
+    assert [table for table in tables if not re.match(r"\|.*\n\|( :?-+:? \|)+\n", table)] == []
+
+
+def test_nothing_is_installed_by_a_name_that_pypi_does_not_have():
+    """Until the package is there, an install line begins in a clone."""
+    files = [*PAGES, *(p for d in ("src", "tests", "examples") for p in (ROOT / d).rglob("*.py"))]
+    lines = [f"{path.name}: {line}" for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [line for line in lines if re.search(r"pip install\b.*inplace-ttt\[", line)] == []
+
+
 def test_every_picture_has_its_page():
     pages = "".join(path.read_text(encoding="utf-8") for path in PAGES)
     assert [picture.name for picture in (ROOT / "docs" / "images").iterdir() if picture.name not in pages] == []
@@ -56,23 +74,111 @@ def test_the_first_page_is_short_and_names_what_there_is():
     table = README[README.index("## What to use when") : README.index("## More")]
     named = re.findall(r"`([A-Za-z_]+)`", table)
     assert {"attach", "Session", "DecodingGraph", "register_rule"} <= set(named)
-    missing = [name for name in named if name not in (*ittt.__all__, "parallel", *commands())]
+    missing = [name for name in named if name not in (*ittt.__all__, "parallel", *COMMANDS)]
     assert missing == []
 
 
-def commands() -> set[str]:
-    return {command.name or command.callback.__name__ for command in app.registered_commands}
+COMMANDS = typer.main.get_command(app).commands
+RUNS = ("inplace-ttt", "make", "python", "pip", "torchrun", "curl", "serve")
+"""What a block of commands begins with."""
+
+HISTORY = ("CHANGELOG.md", "log.md")
+"""Pages with commands of their time."""
+
+SHOWN = {
+    "extending.md": (5, "output, compared by test_extending.py"),
+    "parallel.md": (1, "part of a recipe, read by test_the_settings_of_the_page_make_a_recipe"),
+    "serving.md": (3, "Ray's file, read by serve/test_cluster.py; systemd's and nginx's: neither is here"),
+    "start.md": (4, "output, Python's compared by test_readme.py; the demos' are of a machine"),
+    "training.md": (1, "a script for SLURM, run by train/test_train_plan.py with commands that print"),
+}
+"""How many blocks a page has that are neither Python nor commands, and who looks at them."""
 
 
-def test_commands_of_the_pages_exist():
-    known = commands()
+def fenced(page: str) -> list[str]:
+    """Return the blocks that are not Python."""
+    return [
+        block for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", page, re.MULTILINE | re.DOTALL) if kind != "python"
+    ]
+
+
+def lines(page: str) -> list[str]:
+    """Return what may be a command: lines of blocks, and code within sentences."""
+    prose = re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL)
+    blocks = "\n".join(fenced(page)).replace("\\\n", " ").replace("`", "\n").splitlines()
+    indented = re.findall(r"^    (inplace-ttt .*)$", prose, re.MULTILINE)
+    return [*blocks, *indented, *(" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose))]
+
+
+def test_blocks_are_python_or_commands_or_somebody_looks_at_them():
+    """The Python blocks: test_readme.py."""
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        other = [block for block in fenced(path.read_text(encoding="utf-8")) if block.split()[0] not in RUNS]
+        assert len(other) == SHOWN.get(path.name, (0, ""))[0], f"{path.name}: {other}"
+
+
+def wrong(command: str) -> str | None:
+    """Return what is wrong with a command of ours, without its run."""
+    words = shlex.split(command, comments=True)
+    if words[0] == "make":
+        rules = (ROOT / "Makefile").read_text(encoding="utf-8")
+        return None if re.search(rf"^{words[1]}:", rules, re.MULTILINE) else "no such rule"
+    if words[0] != "inplace-ttt":
+        script = (ROOT / words[0]).read_text(encoding="utf-8") if (ROOT / words[0]).is_file() else None
+        options = [word for word in words[1:] if word.startswith("--")]
+        return "no such file" if script is None else next((o for o in options if f'"{o}"' not in script), None)
+    if words[1].startswith("--"):
+        return None if words[1] in ("--version", "--help", "--install-completion") else words[1]
+    if words[1] not in COMMANDS:
+        return "no such command"
+    with COMMANDS[words[1]].make_context(words[1], [], resilient_parsing=True) as context:
+        context.resilient_parsing = False
+        try:
+            left = COMMANDS[words[1]].make_parser(context).parse_args(words[2:])[1]
+        except Exception as error:  # typer's own click has no public name for it
+            return str(error)
+    return f"not taken: {left}" if left else None
+
+
+OURS = re.compile(
+    r"(?:.*(?<!--model )\b(?=inplace-ttt [a-z-])|.*-m (?=inplace_ttt )"
+    r"|(?:.*python )?(?=(?:benchmarks|examples)/\S+\.py)|(?=make [a-z]))(.*)"
+)
+"""A line with a command of this repository, which begins at the group."""
+
+
+def test_commands_of_the_pages_can_be_given():
+    """Names of commands, their options and how many arguments they take; rules of make; scripts and their options."""
+    found = []
     for path in PAGES:
-        page = path.read_text(encoding="utf-8")
-        for name in re.findall(r"inplace-ttt ([a-z]+)\b", page):
-            assert name in known, f"{path.name}: inplace-ttt {name}"
-    rules = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"`?make ([a-z-]+)", README + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
-        assert re.search(rf"^{target}:", rules, re.MULTILINE), target
+        if path.name not in HISTORY:
+            matches = [OURS.match(line) for line in lines(path.read_text(encoding="utf-8"))]
+            found += [(path.name, match[1].replace("inplace_ttt", "inplace-ttt")) for match in matches if match]
+    assert len(found) > 80
+    assert [(page, command, why) for page, command in found if (why := wrong(command))] == []
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        ("inplace-ttt chat --sesion x", "--sesion"),
+        ("inplace-ttt chat --session", "--session"),
+        ("inplace-ttt convert a b c", "not taken"),
+        ("inplace-ttt tain x", "no such command"),
+        ("make demos", "no such rule"),
+        ("benchmarks/runs.py x --gpu 2", "--gpu"),
+        ("benchmarks/run.py", "no such file"),
+    ],
+)
+def test_a_wrong_command_is_found(command, why):
+    assert why in wrong(command)
+
+
+def test_the_settings_of_the_page_make_a_recipe():
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8"), re.DOTALL)
+    settings = yaml.safe_load(text)
+    tiny = yaml.safe_load((ROOT / "recipes" / "tiny-cpu.yaml").read_text(encoding="utf-8"))
+    assert make_recipe(tiny | settings).parallel.context == settings["parallel"]["context"]
 
 
 def test_the_reference_has_every_public_name():

@@ -1,15 +1,21 @@
-"""The examples of README and of the first pages run as printed, and the tables are the records'."""
+"""The examples of README and docs run as printed, and the tables are the records'."""
 
 import contextlib
 import io
+import os
 import re
 import runpy
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 import pytest
+from forked import Forked
 from locations import ROOT
+from spawn import free_port
 
 DOCS = ROOT / "docs"
 HOME = (DOCS / "index.md").read_text(encoding="utf-8")
@@ -124,6 +130,140 @@ print(tokenizer.eos_token_id in ids, tokenizer.eos_token_id in as_text[1:], type
     first, _, rest = run("-c", f"{found[0]}\nprint('first ends')\n{setting}{example}{check}").partition("first ends\n")
     assert "Stats(" in first
     assert rest == "True False str\n"
+
+
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in DOCS.glob("*.md"))]
+PYTHON = {(page, i): code for page in PAGES for i, code in enumerate(examples(ROOT / page))}
+ELSEWHERE = {
+    "README.md": (1, "test_readme.py", "test_a_model_of_the_hub_learns_as_it_reads"),
+    "docs/extending.md": (5, "test_extending.py", "test_examples_of_the_page_print_what_they_say"),
+    "docs/rl.md": (1, "rl/test_rl_docs.py", "test_the_example_runs"),
+    "docs/serving.md": (1, "serve/test_openai.py", "test_the_page_s_requests"),
+    "docs/start.md": (2, "test_readme.py", "test_session_example_prints_what_it_says"),
+}
+"""How many examples a page has that a test runs which is not about this list, and which test."""
+NOT_RUN = {("docs/decoding.md", 1): "needs a GPU; tests/gpu/test_gpu_decoding.py does the same"}
+
+
+class Around(NamedTuple):
+    """What a page leaves to its reader: the code before an example and behind it, other values, how many processes."""
+
+    before: str
+    after: str
+    other: Mapping[str, str] = MappingProxyType({})
+    processes: int = 1
+
+
+BEGIN = """
+import os, torch
+import inplace_ttt as ittt
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+plain = lambda: AutoModelForCausalLM.from_pretrained("model").eval()
+tokenizer = AutoTokenizer.from_pretrained("model")
+text = open("book.txt").read()
+ids = tokenizer(text, return_tensors="pt").input_ids[:, :300]
+learning = lambda: ittt.attach(plain(), ittt.InPlaceTTTConfig(objective="loss", chunk_size=64))
+shipped = lambda: ittt.from_pretrained(ittt.DEFAULT_MODEL, dtype=torch.float32).eval()
+layers = lambda model: [layer.index for layer in ittt.adapting_layers(model)]
+"""
+AROUND = {
+    ("docs/adapt.md", 1): Around("", "assert layers(ittt.attach(plain(), config)) == [0, 3, 6]"),
+    ("docs/decoding.md", 0): Around(
+        "model = shipped(); inputs = dict(tokenizer('def f(', return_tensors='pt'), max_new_tokens=8)",
+        "assert torch.equal(out, model.generate(**inputs)) and callable(step)",
+    ),
+    ("docs/families.md", 0): Around(
+        """sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+model = AutoModelForCausalLM.from_config(AutoConfig.for_model("phi", vocab_size=50, **sizes))""",
+        "assert layers(ittt.attach(model, config)) == [0]",
+    ),
+    ("docs/families.md", 1): Around(
+        "config = AutoConfig.from_pretrained('model')",
+        "assert layers(model) == [0, 6] and model.eval()(ids).logits.isfinite().all()",
+        {'"cuda"': '"cpu"'},
+    ),
+    ("docs/parallel.md", 0): Around("", "", processes=2),
+    ("docs/parallel.md", 1): Around(
+        """from transformers.distributed import DistributedConfig
+base, config = "model", ittt.InPlaceTTTConfig()
+want = plain()(ids).logits""",
+        "assert layers(model) == [0, 6] and torch.allclose(model.eval()(ids).logits, want, atol=1e-4)",
+        processes=2,
+    ),
+    ("docs/reading.md", 0): Around(
+        "model = plain()",
+        "session = ittt.Session(model); session.read(ids[0].tolist()); assert session.stats().updates >= 2",
+    ),
+    ("docs/reading.md", 1): Around(
+        "model = learning(); want = model(ids).logits",
+        """assert model.config._attn_implementation == "inplace_ttt_pieces"
+assert torch.allclose(model(ids).logits, want, atol=1e-4)""",
+    ),
+    ("docs/reading.md", 2): Around(
+        """tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+session = ittt.Session(learning(), tokenizer)""",
+        "assert session.stats().updates > 0",
+        {"minutes=5": "minutes=0.02"},
+    ),
+    ("docs/results.md", 0): Around(
+        "import inplace_ttt",
+        """made = ittt.from_pretrained('shipped').config.inplace_ttt
+assert (made['chunk_size'], made['decay']) == (64, 0.01)""",
+        {'"out/books-and-code-ttt/model"': "ittt.DEFAULT_MODEL", "inplace_ttt.DEFAULT_MODEL, t": '"shipped", t'},
+    ),
+    ("docs/sessions.md", 3): Around(
+        """from peft import PeftModel
+session = ittt.Session(learning(), tokenizer)
+session.read(text)
+base = plain(); want = base(ids).logits""",
+        "assert not torch.equal(model(ids).logits, want)",
+    ),
+    ("docs/sharing.md", 0): Around(
+        "model = ittt.attach(plain(), ittt.InPlaceTTTConfig())", "assert layers(model) == [0, 6]"
+    ),
+    ("docs/training.md", 0): Around(
+        """model = shipped(); cache = DynamicCache(config=model.config); pieces = ids.split(100, 1)
+trained = model.get_parameter("model.layers.0.mlp.ttt_proj.weight")""",
+        "assert trained.grad.any() and cache.get_seq_length() == ids.shape[1]",
+    ),
+}
+
+
+def test_every_example_is_run_or_says_why_not():
+    own = {"adapt.md": [0, 2], "sessions.md": [0, 1, 2]}  # by the tests above
+    known = [*AROUND, *NOT_RUN, *((f"docs/{page}", i) for page, places in own.items() for i in places)]
+    known += [(page, i) for page, (count, *_) in ELSEWHERE.items() for i in range(count)]
+    assert sorted(known) == sorted(PYTHON), "run a new example: AROUND says what comes before and behind it"
+    for _, file, test in ELSEWHERE.values():
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file} has no {test}"
+
+
+@pytest.mark.parametrize("place", AROUND, ids=lambda place: f"{Path(place[0]).stem}-{place[1]}")
+def test_examples_of_the_other_pages_run(place, local, tmp_path, monkeypatch):
+    for name in ("model", "book.txt"):
+        (tmp_path / name).symlink_to(local / name)
+    monkeypatch.chdir(tmp_path)
+    code, around = PYTHON[place], AROUND[place]
+    for old, new in around.other.items():
+        assert old in code
+        code = code.replace(old, new)
+    code = compile("\n".join((BEGIN, around.before, code, around.after)), place[0], "exec")
+    if around.processes == 1:
+        exec(code, {"__name__": "example"})
+        return
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(around.processes)}
+
+    def work(rank: int) -> None:
+        os.environ |= {**where, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        exec(code, {"__name__": "example"})
+
+    ranks = [Forked(lambda rank=rank: work(rank)) for rank in range(around.processes)]
+    printed = [rank.stdout.read().decode() for rank in ranks]
+    assert [rank.wait() for rank in ranks] == [0, 0], printed
+    said = re.findall(r"^step \d: loss (.*)$", (ROOT / place[0]).read_text(encoding="utf-8"), re.MULTILINE)
+    losses = re.findall(r"^step \d: loss (.*)$", printed[0], re.MULTILINE)
+    if place == ("docs/parallel.md", 0):
+        assert [float(loss) for loss in losses] == pytest.approx([float(loss) for loss in said], abs=0.02)
 
 
 def test_session_tables_are_the_records(run):

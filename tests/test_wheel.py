@@ -1,4 +1,4 @@
-"""What the wheel brings: the command, the shipped model, the recipes."""
+"""What the wheel brings: the command, the shipped model, the recipes. It is made of the sdist; twine passes both."""
 
 import os
 import subprocess
@@ -22,14 +22,27 @@ print(find_recipe("tiny-cpu"), yaml.safe_load(find_recipe("tiny-cpu").read_text(
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def built(tmp_path_factory):
+    """A directory with the sdist and the wheel that is made of it, so nothing that the wheel needs lacks there."""
     pytest.importorskip("build")
     out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = out.glob("*.whl")
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(built):
+    (path,) = built.glob("*.whl")
     return path
+
+
+def test_twine_finds_nothing_wrong(built):
+    pytest.importorskip("twine")
+    command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, built.iterdir())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.count("PASSED")) == (0, 2), done.stdout + done.stderr
 
 
 def test_carries_the_shipped_model(wheel):

@@ -1,4 +1,4 @@
-"""Loss against position, with updates on and off: as a picture, and in the terminal."""
+"""One style for all pictures, and loss against position, with updates on and off: as a picture, in the terminal."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,9 @@ import numpy as np
 from rich.text import Text
 
 ON, OFF = "#c2410c", "#64748b"
+OTHERS = ("#0891b2", "#d9a441", "#4d7c0f", "#7c3aed", "#be185d", "#57534e")
+"""Colours of what has none of its own."""
+TEXTS = {"books": OTHERS[0], "code": OTHERS[1]}
 FORMATS = (".png", ".pdf", ".svg")
 
 
@@ -38,13 +41,13 @@ def save_picture(
     gains, losses = axes.flat
     losses.plot(x, off, color=OFF, lw=1.6, label="updates off")
     losses.plot(x, on, color=ON, lw=1.6, label="updates on")
-    losses.set_ylabel("loss (nats)", fontsize=9)
+    losses.set_ylabel("loss (nats)")
     losses.legend(frameon=False, ncols=2, loc="upper right", borderaxespad=0.2, fontsize=8)
     low, high = min(on.min(), off.min()), max(on.max(), off.max())
     losses.set_ylim(low - 0.06 * (high - low), high + 0.2 * (high - low))
     fill_gain(gains, x, gap)
-    gains.set_ylabel("gain (nats per token)", fontsize=9)
-    losses.set_xlabel("position in the file (tokens)", fontsize=9)
+    gains.set_ylabel("gain (nats per token)")
+    losses.set_xlabel("position in the file (tokens)")
     gains.yaxis.set_major_locator(MaxNLocator(4))
     gains.xaxis.set_major_formatter(EngFormatter(sep=""))
     for axis in (losses, gains):
@@ -63,7 +66,9 @@ def fill_gain(axes: Any, x: np.ndarray, gain: np.ndarray) -> None:
     axes.axhline(0, color="black", lw=0.7)
 
 
-def styled(width: float, height: float, rows: int = 1, columns: int = 1, **how: Any) -> tuple[Any, Any]:
+def styled(
+    width: float, height: float, rows: int = 1, columns: int = 1, *, grid: str = "y", **how: Any
+) -> tuple[Any, Any]:
     """Return a figure and axes [rows, columns] in the style of all pictures; ``how``: keywords of ``subplots``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -73,10 +78,30 @@ def styled(width: float, height: float, rows: int = 1, columns: int = 1, **how: 
     axes = figure.subplots(rows, columns, squeeze=False, **how)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="0.9", lw=0.7)
+        axis.grid(axis=grid, color="0.9", lw=0.7)
         axis.set_axisbelow(True)
-        axis.tick_params(labelsize=8)
+        axis.tick_params(which="both", labelsize=8)
+        axis.xaxis.label.set_size(8.5)
+        axis.yaxis.label.set_size(8.5)
     return figure, axes
+
+
+def add_title(axes: Any, text: str) -> None:
+    """Write the title of one panel."""
+    axes.set_title(text, loc="left", fontsize=10, fontweight="bold")
+
+
+def add_heading(figure: Any, text: str) -> None:
+    """Write the title of a figure of several panels."""
+    figure.suptitle(text, x=0.01, ha="left", fontsize=11, fontweight="bold")
+
+
+def add_legend(figure: Any, columns: int = 4, place: str = "lower center") -> None:
+    """Put one legend for all panels outside of them; what several panels label alike is in it once."""
+    labelled = [axes.get_legend_handles_labels() for axes in figure.axes]
+    named = {label: handle for handles, labels in labelled for handle, label in zip(handles, labels, strict=True)}
+    columns = max(min(len(named), columns), 1)
+    figure.legend(named.values(), named.keys(), loc=f"outside {place}", ncols=columns, frameon=False, fontsize=8)
 
 
 def save(figure: Any, path: Path) -> None:

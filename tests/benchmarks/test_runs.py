@@ -358,9 +358,44 @@ def test_the_summary_of_some_variants_has_them_and_their_control(
     assert names == ["| variant", "| ---", "| window-seed0", "| chunk-64-seed0"]
 
 
+def test_rows_are_in_the_order_of_the_patterns_then_of_numbers(tmp_path: Path) -> None:
+    for name in ("chunk-64", "chunk-512", "layers-7", "window", "chunk-128", "window-gla"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps(record(name, [3.0])))
+    records = summarise_runs.read(tmp_path, "window")
+    names = [r["name"] for r in summarise_runs.chosen(records, ["layers-*", "*-*"], "window")]
+    assert names == ["window", "layers-7", "chunk-64", "chunk-128", "chunk-512", "window-gla"]
+
+
+def test_a_picture_has_the_panels_that_two_variants_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(summarise_runs, "save", lambda figure, path: figures.append(figure))
+    curve = [{"tokens": n, "ttt_cosine": n / 10} for n in range(8)]
+    records = [
+        record("window-seed0", [3.0, 3.2]), record("window-seed1", [3.0, 3.4]),
+        record("ttt-seed0", [2.8, 3.0], [2.9, 3.2], curve=curve), record("ttt-seed1", [2.7, 2.9], [2.9, 3.2]),
+        record("gla-seed0", [3.1, 3.1]),
+    ]  # fmt: skip
+    path = tmp_path / "replica.png"
+    summarise_runs.draw(records, path, "window")
+    summarise_runs.draw([*records, record("chunk-64", [2.8, 3.0], [2.9, 3.0], curve=curve[:4])], path, "window")
+    one, three = ([axis.get_title(loc="left") for axis in figure.axes] for figure in figures)
+    assert one == ["window - variant"]
+    assert three == ["updates off - on", "window - variant", "cosine of v and -dL/do"]
+    points = figures[0].axes[0].containers[0].lines[0].get_xydata().tolist()
+    assert points == [[pytest.approx(0.3), -0.15], [pytest.approx(0.0), 0.85]]
+    early, late = (line.lines[0].get_xdata().tolist() for line in figures[1].axes[2].containers)
+    assert early == [pytest.approx(0.25), pytest.approx(0.1)]
+    assert late == [pytest.approx(0.65), pytest.approx(0.3)]
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["books, n = 2"]
+    assert [text.get_text() for text in figures[0].axes[0].get_yticklabels()] == ["ttt, 2 seeds", "gla"]
+
+
 def test_losses_by_context_are_those_of_books_with_updates_over_seeds(tmp_path: Path) -> None:
     def sliding(values: dict[tuple[str, str, int], float]) -> dict[str, Any]:
-        rows = [{"domain": d, "variant": v, "context": n, "value": x} for (d, v, n), x in values.items()]
+        rows = [
+            {"domain": d, "variant": v, "context": n, "value": x, "documents": 7} for (d, v, n), x in values.items()
+        ]
         return {"losses": {}, "recall": {"nll by sliding": rows}}
 
     records = [

@@ -138,7 +138,7 @@ def test_tables_and_words(local: HarnessSuite) -> None:
     assert row["value"] == pytest.approx(
         sum(r["value"] for r in records if r["metric"] == "word_perplexity" and r["variant"] == "on") / words
     )
-    assert {"harness", "ruler"} <= pictures(found, {}).keys()
+    assert {"harness", "ruler"} <= pictures(found, {"model": "m"}).keys()
 
 
 # -- RULER ------------------------------------------------------------------------------------------------------------

@@ -172,6 +172,14 @@ def test_the_report_holds_everything_by_itself(tmp_path):
     assert {p.name for p in (tmp_path / "plots").iterdir()} == {"loss-by-position.png", "differences.png"}
 
 
+def test_pictures_name_the_model_and_the_measure(tmp_path):
+    records = run([Fixed()], variants(), tmp_path, {})
+    figures = report.pictures(tables(records), {"model": "tiny", "block": 10})
+    assert [figure.get_suptitle() for figure in figures.values()] == [
+        "tiny: loss by position", "tiny: loss against updates off, n = 8",
+    ]  # fmt: skip
+
+
 def test_one_document_has_no_interval(tmp_path):
     records = [r for r in run([Fixed()], variants(), tmp_path, {}) if r["document"] == "a"]
     assert "without an interval" in verdicts(tables(records))[0]

@@ -136,7 +136,7 @@ def test_the_report_says_it() -> None:
     said = verdicts(found)
     assert "next-token target: one update moved the logit of the word that followed by +0.300" in said[1]
     assert "margin +0.200 (95% interval +0.200 to +0.200, n = 2)" in said[2]
-    assert "theory" in pictures(found, {})
+    assert "theory" in pictures(found, {"model": "m"})
 
 
 def test_what_cannot_be_measured_is_refused() -> None:

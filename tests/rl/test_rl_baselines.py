@@ -222,5 +222,5 @@ def test_a_missing_trl_is_said_plainly():
         except UserError as error:
             print(error)
 
-    said = "OTBTrainer needs trl 1.16, trl is not installed: pip install 'inplace-ttt[rl]'\n"
+    said = "OTBTrainer needs trl 1.16, trl is not installed: pip install -e '.[rl]' in a clone\n"
     assert run_fresh(work, ["inplace_ttt", "trl"]) == (0, said)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 for name in ("fastapi", "uvicorn", "prometheus_client", "openai"):
-    pytest.importorskip(name, reason="needs pip install inplace-ttt[serve]")
+    pytest.importorskip(name, reason="needs pip install -e '.[serve]'")
 
 
 @pytest.fixture

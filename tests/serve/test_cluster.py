@@ -1,5 +1,6 @@
 """Two replicas on a local Ray cluster, one of them killed under load."""
 
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -7,12 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2 as httpx
 import pytest
 import torch
+import yaml
+from locations import ROOT
 from session.models import TEXT, shipped, tokenizer
 
 from inplace_ttt import Session
 from inplace_ttt.errors import UserError
+from inplace_ttt.serve.settings import Limits
 
-ray = pytest.importorskip("ray", reason="needs pip install inplace-ttt[serve-ray]")
+ray = pytest.importorskip("ray", reason="needs pip install -e '.[serve-ray]'")
 pytest.importorskip("ray.serve.experimental.consistent_hash_router", reason="needs a newer Ray")
 
 PORT = 18_265
@@ -32,7 +36,10 @@ def cluster(tmp_path, monkeypatch):
         limits = {"rate": 1_000_000, "memory": 1 << 28}
         arguments = Arguments(state_dir=str(tmp_path), replicas=2, probe_every=0, limits=limits)
         serve.run(application(arguments), name="sessions")
-        yield httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=60, trust_env=False)
+        fresh = httpx.Limits(
+            max_keepalive_connections=0
+        )  # the proxy closes what was idle, on a slow machine in between
+        yield httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=60, trust_env=False, limits=fresh)
         serve.shutdown()
     finally:
         ray.shutdown()
@@ -48,6 +55,15 @@ def wait_until(is_so) -> None:
     while not is_so():
         assert time.monotonic() < until
         time.sleep(0.1)
+
+
+def ask(http: httpx.Client, method: str, path: str, **options) -> httpx.Response | None:
+    """The answer, or None where the replica died or is being replaced."""
+    try:
+        answer = http.request(method, path, **options)
+    except httpx.HTTPError:
+        return None
+    return None if answer.status_code >= 500 or answer.status_code == 408 else answer
 
 
 class Reader:
@@ -74,12 +90,7 @@ class Reader:
         self.version += 1
 
     def ask(self, method: str, path: str, **options) -> httpx.Response | None:
-        """The answer, or None where the replica died or is being replaced."""
-        try:
-            answer = self.http.request(method, path, headers=self.headers, **options)
-        except httpx.HTTPError:
-            answer = None
-        return None if answer is None or answer.status_code >= 500 else answer
+        return ask(self.http, method, path, headers=self.headers, **options)
 
     def neighbours(self) -> frozenset[str]:
         """The sessions that the replica which its requests reach has in memory."""
@@ -112,11 +123,9 @@ def test_a_killed_replica_is_replaced_and_loses_no_session(cluster):
         """Plain requests; what is answered is right."""
         body = {"model": "books-and-code", "prompt": TEXT[:40], "max_tokens": 8, "temperature": 0}
         while not stop.is_set():
-            try:
-                answer = cluster.post("/v1/completions", json=body)
-            except httpx.HTTPError:
-                continue
-            if answer.status_code < 500:
+            answer = ask(cluster, "POST", "/v1/completions", json=body)
+            if answer is not None:
+                assert answer.status_code == 200, answer.text
                 plain.append(answer.json()["choices"][0]["text"])
 
     def work(reader: Reader) -> None:
@@ -157,3 +166,6 @@ def test_arguments_are_checked():
         application(Arguments(state_dir="/tmp", limits={"bach": 1}))
     with pytest.raises(ValueError, match="replica"):
         Arguments(state_dir="/tmp", replica=2)
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (file,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    Limits(**Arguments(**yaml.safe_load(file)["applications"][0]["args"]).limits)

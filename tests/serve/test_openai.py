@@ -1,9 +1,13 @@
 """The official client, unchanged: chat and completions, streams, log-probabilities, errors."""
 
+import re
+import subprocess
+
 import openai
 import pytest
 import torch
 from cli.tiny_models import CHATML
+from locations import ROOT
 from serve.running import Running, model, session
 from session.models import tokenizer
 
@@ -11,6 +15,32 @@ from inplace_ttt.serve.journal import known
 from inplace_ttt.session.template import Template
 
 USER = [{"role": "user", "content": "It was"}]
+
+
+def test_the_page_s_requests(start, tmp_path):
+    """Those of docs/serving.md, in order: a session is made, reads, is asked, and answers OpenAI's client."""
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (tmp_path / "book.txt").write_text("Call me Ishmael. " * 40, encoding="utf-8")
+    server = start()
+    requests = re.findall(r"^curl .*$", page, re.MULTILINE)
+    assert len(requests) == 3
+    for request in requests:
+        assert "localhost:8000" in request
+        request = request.replace("localhost:8000", f"--noproxy '*' -sS --fail-with-body {server.url}")
+        done = subprocess.run(["bash", "-c", request], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+        assert done.returncode == 0, f"{request}: {done.stdout}{done.stderr}"
+    assert '"answer"' in done.stdout
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    places = {"http://127.0.0.1:8000": server.url, '"books-and-code"': '"tiny", max_tokens=4'}
+    for old, new in places.items():
+        assert old in code
+        code = code.replace(old, new)
+    before = server.http().get("/v1/sessions/my-book").json()
+    found = {}
+    exec(compile(code, "docs/serving.md", "exec"), found)
+    assert found["answer"].choices[0].message.content
+    after = server.http().get("/v1/sessions/my-book").json()
+    assert after != before
 
 
 def test_models(server):

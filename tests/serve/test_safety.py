@@ -1,22 +1,27 @@
 """Owners, limits, broken and slow clients: refused in OpenAI's form, and nobody else notices."""
 
+import asyncio
 import json
 import random
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serve.running import Running, session
+from serve.running import LIMITS, OPTIONS, Running, model, session
 from session.models import TEXT, tokenizer
 
 from inplace_ttt import UserError
-from inplace_ttt.serve.guard import read_keys
+from inplace_ttt.serve.app import make_app
+from inplace_ttt.serve.guard import Guard, read_keys
 from inplace_ttt.serve.scheduler import SMALL
+from inplace_ttt.serve.service import make_service
+from inplace_ttt.serve.settings import Limits
 
 KEYS = {"ada-key-1": "ada", "ada-key-2": "ada", "eve-key-1": "eve"}
 
@@ -262,6 +267,37 @@ def test_slow_and_silent_clients_are_cut_off(start):
         while server.engine.jobs and time.monotonic() < until:
             time.sleep(0.1)
         assert not server.engine.jobs  # stopped long before 4,000 tokens
+
+
+def test_a_body_that_is_cut_off_is_asked_for_again(tmp_path):
+    """Behind a proxy the client still waits: it has to know that the request may be sent again."""
+    made = make_service(model(), tokenizer(), "tiny", tmp_path, Limits(**LIMITS), **OPTIONS)
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"content-length", b"40")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
+    part = {"type": "http.request", "body": b'{"mo', "more_body": True}
+
+    async def ask(guard: Guard, *messages: dict[str, Any]) -> list[dict[str, Any]]:
+        left, said = list(messages), []
+
+        async def receive() -> dict[str, Any]:
+            return left.pop(0) if left else {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            said.append(message)
+
+        await guard(dict(scope), receive, send)
+        return said
+
+    async def both() -> list[list[dict[str, Any]]]:
+        guard = Guard(lambda: make_app(made), made.engine.limits, None)
+        guard.loading = asyncio.ensure_future(guard._load())
+        found = [await ask(guard), await ask(guard, part)]
+        await made.engine.stop()
+        return found
+
+    for start, body in asyncio.run(both()):
+        assert start["status"] == 408
+        assert json.loads(body["body"])["error"]["code"] == "incomplete"
 
 
 JSON = {"content-type": "application/json"}

@@ -11,7 +11,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from ..config import InPlaceTTTConfig
 from ..hf.attach import install, runtime_of
-from ..plots import OFF, ON, save, styled
+from ..plots import OFF, ON, add_heading, add_legend, add_title, save, styled
 from ..train.attention import choose_attention
 from .materialised import checked, extra_products, timed
 
@@ -127,8 +127,8 @@ def draw(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         for column, (label, colour, style) in WAYS.items():
             extra = [100 * (rows[n][column] - 1) for n in lengths]
             line[0].plot(range(len(lengths)), extra, style, marker="o", ms=4, lw=1.6, color=colour, label=label)
-        line[0].set_title(f"time, {name}", loc="left", fontsize=10, fontweight="bold")
-        line[0].set_ylabel("over no TTT (%)", fontsize=8.5)
+        add_title(line[0], f"time, {name}")
+        line[0].set_ylabel("over no TTT (%)")
         if memory:
             peaks = [rows[n]["peak_bytes"] for n in lengths]
             for way, column in (("ours", "over_no_ttt"), ("materialised", "materialised_over_no_ttt")):
@@ -137,18 +137,15 @@ def draw(records: Sequence[Mapping[str, Any]], path: Path) -> None:
             own = (peaks[-1]["ours"] - peaks[-1]["no TTT"]) / 2**30
             place = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
             line[1].annotate(f"{own:.2f}", (len(lengths) - 1, own), (0, 5), color=ON, **place)
-            line[1].set_title(f"peak memory, {name}", loc="left", fontsize=10, fontweight="bold")
-            line[1].set_ylabel("over no TTT (GiB)", fontsize=8.5)
+            add_title(line[1], f"peak memory, {name}")
+            line[1].set_ylabel("over no TTT (GiB)")
         for axes in line:
             axes.set_xticks(range(len(lengths)), [f"{n // 1024}k" if n % 1024 == 0 else f"{n:,}" for n in lengths])
     for axes in panels[-1]:
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("prompt (tokens)", fontsize=8.5)
+        axes.set_xlabel("prompt (tokens)")
     first = records[0]
     device = (first["hardware"].get("gpus") or ["a CPU"])[0]
-    figure.suptitle(
-        f"Prefill, {first['shape'].upper()} shape, {device}", x=0.01, ha="left", fontsize=11, fontweight="bold"
-    )
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    add_heading(figure, f"Prefill, {first['shape'].upper()} shape, {device}")
+    add_legend(figure, 3)
     save(figure, path)

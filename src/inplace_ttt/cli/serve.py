@@ -50,7 +50,7 @@ def serve(
 ) -> None:
     """Serve a model over HTTP as OpenAI does, with sessions that keep learning."""
     if missing := [p for p in ("fastapi", "prometheus_client", "python_multipart", "uvicorn") if not find_spec(p)]:
-        raise UserError(f"serving needs {missing[0]}: pip install 'inplace-ttt[serve]'")
+        raise UserError(f"serving needs {missing[0]}: pip install -e '.[serve]' in a clone")
     form = parse_state(state)
     for option, place in (("--state-dir", state_dir), ("--adapter-dir", adapter_dir)):
         if place is not None and Path(place).exists() and not Path(place).is_dir():

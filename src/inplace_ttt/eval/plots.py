@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..plots import OFF, ON, styled
+from ..plots import OFF, ON, OTHERS, add_heading, add_legend, add_title, styled
 from .paired import Mean
 
 Rows = Sequence[Mapping[str, Any]]
@@ -14,7 +14,7 @@ Curves = Mapping[str, tuple[Sequence[Any], Mapping[str, Sequence[Mean]]]]
 FIXED = {"on": ON, "off": OFF, "baseline": "#0c4a6e"}
 NAMED = {"on": "updates on", "off": "updates off"}
 """Labels of variants in a legend; others go by their own name."""
-OTHERS = ("#d9a441", "#4d7c0f", "#7c3aed", "#0891b2", "#be185d", "#57534e")
+SHARE = "share of right answers"
 
 
 def mean_of(row: Mapping[str, Any], name: str = "value") -> Mean:
@@ -56,6 +56,7 @@ def gaps(rows: Rows, x: str) -> dict[str, tuple[list[Any], dict[str, list[Mean]]
 
 def panels(
     found: Curves,
+    heading: str,
     xlabel: str,
     ylabel: str,
     *,
@@ -67,9 +68,9 @@ def panels(
 ) -> Any:
     """Draw panels side by side, lines with bands or ``bars`` with whiskers; ``top``: upper limit of the y axis.
 
-    ``line``: a level to compare with, and its name.
+    ``heading``: the measure; the report puts the model before it. ``line``: a level to compare with, and its name.
     """
-    figure, (axes,) = styled(width * max(len(found), 1.5), 3.0, 1, len(found), sharey=True)
+    figure, (axes,) = styled(width * max(len(found), 1.5), 3.3, 1, len(found), sharey=True)
     for axis, (title, (places, lines)) in zip(axes, found.items(), strict=True):
         x = [f"{n // 1024}k" if isinstance(n, int) and n >= 1024 and n % 1024 == 0 else f"{n}" for n in places]
         colours = palette or _colours(list(lines))
@@ -92,11 +93,11 @@ def panels(
             axis.axhline(0, color="black", lw=0.7)
         if top is not None:
             axis.set_ylim(0, top)
-        axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
-        axis.set_xlabel(xlabel, fontsize=8.5)
-    axes[0].set_ylabel(ylabel, fontsize=8.5)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False, fontsize=8)
+        add_title(axis, title)
+        axis.set_xlabel(xlabel)
+    axes[0].set_ylabel(ylabel)
+    add_heading(figure, heading)
+    add_legend(figure)
     return figure
 
 
@@ -105,7 +106,7 @@ def differences(
 ) -> Any:
     """Draw differences to ``to`` with intervals, a line a row, labelled by ``names``. ``better``: a side."""
     names = [name for name in names if len({row[name] for row in rows}) > 1] or names[:1]
-    figure, ((axis,),) = styled(6.2, 0.9 + 0.32 * len(rows))
+    figure, ((axis,),) = styled(6.2, 0.9 + 0.32 * len(rows), grid="both")
     y = np.arange(len(rows))[::-1]
     for at, mean in zip(y, (mean_of(row, "difference") for row in rows), strict=True):
         colour = FIXED["on"] if mean.high < 0 else FIXED["baseline"] if mean.low > 0 else "0.5"
@@ -114,9 +115,8 @@ def differences(
     axis.axvline(0, color="black", lw=0.8)
     axis.set_yticks(y, [", ".join(NAMED.get(row[name], str(row[name])) for name in names) for row in rows])
     axis.set_ylim(-0.6, len(rows) - 0.4)
-    axis.grid(axis="x", color="0.9", lw=0.7)
-    axis.set_xlabel(f"difference to {to} ({unit}){better and f', {better} is better'}", fontsize=8.5)
-    axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    axis.set_xlabel(f"difference to {to} ({unit}){better and f', {better} is better'}")
+    add_heading(figure, title)
     return figure
 
 

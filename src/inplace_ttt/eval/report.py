@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..plots import add_heading
 from ..records import about, write_json
 from .paired import ENOUGH
 from .runner import read_seconds
@@ -49,8 +50,11 @@ def verdicts(found: Tables) -> list[str]:
 
 
 def pictures(found: Tables, plan: Mapping[str, Any]) -> dict[str, "Figure"]:
-    """Return figures by file name, those that the tables allow."""
-    return {name: figure for suite in _with("figures") for name, figure in suite.figures(found, plan).items()}
+    """Return figures by file name, those that the tables allow; their titles begin with the model."""
+    drawn = {name: figure for suite in _with("figures") for name, figure in suite.figures(found, plan).items()}
+    for figure in drawn.values():
+        add_heading(figure, f"{plan['model']}: {figure.get_suptitle()}")
+    return drawn
 
 
 def _with(function: str) -> list[Any]:

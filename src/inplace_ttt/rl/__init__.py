@@ -1,7 +1,7 @@
 """Reinforcement learning of plain and attached models: the Optimal Token Baseline, as functions and as a TRL trainer.
 
-`inplace_ttt.rl.baselines` needs torch alone. ``OTBTrainer`` and ``OTBConfig`` need trl (``pip install
-'inplace-ttt[rl]'``) and load on first use.
+`inplace_ttt.rl.baselines` needs torch alone. ``OTBTrainer`` and ``OTBConfig`` need trl (``pip install -e
+'.[rl]'`` in a clone) and load on first use.
 """
 
 from typing import TYPE_CHECKING, Any

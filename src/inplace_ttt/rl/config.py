@@ -13,7 +13,7 @@ except PackageNotFoundError:
     _found = ""
 if _found.split(".")[:2] != ["1", "16"]:  # OTBTrainer overrides private methods, which move between minor versions
     _what = f"trl {_found} is installed" if _found else "trl is not installed"
-    raise UserError(f"OTBTrainer needs trl 1.16, {_what}: pip install 'inplace-ttt[rl]'")
+    raise UserError(f"OTBTrainer needs trl 1.16, {_what}: pip install -e '.[rl]' in a clone")
 
 from trl.trainer.grpo_config import GRPOConfig
 

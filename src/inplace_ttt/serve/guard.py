@@ -227,6 +227,9 @@ class _Body:
             message: Message = await asyncio.wait_for(self._receive(), self._limits.slow)
         except TimeoutError:
             raise self._fail(408, "timeout", "the body does not come") from None
+        if message["type"] == "http.disconnect":  # the client may wait still, behind a proxy that lost the body
+            self._fail(408, "incomplete", "the body was cut off: send the request again")
+            return message
         self._size += len(message.get("body", b""))
         self._complete = not message.get("more_body", False)
         if self._size > self._limits.body:

@@ -8,7 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from ..core.diagnostics import LayerDiagnostics
-from ..plots import OFF, ON, fill_gain, save, styled
+from ..plots import OFF, ON, add_heading, fill_gain, save, styled
 from .diagnostics import Timeline
 
 PANELS = (
@@ -58,9 +58,9 @@ def save_diagnostics(path: Path, timeline: Timeline, title: str) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     for axes in panels[2]:
-        axes.set_xlabel("tokens read", fontsize=8.5)
+        axes.set_xlabel("tokens read")
         axes.set_xlim(0, 1.02 * max(x, default=1))
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    add_heading(figure, title)
     handles, labels = _some(*panels[0, 0].get_legend_handles_labels())
     style = {"loc": "outside lower center", "ncols": NAMED, "frameon": False, "fontsize": 8, "title_fontsize": 8}
     figure.legend(handles, labels, title="layer", **style)
@@ -68,7 +68,7 @@ def save_diagnostics(path: Path, timeline: Timeline, title: str) -> None:
 
 
 def _headings(axes: Any, heading: str, unit: str) -> None:
-    axes.set_title(heading, loc="left", fontsize=9, pad=14)
+    axes.set_title(heading, loc="left", fontsize=10, fontweight="bold", pad=14)
     axes.text(0, 1.04, unit, transform=axes.transAxes, fontsize=8, color="0.35")
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from inplace_ttt.eval.nll import DomainResult, Text, evaluate_documents
 from inplace_ttt.hf.load import load_baseline
-from inplace_ttt.plots import save, styled
+from inplace_ttt.plots import OTHERS, add_legend, add_title, save, styled
 from inplace_ttt.records import about, peak_memory
 from inplace_ttt.train.packing import TokenStore
 from inplace_ttt.train.specs import EvaluationSpec
@@ -77,7 +77,8 @@ def plot_losses(curve: Sequence[Mapping[str, float]], path: Path, title: str) ->
     """Draw training and validation loss over the steps as a PNG; dashed: updates off."""
     figure, grid = styled(8, 5)
     axes = grid[0, 0]
-    axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    add_title(axes, title)
     names = sorted({name for entry in curve for name in entry if name == "loss" or name.startswith("eval_")})
     domains = sorted({name.removesuffix("_off") for name in names} - {"loss"})
     for name in sorted(names, key=lambda name: name != "loss"):
@@ -86,10 +87,11 @@ def plot_losses(curve: Sequence[Mapping[str, float]], path: Path, title: str) ->
         style: dict[str, Any] = {"color": "0.6", "linewidth": 1, "label": "training"}
         if name != "loss":
             label = f"validation, {domain.removeprefix('eval_')}" + (", updates off" if is_off else "")
-            style = {"color": f"C{domains.index(domain)}", "marker": "o", "markersize": 3, "label": label}
+            colour = OTHERS[domains.index(domain) % len(OTHERS)]
+            style = {"color": colour, "marker": "o", "markersize": 3, "label": label}
         axes.plot(*zip(*points, strict=True), "--" if is_off else "-", **style)
     if names:
-        axes.legend()
+        add_legend(figure)
     save(figure, path)
 
 

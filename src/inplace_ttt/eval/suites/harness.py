@@ -111,4 +111,4 @@ def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
     """Draw differences by task; which side is better depends on the metric."""
     rows = [row for row in found.get("harness", []) if "difference" in row]
     names = ("task", "metric", "variant")
-    return {"harness": plots.differences("Tasks: metric against updates off", rows, names, "metric")} if rows else {}
+    return {"harness": plots.differences("tasks against updates off", rows, names, "metric")} if rows else {}

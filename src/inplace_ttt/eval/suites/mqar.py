@@ -120,5 +120,5 @@ def verdicts(found: Tables) -> list[str]:
 def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
     """Draw the share of right answers by length, a panel for each number of pairs."""
     rows = found.get("recall by length", [])
-    drawn = plots.curves(rows, "length", lambda row: f"Recall, {row['pairs']} pairs")
-    return {"recall": plots.panels(drawn, "length (tokens)", "share of right answers", top=1.02)} if rows else {}
+    drawn = plots.curves(rows, "length", lambda row: f"{row['pairs']} pairs")
+    return {"recall": plots.panels(drawn, "recall", "length (tokens)", plots.SHARE, top=1.02)} if rows else {}

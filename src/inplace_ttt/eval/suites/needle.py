@@ -229,6 +229,6 @@ def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
     if not (rows := found.get("needle by length")):
         return {}
     trials = plan["trials"] * len(plan["depths"])
-    drawn = plots.curves(rows, "length", lambda row: f"{row['kind']}, {trials} a length", count=None)
-    chance = (1 / CANDIDATES, "chance")
-    return {"needle": plots.panels(drawn, "length (tokens)", "needles found", width=2.6, top=1.02, line=chance)}
+    drawn = plots.curves(rows, "length", lambda row: f"{row['kind']}, n = {trials} a length", count=None)
+    how: Any = {"width": 2.6, "top": 1.02, "line": (1 / CANDIDATES, "chance")}
+    return {"needle": plots.panels(drawn, "needles found by length", "length (tokens)", plots.SHARE, **how)}

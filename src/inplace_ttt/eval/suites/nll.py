@@ -202,21 +202,21 @@ def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
     zero = (0.0, "updates off")
     if drawable := plots.gaps(found.get("nll by position", []), "end"):
         where = "position in the document, up to (tokens)"
-        drawn["loss-by-position"] = plots.panels(drawable, where, gap, line=zero)
+        drawn["loss-by-position"] = plots.panels(drawable, "loss by position", where, gap, line=zero)
     if drawable := plots.gaps(found.get("nll by sliding", []), "context"):
-        where = f"tokens of context before the last {plan['block']}"
-        drawn["sliding-perplexity"] = plots.panels(drawable, where, gap, line=zero)
+        where, what = "tokens of context before these", f"loss of the last {plan['block']} tokens"
+        drawn["sliding-perplexity"] = plots.panels(drawable, what, where, gap, line=zero)
     if rows := found.get("nll by class"):
-        where = "where the token occurred before"
-        drawn["loss-by-class"] = plots.panels(plots.curves(rows, "class"), where, "loss (nats per token)", bars=True)
+        by_class, where = plots.curves(rows, "class"), "where the token occurred before"
+        drawn["loss-by-class"] = plots.panels(by_class, "loss by class", where, "loss (nats per token)", bars=True)
     names, unit = ("variant", "domain"), "nats per token"
     by_document = [row for row in found.get("nll by document", []) if "difference" in row]
     if others := found.get("nll against updates on"):
         rows = [_turned(row) for row in by_document if row["variant"] == "on"] + others
-        title = f"Loss against updates on, n = {rows[0]['documents']}"
+        title = f"loss against updates on, n = {rows[0]['documents']}"
         drawn["differences"] = plots.differences(title, rows, names, unit, "left", "updates on")
     elif by_document:
-        title = f"Loss against updates off, n = {by_document[0]['documents']}"
+        title = f"loss against updates off, n = {by_document[0]['documents']}"
         drawn["differences"] = plots.differences(title, by_document, names, unit, "left")
     return drawn
 

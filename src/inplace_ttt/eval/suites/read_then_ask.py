@@ -203,4 +203,4 @@ def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
     ]
     drawn = plots.curves(rows, "mentions", lambda row: f"{row['distance']:,} tokens since")
     how: Any = {"width": 2.6, "palette": COLOURS, "top": 1.02}
-    return {"read-then-ask": plots.panels(drawn, "mentions", "right answers, read, then ask", **how)} if rows else {}
+    return {"read-then-ask": plots.panels(drawn, "read, then ask", "mentions", plots.SHARE, **how)} if rows else {}

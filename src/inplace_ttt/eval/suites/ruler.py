@@ -78,5 +78,5 @@ def verdicts(found: Tables) -> list[str]:
 def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
     rows = found.get("ruler", [])
     tasks = len({row["task"] for row in found.get("ruler by task", [])})
-    drawn = plots.curves(rows, "length", lambda row: f"RULER, {tasks} task{'s' * (tasks > 1)}")
-    return {"ruler": plots.panels(drawn, "length (tokens)", "share of right answers", top=1.02)} if rows else {}
+    drawn = plots.curves(rows, "length", lambda row: f"{tasks} task{'s' * (tasks > 1)}")
+    return {"ruler": plots.panels(drawn, "RULER", "length (tokens)", plots.SHARE, top=1.02)} if rows else {}

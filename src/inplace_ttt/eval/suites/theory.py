@@ -185,10 +185,10 @@ def figures(found: Tables, plan: Mapping[str, Any]) -> dict[str, Any]:
     """Draw changes of the logits of the word that followed the key before, and of other words."""
     labels = dict(zip(CHANGES, COLOURS, strict=False))
     rows = [
-        {**row, "variant": labels[row["change"]], "x": NAMES[row["target"]], "title": "Logits after one update"}
+        {**row, "variant": labels[row["change"]], "x": NAMES[row["target"]], "title": "Theorem 1"}
         for row in found.get("theory", [])
         if row["variant"] == "on" and row["change"] in labels
     ]
-    where, what = "what the update learns to predict from a token", "change of the logit"
+    words = ("logits after one update", "what the update learns to predict from a token", "change of the logit")
     drawn = plots.curves(rows, "x", "title")
-    return {"theory": plots.panels(drawn, where, what, bars=True, palette=COLOURS)} if rows else {}
+    return {"theory": plots.panels(drawn, *words, bars=True, palette=COLOURS)} if rows else {}
