@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 import inplace_ttt as ittt
-from inplace_ttt.bench.prefill import SHAPES, build
+from inplace_ttt.bench import SHAPES
+from inplace_ttt.bench.prefill import build
 from inplace_ttt.bench.timing import interleaved
 from inplace_ttt.hf.attach import runtime_of
 from inplace_ttt.hf.block_attention import PIECES

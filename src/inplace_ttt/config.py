@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -102,7 +103,9 @@ class InPlaceTTTConfig:
             )
             if getattr(self, name) is None and not taken:
                 object.__setattr__(self, name, value)
-        if not isinstance(self.layers, str):
+        if isinstance(self.layers, str):
+            self._slice()
+        else:
             listed = isinstance(self.layers, Sequence) and all(_is(i, Integral) for i in self.layers)
             if not listed:
                 raise UserError(f'layers must be a slice such as "0::6" or a list of numbers, got {self.layers!r}')
@@ -140,6 +143,11 @@ class InPlaceTTTConfig:
             if not isinstance(getattr(self, name), Mapping):
                 raise UserError(f"{name} must be a mapping, got {getattr(self, name)!r}")
             object.__setattr__(self, name, dict(getattr(self, name)))
+        for name, known in (("objective", OBJECTIVES), ("rule", RULES)):
+            chosen = getattr(self, name)
+            if chosen not in known and f"{__package__}.core" not in sys.modules:  # so none was registered
+                more = f"(register_{'target' if name == 'objective' else name} adds one)"
+                raise UserError(f"{name} must be one of {', '.join(known)}, got {chosen!r} {more}")
         if self.objective not in OBJECTIVES or self.objective_options:
             from .core import targets
 
@@ -148,7 +156,8 @@ class InPlaceTTTConfig:
             raise UserError('update_size="auto" follows the gradient of the loss: it needs objective="loss"')
         if self.rule != "sum" and (own := [n for n in ("clip", "update_size") if getattr(self, n) is not None]):
             raise UserError(f"{own[0]} is a setting of rule 'sum', not of {self.rule!r}: use rule_options")
-        if self.rule not in RULES or self.rule_options or self.clip or self.update_size:
+        # The rule of "auto" alone is always right: importing it takes seconds.
+        if self.rule not in RULES or self.rule_options or self.clip or self.update_size not in (None, "auto"):
             self.make_rule()
 
     @property
@@ -169,12 +178,7 @@ class InPlaceTTTConfig:
     def layer_indices(self, count: int) -> tuple[int, ...]:
         """Return the model's adapting layers of ``count``, ascending. UserError when one does not exist."""
         if isinstance(self.layers, str):
-            try:
-                parts = [int(p) if p.strip() else None for p in self.layers.split(":")]
-            except ValueError:
-                parts = []
-            if not 2 <= len(parts) <= 3:
-                raise UserError(f'layers must be a slice such as "0::6" or a list of numbers, got {self.layers!r}')
+            parts = self._slice()
             bounds = [b for b in parts[:2] if b is not None]
             if any(b > count or b < -count for b in bounds) or (len(parts) == 3 and parts[2] == 0):
                 raise UserError(f"layers {self.layers!r} reaches outside the model, which has {count} layers")
@@ -187,6 +191,16 @@ class InPlaceTTTConfig:
         if not chosen:
             raise UserError(f"layers {self.layers!r} chooses none of the model's {count} layers")
         return tuple(sorted(set(chosen)))
+
+    def _slice(self) -> list[int | None]:
+        """Return the parts of a slice of layers. Raises UserError where it is not one."""
+        try:
+            parts = [int(p) if p.strip() else None for p in str(self.layers).split(":")]
+        except ValueError:
+            parts = []
+        if not 2 <= len(parts) <= 3:
+            raise UserError(f'layers must be a slice such as "0::6" or a list of numbers, got {self.layers!r}')
+        return parts
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready mapping, with the format's version."""

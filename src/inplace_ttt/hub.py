@@ -8,9 +8,10 @@ PLACE is a dataset's id on the hub, a folder of data files, or a folder that ``s
   number);
 * ``streaming`` (true): false downloads all of it first.
 
-Also checks of model names before anything loads.
+Also checks of models and of session files before anything loads: nothing here imports torch or transformers.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, fields
 from importlib.util import find_spec
@@ -86,7 +87,7 @@ class HubDataset:
         return rows
 
 
-SETTINGS = tuple(field.name for field in fields(HubDataset) if field.kw_only)
+OPTIONS = tuple(field.name for field in fields(HubDataset) if field.kw_only)
 
 
 def hub_dataset(spec: str, **defaults: str) -> HubDataset:
@@ -100,8 +101,8 @@ def hub_dataset(spec: str, **defaults: str) -> HubDataset:
     except ValueError:
         raise SourceError(f"{spec}: write settings as ?split=train&text=content") from None
     for setting in given:
-        if setting not in SETTINGS:
-            raise SourceError(f"{spec}: no setting {setting!r}, only {', '.join(SETTINGS)}")
+        if setting not in OPTIONS:
+            raise SourceError(f"{spec}: no setting {setting!r}, only {', '.join(OPTIONS)}")
     dataset = HubDataset(spec, place, **(defaults | given))
     if dataset.streaming not in ("true", "false"):
         raise SourceError(f"{spec}: streaming is true or false, not {dataset.streaming!r}")
@@ -117,12 +118,25 @@ def hub_dataset(spec: str, **defaults: str) -> HubDataset:
 
 # -- models ------------------------------------------------------------------------------------------------------------
 
+SETTINGS, CONFIG = "inplace_ttt.json", "config.json"
+"""Files of a saved model: this library's, and transformers'."""
+
 
 def check_model(name: str | Path) -> None:
-    """Raise UserError where no model can be: no such directory or GGUF file here, and no id of the hub either."""
-    if name == SHIPPED or Path(name).expanduser().is_dir():
+    """Raise UserError where no model can be: here no such directory or GGUF file, and no id of the hub either.
+
+    The configuration in a directory must be readable; only transformers knows whether it has that model type.
+    """
+    folder = Path(name).expanduser()
+    if name == SHIPPED:
         return
-    if Path(name).suffix == ".gguf":
+    if folder.is_dir():
+        file = next((folder / file for file in (SETTINGS, CONFIG) if (folder / file).is_file()), None)
+        if file is None:
+            raise UserError(f"{folder} holds no model: it has neither {SETTINGS} nor {CONFIG}")
+        if "model_type" not in read_json(file) and file.name == CONFIG:
+            raise UserError(f"{file} names no model_type: save the model again with save_pretrained")
+    elif folder.suffix == ".gguf":
         check_gguf(name)
     else:
         require_hub_id(str(name))
@@ -134,6 +148,40 @@ def require_hub_id(name: str) -> None:
         raise UserError(f"no model directory at {name}")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file; UserError when it is damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}): save the model again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged (it holds a {type(values).__name__}): save the model again")
+    return values
+
+
+def check_conversion(source: Path, out: Path, base: str | None, config: Path | None) -> tuple[Path, Path] | None:
+    """Raise UserError where ``hf.convert.convert`` could not begin.
+
+    Of a sharded checkpoint: returns its directory, ``source`` itself or one inside it, and where the configuration of
+    its model is.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already: choose another directory")
+    for name in (base, config):
+        if name is not None:
+            check_model(name)
+    found = [source, source / "sharded", *sorted(source.glob("pytorch_model_fsdp_*"))]
+    shards = next((path for path in found if (path / ".metadata").is_file()), None)
+    if shards is None:
+        check_model(source)
+        return None
+    places = [config] if config is not None else [shards, shards.parent]
+    place = next((x for x in places if (x / SETTINGS).is_file() or (x / CONFIG).is_file()), None)
+    if place is None:
+        raise UserError(f"{shards} holds tensors only: name a saved model of the same shape with --config")
+    return shards, place
+
+
 def check_gguf(file: str | Path) -> None:
     """Raise UserError when there is no such file, it is of another kind, or the package that reads it is missing."""
     if not Path(file).is_file():
@@ -143,3 +191,43 @@ def check_gguf(file: str | Path) -> None:
             raise UserError(f"{file} is not a GGUF file: its first bytes are others")
     if find_spec("gguf") is None:
         raise UserError("reading a GGUF file needs the package gguf: pip install gguf")
+
+
+# -- session files -----------------------------------------------------------------------------------------------------
+
+SESSION, SESSION_VERSION = "inplace_ttt_session", 2
+_READABLE = (1, 2)
+
+
+def session_header(path: str | Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the metadata of a session file and the header in it; no tensor is read.
+
+    Raises UserError, with the reason, for another file and for a version that cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: name a session file")
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    reason = f"{path} is not a complete session file (cut off, damaged, or of another kind"
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > path.stat().st_size:
+                raise UserError(f"{reason}: its header is cut off)")
+            metadata: dict[str, str] = json.loads(file.read(size)).get("__metadata__") or {}
+        if metadata.get("format") != SESSION:
+            raise UserError(f"{path} is not a session file: it is a safetensors file of something else")
+        version = metadata.get("version", "")
+        if not version.isdecimal():
+            raise UserError(f"{path} is damaged: its format version is {version!r}")
+        if int(version) not in _READABLE:
+            newer = int(version) > SESSION_VERSION
+            advice = "update inplace-ttt" if newer else "no version of inplace-ttt wrote such files"
+            raise UserError(f"{path} has format version {version}, this inplace-ttt reads {SESSION_VERSION}: {advice}")
+        header = json.loads(metadata.get("header", ""))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise UserError(f"{reason}: {error})") from None
+    if not isinstance(header, dict):
+        raise UserError(f"{path} is damaged: its header is a {type(header).__name__}")
+    return metadata, header

@@ -89,7 +89,7 @@ def test_printed_figures_are_those_of_the_json(demo):
         assert any(line[-3:] == wanted for line in lines), wanted
     assert "its first 500 tokens" in printed
     assert f"{500 // CHUNK} updates in each of 2 layers, one every {CHUNK} tokens" in printed
-    assert f"{figures['names']['count']:,} times a name came again" in printed
+    assert f"In {figures['names']['count']:,} places a name returns" in printed
     gain = figures["gain_after_first_update"]["mean"]
     assert {"better": "helped", "worse": "HURT", "no clear difference": f"{-gain:+.3f}"}[figures["verdict"]] in printed
 

@@ -23,6 +23,14 @@ def test_defaults_are_shown(cli):
         assert re.search(rf"--{option} .*\[default: {default}[;\]]", printed)
 
 
+def test_no_line_is_cut(cli):
+    """Of the list of commands, nor a kind of needle in the middle."""
+    commands = cli("--help", columns=80).stdout.split("Commands:\n")[1]
+    assert len(commands.splitlines()) == 10
+    assert "..." not in commands
+    assert "multi-\n" not in cli("eval", "--help", columns=80).stdout
+
+
 def test_without_torch():
     program = (
         "import sys\nfrom inplace_ttt.cli import main\ntry: main()\n"

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from inplace_ttt.train import run as run_module
-from inplace_ttt.train.recipe import make_recipe
+from inplace_ttt.train.recipe import last_complete, make_recipe
 from inplace_ttt.train.trainer import MarkComplete
 
 Moment = tuple[str, int]
@@ -76,7 +76,7 @@ def killed(values: dict[str, Any], moments: list[Moment]) -> dict[str, Any]:
             finally:
                 os._exit(1)
         found["ends"].append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-        found["complete"].append(run_module.last_complete(output / "checkpoints"))
+        found["complete"].append(last_complete(output / "checkpoints"))
     found["curve"] = curve(train(values, ("", -1), resume=True))
     found["whole"] = curve(train(values | {"output": f"{output}-whole"}, ("", -1), resume=False))
     return found

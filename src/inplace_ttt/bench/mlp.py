@@ -17,8 +17,8 @@ from ..core import ChunkTable
 from ..core.targets import convolve, convolved
 from ..errors import UserError
 from ..fast import scan
+from . import SHAPES
 from .materialised import product as formula
-from .prefill import SHAPES
 from .timing import measured, rates
 
 LR, LOOKAHEAD, KERNEL = 0.1, 2, 5

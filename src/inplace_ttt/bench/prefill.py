@@ -13,17 +13,9 @@ from ..config import InPlaceTTTConfig
 from ..hf.attach import install, runtime_of
 from ..plots import OFF, ON, add_heading, add_legend, add_title, save, styled
 from ..train.attention import choose_attention
+from . import SHAPES
 from .materialised import checked, extra_products, timed
 
-SHAPES: dict[str, dict[str, int]] = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512},
-    "0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
-             "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
-    "4b": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
-}  # fmt: skip
-"""Qwen3's, by name."""
 LAYERS = "0::6"
 """Layers that adapt."""
 WAYS = {

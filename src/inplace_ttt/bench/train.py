@@ -9,8 +9,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from ..hf.attach import runtime_of
+from . import SHAPES
 from .materialised import checked, extra_products, timed
-from .prefill import LAYERS, SHAPES, build
+from .prefill import LAYERS, build
 
 PIECE = 4096
 """Number of tokens whose logits are in memory."""

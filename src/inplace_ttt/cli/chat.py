@@ -60,7 +60,7 @@ def chat(
     device: Device = None,
     objective: Objective = None,
 ) -> None:
-    """Talk to a session that remembers: it learns from what you and it write."""
+    """Talk to a session that learns from what is written."""
     log, options = Console(stderr=True), {"window": window, "state": state}
     if not 0 < top_p <= 1:
         raise UserError(f"--top-p {top_p:g}: above 0, at most 1")

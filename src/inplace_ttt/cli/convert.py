@@ -5,6 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+
+from ..hub import check_conversion
+from .usage import quiet_libraries
 
 
 class Format(StrEnum):
@@ -26,11 +30,15 @@ def convert(
         bool, typer.Option("--projections", help="With --to adapter: the adapting projections too.")
     ] = False,
 ) -> None:
-    """Convert between whole models, adapters, the authors' format and sharded checkpoints (torch.distributed)."""
-    from inplace_ttt.hf.convert import convert as run
+    """Convert a model to another format.
 
-    from .usage import quiet_libraries
+    Formats are whole models, adapters, the authors' own, and sharded checkpoints of torch.distributed.
+    """
+    check_conversion(source, out, base, config)
+    with Console(stderr=True).status("loading") as status:
+        from ..hf.convert import convert as run
 
-    quiet_libraries()
-    run(source, out, to.value, base=base, config=config, projections=projections)
+        quiet_libraries()
+        status.update("converting")
+        run(source, out, to.value, base=base, config=config, projections=projections)
     typer.echo(f"done: {out}")

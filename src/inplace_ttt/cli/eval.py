@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from ..config import InPlaceTTTConfig
 from ..errors import UserError
-from ..eval.suites import SUITES, WITHOUT_TEXT, module_of
+from ..eval.suites import KINDS, SUITES, WITHOUT_TEXT, check_needles, module_of
 from ..hub import check_model
 from ..shipped import DEFAULT_MODEL
-from .usage import Device, PlainObjective, PlainWindow, numbers, quiet_libraries, tell
+from .usage import Device, PlainObjective, PlainWindow, check_directory, numbers, quiet_libraries, tell
 
 if TYPE_CHECKING:
     from ..eval.runner import Variant
@@ -52,7 +53,9 @@ def evaluate(
     lengths: Annotated[
         str | None, typer.Option(help="needle, mqar, ruler: lengths in tokens, such as 4096,8192.")
     ] = None,
-    kinds: Annotated[str, typer.Option(help="needle: kinds of needles.")] = "single,multi-key,multi-value,multi-query",
+    kinds: Annotated[
+        str | None, typer.Option(help=f"needle: any of {', '.join(KINDS)}, separated by commas. Left out: all.")
+    ] = None,
     depths: Annotated[
         str, typer.Option(help="needle: where the facts stand, from 0 (beginning) to 1 (right before the question).")
     ] = "0,0.5,1",
@@ -82,12 +85,15 @@ def evaluate(
     fresh: Annotated[bool, typer.Option("--fresh", help="Throw an earlier run in --out away.")] = False,
     device: Device = None,
 ) -> None:
-    """Measure whether adapting helps: updates on and off on the same text, with intervals and pictures."""
+    """Measure whether adapting helps.
+
+    The same text is read with updates on and off; results have intervals and pictures.
+    """
     if model is not None and named is not None:
         raise UserError(f"--model {named}: the model is {model} already, name it once")
     options = SimpleNamespace(
         suites=ONLY_TEXT if suite == "all" else _names(suite), length=length, windows=windows,
-        lengths=numbers("--lengths", lengths, int) if lengths else (), kinds=_names(kinds),
+        lengths=numbers("--lengths", lengths, int) if lengths else (), kinds=_names(kinds) if kinds else KINDS,
         depths=numbers("--depths", depths, float), trials=trials, tasks=_names(tasks), task_files=task_files,
         questions=tuple(questions or ()), download=download, limit=limit, batch_size=batch_size,
     )  # fmt: skip
@@ -97,17 +103,22 @@ def evaluate(
         raise UserError(
             f"--data: name at least one text file, directory or .jsonl file to read ({reading[0]} needs it)"
         )
+    check_needles(options.kinds, options.depths, options.lengths or (1,))
+    from ..eval.ruler import load_questions
     from ..eval.suites.texts import check_source, load_texts
 
     for source in data or ():
         check_source(source)
+    for file in options.questions:
+        load_questions(file)
     for text in sweep or ():
-        _settings(text)
+        for _, settings in _settings(text):
+            if "auto" not in settings.values():  # which another objective has
+                InPlaceTTTConfig(**settings)
     for given in (model, named, baseline):
         if given is not None:
             check_model(given)
-    if out.is_file():
-        raise UserError(f"{out} is a file: name a directory")
+    check_directory(out)
     log = Console(file=sys.stderr)
     with log.status("loading the model"):
         from ..eval import report

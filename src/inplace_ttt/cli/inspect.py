@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..config import InPlaceTTTConfig
 from ..errors import UserError
 from ..hub import check_model
 from ..shipped import DEFAULT_MODEL
@@ -33,7 +34,10 @@ def inspect(
     of: Annotated[str | None, typer.Option("--model", help="The model; of a session: where it is now.")] = None,
     device: Annotated[str | None, typer.Option(help="Session: such as cpu or cuda.")] = None,
 ) -> None:
-    """Show which modules of a model adapt (or would), and what that costs; or what a session has learned."""
+    """Show what adapts in a model, or what a session learned.
+
+    Of a model: which modules adapt (or would), and what that costs.
+    """
     if model is None:
         model, of = of, None
     given: dict[str, Any] = {"layers": layers, "chunk_size": chunk_size, "target": target, "objective": objective}
@@ -46,6 +50,8 @@ def inspect(
             raise UserError(f"{model}: no such file")
     _refuse({"plot": plot, "model": of, "device": device}, "session files")
     given["layers"] = layers and _layers(layers)
+    given = {key: value for key, value in given.items() if value is not None}
+    InPlaceTTTConfig(**given)
     if model is not None:
         check_model(model)
     with Console(stderr=True).status("loading"):
@@ -53,7 +59,7 @@ def inspect(
 
         quiet_libraries()
     name = model or str(DEFAULT_MODEL)
-    found = preview(name, {key: value for key, value in given.items() if value is not None})
+    found = preview(name, given)
     if json:
         typer.echo(dumps(found.to_dict(), indent=2))
     else:

@@ -15,8 +15,7 @@ from ..errors import UserError
 from ..hf.attach import LayerInfo, adapting_layers, install, is_trained
 from ..hf.auto import base_config
 from ..hf.checkpoint import is_added
-from ..hf.directory import CONFIG, SETTINGS
-from ..hub import check_gguf, require_hub_id
+from ..hub import check_model
 
 
 @dataclass(frozen=True)
@@ -94,15 +93,10 @@ def _is_trained(model: str, empty: Any) -> bool:
 
 def _stored(model: str) -> tuple[Any, InPlaceTTTConfig | None]:
     """The base model's configuration, and the settings of fast weights stored with it."""
+    check_model(model)
     if Path(model).suffix == ".gguf":
-        check_gguf(model)
         try:
             return AutoConfig.from_pretrained(Path(model).parent, gguf_file=Path(model).name), None
         except Exception as error:  # of whatever kind: the file is damaged, or of a model that transformers lacks
             raise UserError(f"{model} cannot be read: {str(error).splitlines()[0][:200]}") from None
-    path = Path(model).expanduser()
-    if not path.is_dir():
-        require_hub_id(model)
-    elif not any((path / file).is_file() for file in (SETTINGS, CONFIG)):
-        raise UserError(f"{path} holds no model: it has neither {SETTINGS} nor {CONFIG}")
     return base_config(model)

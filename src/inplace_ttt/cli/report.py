@@ -94,10 +94,10 @@ def _show_names(names: Names | None, console: Console) -> None:
         console.print("This model attends to the whole text, so no name in it is out of sight.\n")
         return
     if not names.count:
-        console.print(f"No name came again after more than {names.window:,} tokens.\n")
+        console.print(f"No name returns whose last mention lies outside the window of {names.window:,} tokens.\n")
         return
     console.print(
-        f"{names.count:,} times a name came again that was last seen outside the attention window of {names.window:,} "
+        f"In {names.count:,} places a name returns whose last mention lies outside the window of {names.window:,} "
         f"tokens. Updates change its log-probability by {names.mean_gain:+.2f} nats on average. "
         f"p is {LIKELY:.0%} or more only with updates on {names.found:,} times, only with updates off {names.lost:,}.",
         highlight=False,
@@ -117,7 +117,7 @@ def _show_names(names: Names | None, console: Console) -> None:
         text = Text(left, "dim").append(p.name, f"bold {ON}")
         table.add_row(text, f"{p.position:,}", f"{p.ago:,} ago", _percent(p.on), _percent(p.off))
     console.print(table)
-    console.print(f"(Layer by layer, attention can pass something on over {names.reach:,} tokens.)\n", style="dim")
+    console.print(f"(Through its stacked layers, attention reaches {names.reach:,} tokens back.)\n", style="dim")
 
 
 def _percent(p: float) -> str:

@@ -1,5 +1,6 @@
 """``inplace-ttt serve``."""
 
+from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -8,18 +9,27 @@ import typer
 
 from ..errors import UserError
 from ..hub import check_model
+from ..serve.settings import LEARN, Limits, given_settings
 from .sessions import parse_state
-from .usage import Device, quiet_libraries
+from .usage import Device, check_setting, quiet_libraries
+
+Learn = StrEnum("Learn", [*LEARN, "frozen"])  # type: ignore[misc]
 
 
 def serve(
     model: Annotated[str | None, typer.Argument(help="Path or hub id. Left out: shipped.")] = None,
     objective: Annotated[
-        str | None, typer.Option(help="Give a plain model fast weights with this objective, such as loss.")
+        str | None,
+        typer.Option(help="Give a plain model fast weights with this objective, such as loss.", callback=check_setting),
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="With --objective: which layers adapt, such as 0::3.")] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="With --objective: which layers adapt, such as 0::3.", callback=check_setting),
+    ] = None,
     chunk_size: Annotated[int | None, typer.Option(help="With --objective: tokens per update.", min=1)] = None,
-    lr: Annotated[float | None, typer.Option(help="With --objective: the inner learning rate.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="With --objective: the inner learning rate.", callback=check_setting)
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on. Others than this machine's need keys.")
     ] = "127.0.0.1",
@@ -31,10 +41,10 @@ def serve(
     adapter_dir: Annotated[Path | None, typer.Option(help="Where exported LoRA adapters go.")] = None,
     name: Annotated[str | None, typer.Option(help="Name under which clients ask for the model.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens that attention keeps.", min=1)] = None,
-    decay: Annotated[float | None, typer.Option(help="Share forgotten per update.")] = None,
+    decay: Annotated[float | None, typer.Option(help="Share forgotten per update.", callback=check_setting)] = None,
     state: Annotated[str, typer.Option(help="Form of the fast weights: dense, auto or a rank.")] = "dense",
     learn: Annotated[
-        str | None, typer.Option(help="New sessions learn: all, read, written, none (objective loss), or frozen.")
+        Learn | None, typer.Option(help="New sessions learn: all, read, written, none (objective loss), or frozen.")
     ] = None,
     probe_every: Annotated[int, typer.Option(help="Tokens between two looks at the gain; 0: none.", min=0)] = 4096,
     batch: Annotated[int, typer.Option(help="Sessions that write at the same time.", min=1)] = 32,
@@ -48,7 +58,10 @@ def serve(
     grace: Annotated[float, typer.Option(help="Seconds that requests get to finish at the end.", min=0)] = 20,
     device: Device = None,
 ) -> None:
-    """Serve a model over HTTP as OpenAI does, with sessions that keep learning."""
+    """Serve a model, with sessions that learn, over HTTP.
+
+    Clients of OpenAI's API can use it.
+    """
     if missing := [p for p in ("fastapi", "prometheus_client", "python_multipart", "uvicorn") if not find_spec(p)]:
         raise UserError(f"serving needs {missing[0]}: pip install -e '.[serve]' in a clone")
     form = parse_state(state)
@@ -57,8 +70,8 @@ def serve(
             raise UserError(f"{option} {place}: not a directory")
     if model is not None:
         check_model(model)
+    settings = given_settings(objective, {"layers": layers, "chunk_size": chunk_size, "lr": lr})
     from ..serve.run import serve as run
-    from ..serve.settings import Limits
 
     limits = Limits(
         batch=batch, queue=queue, memory=None if memory is None else int(memory * 2**30), sessions=max_sessions,
@@ -67,6 +80,6 @@ def serve(
     run(
         model, host=host, port=port, api_keys=api_keys, place=state_dir, limits=limits,
         log=typer.echo, quiet=quiet_libraries, device=device, objective=objective,
-        settings={"layers": layers, "chunk_size": chunk_size, "lr": lr}, served_name=name, adapters=adapter_dir,
+        settings=settings, served_name=name, adapters=adapter_dir,
         state=form, probe_every=probe_every, window=window, decay=decay, learn=learn,
     )  # fmt: skip

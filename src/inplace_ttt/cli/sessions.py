@@ -1,22 +1,24 @@
 """Options and session files of ``read``, ``chat`` and ``inspect SESSION``."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import UserError
-from ..hub import check_model
+from ..hub import check_model, session_header
 from ..shipped import SHIPPED
-from .usage import quiet_libraries, size
+from .usage import check_setting, quiet_libraries, size
 
 Model = Annotated[str | None, typer.Option(help="Path or hub id. Default: its own, or shipped.")]
 Window = Annotated[int | None, typer.Option(help="New session: tokens attention keeps.", min=1)]
 Sinks = Annotated[int | None, typer.Option(help="New session: first tokens kept, too.", min=0)]
-Decay = Annotated[float | None, typer.Option(help="New session: share forgotten per update.")]
+Decay = Annotated[float | None, typer.Option(help="New session: share forgotten per update.", callback=check_setting)]
 ChunkSize = Annotated[int | None, typer.Option(help="New session: tokens per update.", min=1)]
-Objective = Annotated[str | None, typer.Option(help="New session on a plain model: loss.")]
+Objective = Annotated[str | None, typer.Option(help="New session on a plain model: loss.", callback=check_setting)]
 State = Annotated[str | None, typer.Option(help="New session: dense, auto or a rank.")]
 
 
@@ -32,7 +34,9 @@ def check_session(path: Path | None, model: str | None, options: dict[str, Any],
         options["state"] = parse_state(options["state"])
     if path is not None and path.exists():
         _refuse(path, options)
-    if model is not None:
+        with _model_of(path, model) as name:
+            check_model(name)
+    elif model is not None:
         check_model(model)
     return options
 
@@ -41,6 +45,18 @@ def _refuse(path: Path, options: dict[str, Any]) -> None:
     if options:
         given = ", ".join(f"--{name.replace('_', '-')}" for name in options)
         raise UserError(f"{path} exists, and {given} is for a new session: leave that out, or name a new file")
+
+
+@contextmanager
+def _model_of(path: Path, model: str | None) -> Iterator[str]:
+    """Give the name of a session's model: ``model``, or the file's own, which errors inside then mention."""
+    known = session_header(path)[1].get("origin")
+    try:
+        yield model or known or SHIPPED
+    except UserError as error:
+        if model or known in (None, SHIPPED):
+            raise
+        raise UserError(f"{path} was made with the model {known}: {error}. Say where it is with --model") from None
 
 
 def open_session(
@@ -63,21 +79,12 @@ def open_session(
 
             remember(session, path)
         return session
-    from ..session.files import model_name, objective_of
-
     _refuse(path, options)  # made since it was checked
-
-    own = objective_of(path)
+    own = session_header(path)[1].get("model", {}).get("fast_weights", {}).get("objective")
     if objective not in (None, own):
         _refuse(path, {"objective": objective})
-    known = model_name(path)
-    name = model or known or SHIPPED
-    try:
+    with _model_of(path, model) as name:
         loaded = _load(name, device, "loss" if own == "loss" else None)
-    except UserError as error:
-        if model or not known or known == SHIPPED:
-            raise
-        raise UserError(f"{path} was made with the model {known}: {error}. Say where it is with --model") from None
     try:
         session = Session.load(path, *loaded)
     except UserError as error:

@@ -12,13 +12,25 @@ from typing import Annotated, Any, TypeVar
 import typer
 from typer.core import TyperGroup
 
+from ..config import InPlaceTTTConfig
 from ..errors import UserError
 from ..version import __version__
 
 Number = TypeVar("Number", int, float)
 USER_ERROR, INTERRUPTED = 2, 130
+
+
+def check_setting(param: typer.CallbackParam, value: Any) -> Any:
+    """Check an option as the setting of fast weights that has its name, before anything loads."""
+    if value is not None:
+        InPlaceTTTConfig(**{str(param.name): value})
+    return value
+
+
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda. Default: the GPU, if any.")]
-PlainObjective = Annotated[str | None, typer.Option(help="For a plain model: loss (nothing to train).")]
+PlainObjective = Annotated[
+    str | None, typer.Option(help="For a plain model: loss (nothing to train).", callback=check_setting)
+]
 PlainWindow = Annotated[int | None, typer.Option(help="A plain Llama reads through a window.", min=1)]
 """Options of commands that take a model without fast weights."""
 
@@ -117,6 +129,12 @@ def check_picture(path: Path) -> None:
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"--plot {path}: the name must end in {', '.join(FORMATS)}")
     check_writable(path)
+
+
+def check_directory(path: Path) -> None:
+    """Before the work, not after it. UserError when it cannot be a directory to write."""
+    if path.is_file():
+        raise UserError(f"{path} is a file: name a directory")
 
 
 def check_writable(path: Path | None) -> None:

@@ -16,10 +16,11 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoModelForCausalLM
 
 from ..errors import UserError
+from ..hub import check_conversion
 from .attach import install, unwrap
 from .auto import base_config
 from .checkpoint import from_pretrained, load_plain, save_pretrained
-from .directory import CONFIG, SETTINGS, find_tokenizer, mark_config
+from .directory import find_tokenizer, mark_config
 from .release import save_release
 
 
@@ -31,11 +32,9 @@ def convert(
     The tokenizer with its chat template is copied too. Raises UserError, having written nothing, for a source that
     cannot be read or expressed.
     """
-    if out.exists():
-        raise UserError(f"{out} exists already: choose another directory")
-    shards = sharded_directory(source)
+    shards = check_conversion(source, out, base, config)
     if shards is not None:
-        model = _from_shards(shards, config)
+        model = _from_shards(*shards)
     else:
         model = from_pretrained(source, model=None if base is None else load_plain(base, {}))
     # Of a sharded checkpoint, the tokenizer is beside it or beside ``config``.
@@ -55,14 +54,13 @@ def convert(
         tokenizer.save_pretrained(out)
 
 
-def sharded_directory(source: Path) -> Path | None:
-    """Return the directory of shards: ``source`` itself, or one inside it."""
-    found = [source, source / "sharded", *sorted(source.glob("pytorch_model_fsdp_*"))]
-    return next((path for path in found if (path / ".metadata").is_file()), None)
-
-
-def _from_shards(shards: Path, config: Path | None) -> Any:
-    model = _empty(shards, config)
+def _from_shards(shards: Path, place: Path) -> Any:
+    """Load a sharded checkpoint into a model of the configuration in ``place``."""
+    found, settings = base_config(place)
+    if settings is None:
+        raise UserError(f"{place} is a plain model without fast weights: name one that has them with --config")
+    make: Any = AutoModelForCausalLM.from_config
+    model = install(make(found, dtype=torch.float32), settings)
     own = unwrap(model).state_dict()
     stored = FileSystemReader(shards).read_metadata().state_dict_metadata
     prefix = "model." if any(f"model.{name}" in stored for name in own) else ""  # of the model beside an optimizer
@@ -80,16 +78,3 @@ def _from_shards(shards: Path, config: Path | None) -> Any:
         warnings.filterwarnings("ignore", "torch.distributed is")  # that it is not in use
         load({"model": own} if prefix else own, checkpoint_id=shards, no_dist=True)
     return model
-
-
-def _empty(shards: Path, config: Path | None) -> Any:
-    """Make an empty model of the checkpoint's shape, from files beside the shards or named by ``config``."""
-    places = [config] if config is not None else [shards, shards.parent]
-    place = next((x for x in places if (x / SETTINGS).is_file() or (x / CONFIG).is_file()), None)
-    if place is None:
-        raise UserError(f"{shards} holds tensors only: name a saved model of the same shape with --config")
-    found, settings = base_config(place)
-    if settings is None:
-        raise UserError(f"{place} is a plain model without fast weights: name one that has them with --config")
-    make: Any = AutoModelForCausalLM.from_config
-    return install(make(found, dtype=torch.float32), settings)

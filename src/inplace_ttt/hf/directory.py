@@ -11,26 +11,18 @@ from transformers import AutoTokenizer, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import UserError, in_one_line
+from ..hub import CONFIG as CONFIG
+from ..hub import SETTINGS as SETTINGS
+from ..hub import read_json as read_json
 from ..hub import require_hub_id
 from .names import SAVE_FIRST
 
-SETTINGS, TENSORS, BASE = "inplace_ttt.json", "inplace_ttt.safetensors", "base"
-MODEL_TYPE, ARCHITECTURE, CONFIG = "inplace_ttt", "InPlaceTTTForCausalLM", "config.json"
+TENSORS, BASE = "inplace_ttt.safetensors", "base"
+MODEL_TYPE, ARCHITECTURE = "inplace_ttt", "InPlaceTTTForCausalLM"
 FETCHING = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 UPLOADING = ("repo_id", "token", "private", "commit_message", "revision", "create_pr")
 LOAD_WHOLE = "this directory has fast weights: load it with inplace_ttt.from_pretrained"
 """Stored in a field that a model's own configuration class reads as a number, so that loading fails with this text."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file; UserError when it is damaged."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}): save the model again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged (it holds a {type(values).__name__}): save the model again")
-    return values
 
 
 def read_settings(directory: Path) -> dict[str, Any]:

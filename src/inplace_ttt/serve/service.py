@@ -18,7 +18,7 @@ from .engine import Engine, Live
 from .files import open_files
 from .journal import Prompt, known, message_digest
 from .metrics import Metrics
-from .settings import Limits
+from .settings import Limits, given_settings
 from .store import Store
 
 
@@ -111,9 +111,7 @@ def load_service(
     ``objective``, ``settings``: fast weights of a plain model. UserError where they do not fit. ``log`` gets a warning
     about fast weights that were never trained.
     """
-    given = {key: value for key, value in (settings or {}).items() if value is not None}
-    if objective is None and given:
-        raise UserError(f"{', '.join(given)}: for a plain model only, which needs an objective too")
+    given = given_settings(objective, settings or {})
     loaded, tokenizer = load(model or DEFAULT_MODEL, device, objective=objective, **given)
     if not is_trained(loaded):
         log(f"warning: {UNTRAINED}")

@@ -1,7 +1,10 @@
 """Limits of a server with their defaults, and the errors it answers with."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from ..errors import UserError
 
 LEARN = {"all": (True, True), "read": (True, False), "written": (False, True), "none": (False, False)}
 """Settings of what a session learns: what it reads, what it writes. The rest is in its context only."""
@@ -39,6 +42,14 @@ class Limits:
     """Longest pause of a client that sends a request or takes an answer; then it is cut off."""
     grace: float = 20.0
     """Time that running requests get to finish when the server stops."""
+
+
+def given_settings(objective: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a plain model's fast weights that are given. UserError where an objective is not."""
+    given = {key: value for key, value in settings.items() if value is not None}
+    if objective is None and given:
+        raise UserError(f"{', '.join(given)}: for a plain model only, which needs an objective too")
+    return given
 
 
 class ServeError(Exception):

@@ -9,8 +9,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,12 +21,11 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..hf.attach import READING, unwrap
+from ..hub import SESSION, SESSION_VERSION, session_header
 from .packing import pack, unpack
 from .state import SessionState
 from .writers import remember, saving
 
-FORMAT, VERSION = "inplace_ttt_session", 2
-READABLE = (1, 2)
 SAMPLES = 16
 Kind = TypeVar("Kind", bound=SessionState)
 
@@ -75,7 +74,7 @@ def save(session: SessionState, path: str | Path) -> None:
     tensors, header = pack(session)
     tokenizer = None if session.tokenizer is None else tokenizer_digest(session.tokenizer)
     text = json.dumps({"model": identity(session._reader.model), "tokenizer": tokenizer, **header}, sort_keys=True)
-    metadata = {"format": FORMAT, "version": str(VERSION), "header": text, "digest": _digest(text, tensors)}
+    metadata = {"format": SESSION, "version": str(SESSION_VERSION), "header": text, "digest": _digest(text, tensors)}
     with saving(session, target):
         _write(target.resolve(), tensors, metadata)
 
@@ -119,62 +118,17 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
-    """Give a session file and its metadata. UserError, with the reason, when it is none or cannot be read."""
-    if Path(path).is_dir():
-        raise UserError(f"{path} is a directory: name a session file")
-    if not Path(path).exists():
-        raise UserError(f"{path}: no such file")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            version = metadata.get("version", "")
-            if metadata.get("format") != FORMAT:
-                raise UserError(f"{path} is not a session file: it is a safetensors file of something else")
-            if not version.isdecimal():
-                raise UserError(f"{path} is damaged: its format version is {version!r}")
-            if int(version) not in READABLE:
-                newer = int(version) > VERSION
-                advice = "update inplace-ttt" if newer else "no version of inplace-ttt wrote such files"
-                raise UserError(f"{path} has format version {version}, this inplace-ttt reads {VERSION}: {advice}")
-            yield file, metadata
-    except (SafetensorError, json.JSONDecodeError, OSError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not a complete session file (cut off, damaged, or of another kind: {error})"
-        ) from None
-
-
 def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], int]:
     """Return tensors, header and format version of a session file; UserError with the reason where it is damaged."""
-    with _opened(path) as (file, metadata):
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        header = metadata.get("header", "")
-        if metadata.get("digest") != _digest(header, tensors):
-            raise UserError(f"{path} is damaged: its content does not match its checksum. Use a copy or read again")
-        values = json.loads(header)
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: its header is a {type(values).__name__}")
-    return tensors, values, int(metadata["version"])
-
-
-def model_name(path: str | Path) -> str | None:
-    """Return the name by which the command line finds a session file's model."""
-    return _named(path, "origin")
-
-
-def objective_of(path: str | Path) -> str | None:
-    """Return the objective of the model with which a session file was written."""
-    return _named(path, "model", "fast_weights", "objective")
-
-
-def _named(path: str | Path, *keys: str) -> str | None:
-    """Return a text from the header, which alone is read; None where there is none."""
-    with _opened(path) as (_, metadata):
-        found: Any = json.loads(metadata.get("header", ""))
-        for key in keys:
-            found = (found or {}).get(key)
-    return found if isinstance(found, str) else None
+    metadata, header = session_header(path)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a complete session file (cut off or damaged: {error})") from None
+    if metadata.get("digest") != _digest(metadata["header"], tensors):
+        raise UserError(f"{path} is damaged: its content does not match its checksum. Use a copy or read again")
+    return tensors, header, int(metadata["version"])
 
 
 def load(kind: Callable[..., Kind], path: str | Path, model: nn.Module, tokenizer: Any = None) -> Kind:

@@ -5,6 +5,7 @@
 
 import difflib
 import importlib.util
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,10 +35,13 @@ def find_recipe(name: str | Path) -> Path:
     return shipped[stem]
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, data: bool = True) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, data: bool = True, resume: bool | None = None
+) -> Recipe:
     """Read and check a recipe. ``overrides`` are ``key.sub=value`` with a YAML value. Raises RecipeError.
 
-    ``data``: require that its data exists (a plan needs none).
+    ``data``: require that its data exists (a plan needs none). ``resume``: also check that the run can be resumed, or
+    (False) begun.
     """
     try:
         values = load_yaml(find_recipe(path).read_text(encoding="utf-8"))
@@ -49,16 +53,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, data: bool =
         raise RecipeError(f"{path}: expected settings (key: value)")
     for override in overrides:
         apply_override(values, override)
-    return make_recipe(values, data=data)
+    return make_recipe(values, data=data, resume=resume)
 
 
-def make_recipe(values: Mapping[str, Any], *, data: bool = True) -> Recipe:
-    """Make a checked recipe from plain values. Raises RecipeError. ``data``: as ``load_recipe`` has it."""
+def make_recipe(values: Mapping[str, Any], *, data: bool = True, resume: bool | None = None) -> Recipe:
+    """Make a checked recipe from plain values. Raises RecipeError. ``data``, ``resume``: as for ``load_recipe``."""
     recipe = build(Recipe, expand_variables(dict(values), optional=None if data else "data"))
     object.__setattr__(recipe, "raw", dict(values))  # as written, so that results contain no machine's paths
     _check_numbers(recipe)
     _check_model(recipe.model, recipe.tokenizer)
     _check_data(recipe.data, data)
+    if resume is not None:
+        start_from(recipe, resume)
     config = _check_ttt(recipe)
     if recipe.parallel is not None:
         _check_parallel(recipe, recipe.parallel, config)
@@ -383,3 +389,48 @@ def _check_parallel(recipe: Recipe, spec: ParallelSpec, config: InPlaceTTTConfig
         if spec.attention == "torch" and (spec.slices != "head_tail" or has_window or recipe.align_documents):
             unknown = "neither windows nor packed documents nor contiguous slices"
             raise RecipeError(f'parallel.attention: "torch" knows {unknown}: use "gather"')
+
+
+# -- a run that is there already ---------------------------------------------------------------------------------------
+
+COMPLETE = "complete"
+"""Name of the empty file in a checkpoint that is whole."""
+_FREE_ON_RESUME = {
+    "activation_checkpointing", "name", "output", "peak_tflops", "log_every", "eval_every", "save_every", "evaluation",
+    "parallel",
+}  # fmt: skip
+"""Settings that may differ between a run and its continuation."""
+
+
+def start_from(recipe: Recipe, resume: bool) -> str | None:
+    """Return the checkpoint to resume, None for a fresh start. Raises UserError rather than overwrite or mix runs."""
+    output = Path(recipe.output)
+    checkpoints = output / "checkpoints"
+    last = last_complete(checkpoints)
+    if not resume:
+        if last is not None or (output / "run.json").exists():
+            raise UserError(f"{output} holds a run already: add --resume, or choose another output=...")
+        return None
+    if last is None and not (output / "recipe.json").exists():
+        raise UserError(f"nothing to resume: there is no checkpoint in {checkpoints} (save_every sets how often)")
+    if not (output / "recipe.json").exists():
+        raise UserError(
+            f"cannot resume: {output / 'recipe.json'}, the recipe that the checkpoints were made with, is missing: put "
+            "it back, or choose another output=..."
+        )
+    before = json.loads((output / "recipe.json").read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(recipe.raw, default=str))
+    changed = {name for name in before | now if before.get(name) != now.get(name)} - _FREE_ON_RESUME
+    if changed:
+        raise UserError(f"cannot resume: {', '.join(sorted(changed))} changed since the run in {output}")
+    if last is not None and (Path(last) / "sharded").exists() != (recipe.parallel is not None):
+        fix = "leave parallel out" if recipe.parallel is not None else "set parallel={} for one process"
+        kind = "without" if recipe.parallel is not None else "with"
+        raise UserError(f"cannot resume: the checkpoints in {checkpoints} were written {kind} parallel: {fix}")
+    return last
+
+
+def last_complete(checkpoints: Path) -> str | None:
+    """Return the newest checkpoint that is whole: one that a killed process left half-written has no mark."""
+    marked = [path.parent for path in checkpoints.glob(f"checkpoint-*/{COMPLETE}")]
+    return str(max(marked, key=lambda path: int(path.name.rpartition("-")[2]))) if marked else None

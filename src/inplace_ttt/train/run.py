@@ -28,24 +28,18 @@ from inplace_ttt.train.packing import Layout, PackedRows, TokenStore, first_rows
 from inplace_ttt.train.parallel import ParallelTrainer, Rank, save_whole, start
 from inplace_ttt.train.plan import flops_per_token, peak_flops
 from inplace_ttt.train.prepare import Prepared, documents_of, prepare
+from inplace_ttt.train.recipe import start_from
 from inplace_ttt.train.report import evaluate, headline, loss_curve, plot_losses, run_record
 from inplace_ttt.train.sizes import FastWeightMonitor, choose_lr, two_digits
 from inplace_ttt.train.specs import Recipe
 from inplace_ttt.train.stream import StreamedRows
 from inplace_ttt.train.trainer import (
-    COMPLETE,
     InnerLrWarmup,
     MarkComplete,
     PackedTrainer,
     ProgressLines,
     training_arguments,
 )
-
-_FREE_ON_RESUME = {
-    "activation_checkpointing", "name", "output", "peak_tflops", "log_every", "eval_every", "save_every", "evaluation",
-    "parallel",
-}  # fmt: skip
-"""Settings that may differ between a run and its continuation."""
 
 
 def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, console: Console | None = None) -> Path:
@@ -65,7 +59,7 @@ def run(recipe: Recipe, *, resume: bool = False, prepare_only: bool = False, con
     _check_machine(recipe)
     output = Path(recipe.output)
     checkpoints, saved = output / "checkpoints", output / "model"
-    last = _start_from(recipe, checkpoints, resume)
+    last = start_from(recipe, resume)
     rank = start(recipe.parallel)
     console.quiet = console.quiet or not rank.is_main
     prepared = rank.on_main_first(lambda: prepare(recipe, say))
@@ -147,38 +141,6 @@ def _check_machine(recipe: Recipe) -> None:
         )
     if torch.cuda.device_count() > 1 and started == 1:
         raise UserError("one process uses one GPU: choose it with CUDA_VISIBLE_DEVICES=0, or use torchrun and parallel")
-
-
-def _start_from(recipe: Recipe, checkpoints: Path, resume: bool) -> str | None:
-    """Return the checkpoint to resume, None for a fresh start. Raises UserError rather than overwrite or mix runs."""
-    last, output = last_complete(checkpoints), checkpoints.parent
-    if not resume:
-        if last is not None or (output / "run.json").exists():
-            raise UserError(f"{output} holds a run already: add --resume, or choose another output=...")
-        return None
-    if last is None and not (output / "recipe.json").exists():
-        raise UserError(f"nothing to resume: there is no checkpoint in {checkpoints} (save_every sets how often)")
-    if not (output / "recipe.json").exists():
-        raise UserError(
-            f"cannot resume: {output / 'recipe.json'}, the recipe that the checkpoints were made with, is missing: put "
-            "it back, or choose another output=..."
-        )
-    before = json.loads((output / "recipe.json").read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(recipe.raw, default=str))
-    changed = {name for name in before | now if before.get(name) != now.get(name)} - _FREE_ON_RESUME
-    if changed:
-        raise UserError(f"cannot resume: {', '.join(sorted(changed))} changed since the run in {output}")
-    if last is not None and (Path(last) / "sharded").exists() != (recipe.parallel is not None):
-        fix = "leave parallel out" if recipe.parallel is not None else "set parallel={} for one process"
-        kind = "without" if recipe.parallel is not None else "with"
-        raise UserError(f"cannot resume: the checkpoints in {checkpoints} were written {kind} parallel: {fix}")
-    return last
-
-
-def last_complete(checkpoints: Path) -> str | None:
-    """Return the newest checkpoint that is whole: one that a killed process left half-written has no mark."""
-    marked = [path.parent for path in checkpoints.glob(f"checkpoint-*/{COMPLETE}")]
-    return str(max(marked, key=lambda path: int(path.name.rpartition("-")[2]))) if marked else None
 
 
 def _check_windows(prepared: Prepared, length: int) -> None:

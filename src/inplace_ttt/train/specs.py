@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from inplace_ttt.config import InPlaceTTTConfig
+from inplace_ttt.train import SMALLEST_VOCABULARY
 from inplace_ttt.train.schema import build
 
 Count = Annotated[int, 1]
@@ -27,7 +28,7 @@ class ModelSpec:
 class TrainedTokenizer:
     """A byte-level BPE trained on ``max_bytes`` of the training split."""
 
-    vocab_size: int
+    vocab_size: Annotated[int, SMALLEST_VOCABULARY]
     max_bytes: int = 32_000_000
 
 

@@ -10,10 +10,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from inplace_ttt.errors import UserError, in_one_line
+from inplace_ttt.train import SMALLEST_VOCABULARY
 from inplace_ttt.train.sources import Document, hash_of
 
 END_OF_TEXT = "<|endoftext|>"
-SMALLEST_VOCABULARY = 257  # every byte and the special token
 
 _BATCH_CHARACTERS = 1 << 24  # bounds the memory that the encodings take (about 100 bytes a token)
 _SAMPLE_CHARACTERS = 1 << 18  # of one document, while the tokenizer trains

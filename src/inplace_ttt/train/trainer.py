@@ -22,12 +22,10 @@ from inplace_ttt.hf.checkpoint import is_added
 from inplace_ttt.records import peak_memory
 from inplace_ttt.train.loss import loss_in_pieces
 from inplace_ttt.train.packing import IGNORED, PackedRows
+from inplace_ttt.train.recipe import COMPLETE
 from inplace_ttt.train.sizes import FastWeightMonitor
 from inplace_ttt.train.specs import Recipe
 from inplace_ttt.train.stream import StreamedRows
-
-COMPLETE = "complete"
-"""Name of the empty file in a checkpoint that is whole."""
 
 
 @dataclass

@@ -19,11 +19,10 @@ from ...errors import UserError
 from .. import plots
 from ..nll import doubling, evaluating, feed, new_cache
 from ..paired import against_off, points, tables_of
-from . import Record, Tables, Unit
+from . import KINDS, Record, Tables, Unit, check_needles
 from .nll import PIECE, piece_size
 from .texts import EvalText, Haystacks, free_words, tokenize, words
 
-KINDS = ("single", "multi-key", "multi-value", "multi-query")
 CANDIDATES = 10
 """Number of candidate words for an answer."""
 TEMPLATE = "\nThe{key} Captain{value} said"
@@ -94,12 +93,9 @@ class NeedleSuite:
         piece: int = PIECE,
     ) -> None:
         self.lengths = list(doubling(4096, 512) if lengths is None else lengths)
-        if unknown := sorted(set(kinds) - set(KINDS)):
-            raise UserError(f"no kind of needle {unknown[0]!r}, only {', '.join(KINDS)}")
-        if min(self.lengths, default=0) < 1 or trials < 1 or not kinds:
-            raise UserError("at least one length of a token or more, one kind and one trial")
-        if not depths or not all(0 <= depth <= 1 for depth in depths):
-            raise UserError(f"depths {list(depths)}: at least one, each from 0 to 1")
+        check_needles(kinds, depths, self.lengths)
+        if not kinds or trials < 1:
+            raise UserError("at least one kind of needle and one trial")
         if mentions < 0 or spacing < 0 or piece < 1 or not 1 <= several < candidates:
             raise UserError("mentions and spacing must not be negative, piece at least 1, 1 <= several < candidates")
         self.mentions, self.spacing, self.several, self.candidates = mentions, spacing, several, candidates
