@@ -44,6 +44,12 @@ def record_of(*arguments):
     return json.loads(result.stdout)
 
 
+def test_a_device_that_is_not_there_is_told_in_a_line():
+    result = bench("mlp", "--device", "nonsense")
+    assert result.exit_code == 2
+    assert "device 'nonsense' cannot be used: " in result.output
+
+
 def test_prefill_draws_what_it_measured(tmp_path):
     record_of(
         "prefill",

@@ -87,10 +87,11 @@ def bench(
     with log.status("loading"):
         import torch
 
+        from ..hf.load import find_device
         from ..records import about, write_json
 
         module = import_module(f"inplace_ttt.bench.{subject}")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = find_device(device)
     gpu = place.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     shape = shape or (("0.6b" if subject == Subject.stream else "4b") if gpu else "tiny")

@@ -71,7 +71,7 @@ def load_model(model: str | Path, device: str | None = None, dtype: str | torch.
     ``device`` None: the GPU if there is one. ``dtype`` None: float32 on a CPU, as stored elsewhere. UserError when it
     cannot be loaded or the device cannot be used.
     """
-    place = _device(device)
+    place = find_device(device)
     how = dtype or (torch.float32 if place.type == "cpu" else "auto")
     return from_pretrained(_place_of(model), dtype=how).to(place).eval()  # type: ignore[no-any-return]
 
@@ -81,7 +81,7 @@ def load_baseline(model: str | Path, device: str | None = None, window: int | No
 
     ``window``: of a plain Llama, which is loaded as a Mistral then: they differ only in that.
     """
-    place, model = _device(device), _place_of(model)
+    place, model = find_device(device), _place_of(model)
     path = Path(model).expanduser()
     on_cpu = place.type == "cpu"
     loaded: Any
@@ -144,7 +144,8 @@ def _place_of(model: str | Path) -> str | Path:
     return place
 
 
-def _device(name: str | None) -> torch.device:
+def find_device(name: str | None) -> torch.device:
+    """Return the device of that name; None: the GPU, if any. UserError when it cannot be used."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
