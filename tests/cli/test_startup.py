@@ -135,7 +135,7 @@ MISTAKES = {
     "inspect model --layers two:": 'layers must be a slice such as "0::6"',
     "inspect model --target x": "target must be one of input_embed",
     "serve folder": "folder holds no model",
-    "serve --learn none,all": "'none,all' is not one of",
+    "serve --learn none,all": "--learn none,all: one of all, read",
     "serve --decay 9": "decay must be in [0, 1), got 9",
     "serve --layers 0::3": "layers: for a plain model only, which needs an objective too",
     "serve model --objective none": "objective must be one of learned",

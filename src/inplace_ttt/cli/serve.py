@@ -1,6 +1,5 @@
 """``inplace-ttt serve``."""
 
-from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -12,8 +11,6 @@ from ..hub import check_model
 from ..serve.settings import LEARN, Limits, given_settings
 from .sessions import parse_state
 from .usage import Device, check_setting, quiet_libraries
-
-Learn = StrEnum("Learn", [*LEARN, "frozen"])  # type: ignore[misc]
 
 
 def serve(
@@ -44,7 +41,7 @@ def serve(
     decay: Annotated[float | None, typer.Option(help="Share forgotten per update.", callback=check_setting)] = None,
     state: Annotated[str, typer.Option(help="Form of the fast weights: dense, auto or a rank.")] = "dense",
     learn: Annotated[
-        Learn | None, typer.Option(help="New sessions learn: all, read, written, none (objective loss), or frozen.")
+        str | None, typer.Option(help="New sessions learn: all, read, written, none (objective loss), or frozen.")
     ] = None,
     probe_every: Annotated[int, typer.Option(help="Tokens between two looks at the gain; 0: none.", min=0)] = 4096,
     batch: Annotated[int, typer.Option(help="Sessions that write at the same time.", min=1)] = 32,
@@ -70,6 +67,8 @@ def serve(
             raise UserError(f"{option} {place}: not a directory")
     if model is not None:
         check_model(model)
+    if learn not in (None, *LEARN, "frozen"):
+        raise UserError(f"--learn {learn}: one of {', '.join(LEARN)} or frozen")
     settings = given_settings(objective, {"layers": layers, "chunk_size": chunk_size, "lr": lr})
     from ..serve.run import serve as run
 
