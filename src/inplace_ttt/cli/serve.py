@@ -8,7 +8,7 @@ import typer
 
 from ..errors import UserError
 from ..hub import check_model
-from ..serve.settings import LEARN, Limits, given_settings
+from ..serve.settings import LEARN, LEARN_CHOICES, Limits, given_settings
 from .sessions import parse_state
 from .usage import Device, check_setting, quiet_libraries
 
@@ -68,7 +68,7 @@ def serve(
     if model is not None:
         check_model(model)
     if learn not in (None, *LEARN, "frozen"):
-        raise UserError(f"--learn {learn}: one of {', '.join(LEARN)} or frozen")
+        raise UserError(f"--learn {learn}: {LEARN_CHOICES}")
     settings = given_settings(objective, {"layers": layers, "chunk_size": chunk_size, "lr": lr})
     from ..serve.run import serve as run
 

@@ -23,7 +23,7 @@ from ..session import Session, SessionPool
 from .jobs import Job
 from .journal import REMEMBERED, pieces_of
 from .scheduler import Scheduler
-from .settings import LEARN, BusyError, Limits, NotFoundError, StoppingError, VersionError
+from .settings import LEARN, LEARN_CHOICES, BusyError, Limits, NotFoundError, StoppingError, VersionError
 from .store import ConflictError, Store
 
 TRIM_EVERY = 5.0
@@ -114,7 +114,7 @@ class Engine:
     def learning(self, learn: str) -> tuple[bool, bool]:
         """Return whether what is read and what is written is learned. UserError where this model cannot choose."""
         if learn not in LEARN:
-            raise UserError(f"learn {learn!r}: one of {', '.join(LEARN)} or frozen")
+            raise UserError(f"learn {learn!r}: {LEARN_CHOICES}")
         if learn != "all" and not self._chooses:
             raise UserError(
                 f'learn {learn!r} needs a model with objective "loss": this one learns all that a session reads and '

@@ -8,6 +8,7 @@ from ..errors import UserError
 
 LEARN = {"all": (True, True), "read": (True, False), "written": (False, True), "none": (False, False)}
 """Settings of what a session learns: what it reads, what it writes. The rest is in its context only."""
+LEARN_CHOICES = f"one of {', '.join(LEARN)} or frozen"
 
 
 @dataclass(frozen=True)
