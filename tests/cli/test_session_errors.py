@@ -1,11 +1,13 @@
 """read, chat and inspect of sessions: a user's mistake is one line, and costs nothing that was learned."""
 
+import json
 import shutil
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import opened
 
 import inplace_ttt as ittt
@@ -219,3 +221,10 @@ def test_session_without_the_models_name(cli, folder, tmp_path, tokenizer):
     session.save(tmp_path / "s")
     assert "(the model is shipped; --model names another)" in line(cli("inspect", tmp_path / "s"))
     assert cli("inspect", tmp_path / "s", "--model", folder.model).exit_code == 0
+
+
+@pytest.mark.parametrize("header", [{"model": "text"}, {"model": {"fast_weights": None}}, {"origin": 5}])
+def test_a_header_with_other_values_is_damaged(cli, path, header):
+    metadata = {"format": "inplace_ttt_session", "version": "2", "header": json.dumps(header), "digest": "0"}
+    save_file({"x": torch.zeros(1)}, path, metadata=metadata)
+    assert line(cli("inspect", path)).startswith(f"{path} is damaged: its content does not match its checksum")

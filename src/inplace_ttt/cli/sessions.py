@@ -47,10 +47,18 @@ def _refuse(path: Path, options: dict[str, Any]) -> None:
         raise UserError(f"{path} exists, and {given} is for a new session: leave that out, or name a new file")
 
 
+def _named(path: Path, *keys: str) -> str | None:
+    """Return a text from a session file's header; None where there is none. Loading the file tells what is damaged."""
+    found: Any = session_header(path)[1]
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, str) else None
+
+
 @contextmanager
 def _model_of(path: Path, model: str | None) -> Iterator[str]:
     """Give the name of a session's model: ``model``, or the file's own, which errors inside then mention."""
-    known = session_header(path)[1].get("origin")
+    known = _named(path, "origin")
     try:
         yield model or known or SHIPPED
     except UserError as error:
@@ -80,7 +88,7 @@ def open_session(
             remember(session, path)
         return session
     _refuse(path, options)  # made since it was checked
-    own = session_header(path)[1].get("model", {}).get("fast_weights", {}).get("objective")
+    own = _named(path, "model", "fast_weights", "objective")
     if objective not in (None, own):
         _refuse(path, {"objective": objective})
     with _model_of(path, model) as name:
